@@ -1,0 +1,40 @@
+"""The configuration: one pydantic tree (`schema`), read from YAML with `key=value` overrides (`load`)."""
+
+from lead_ds.config.load import load_config, save_config
+from lead_ds.config.schema import (
+    AttentionLoss,
+    Config,
+    ContrastiveLoss,
+    DataConfig,
+    DeepSpeedFiles,
+    EvaluationConfig,
+    LayerLoss,
+    LossesConfig,
+    MarginMSELoss,
+    ModelConfig,
+    MonitorConfig,
+    ResponseLoss,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AttentionLoss",
+    "Config",
+    "ContrastiveLoss",
+    "DataConfig",
+    "DeepSpeedFiles",
+    "EvaluationConfig",
+    "LayerLoss",
+    "LossesConfig",
+    "MarginMSELoss",
+    "ModelConfig",
+    "MonitorConfig",
+    "ResponseLoss",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "load_config",
+    "save_config",
+]

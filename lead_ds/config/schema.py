@@ -1,0 +1,277 @@
+"""Every setting of a run, its default and its bounds. Read once by `load`; plain typed values ever after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Selection = Literal["random", "last", "skip", "given"]
+Impl = Literal["auto", "triton", "torch"]
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are errors, values are checked and then frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """A retrieval model: where it is, how its text is read and how its relevance is computed."""
+
+    path: str = Field(description="a Hugging Face directory or hub name, or a sentence-transformers directory")
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: build from config.json alone, for speed and memory measurements"
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    pooling: Literal["auto", "cls", "mean", "last"] = Field(
+        "auto", description="auto: from modules.json; else cls for encoders, last for decoders"
+    )
+    normalize: bool | None = Field(None, description="unit-length final vectors; null: from modules.json, else false")
+    projection: Positive | None = Field(None, description="width of a new linear layer on top of pooling")
+    scale: Literal["none", "cosine", "standard"] = Field(
+        "none", description="of every layer's relevance: raw dot products, cosines, or z-scores per query"
+    )
+    query_prompt: str | None = Field(None, description="null: from the model's own sentence-transformers configuration")
+    passage_prompt: str | None = None
+    query_length: Positive = 32
+    passage_length: Positive = 128
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    query_expansion: bool = Field(False, description="colbert: pad queries to query_length with mask tokens that count")
+    mask_punctuation: bool = Field(False, description="colbert: punctuation tokens of a passage never match")
+    token_dim: Positive | None = Field(None, description="colbert: width of a new token projection; null: none")
+    allow_pickle: bool = Field(False, description="allow weights that come as pickle (pytorch_model.bin) only")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model: only if you read it")
+
+
+class TeacherConfig(ModelConfig):
+    """The model to learn from. Frozen unless `train`."""
+
+    kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker"]
+    placement: Literal["auto", "replicate", "zero3"] = "auto"
+    offload: Literal["none", "cpu", "nvme"] = Field("none", description="where zero3 keeps the shards")
+    offload_path: str | None = Field(None, description="a folder on a local NVMe disk, for offload: nvme")
+    max_length: Positive = Field(256, description="tokens of a query-passage pair: cross_encoder, llm_reranker")
+    batch_size: Positive | None = Field(
+        None, description="texts or pairs per teacher forward; null: the whole accumulation window at once"
+    )
+    train: bool = Field(False, description="co-train the teacher, as LEAD's paper does")
+    lr: float | None = Field(None, gt=0, description="learning rate of a co-trained teacher; null: train.lr")
+    instruction: str = Field(
+        "Given a web search query, retrieve relevant passages that answer the query",
+        description="llm_reranker: the task, told in the prompt",
+    )
+    template: str = Field(
+        "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {passage}\nRelevant (yes or no):",
+        description="llm_reranker: the prompt, with {instruction}, {query} and {passage}",
+    )
+    yes_token: str = " yes"
+    no_token: str = " no"
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherConfig:
+        if self.offload != "none" and self.placement == "replicate":
+            raise ValueError("offload needs placement: zero3")
+        if self.offload == "nvme" and not self.offload_path:
+            raise ValueError("offload: nvme needs offload_path, a folder on a local disk")
+        missing = [name for name in ("{query}", "{passage}") if name not in self.template]
+        if missing:
+            raise ValueError(f"template lacks {' and '.join(missing)}")
+        return self
+
+
+class StudentConfig(ModelConfig):
+    """The model to train."""
+
+    kind: Literal["dual_encoder", "colbert", "cross_encoder"] = "dual_encoder"
+    layers: list[NonNegative] | None = Field(
+        None, min_length=1, description="keep only these layers of the model at `path`, to start a shallower student"
+    )
+    max_length: Positive = Field(256, description="tokens of a query-passage pair: cross_encoder")
+
+
+class DataConfig(Section):
+    """Texts, judgements and training groups."""
+
+    path: str
+    train: str = Field("train.jsonl", description="training groups, or a qrels .tsv; relative to path")
+    format: Literal["auto", "canonical", "qrels", "tevatron", "flagembedding", "sentence-transformers"] = "auto"
+    negatives: NonNegative = 7
+    mask_duplicates: bool = Field(
+        True, description="an in-batch passage that is also a positive of the query is left out of its distribution"
+    )
+    workers: NonNegative = Field(0, description="data-loader processes per rank; 0: a thread of the rank itself")
+
+
+class ContrastiveLoss(Section):
+    """L_stu: negative log-likelihood of the positive."""
+
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+    scope: Literal["auto", "batch", "group"] = Field(
+        "auto", description="over every passage of the batch, or the query's own; auto: batch"
+    )
+
+
+class ResponseLoss(Section):
+    """L_rep: KL(teacher || student) of the final relevance."""
+
+    weight: Weight = 1.0
+    teacher_temperature: Temperature = 1.0
+    student_temperature: Temperature = 1.0
+
+
+class MarginMSELoss(Section):
+    """Squared error between the teacher's and the student's margins of positive over negatives."""
+
+    weight: Weight = 0.0
+    teacher_scale: float = Field(1.0, gt=0, description="multiplies the teacher's scores first")
+
+
+class LayerLoss(Section):
+    """L_lyr: LEAD's layer relevance KL."""
+
+    weight: Weight = 1.0
+    select: Selection = "random"
+    k: Positive = 5
+    every: Positive = Field(10, description="steps between two draws of select: random")
+    teacher_layers: list[NonNegative] | None = Field(None, description="select: given")
+    student_layers: list[NonNegative] | None = Field(None, description="select: given")
+    teacher_temperature: Temperature = 1.0
+    student_temperature: Temperature = 1.0
+    layer_temperature: Temperature = 10.0
+    reweight: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerLoss:
+        given = self.teacher_layers is not None and self.student_layers is not None
+        if (self.select == "given") != given or (self.teacher_layers is None) != (self.student_layers is None):
+            raise ValueError("teacher_layers and student_layers go with select: given, both of them")
+        if given and len(self.teacher_layers or []) != len(self.student_layers or []):
+            raise ValueError("teacher_layers and student_layers are paired in order and must be equally many")
+        return self
+
+
+class AttentionLoss(Section):
+    """Attention-distribution KL (or MSE) between selected layers."""
+
+    weight: Weight = 0.0
+    form: Literal["self", "interaction"] = Field(
+        "self", description="self: attention maps of each text; interaction: query tokens over passage tokens"
+    )
+    divergence: Literal["kl", "mse"] = Field("kl", description="mse: interaction form only")
+    select: Literal["random", "last", "skip", "given"] = "last"
+    k: Positive = 1
+    every: Positive = 10
+    teacher_layers: list[NonNegative] | None = None
+    student_layers: list[NonNegative] | None = None
+    heads: Literal["relation", "mean", "pair"] = Field(
+        "relation", description="relation: MiniLMv2 relation heads; mean: averaged maps; pair: one to one"
+    )
+    relation_heads: Positive | None = Field(None, description="heads: relation; null: the student's number of heads")
+    temperature: Temperature = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionLoss:
+        if self.divergence == "mse" and self.form != "interaction":
+            raise ValueError("divergence: mse goes with form: interaction")
+        return self
+
+
+class LossesConfig(Section):
+    """The objective: a weighted sum; weight 0 switches a loss off."""
+
+    contrastive: ContrastiveLoss = ContrastiveLoss()
+    response: ResponseLoss = ResponseLoss()
+    margin_mse: MarginMSELoss = MarginMSELoss()
+    layer: LayerLoss = LayerLoss()
+    attention: AttentionLoss = AttentionLoss()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss with a weight reads the teacher."""
+        return any(part.weight > 0 for part in (self.response, self.margin_mse, self.layer, self.attention))
+
+
+class TrainConfig(Section):
+    """The training loop. Batch sizes count queries, per rank."""
+
+    steps: Positive = 50_000
+    batch_size: Positive = 16
+    accumulation: Positive = 1
+    lr: float = Field(5.0e-5, gt=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.1
+    clip: float = Field(2.0, ge=0, description="gradient norm; 0: no clipping")
+    in_batch: Literal["global", "local"] = Field(
+        "global", description="other queries' passages as negatives: of every rank, or of the rank's micro-batch"
+    )
+    gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the student")
+    log_every: Positive = 10
+    save_every: Positive = 1000
+    evaluate_every: NonNegative = Field(1000, description="0: only at the end")
+    keep: Positive = Field(3, description="checkpoints kept; the best one is kept besides")
+    patience: NonNegative = Field(0, description="evaluations without a better metric before stopping; 0: never stop")
+
+
+class EvaluationConfig(Section):
+    """Exact search over the corpus, during training and after it."""
+
+    split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or a split that is absent: no evaluation")
+    metric: str = Field("nDCG@10", description="decides which checkpoint is best; ir-measures' names")
+    measures: list[str] = ["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"]
+    queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
+    batch_size: Positive = 64
+
+
+class MonitorConfig(Section):
+    """Where the curves go: DeepSpeed's monitor."""
+
+    tensorboard: bool = True
+    csv: bool = True
+    wandb: bool = False
+    project: str = "lead-ds"
+
+
+class DeepSpeedFiles(Section):
+    """DeepSpeed configurations: a path (also by its name in ds_configs/), or the dictionary itself."""
+
+    student: str | dict[str, Any] = "ds_configs/student_zero1.json"
+    teacher: str | dict[str, Any] = "ds_configs/teacher_zero3.json"
+
+
+class Config(Section):
+    """A whole run: see `ds_configs/recipes/` for complete examples."""
+
+    seed: NonNegative = 888
+    teacher: TeacherConfig | None = None
+    student: StudentConfig
+    data: DataConfig
+    losses: LossesConfig = LossesConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    deepspeed: DeepSpeedFiles = DeepSpeedFiles()
+    monitor: MonitorConfig = MonitorConfig()
+    kernels: Impl = Field("auto", description="triton, torch (chunked, no CUDA needed), or auto by device")
+    output: str = "runs/lead"
+
+    @field_validator("output")
+    @classmethod
+    def _output(cls, value: str) -> str:
+        if not value or Path(value).resolve() == Path(value).resolve().parent:
+            raise ValueError("must name a folder")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.losses.needs_teacher and self.teacher is None:
+            raise ValueError("a teacher section is missing: response, margin_mse, layer and attention losses read one")
+        return self

@@ -1,0 +1,202 @@
+"""Layer features and the one noun of this project, relevance.
+
+A model says of a micro-batch, for each of K selected layers, how relevant passages are to queries. Three forms of
+features carry that: pooled vectors (dual encoder), token states (ColBERT) and scores (cross-encoder, decoder reranker).
+Each gives a `Relevance`, [K, Q, P]; nothing past this file knows which family a model is of.
+
+Dimensions: K selected layers, Q queries, P passages, N passages of each query (its group: the positive first), L tokens,
+D width. In a batch, passage j of query i is row i*N + j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lead_ds.kernels import maxsim
+
+Scale = Literal["none", "cosine", "standard"]
+Impl = Literal["auto", "triton", "torch"]
+
+MASKED = -1e30  # finite: -inf minus -inf would poison a masked row's gradient
+
+
+class Relevance:
+    """Relevance logits [K, Q, P], held as the tensor itself or as the two vector factors whose product it is.
+
+    Factors let a kernel compute a divergence without the [K, Q, P] map. `mask` [Q, P] (False: that passage is left out of
+    the query's distribution) is applied to `logits` and handed to kernels beside `factors`.
+    """
+
+    def __init__(
+        self,
+        logits_KQP: Tensor | None = None,
+        *,
+        factors: tuple[Tensor, Tensor] | None = None,
+        mask_QP: Tensor | None = None,
+    ) -> None:
+        if (logits_KQP is None) == (factors is None):
+            raise ValueError("give the logits or the factors, one of them")
+        self.factors = factors
+        self.mask = mask_QP
+        self._logits = logits_KQP
+
+    @property
+    def logits(self) -> Tensor:
+        """[K, Q, P] in float32; masked entries hold a large negative number."""
+        if self._logits is None:
+            assert self.factors is not None
+            q_KQD, p_KPD = self.factors
+            self._logits = torch.bmm(q_KQD, p_KPD.transpose(1, 2))
+        logits = self._logits.float()
+        return logits if self.mask is None else logits.masked_fill(~self.mask, MASKED)
+
+    def detach(self) -> Relevance:
+        """The same relevance without gradient."""
+        logits = None if self._logits is None or self.factors is not None else self._logits.detach()
+        factors = None if self.factors is None else (self.factors[0].detach(), self.factors[1].detach())
+        return Relevance(logits, factors=factors, mask_QP=self.mask)
+
+
+@dataclass(frozen=True)
+class VectorFeatures:
+    """One pooled vector per layer and text: q_KQD [K, Q, D], p_KPD [K, P, D]."""
+
+    q_KQD: Tensor
+    p_KPD: Tensor
+    scale: Scale = "none"
+
+    def micro(self, start: int, stop: int, group: int) -> VectorFeatures:
+        """Queries start..stop and their own passages."""
+        return replace(self, q_KQD=self.q_KQD[:, start:stop], p_KPD=self.p_KPD[:, start * group : stop * group])
+
+    def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
+        """Every query against every passage, as factors."""
+        q_KQD, p_KPD = self.q_KQD.float(), self.p_KPD.float()
+        if self.scale == "cosine":
+            q_KQD, p_KPD = (torch.nn.functional.normalize(x, dim=-1) for x in (q_KQD, p_KPD))
+        elif self.scale == "standard":
+            return Relevance(standardised(torch.bmm(q_KQD, p_KPD.transpose(1, 2)), mask_QP), mask_QP=mask_QP)
+        return Relevance(factors=(q_KQD, p_KPD), mask_QP=mask_QP)
+
+    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+        """Every query against its own N passages: [K, Q, N]."""
+        q_KQD, p_KPD = self.q_KQD.float(), self.p_KPD.float()
+        if self.scale == "cosine":
+            q_KQD, p_KPD = (torch.nn.functional.normalize(x, dim=-1) for x in (q_KQD, p_KPD))
+        p_KQND = p_KPD.unflatten(1, (-1, group))
+        scores_KQN = torch.einsum("kqd,kqnd->kqn", q_KQD, p_KQND)
+        return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
+
+
+@dataclass(frozen=True)
+class TokenFeatures:
+    """Token states: q_KQLD [K, Q, Lq, D] with q_mask_QL, p_KPLD [K, P, Lp, D] with p_mask_PL (1: a token that counts)."""
+
+    q_KQLD: Tensor
+    q_mask_QL: Tensor
+    p_KPLD: Tensor
+    p_mask_PL: Tensor
+    scale: Scale = "none"
+
+    def micro(self, start: int, stop: int, group: int) -> TokenFeatures:
+        """Queries start..stop and their own passages."""
+        own = slice(start * group, stop * group)
+        return replace(
+            self,
+            q_KQLD=self.q_KQLD[:, start:stop],
+            q_mask_QL=self.q_mask_QL[start:stop],
+            p_KPLD=self.p_KPLD[:, own],
+            p_mask_PL=self.p_mask_PL[own],
+        )
+
+    def _scaled(self) -> tuple[Tensor, Tensor]:
+        q, p = self.q_KQLD.float(), self.p_KPLD.float()
+        if self.scale == "cosine":
+            q, p = (torch.nn.functional.normalize(x, dim=-1) for x in (q, p))
+        return q, p
+
+    def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
+        """MaxSim of every query with every passage."""
+        q, p = self._scaled()
+        scores_KQP = torch.stack(
+            [maxsim(q_k, p_k, self.q_mask_QL, self.p_mask_PL, impl=impl) for q_k, p_k in zip(q, p, strict=True)]
+        )
+        if self.scale == "standard":
+            scores_KQP = standardised(scores_KQP, mask_QP)
+        return Relevance(scores_KQP, mask_QP=mask_QP)
+
+    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+        """MaxSim of every query with its own N passages: [K, Q, N]."""
+        q_KQLD, p_KPLD = self._scaled()
+        similarity = torch.einsum("kqld,kqnmd->kqnlm", q_KQLD, p_KPLD.unflatten(1, (-1, group)))
+        mask_QNM = self.p_mask_PL.bool().unflatten(0, (-1, group))
+        best = similarity.masked_fill(~mask_QNM[None, :, :, None, :], MASKED).amax(-1)
+        best = best.masked_fill(~mask_QNM.any(-1)[None, :, :, None], 0.0)  # a fully masked passage scores 0
+        scores_KQN = (best * self.q_mask_QL[None, :, None, :].to(best.dtype)).sum(-1)
+        return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
+
+
+@dataclass(frozen=True)
+class ScoreFeatures:
+    """Scores of a query's own passages: s_KQN [K, Q, N]. Such a model knows nothing of other queries' passages."""
+
+    s_KQN: Tensor
+    scale: Scale = "none"
+
+    def micro(self, start: int, stop: int, group: int) -> ScoreFeatures:
+        """Queries start..stop."""
+        return replace(self, s_KQN=self.s_KQN[:, start:stop])
+
+    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+        """The scores themselves."""
+        scores = self.s_KQN.float()
+        return Relevance(standardised(scores) if self.scale == "standard" else scores)
+
+
+Features = VectorFeatures | TokenFeatures | ScoreFeatures
+
+
+def standardised(logits_KQP: Tensor, mask_QP: Tensor | None = None) -> Tensor:
+    """Zero mean and unit deviation over each query's unmasked passages. [K, Q, P] -> [K, Q, P]."""
+    keep = torch.ones_like(logits_KQP) if mask_QP is None else mask_QP.to(logits_KQP).expand_as(logits_KQP)
+    count = keep.sum(-1, keepdim=True).clamp_min(1)
+    centred = logits_KQP - (logits_KQP * keep).sum(-1, keepdim=True) / count
+    deviation = ((centred.square() * keep).sum(-1, keepdim=True) / count).sqrt()
+    return centred / deviation.clamp_min(1e-6)
+
+
+def merge(parts: Sequence[Features]) -> Features:
+    """Features of consecutive slices of a batch, joined in order; token states are padded to the longest."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, VectorFeatures):
+        rest = [part for part in parts if isinstance(part, VectorFeatures)]
+        return replace(first, q_KQD=torch.cat([f.q_KQD for f in rest], 1), p_KPD=torch.cat([f.p_KPD for f in rest], 1))
+    if isinstance(first, ScoreFeatures):
+        scores = [part for part in parts if isinstance(part, ScoreFeatures)]
+        return replace(first, s_KQN=torch.cat([f.s_KQN for f in scores], 1))
+    tokens = [part for part in parts if isinstance(part, TokenFeatures)]
+    lq, lp = max(f.q_KQLD.shape[2] for f in tokens), max(f.p_KPLD.shape[2] for f in tokens)
+    return replace(
+        first,
+        q_KQLD=torch.cat([pad_tokens(f.q_KQLD, 2, lq) for f in tokens], 1),
+        q_mask_QL=torch.cat([pad_tokens(f.q_mask_QL, 1, lq) for f in tokens]),
+        p_KPLD=torch.cat([pad_tokens(f.p_KPLD, 2, lp) for f in tokens], 1),
+        p_mask_PL=torch.cat([pad_tokens(f.p_mask_PL, 1, lp) for f in tokens]),
+    )
+
+
+def pad_tokens(x: Tensor, dim: int, length: int) -> Tensor:
+    """`x` with dimension `dim` padded with zeros to `length`."""
+    missing = length - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_zeros(shape)], dim)
