@@ -1,0 +1,1 @@
+"""KL divergence between two models' attention distributions: reference, chunked torch, Triton, and the operators."""

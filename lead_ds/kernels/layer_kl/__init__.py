@@ -1,0 +1,1 @@
+"""KL divergence of two models' relevance distributions, layer by layer: reference, chunked torch, Triton, operator."""

@@ -1,0 +1,1 @@
+"""MaxSim, the late-interaction score of ColBERT: reference, chunked torch, Triton, and the operator over them."""
