@@ -53,8 +53,8 @@ def tiny_dataset(
     """Write a small canonical dataset of real words and return its folder.
 
     `corpus.jsonl` (p0, p1, ...; some with a title), `queries.jsonl` (q0, q1, ...; query i asks for passage
-    i * 7 mod `passages`), `qrels/{train,dev,test}.tsv` (dev and test: the last fifths) and `train.jsonl` with one positive
-    and `negatives` negatives of each training query; with `scores`, a teacher's score of every listed passage.
+    i * 7 mod `passages`), `qrels/{train,dev,test}.tsv` (dev and test: the last fifths) and `train.jsonl` with one
+    positive and `negatives` negatives of each training query; with `scores`, a teacher's score of every listed passage.
     """
     folder = Path(folder)
     facts = [(subject, fact) for subject, three in _SUBJECTS.items() for fact in three]
@@ -116,8 +116,8 @@ def tiny_texts() -> Iterator[str]:
 def tiny_tokenizer(folder: str | Path, kind: TokenizerKind = "wordpiece", *, vocab_size: int = 400) -> Path:
     """Train a tokenizer on `tiny_texts`, save it as a Hugging Face directory and return the folder.
 
-    wordpiece: as BERT's ([CLS] a [SEP] b [SEP], token_type_ids, [MASK]); bpe: as a decoder's (byte level, nothing added,
-    an eos token and no pad token); unigram: as XLM-R's (<s> a </s></s> b </s>, no token_type_ids).
+    wordpiece: as BERT's ([CLS] a [SEP] b [SEP], token_type_ids, [MASK]); bpe: as a decoder's (byte level, nothing
+    added, an eos token and no pad token); unigram: as XLM-R's (<s> a </s></s> b </s>, no token_type_ids).
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -131,7 +131,13 @@ def tiny_tokenizer(folder: str | Path, kind: TokenizerKind = "wordpiece", *, voc
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
         single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
         added = ["[CLS]", "[SEP]"]
-        names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+        names = {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        }
         inputs = ["input_ids", "token_type_ids", "attention_mask"]
     elif kind == "unigram":
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -144,8 +150,14 @@ def tiny_tokenizer(folder: str | Path, kind: TokenizerKind = "wordpiece", *, voc
         )
         single, pair = "<s> $A </s>", "<s> $A </s> </s> $B </s>"
         added = ["<s>", "</s>"]
-        names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", cls_token="<s>")
-        names |= dict(sep_token="</s>", mask_token="<mask>")
+        names = {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "cls_token": "<s>",
+        }
+        names |= {"sep_token": "</s>", "mask_token": "<mask>"}
         inputs = ["input_ids", "attention_mask"]
     elif kind == "bpe":
         special = ["<|endoftext|>"]
@@ -160,7 +172,7 @@ def tiny_tokenizer(folder: str | Path, kind: TokenizerKind = "wordpiece", *, voc
         )
         single = pair = ""
         added = []
-        names = dict(eos_token="<|endoftext|>")
+        names = {"eos_token": "<|endoftext|>"}
         inputs = ["input_ids", "attention_mask"]
     else:
         raise ValueError(f"kind must be wordpiece, bpe or unigram, not {kind!r}")
