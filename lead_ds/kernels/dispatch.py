@@ -48,6 +48,13 @@ def float32_dot_precision() -> Literal["ieee", "tf32"]:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def accumulation_dtype(dtype: "torch.dtype") -> "torch.dtype":
+    """The dtype that sums, softmaxes and results are held in: float64 for float64 inputs, else float32."""
+    import torch
+
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def architecture(tensor: "torch.Tensor") -> int:
     """Compute capability as two digits (90 for Hopper), the key of the tables of tiles; 90 in the interpreter."""
     if not tensor.is_cuda:

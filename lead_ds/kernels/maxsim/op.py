@@ -1,0 +1,105 @@
+"""MaxSim as a torch operator and as the public function."""
+
+import torch
+from torch import Tensor
+
+from lead_ds.kernels.dispatch import accumulation_dtype, resolve
+from lead_ds.kernels.maxsim import chunked
+
+_LIBRARY = torch.library.Library("lead_ds", "FRAGMENT")
+_LIBRARY.define(
+    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool save_argmax, str impl) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "maxsim_backward(Tensor grad, Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, Tensor argmax, str impl)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def maxsim(
+    q: Tensor, d: Tensor, q_mask: Tensor | None = None, d_mask: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """Late-interaction scores: for every query and passage, the sum over query tokens of the best passage token's product.
+
+    q [Q, Lq, D], d [P, Ld, D] float (the wider dtype of the two is used), masks [Q, Lq] and [P, Ld] with 1 = real -> [Q, P],
+    float32 (float64 for float64 inputs). Masked query tokens add 0, masked passage tokens never win, and a fully masked
+    passage scores 0. Differentiable in q and d, deterministically; the [Q, P, Lq, Ld] similarities are never held, only the
+    position of each winner (2 bytes).
+
+    Raises ValueError for shapes that do not fit together or an `impl` that cannot run here.
+    ColBERT, https://arxiv.org/abs/2004.12832, eq. 3.
+    """
+    _check(q, d, q_mask, d_mask)
+    if q.dtype != d.dtype:
+        dtype = torch.promote_types(q.dtype, d.dtype)
+        q, d = q.to(dtype), d.to(dtype)
+    chosen = resolve(impl, q, d, kernel="maxsim")
+    save_argmax = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
+    q_mask = None if q_mask is None else q_mask.to(torch.bool)
+    d_mask = None if d_mask is None else d_mask.to(torch.bool)
+    scores, _ = torch.ops.lead_ds.maxsim(q, d, q_mask, d_mask, save_argmax, chosen)
+    return scores
+
+
+def _check(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> None:
+    if q.dim() != 3 or d.dim() != 3 or q.shape[2] != d.shape[2]:
+        raise ValueError(f"maxsim: q and d must be [Q, Lq, D] and [P, Ld, D], not {tuple(q.shape)} and {tuple(d.shape)}")
+    for name, mask, tokens in (("q_mask", q_mask, q), ("d_mask", d_mask, d)):
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(f"maxsim: {name} must be {tuple(tokens.shape[:2])}, not {tuple(mask.shape)}")
+
+
+def _forward(
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, save_argmax: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    if impl == "triton":
+        from lead_ds.kernels.maxsim import triton_kernel
+
+        return triton_kernel.forward(q, d, q_mask, d_mask, save_argmax)
+    return chunked.forward(q, d, q_mask, d_mask, save_argmax)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, argmax: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    if impl == "triton":
+        from lead_ds.kernels.maxsim import triton_kernel
+
+        return triton_kernel.backward(grad, q, d, argmax)
+    return chunked.backward(grad, q, d, q_mask, d_mask, argmax)
+
+
+_LIBRARY.impl("maxsim", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("maxsim_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lead_ds::maxsim")
+def _fake_forward(
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, save_argmax: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    scores = q.new_empty((q.shape[0], d.shape[0]), dtype=accumulation_dtype(q.dtype))
+    shape = (d.shape[0], q.shape[0] * q.shape[1]) if save_argmax else (0,)
+    return scores, q.new_empty(shape, dtype=chunked.argmax_dtype(d.shape[1]))
+
+
+@torch.library.register_fake("lead_ds::maxsim_backward")
+def _fake_backward(
+    grad: Tensor, q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, argmax: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), d.new_empty(d.shape)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, d, q_mask, d_mask, _, impl = inputs
+    ctx.save_for_backward(q, d, q_mask, d_mask, output[1])
+    ctx.impl = impl  # type: ignore[attr-defined]
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple:
+    q, d, q_mask, d_mask, argmax = ctx.saved_tensors  # type: ignore[attr-defined]
+    impl = ctx.impl  # type: ignore[attr-defined]
+    dq, dd = torch.ops.lead_ds.maxsim_backward(grad, q, d, q_mask, d_mask, argmax, impl)
+    return dq, dd, None, None, None, None
+
+
+torch.library.register_autograd("lead_ds::maxsim", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
