@@ -1,0 +1,1 @@
+"""Texts, judgements, training groups and each model's own tokens."""
