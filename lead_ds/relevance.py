@@ -70,6 +70,16 @@ class VectorFeatures:
     p_KPD: Tensor
     scale: Scale = "none"
 
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return self.q_KQD.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features live."""
+        return self.q_KQD.device
+
     def micro(self, start: int, stop: int, group: int) -> VectorFeatures:
         """Queries start..stop and their own passages."""
         return replace(self, q_KQD=self.q_KQD[:, start:stop], p_KPD=self.p_KPD[:, start * group : stop * group])
@@ -102,6 +112,16 @@ class TokenFeatures:
     p_KPLD: Tensor
     p_mask_PL: Tensor
     scale: Scale = "none"
+
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return self.q_KQLD.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features live."""
+        return self.q_KQLD.device
 
     def micro(self, start: int, stop: int, group: int) -> TokenFeatures:
         """Queries start..stop and their own passages."""
@@ -147,6 +167,16 @@ class ScoreFeatures:
 
     s_KQN: Tensor
     scale: Scale = "none"
+
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return self.s_KQN.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features live."""
+        return self.s_KQN.device
 
     def micro(self, start: int, stop: int, group: int) -> ScoreFeatures:
         """Queries start..stop."""

@@ -1,0 +1,58 @@
+# make demo   the main job on embedded data, in its own virtual environment, from nothing
+# make test   lint, types and the tests, likewise
+# make help   the other targets
+#
+# PYTHON=python3.12 make test     another interpreter
+# TORCH="torch==2.11.0" make demo another torch; on a machine with an NVIDIA driver it is the CUDA build
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH ?= torch==2.13.0
+# PyPI's Linux torch brings gigabytes of CUDA. Where there is no NVIDIA driver, and PyTorch's index of CPU builds can be
+# reached, take it from there.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PYTEST ?= -n 2 --dist loadfile
+
+.PHONY: help demo test test-slow lint types check clean
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+demo: $(VENV)/.demo  ## a ZeRO-3 teacher distilled into a small student, ten minutes on two cores
+	$(BIN)/lead-ds demo
+
+test: lint types $(VENV)/.test  ## lint, types, and every test that takes less than minutes
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-slow: $(VENV)/.test  ## the proofs that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test  ## mypy
+	$(BIN)/mypy lead_ds
+
+check: test  ## the same as test
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -U pip setuptools wheel
+	@if ! command -v nvidia-smi >/dev/null 2>&1 && curl -sfIL --max-time 5 $(CPU_INDEX)/torch/ >/dev/null 2>&1; then \
+	  $(PIP) install "$(TORCH)" --extra-index-url $(CPU_INDEX); else $(PIP) install "$(TORCH)"; fi
+	@touch $@
+
+# DeepSpeed compiles its operators when they are first used, not at installation; its build needs the torch above.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	DS_BUILD_OPS=0 $(PIP) install -q --no-build-isolation "deepspeed>=0.19"
+	$(PIP) install -q -e ".[cpu,demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install -q -e ".[cpu,demo,test]"
+	@touch $@
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

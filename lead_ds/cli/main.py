@@ -1,0 +1,92 @@
+"""`lead-ds COMMAND`. Exit status: 0 done, 1 the work failed, 2 the input was wrong; errors are one line, without traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+import click
+import typer
+
+from lead_ds import __version__
+from lead_ds.cli import retrieval, training
+from lead_ds.errors import LeadError
+
+app = typer.Typer(
+    name="lead-ds",
+    help="Distil a large retrieval teacher into a small dense-retrieval student, layer by layer.",
+    epilog="Start with `lead-ds demo`. Under a launcher: `deepspeed --module lead_ds distill CONFIG`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lead-ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    pass
+
+
+training.add_commands(app)
+retrieval.add_commands(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get("LEAD_DS_DEBUG") == "1"
+    # DeepSpeed's launcher puts --local_rank=N before our own arguments; --debug is welcome anywhere.
+    arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a) and a != "--debug"]
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except LeadError as error:
+        status = _tell(str(error), error.status, debug)
+    except click.exceptions.Abort:
+        status = _tell("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "lead-ds"
+        status = _tell(f"{command}: {error.format_message().rstrip('.')} (see {command} --help)", 2, debug)
+    except KeyboardInterrupt:
+        status = _tell("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
+    except BrokenPipeError:
+        # Whoever read our output has gone: `lead-ds ... | head`. Not an error; keep the interpreter from flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except MemoryError:
+        status = _tell("lead-ds: out of memory (lower the batch size)", 1, debug)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        what = " ".join(str(error).split()) or type(error).__name__
+        status = _tell(f"lead-ds: {type(error).__name__}: {what[:600]} (add --debug for the traceback)", 1, False)
+    sys.stdout.flush()
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _tell(message: str, status: int, debug: bool) -> int:
+    if debug and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and status == 2:
+        # Wrong input is wrong on every rank: rank 0 says it once. Leave it the time to, before the launcher ends us all.
+        time.sleep(2)
+    else:
+        print(f"error: {message}" if not rank else f"error: [rank {rank}] {message}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,75 @@
+"""Commands that train: demo, distill, report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+CONFIG = typer.Argument(..., help="A YAML configuration; see ds_configs/recipes/ for examples.", metavar="CONFIG")
+OVERRIDES = typer.Argument(None, help="Settings to override, such as train.lr=2e-5.", metavar="[KEY=VALUE]...")
+
+
+def distill(
+    config: Path = CONFIG,
+    overrides: list[str] | None = OVERRIDES,
+    resume: bool = typer.Option(
+        False, "--resume", help="Continue the run in the output folder from its last good checkpoint."
+    ),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
+) -> None:
+    """Distil a teacher into a student, alone or under any launcher.
+
+    One process:    lead-ds distill run.yaml train.steps=1000
+
+    Eight GPUs:     deepspeed --num_gpus 8 --module lead_ds distill run.yaml
+
+    Writes to the configured output folder: student/ (loads in sentence-transformers), checkpoints/, metrics.jsonl,
+    config.yaml, run.json, monitor/ and report/.
+    """
+    from lead_ds.config import load_config
+    from lead_ds.engine.distill import distill as run
+
+    student = run(load_config(config, overrides or []), resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
+    _say(f"student: {student}")
+
+
+def report(
+    run: Path = typer.Argument(..., help="The output folder of a run."),
+    out: Path | None = typer.Option(None, "--out", help="Where to write; default: RUN/report."),
+) -> None:
+    """Plots and a summary of a run: loss parts, layer weights over time, metrics. PNG files and one HTML page."""
+    from lead_ds.report import write_report
+
+    print(write_report(run, out))
+
+
+def demo(
+    out: Path = typer.Option(Path("runs/demo"), "--out", help="Where to write; a finished demo there is shown again."),
+    processes: int = typer.Option(2, "--processes", min=1, help="Processes that share the teacher."),
+    steps: int = typer.Option(120, "--steps", min=1, help="Training steps, for each of the two students."),
+    prompt: bool = typer.Option(True, help="End with a query prompt where a person watches."),
+) -> None:
+    """See it work in ten minutes: no GPU, no network.
+
+    Python functions of this machine become a collection (what a function does -> its code). A packaged six-layer
+    sentence model, sharded over the processes by ZeRO-3, teaches a student made of three of its layers; another student
+    gets labels alone. Ends with a table of what each is worth on modules that training never saw.
+    """
+    from lead_ds.demo.run import run_demo
+
+    run_demo(out, processes=processes, steps=steps, prompt=prompt)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register this file's commands."""
+    for command in (demo, distill, report):
+        app.command()(command)
+
+
+def _say(text: str) -> None:
+    from lead_ds.engine.ranks import launched_rank
+
+    if launched_rank() == 0:
+        print(text)

@@ -1,0 +1,172 @@
+"""The training loop: windows in, optimizer steps out; evaluation, checkpoints and early stopping in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lead_ds.config import Config
+from lead_ds.data.batches import Batches, Window
+from lead_ds.engine.checkpoint import Checkpoints
+from lead_ds.engine.evaluation import Evaluator
+from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.record import Recorder, StepSums
+from lead_ds.engine.schedule import learning_rate
+from lead_ds.engine.step import Pair, Scope, make_views
+from lead_ds.engine.teacher import FrozenTeacher, TeacherView
+from lead_ds.losses.objective import Objective
+from lead_ds.losses.selection import select_layers
+from lead_ds.models.scorer import Output
+
+
+class Training:
+    """One run's moving parts. `state` is what a checkpoint remembered: step, best evaluation, evaluations without a better one."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        ranks: Ranks,
+        engine: Any,
+        teacher: FrozenTeacher | None,
+        batches: Batches,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        evaluator: Evaluator | None,
+        state: dict[str, Any],
+    ) -> None:
+        self.config, self.ranks, self.engine, self.teacher = config, ranks, engine, teacher
+        self.batches, self.checkpoints, self.recorder, self.evaluator = batches, checkpoints, recorder, evaluator
+        self.step: int = state.get("step", 0)
+        self.best: dict[str, Any] | None = state.get("best")
+        self.worse: int = state.get("worse", 0)
+        self.scope = Scope.of(config, ranks, batches.group)
+        cotrained = engine.module.teacher
+        self.objective = Objective(
+            config.losses, impl=config.kernels, cotrain=cotrained is not None, mean=self.scope.mean
+        )
+        scorer = teacher.scorer if teacher is not None else cotrained
+        self.teacher_depth = scorer.num_layers if scorer is not None else 0
+        self.student_depth = engine.module.student.num_layers
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the last step or until early stopping; the best evaluation, if there was any."""
+        train = self.config.train
+        for window in self.batches.windows(self.step, train.steps):
+            self.optimize(window)
+            self.step += 1
+            due = train.evaluate_every > 0 and self.step % train.evaluate_every == 0
+            last = self.step == train.steps
+            improved = self.evaluate() if due or last else False
+            if self.step % train.save_every == 0 or last or improved:
+                self.save(improved)
+            if train.patience and self.worse >= train.patience:
+                self.recorder.flush()
+                self.recorder.say(
+                    f"no better {self.config.evaluation.metric} in {self.worse} evaluations: stopping at step {self.step}"
+                )
+                break
+        return self.best
+
+    def optimize(self, window: Window) -> None:
+        """One optimizer step: the teacher's one forward for the window, then the student's micro-batches."""
+        config, step = self.config, self.step
+        # Dropout depends on (seed, step, rank) only: a resumed run has no generator to restore.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + self.ranks.rank)
+        lr = self._set_learning_rate(step)
+        teacher_layers, student_layers = self._layers("layer", step)
+        teacher_taps, student_taps = self._layers("attention", step)
+        view = self.teacher.window(window.teacher, teacher_layers, teacher_taps) if self.teacher else None
+        sums = StepSums()
+        done = 0
+        for index, batch in enumerate(window.student):
+            queries = len(window.query_ids) // len(window.student)
+            student, cotrained = self.engine(
+                batch.to(self.ranks.device),
+                student_layers,
+                student_taps,
+                window.teacher[index].to(self.ranks.device) if self.engine.module.teacher is not None else None,
+                teacher_layers,
+                teacher_taps,
+            )
+            views = make_views(
+                Pair(student.final, student.layers),
+                self._teacher_pair(view, cotrained, done, queries),
+                self.scope,
+                self._mask(window, done, queries),
+                contrastive_group=config.losses.contrastive.scope == "group",
+            )
+            if student_taps:
+                views.attention = (self._teacher_output(view, cotrained, index), student)
+            output = self.objective(views)
+            self.engine.backward(output.loss)
+            self.engine.step()
+            sums.add(output)
+            done += queries
+        meta = {"lr": lr, "teacher_layers": list(teacher_layers), "student_layers": list(student_layers)}
+        self.recorder.step(step + 1, sums, meta, window.query_ids, done)
+
+    def evaluate(self) -> bool:
+        """Evaluate the student; whether it is the best so far."""
+        if self.evaluator is None:
+            return False
+        self.recorder.flush()
+        values = self.evaluator(self.engine.module.student)
+        self.engine.train()
+        self.recorder.evaluation(self.step, values)
+        value = values[self.config.evaluation.metric]
+        improved = self.best is None or value > self.best["value"]
+        if improved:
+            self.best = {"step": self.step, "value": value, "checkpoint": f"step-{self.step:08d}", "values": values}
+        self.worse = 0 if improved else self.worse + 1
+        return improved
+
+    def save(self, improved: bool) -> None:
+        """Write a checkpoint, after making sure that no loss up to here was broken."""
+        self.recorder.flush()
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "worse": self.worse,
+            "processes": self.ranks.world,
+            "config": self.config.model_dump(mode="json"),
+        }
+        self.checkpoints.save(self.engine, self.step, state, best=self.best if improved else None)
+
+    def _set_learning_rate(self, step: int) -> float:
+        factor = learning_rate(step, self.config.train)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group.get("base_lr", self.config.train.lr) * factor
+        return self.config.train.lr * factor
+
+    def _layers(self, name: str, step: int) -> tuple[list[int], list[int]]:
+        loss = getattr(self.config.losses, name)
+        if loss.weight == 0 or self.teacher_depth == 0:
+            return [], []
+        return select_layers(loss, self.teacher_depth, self.student_depth, seed=self.config.seed, step=step)
+
+    def _teacher_pair(
+        self, view: TeacherView | None, cotrained: Output | None, start: int, queries: int
+    ) -> Pair | None:
+        if cotrained is not None:
+            return Pair(cotrained.final, cotrained.layers)
+        if view is None:
+            return None
+        group, stop = self.batches.group, start + queries
+        return Pair(
+            view.final.micro(start, stop, group), view.layers.micro(start, stop, group) if view.layers else None
+        )
+
+    def _teacher_output(self, view: TeacherView | None, cotrained: Output | None, index: int) -> Output:
+        if cotrained is not None:
+            return cotrained
+        assert view is not None
+        return view.outputs[index]
+
+    def _mask(self, window: Window, start: int, queries: int) -> torch.Tensor | None:
+        if not self.config.data.mask_duplicates:
+            return None
+        group, device = self.batches.group, self.ranks.device
+        keys = window.passage_keys[start * group : (start + queries) * group].to(device, non_blocking=True)
+        return self.scope.mask(keys, window.positive_keys[start : start + queries].to(device, non_blocking=True))

@@ -1,0 +1,133 @@
+"""The processes of a run: who this one is, and the few collective operations the rest of the engine needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all, and its device."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which writes files and speaks."""
+        return self.rank == 0
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of `x` over all ranks, without gradient."""
+        if self.world == 1:
+            return x.detach()
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        return x / self.world
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            dist.barrier()
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's `value`, on every rank. A small picklable object of our own making."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def all(self, value: T) -> list[T]:
+        """Every rank's `value`, in order of rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher told it, before anything is initialised; 0 when started by hand."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_world(world: int) -> int:
+    """Processes on this machine, as the launcher told it; all of them where it did not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+
+
+@contextmanager
+def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+    """Join the processes that the launcher started (or be the only one), and leave them again at the end.
+
+    Works under the DeepSpeed launcher, torchrun and SLURM's or MPI's environments that set RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT; without these, one process of its own.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
+    prepare_environment()
+    import deepspeed
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        _skip_shared_memory_op()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=timeout_minutes)
+    )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    try:
+        yield Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    finally:
+        # gloo aborts at exit otherwise. After a failure the others may be gone: destroying waits for nobody.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prepare_environment() -> None:
+    """Quieten DeepSpeed, and let its op builder find the ninja of this environment."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    scripts = str(Path(sys.executable).parent)
+    if shutil.which("ninja") is None and scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + scripts
+    from deepspeed.utils import logger
+
+    logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _skip_shared_memory_op() -> None:
+    # On CPU, DeepSpeed compiles a shared-memory all-reduce at start (half a minute, and a C++ compiler). Only its tensor
+    # parallelism uses it: ours never does.
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

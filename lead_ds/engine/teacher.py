@@ -1,0 +1,152 @@
+"""The frozen teacher: where its parameters live, and its one forward pass per accumulation window."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.batches import ModelBatch
+from lead_ds.engine.deepspeed_config import teacher_deepspeed_config
+from lead_ds.engine.ranks import Ranks, local_world
+from lead_ds.models.load import load_teacher, read_model_config
+from lead_ds.models.scorer import Output, Scorer
+from lead_ds.relevance import Features, merge
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher says of a window: final (K = 1) and selected layers' features; taps of each chunk where asked."""
+
+    final: Features
+    layers: Features | None
+    outputs: list[Output]
+
+
+class FrozenTeacher:
+    """A frozen scorer, replicated or sharded by ZeRO-3, that answers whole accumulation windows without gradient.
+
+    One large forward per window is what hides ZeRO-3's gathers: their cost does not depend on how many tokens pass.
+    """
+
+    def __init__(self, scorer: Scorer, engine: Any, placement: str, device: torch.device) -> None:
+        self.scorer, self.engine, self.placement, self.device = scorer, engine, placement, device
+
+    @torch.no_grad()  # not inference_mode: its tensors could not enter the student's graph
+    def window(
+        self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
+    ) -> TeacherView:
+        """Features of the window's chunks, joined. Every rank must call this with equally many chunks."""
+        module = self.engine if self.engine is not None else self.scorer
+        outputs = [module(chunk.to(self.device), layers=layers, tap_layers=tap_layers) for chunk in chunks]
+        return TeacherView(
+            final=merge([output.final for output in outputs]),
+            layers=merge([output.layers for output in outputs if output.layers is not None]) if layers else None,
+            outputs=outputs if tap_layers else [],
+        )
+
+    def parameter_bytes(self) -> tuple[int, int]:
+        """Bytes of parameters that this rank holds between forwards, and of the whole model."""
+        held = whole = 0
+        for parameter in self.scorer.parameters():
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            whole += numel * parameter.element_size()
+            sharded = getattr(parameter, "ds_tensor", None)
+            held += (numel if sharded is None else sharded.numel()) * parameter.element_size()
+        return held, whole
+
+
+def build_teacher(config: Config, ranks: Ranks) -> FrozenTeacher:
+    """Load, place and freeze the teacher of a configuration."""
+    assert config.teacher is not None
+    settings = config.teacher
+    dtype = teacher_dtype(settings, ranks.device)
+    placement = choose_placement(settings, dtype, ranks)
+    if placement == "replicate":
+        scorer = _frozen(load_teacher(settings, dtype)).to(ranks.device)
+        return FrozenTeacher(scorer, None, placement, ranks.device)
+    import deepspeed
+
+    shape = read_model_config(settings)
+    tree = teacher_deepspeed_config(
+        config.deepspeed.teacher,
+        dtype,
+        hidden=int(shape.get_text_config().hidden_size),
+        local_world=local_world(ranks.world),
+        offload=settings.offload,
+        offload_path=settings.offload_path,
+    )
+    with _sharded_loading(tree):
+        scorer = load_teacher(settings, dtype)
+    engine = deepspeed.initialize(model=_frozen(scorer), config=tree)[0]
+    engine.eval()
+    return FrozenTeacher(scorer, engine, placement, ranks.device)
+
+
+def teacher_dtype(settings: TeacherConfig, device: torch.device) -> torch.dtype:
+    """fp16 on CUDA and bf16 on CPU, where fp16 is refused; or what the configuration says."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def choose_placement(settings: TeacherConfig, dtype: torch.dtype, ranks: Ranks) -> str:
+    """`auto`: a copy per rank where it takes less than a third of the memory there is, else shards."""
+    if settings.placement != "auto" or settings.offload != "none":
+        return "replicate" if settings.placement == "replicate" else "zero3"
+    if ranks.world == 1:
+        return "replicate"
+    needed = count_parameters(settings) * dtype.itemsize
+    if ranks.device.type == "cuda":
+        room = torch.cuda.mem_get_info(ranks.device)[0]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world(ranks.world)
+    # Ranks may see different free memory: the tightest decides for all, or they would wait for each other for ever.
+    return "replicate" if needed * 3 < min(ranks.all(room)) else "zero3"
+
+
+def count_parameters(settings: TeacherConfig) -> int:
+    """Parameters of the backbone, from its configuration alone."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(read_model_config(settings), trust_remote_code=settings.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _frozen(scorer: Scorer) -> Scorer:
+    scorer.requires_grad_(False)
+    scorer.eval()
+    return scorer
+
+
+@contextmanager
+def _sharded_loading(tree: dict[str, Any]) -> Iterator[None]:
+    """While open, from_pretrained shards parameters as it reads them. Closed at once: the scope is global to the process."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    scope = HfDeepSpeedConfig(tree)
+    try:
+        yield
+    finally:
+        del scope
+        unset_hf_deepspeed_config()
+
+
+def resident_parameters(module: nn.Module) -> tuple[int, int]:
+    """Elements of a sharded module's parameters that are gathered now, and that are meant to stay so."""
+    resident = persistent = 0
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_status"):
+            resident += parameter.ds_numel if parameter.ds_status.name == "AVAILABLE" else 0
+            persistent += parameter.ds_numel if getattr(parameter, "ds_persist", False) else 0
+    return resident, persistent

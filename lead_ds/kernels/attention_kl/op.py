@@ -1,0 +1,134 @@
+"""`attention_kl`: the public function over the implementations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lead_ds.kernels.attention_kl.chunked import attention_kl_chunked
+from lead_ds.kernels.attention_kl.inputs import LayerPair, Tensors, layer_pairs
+from lead_ds.kernels.dispatch import resolve
+
+
+def attention_kl(
+    tq: Tensors,
+    tk: Tensors,
+    sq: Tensors,
+    sk: Tensors,
+    mask: Tensor | None = None,
+    *,
+    teacher_scale: float | Sequence[float] | None = None,
+    student_scale: float | Sequence[float] | None = None,
+    temperature: float = 1.0,
+    causal: bool = False,
+    relation_heads: int | None = None,
+    impl: str = "auto",
+    window: int | None | Sequence[int | None] = None,
+    head_mean: bool = False,
+    atomic: bool = False,
+) -> Tensor:
+    """KL(teacher || student) of two models' attention distributions, in nats: a scalar.
+
+    Summed over keys, averaged over real query rows, heads and layer pairs; no L x L map is kept in memory.
+
+    Args:
+        tq, tk: teacher queries [B, Ht, L, dt] and keys (fewer heads: grouped-query attention), without gradient.
+        sq, sk: student queries [B, Hs, L, ds] and keys; they get the gradient. Each of the four may be a list of K
+            tensors, one per layer pair, equal in B and L.
+        mask: [B, L], nonzero = real; hides keys and excludes query rows. None: every token is real.
+        teacher_scale, student_scale: what multiplies q . k; default 1 / sqrt(head dimension), after relation heads.
+        temperature: divides both models' logits.
+        causal: hide the keys after a row, in both models.
+        relation_heads: concatenate the heads and re-split them into this many (MiniLMv2, Wang et al., 2021), so that
+            models with different head counts compare.
+        impl: "auto", "triton" or "torch".
+        window: hide keys farther than this many positions from a row.
+        head_mean: compare the distributions averaged over each model's heads; always runs on torch.
+        atomic: let the Triton backward add up with atomics: one kernel instead of two, but sums in no fixed order.
+
+    Returns a float32 scalar (float64 for float64 inputs); 0 if no row is real.
+    Raises ValueError where shapes or head counts do not fit, or where the teacher requires grad.
+    """
+    return attention_kl_pairs(
+        tq,
+        tk,
+        sq,
+        sk,
+        mask,
+        teacher_scale=teacher_scale,
+        student_scale=student_scale,
+        temperature=temperature,
+        causal=causal,
+        relation_heads=relation_heads,
+        impl=impl,
+        window=window,
+        head_mean=head_mean,
+        atomic=atomic,
+    ).mean()
+
+
+def attention_kl_pairs(
+    tq: Tensors,
+    tk: Tensors,
+    sq: Tensors,
+    sk: Tensors,
+    mask: Tensor | None = None,
+    *,
+    teacher_scale: float | Sequence[float] | None = None,
+    student_scale: float | Sequence[float] | None = None,
+    temperature: float = 1.0,
+    causal: bool = False,
+    relation_heads: int | None = None,
+    impl: str = "auto",
+    window: int | None | Sequence[int | None] = None,
+    head_mean: bool = False,
+    atomic: bool = False,
+) -> Tensor:
+    """`attention_kl` of every layer pair: [K], in nats; arguments and errors as there."""
+    pairs = layer_pairs(
+        tq,
+        tk,
+        sq,
+        sk,
+        mask,
+        teacher_scale=teacher_scale,
+        student_scale=student_scale,
+        temperature=temperature,
+        relation_heads=relation_heads,
+        window=window,
+        head_mean=head_mean,
+    )
+    implementation = _implementation(impl, pairs, head_mean)
+    students = [tensor for pair in pairs for tensor in (pair.sq, pair.sk)]
+    if implementation == "triton":
+        from lead_ds.kernels.attention_kl.triton_op import AttentionKLTriton
+
+        return AttentionKLTriton.apply(pairs, mask, causal, atomic, *students)
+    return _AttentionKLTorch.apply(pairs, mask, causal, head_mean, *students)
+
+
+def _implementation(impl: str, pairs: list[LayerPair], head_mean: bool) -> str:
+    tensors = [tensor for pair in pairs for tensor in (pair.tq, pair.tk, pair.sq, pair.sk)]
+    return resolve(impl, *tensors, kernel="attention_kl")
+
+
+class _AttentionKLTorch(torch.autograd.Function):
+    """Value and gradient in one visit of the map; backward only scales the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pairs: list[LayerPair], mask: Tensor | None, causal: bool, head_mean: bool, *students: Tensor
+    ) -> Tensor:
+        with_grad = any(ctx.needs_input_grad)
+        values, gradients = attention_kl_chunked(pairs, mask, causal, head_mean, with_grad)
+        ctx.save_for_backward(*(tensor for gradient in gradients for tensor in gradient))
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        scaled = [gradients[i] * grad_K[i // 2].to(gradients[i].dtype) for i in range(len(gradients))]
+        return (None, None, None, None, *scaled)
