@@ -23,7 +23,7 @@ def argmax_dtype(passage_length: int) -> torch.dtype:
 def forward(
     q_QlD: Tensor, d_PmD: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, save_argmax: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scores [Q, P] and, if asked, the winning token of every query row [P, Q * Lq] (-1 = none); else an empty tensor."""
+    """Scores [Q, P] and, if asked, every query row's winning token [P, Q * Lq] (-1 = none); else an empty tensor."""
     queries, length_q, width = q_QlD.shape
     passages, length_d, _ = d_PmD.shape
     dtype = accumulation_dtype(q_QlD.dtype)
@@ -69,7 +69,7 @@ def backward(
     d_mask: Tensor | None,
     argmax_PR: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of q and d: a weighted gather of the winning passage tokens, and a scatter of the query rows onto them."""
+    """Gradients of q and d: a weighted gather of the winning passage tokens; a scatter of the query rows onto them."""
     queries, length_q, width = q_QlD.shape
     passages, length_d, _ = d_PmD.shape
     dtype = accumulation_dtype(q_QlD.dtype)

@@ -19,12 +19,13 @@ _LIBRARY.define(
 def maxsim(
     q: Tensor, d: Tensor, q_mask: Tensor | None = None, d_mask: Tensor | None = None, *, impl: str = "auto"
 ) -> Tensor:
-    """Late-interaction scores: for every query and passage, the sum over query tokens of the best passage token's product.
+    """Late-interaction scores: for every query and passage, the sum over query tokens of the best passage token's
+    product.
 
-    q [Q, Lq, D], d [P, Ld, D] float (the wider dtype of the two is used), masks [Q, Lq] and [P, Ld] with 1 = real -> [Q, P],
-    float32 (float64 for float64 inputs). Masked query tokens add 0, masked passage tokens never win, and a fully masked
-    passage scores 0. Differentiable in q and d, deterministically; the [Q, P, Lq, Ld] similarities are never held, only the
-    position of each winner (2 bytes).
+    q [Q, Lq, D], d [P, Ld, D] float (the wider dtype of the two is used), masks [Q, Lq] and [P, Ld] with 1 = real ->
+    [Q, P], float32 (float64 for float64 inputs). Masked query tokens add 0, masked passage tokens never win, and a
+    fully masked passage scores 0. Differentiable in q and d, deterministically; the [Q, P, Lq, Ld] similarities are
+    never held, only the position of each winner (2 bytes).
 
     Raises ValueError for shapes that do not fit together or an `impl` that cannot run here.
     ColBERT, https://arxiv.org/abs/2004.12832, eq. 3.
@@ -43,7 +44,9 @@ def maxsim(
 
 def _check(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> None:
     if q.dim() != 3 or d.dim() != 3 or q.shape[2] != d.shape[2]:
-        raise ValueError(f"maxsim: q and d must be [Q, Lq, D] and [P, Ld, D], not {tuple(q.shape)} and {tuple(d.shape)}")
+        raise ValueError(
+            f"maxsim: q and d must be [Q, Lq, D] and [P, Ld, D], not {tuple(q.shape)} and {tuple(d.shape)}"
+        )
     for name, mask, tokens in (("q_mask", q_mask, q), ("d_mask", d_mask, d)):
         if mask is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(f"maxsim: {name} must be {tuple(tokens.shape[:2])}, not {tuple(mask.shape)}")

@@ -7,8 +7,9 @@ from torch import Tensor
 def maxsim_reference(q: Tensor, d: Tensor, q_mask: Tensor | None = None, d_mask: Tensor | None = None) -> Tensor:
     """Sum over query tokens of the largest product with a passage token; differentiable, in the dtype of `q`.
 
-    q [Q, Lq, D], d [P, Ld, D], masks [Q, Lq] and [P, Ld] with 1 = real -> scores [Q, P]. Masked tokens are zeroed first, so
-    that whatever lies in the padding (even NaN) stays out of the gradients too. ColBERT, https://arxiv.org/abs/2004.12832, eq. 3.
+    q [Q, Lq, D], d [P, Ld, D], masks [Q, Lq] and [P, Ld] with 1 = real -> scores [Q, P]. Masked tokens are zeroed
+    first, so that whatever lies in the padding (even NaN) stays out of the gradients too. ColBERT,
+    https://arxiv.org/abs/2004.12832, eq. 3.
     """
     if q_mask is not None:
         q = q.masked_fill(~q_mask.bool()[..., None], 0)
