@@ -1,8 +1,8 @@
 """`impl="torch"`: the attention KL and its gradient in chunks of the map, so that no full L x L map ever exists.
 
-A chunk is a block of texts, heads and query rows whose maps stay in the processor's caches. The gradient comes out of the
-same visit as the value (the map is there anyway), which spares the backward pass two of its products: what is kept until
-then is one tensor of the size of each input.
+A chunk is a block of texts, heads and query rows whose maps stay in the processor's caches. The gradient comes out of
+the same visit as the value (the map is there anyway), which spares the backward pass two of its products: what is kept
+until then is one tensor of the size of each input.
 
 Legend: B batch, H heads, L query rows, J keys, d head dimension.
 """
@@ -17,7 +17,8 @@ from torch import Tensor
 from lead_ds.kernels.attention_kl.inputs import LayerPair
 from lead_ds.kernels.attention_kl.reference import HIDDEN
 
-# Elements of one map of a chunk: three float32 maps of this size fit a core's share of the cache. A GPU wants big blocks.
+# Elements of one map of a chunk: three float32 maps of this size fit a core's share of the cache. A GPU wants big
+# blocks.
 _CPU_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 25
 # A head-averaged log-probability below this is an event of probability 0 in any dtype; finite, so that 0 * log 0 is 0.
@@ -124,7 +125,10 @@ def _blocks(pair: LayerPair, causal: bool, head_mean: bool) -> Iterator[_Block]:
                 first = 0 if pair.window is None else max(0, r - pair.window)
                 last = end if causal else (length if pair.window is None else min(length, end + pair.window))
                 yield _Block(
-                    slice(b, min(b + texts, batch)), slice(h, min(h + head_step, heads)), slice(r, end), slice(first, last)
+                    slice(b, min(b + texts, batch)),
+                    slice(h, min(h + head_step, heads)),
+                    slice(r, end),
+                    slice(first, last),
                 )
 
 
@@ -166,8 +170,9 @@ def _logits(
 
 def _hide(logits: Tensor, block: _Block, hidden_BL: Tensor | None, causal: bool, window: int | None) -> None:
     if hidden_BL is not None:
-        bias = torch.zeros((), dtype=logits.dtype, device=logits.device).expand(hidden_BL[block.texts, block.keys].shape)
-        logits += bias.masked_fill(hidden_BL[block.texts, block.keys], HIDDEN)[:, None, None, :]
+        hidden = hidden_BL[block.texts, block.keys]
+        bias = torch.zeros(hidden.shape, dtype=logits.dtype, device=logits.device).masked_fill_(hidden, HIDDEN)
+        logits += bias[:, None, None, :]
     if causal or window is not None:
         row = torch.arange(block.rows.start, block.rows.stop, device=logits.device)[:, None]
         key = torch.arange(block.keys.start, block.keys.stop, device=logits.device)[None, :]

@@ -39,7 +39,7 @@ def layer_pairs(
     student_scale: float | Sequence[float] | None,
     temperature: float,
     relation_heads: int | None,
-    window: int | None | Sequence[int | None],
+    window: int | Sequence[int | None] | None,
     head_mean: bool,
 ) -> list[LayerPair]:
     """The checked layer pairs of a call, heads already re-split where relation heads are asked for.

@@ -25,7 +25,7 @@ def attention_kl(
     causal: bool = False,
     relation_heads: int | None = None,
     impl: str = "auto",
-    window: int | None | Sequence[int | None] = None,
+    window: int | Sequence[int | None] | None = None,
     head_mean: bool = False,
     atomic: bool = False,
 ) -> Tensor:
@@ -82,7 +82,7 @@ def attention_kl_pairs(
     causal: bool = False,
     relation_heads: int | None = None,
     impl: str = "auto",
-    window: int | None | Sequence[int | None] = None,
+    window: int | Sequence[int | None] | None = None,
     head_mean: bool = False,
     atomic: bool = False,
 ) -> Tensor:
