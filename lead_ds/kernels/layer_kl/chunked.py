@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lead_ds.kernels.layer_kl.regime import saved_dtype, saved_shapes, stores_residual
 
-# Scores of one map held at once where the maps are not stored: 4 MiB of float32 a map.
-_CHUNK_SCORES = 1 << 20
+# Scores of one map held at once where the maps are not stored: 8 MiB of float32 a map.
+_CHUNK_SCORES = 1 << 21
 # Fewer rows than this waste the matrix product.
 _CHUNK_ROWS = 32
 
@@ -38,16 +38,18 @@ def forward(
     hidden_QP = _hidden(mask, target)
     if stores_residual(layers, queries, passages):
         t_KQP, s_KQP = torch.bmm(tq.to(dtype), td.to(dtype).mT), torch.bmm(sq.to(dtype), sd.to(dtype).mT)
-        _rows(t_KQP, s_KQP, target, hidden_QP, teacher_temperature, student_temperature, kl_KQ, nll_KQ)
+        p_KQP, log_r_KQP, _, _ = _rows(
+            t_KQP, s_KQP, target, hidden_QP, teacher_temperature, student_temperature, kl_KQ, nll_KQ
+        )
         if differentiable:
-            torch.sub(s_KQP.exp_(), t_KQP.exp_(), out=first)
+            torch.sub(log_r_KQP.exp_(), p_KQP, out=first)
         return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), first, second
     for k in range(layers):
         td_PD, sd_PD = td[k].to(dtype), sd[k].to(dtype)
         for rows in _blocks(queries, passages):
             t_NP, s_NP = torch.mm(tq[k, rows].to(dtype), td_PD.T), torch.mm(sq[k, rows].to(dtype), sd_PD.T)
             hidden_NP = None if hidden_QP is None else hidden_QP[rows]
-            lse_t, lse_s = _rows(
+            _, _, lse_t, lse_s = _rows(
                 t_NP,
                 s_NP,
                 target[rows],
@@ -122,27 +124,29 @@ def _rows(
     student_temperature: float,
     kl_N: Tensor,
     nll_N: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Fill a block's KL and NLL; turn its scores, in place, into log-probabilities; return the two log-sum-exps.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill a block's KL and NLL from its scores (leading dimensions are free); also tempers and masks the scores in place.
 
-    Leading dimensions are free. Hidden entries end at -inf, which is probability 0 on both sides.
+    Returns the teacher's probabilities, the student's log-probabilities, and the two log-sum-exps.
     """
     if hidden_NP is not None:
-        t_NP.masked_fill_(hidden_NP, float("-inf"))
-        s_NP.masked_fill_(hidden_NP, float("-inf"))
-    place = target.expand(t_NP.shape[:-1])[..., None]
-    nll_N.copy_(torch.logsumexp(t_NP, dim=-1) - t_NP.gather(-1, place).squeeze(-1))
-    lse_t, lse_s = _normalise_(t_NP, teacher_temperature), _normalise_(s_NP, student_temperature)
-    difference_NP = t_NP - s_NP
-    if hidden_NP is not None:
-        difference_NP.masked_fill_(hidden_NP, 0)
-    kl_N.copy_(difference_NP.mul_(t_NP.exp()).sum(dim=-1))
-    return lse_t, lse_s
-
-
-def _normalise_(scores_NP: Tensor, temperature: float) -> Tensor:
-    if temperature != 1.0:
-        scores_NP.div_(temperature)
-    lse_N = torch.logsumexp(scores_NP, dim=-1)
-    scores_NP.sub_(lse_N[..., None])
-    return lse_N
+        # Finite, so that the difference of two hidden log-probabilities is a number, which probability 0 then cancels.
+        t_NP.masked_fill_(hidden_NP, -1e30)
+        s_NP.masked_fill_(hidden_NP, -1e30)
+    place_N1 = target.expand(t_NP.shape[:-1])[..., None]
+    if teacher_temperature != 1.0:
+        nll_N.copy_(torch.logsumexp(t_NP, dim=-1).sub_(t_NP.gather(-1, place_N1).squeeze(-1)))
+        t_NP.div_(teacher_temperature)
+    if student_temperature != 1.0:
+        s_NP.div_(student_temperature)
+    p_NP, log_r_NP = torch.log_softmax(t_NP, dim=-1), torch.log_softmax(s_NP, dim=-1)
+    # The target is never hidden, so its score less its log-probability is the log-sum-exp, with no pass over the row.
+    log_p_N1 = p_NP.gather(-1, place_N1)
+    lse_t = (t_NP.gather(-1, place_N1) - log_p_N1).squeeze(-1)
+    lse_s = (s_NP.gather(-1, place_N1) - log_r_NP.gather(-1, place_N1)).squeeze(-1)
+    if teacher_temperature == 1.0:
+        nll_N.copy_(log_p_N1.squeeze(-1).neg_())
+    difference_NP = torch.sub(p_NP, log_r_NP, out=t_NP)
+    p_NP.exp_()
+    torch.sum(difference_NP.mul_(p_NP), dim=-1, out=kl_N)
+    return p_NP, log_r_NP, lse_t, lse_s
