@@ -1,0 +1,1 @@
+"""Scorers: dual encoder, ColBERT, cross-encoder, decoder reranker; layer capture; loading and saving."""

@@ -1,0 +1,257 @@
+"""Loading a Hugging Face model safely: safetensors only, no remote code, one line when it cannot be done.
+
+Works inside an active `HfDeepSpeedConfig`, where parameters are sharded by ZeRO-3 as they are read: nothing here looks at
+a parameter's shape or data without gathering it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lead_ds.config import ModelConfig, TeacherConfig
+from lead_ds.errors import InputError
+from lead_ds.models.layout import find_file, hub_settings, read_layout
+
+Family = Literal["base", "classifier", "causal"]
+
+
+def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
+    """The model's own (transformers) configuration, without its weights.
+
+    Raises InputError: no such directory, no model in it, an unknown architecture, a hub name that cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    _check_path(config)
+    if subfolder is None:
+        subfolder = read_layout(config.path, late_interaction=True).subfolder
+    with _told(config):
+        shape = AutoConfig.from_pretrained(
+            _expanded(config.path),
+            subfolder=subfolder,
+            trust_remote_code=config.trust_remote_code,
+            **hub_settings(config.path),
+        )
+    if getattr(shape, "is_encoder_decoder", False):
+        raise InputError(config.path, f"{shape.model_type} is an encoder-decoder", "use an encoder or a decoder")
+    return shape
+
+
+def load_model(config: ModelConfig, family: Family, dtype: torch.dtype, subfolder: str = "") -> Any:
+    """A transformers model, in evaluation mode, its weights in `dtype`.
+
+    family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification) or "causal" (AutoModelForCausalLM).
+    A student's missing classification head is initialised; every other missing weight is an InputError, as is a path that
+    is no model, pickled weights without `allow_pickle`, or code without `trust_remote_code`.
+    """
+    import transformers
+
+    shape = read_model_config(config, subfolder)
+    may_lack_head = family == "classifier" and not isinstance(config, TeacherConfig)
+    if family == "classifier" and not has_classifier(shape):
+        if not may_lack_head and config.weights == "pretrained":
+            raise _no_head(config, shape)
+        shape.num_labels = 1
+    auto = {
+        "base": transformers.AutoModel,
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "causal": transformers.AutoModelForCausalLM,
+    }[family]
+    settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    if config.attention != "auto":  # auto: transformers takes sdpa where the architecture has it
+        settings["attn_implementation"] = config.attention
+    with _told(config), _quiet():
+        if config.weights == "random":
+            return auto.from_config(shape, **settings).eval()
+        settings |= hub_settings(config.path) | {"config": shape, "subfolder": subfolder, "output_loading_info": True}
+        settings["use_safetensors"] = None if config.allow_pickle else True
+        model, info = auto.from_pretrained(_expanded(config.path), **settings)
+        missing = _missing(info)
+        if _backbone_missing(model, missing) and shape.architectures:
+            # ZeRO-3 loading does not strip the prefix of a checkpoint that was saved with a head: read it as it was saved.
+            saved_as = getattr(transformers, str(shape.architectures[0]), None)
+            if saved_as is not None and not isinstance(model, saved_as) and family == "base":
+                settings.pop("trust_remote_code")
+                whole, info = saved_as.from_pretrained(_expanded(config.path), **settings)
+                model, missing = whole.base_model, _backbone_missing(whole, _missing(info))
+    lost = _backbone_missing(model, missing)
+    if lost:
+        raise InputError(
+            config.path, f"its weights lack {len(lost)} parameters of a {shape.model_type}, such as {lost[0]}"
+        )
+    if missing - set(lost) and not may_lack_head and family != "base":
+        raise _no_head(config, shape)
+    return model.eval()
+
+
+def has_classifier(shape: Any) -> bool:
+    """Whether a model's configuration says that it was saved with a classification head."""
+    return any("ForSequenceClassification" in str(name) for name in shape.architectures or ())
+
+
+def is_decoder(shape: Any) -> bool:
+    """Whether a model reads from left to right: a language model that is no masked one."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = shape.get_text_config().model_type
+    causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return (kind in causal and kind not in masked) or bool(getattr(shape, "is_decoder", False))
+
+
+def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
+    """Keep only `layers` of a model, in that order, and let its configuration say so. In place; ZeRO-3 safe.
+
+    Per-layer lists of the configuration (layer_types and the like) are cut alongside. InputError for an index it lacks.
+    """
+    name, old = find_layers(model)
+    total = len(old)
+    check_layers(layers, total, path)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    kept = nn.ModuleList([old[i] for i in layers])
+    # Some architectures give their first layer a part less (ModernBERT: no norm after the embeddings' own); a shallower
+    # model must have that shape too, or it could not be loaded again.
+    for part, module in old[0].named_children():
+        if isinstance(module, nn.Identity) and not isinstance(getattr(kept[0], part), nn.Identity):
+            setattr(kept[0], part, nn.Identity())
+    setattr(owner, name.rpartition(".")[2], kept)
+    for i, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = i
+    shape = model.config.get_text_config()
+    for key, value in list(vars(shape).items()):
+        if isinstance(value, (list, tuple)) and len(value) == total and key not in ("architectures",):
+            setattr(shape, key, type(value)(value[i] for i in layers))
+    shape.num_hidden_layers = len(kept)
+    for module in owner.modules():
+        if module is owner and hasattr(module, "n_layers"):
+            module.n_layers = len(kept)
+
+
+def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The transformer layers of a model and their name: the ModuleList as long as its configuration says."""
+    total = model.config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total and not ({"vision", "audio"} & set(_words(name)))
+    ]
+    if not found:
+        raise InputError(
+            getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            f"the {total} layers of a {model.config.model_type} were not found",
+            "its layers must be a list of modules of their own",
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def check_layers(layers: Sequence[int], total: int, path: str) -> None:
+    """InputError where an index is not one of a model's layers."""
+    for i in layers:
+        if not 0 <= i < total:
+            raise InputError(path, f"layer {i} asked of a model with {total} layers", f"0 to {total - 1}")
+
+
+def _words(name: str) -> list[str]:
+    return name.replace("_", ".").split(".")
+
+
+def _missing(info: dict[str, Any]) -> set[str]:
+    mismatched = {item[0] if isinstance(item, tuple) else item for item in info.get("mismatched_keys", ())}
+    return set(info.get("missing_keys", ())) | mismatched
+
+
+def _backbone_missing(model: Any, missing: set[str]) -> list[str]:
+    """Missing weights of the layers and embeddings; poolers and heads are judged by who needs them."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    return sorted(key for key in missing if key.startswith(prefix) and "pooler" not in _words(key))
+
+
+def _no_head(config: ModelConfig, shape: Any) -> InputError:
+    return InputError(
+        config.path,
+        f"a {shape.model_type} without a trained scoring head cannot be this teacher",
+        "train one with `lead-ds warmup`, or choose kind: dual_encoder",
+    )
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _check_path(config: ModelConfig) -> None:
+    """Refuse, before the hub is asked, what is plainly a local path that holds no model."""
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        if find_file(config.path, "config.json") is None and find_file(config.path, "modules.json") is None:
+            raise InputError(config.path, "not a model: it has no config.json")
+    elif folder.exists():
+        raise InputError(config.path, "not a model directory but a file")
+    elif folder.is_absolute() or config.path.startswith((".", "~")) or len(folder.parts) > 2 or not config.path:
+        raise InputError(config.path or "path", "no such model directory")
+
+
+@contextmanager
+def _told(config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers and safetensors raise for a bad model into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(config.path, f"damaged weights: {error}") from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mismatch" not in str(error):
+            raise  # out of memory and the like: not the input's fault
+        text = str(error)
+        if "trust_remote_code" in text:
+            what, remedy = "comes with Python code of its own", "set trust_remote_code: true if you have read it"
+        elif not config.allow_pickle and _pickle_only(config):
+            what, remedy = (
+                "its weights come as pickle only, which can run code",
+                "set allow_pickle: true if you trust it",
+            )
+        elif isinstance(error, OSError) and not Path(config.path).expanduser().is_dir():
+            what, remedy = "no such directory, and not to be had from the hub", "check the name and the network"
+        elif isinstance(error, OSError):
+            what, remedy = "not a complete model: config.json or model.safetensors is absent or unreadable", ""
+        else:
+            what, remedy = (
+                f"cannot be loaded: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}",
+                "",
+            )
+        raise InputError(config.path, what, remedy) from error
+
+
+def _pickle_only(config: ModelConfig) -> bool:
+    names = ("model.safetensors", "model.safetensors.index.json")
+    subfolder = read_layout(config.path, late_interaction=True).subfolder
+    prefix = f"{subfolder}/" if subfolder else ""
+    if any(find_file(config.path, prefix + name) for name in names):
+        return False
+    pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any(find_file(config.path, prefix + name) for name in pickles)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading reports and progress bars only where a person watches; what matters in them is raised as errors."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,80 @@
+"""Reading chosen layers of any backbone while it runs, without keeping whole hidden states.
+
+Index i is the output of transformer layer i; embeddings do not count. Where a model normalises once more after its last
+layer (ModernBERT's `final_norm`, `norm` of Llama, Qwen, Mistral, Gemma), every layer's state is read through that norm - the
+logit lens - because raw residual streams of decoders hold a few massive coordinates that drown every dot product; the last
+layer so read is the model's own final state.
+
+Hooks stand on the layers for good and answer only while a reading is open: installed at the first forward pass, after
+DeepSpeed's own hooks, so that gradient through a captured state also passes the one that gathers ZeRO-3 parameters; outside
+gradient checkpointing's recomputation, which must not capture again; and outside of what torch.compile traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lead_ds.models.backbone import check_layers, find_layers
+
+_FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class LayerCapture:
+    """Captures the outputs of a backbone's layers. Not a module: it holds references only."""
+
+    def __init__(self, backbone: Any, path: str) -> None:
+        name, self.layers = find_layers(backbone)
+        owner = backbone.get_submodule(name.rpartition(".")[0])
+        norms = (getattr(owner, norm, None) for norm in _FINAL_NORMS)
+        self.norm: nn.Module | None = next((norm for norm in norms if isinstance(norm, nn.Module)), None)
+        self.path = path
+        self._installed = False
+        self._wanted: frozenset[int] = frozenset()
+        self._reduce: Reduce | None = None
+        self._states: dict[int, Tensor] = {}
+        self._error: Exception | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextmanager
+    def reading(self, layers: Sequence[int], reduce: Reduce) -> Iterator[dict[int, Tensor]]:
+        """While open, `reduce(state [B, L, D])` of each of `layers` is put in the dictionary given.
+
+        `reduce` runs inside the hook, before the final norm. Raises InputError for an index the model lacks; what
+        `reduce` raises is raised at the end, since raising out of a hook would leave ZeRO-3 layers gathered.
+        """
+        check_layers(layers, len(self.layers), self.path)
+        if not self._installed:
+            self._install()
+        self._wanted, self._reduce, self._states, self._error = frozenset(layers), reduce, {}, None
+        try:
+            yield self._states
+        finally:
+            self._wanted, self._reduce = frozenset(), None
+        if self._error is not None:
+            raise self._error
+        missed = sorted(set(layers) - self._states.keys())
+        if missed:
+            raise RuntimeError(f"{self.path}: layers {missed} did not run")
+
+    def _install(self) -> None:
+        for i, layer in enumerate(self.layers):
+            layer.register_forward_hook(torch.compiler.disable(partial(self._read, i)))
+        self._installed = True
+
+    def _read(self, i: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if i not in self._wanted or self._reduce is None or i in self._states:
+            return
+        try:
+            self._states[i] = self._reduce(output[0] if isinstance(output, (tuple, list)) else output)
+        except Exception as error:
+            self._error = self._error or error

@@ -1,0 +1,136 @@
+"""What stands beside a model's weights: the modules of a sentence-transformers, PyLate or ColBERT directory."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lead_ds.errors import InputError
+
+PoolingMode = Literal["cls", "mean", "last"]
+
+_POOLING: dict[str, PoolingMode] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_LEGACY_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "lasttoken",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `modules.json` says of a model: every field is at its default where there is none."""
+
+    subfolder: str = ""
+    pooling: PoolingMode | None = None
+    dense: tuple[str, ...] = ()
+    normalize: bool = False
+    late_interaction: bool = False  # Dense layers read tokens (PyLate, sentence-transformers' multi-vector models)
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """One quick try: every file asked of a hub that is away would be retried for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # whatever the HTTP library of the day raises
+        return False
+    return True
+
+
+def hub_settings(path: str) -> dict[str, bool]:
+    """Arguments for transformers' loaders: the local cache alone where `path` is a directory or the hub is away."""
+    return {"local_files_only": Path(path).expanduser().is_dir() or not _hub_answers()}
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A file of a local directory or a hub repository; None where it is absent or the hub cannot be reached."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            path,
+            name,
+            **hub_settings(path),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file's content; InputError where it is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(file, f"not readable as JSON: {error}") from None
+
+
+def read_layout(path: str, *, late_interaction: bool = False) -> Layout:
+    """The layout of a directory or hub repository.
+
+    `late_interaction`: read it as a ColBERT, where Dense layers stand on tokens and no pooling is needed.
+    Raises InputError for modules whose meaning is not known here: leaving them out would change the vectors.
+    """
+    file = find_file(path, "modules.json")
+    if file is None:
+        return Layout()
+    modules = read_json(file)
+    if not isinstance(modules, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules
+    ):
+        raise InputError(file, "not a list of modules with a type")
+    subfolder, pooling, dense, normalize, tokens = "", None, [], False, False
+    for module in modules:
+        kind, where = module["type"].rsplit(".", 1)[-1], str(module.get("path", ""))
+        if ".." in Path(where).parts or Path(where).is_absolute():
+            raise InputError(file, f"module path {where!r} leaves the directory")
+        if kind == "Transformer":
+            subfolder = where
+        elif kind == "Pooling":
+            pooling = _pooling(path, where)
+        elif kind == "Dense":
+            tokens = tokens or pooling is None
+            dense.append(where)
+        elif kind == "Normalize":
+            normalize = True
+        elif kind not in ("Dropout", "MultiVectorMask"):  # neither changes a vector at inference
+            raise InputError(
+                file, f"module {module['type']} is not supported", "Transformer, Pooling, Dense, Normalize are"
+            )
+    if tokens and not late_interaction:
+        raise InputError(file, "its Dense layer reads tokens: this is a late-interaction model", "use kind: colbert")
+    # PyLate normalises token vectors without saying so in modules.json.
+    return Layout(subfolder, pooling, tuple(dense), normalize or tokens, tokens)
+
+
+def _pooling(path: str, folder: str) -> PoolingMode:
+    file = find_file(path, f"{folder}/config.json" if folder else "config.json")
+    if file is None:
+        raise InputError(path, f"modules.json names {folder}, which has no config.json")
+    tree = read_json(file)
+    modes = tree.get("pooling_mode") or [mode for key, mode in _LEGACY_POOLING.items() if tree.get(key)] or "mean"
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise InputError(
+            file, f"pooling {'+'.join(map(str, modes))} is not supported", "set pooling: cls, mean or last"
+        )
+    if tree.get("include_prompt") is False:
+        raise InputError(file, "pooling without the prompt's tokens (include_prompt: false) is not supported")
+    return _POOLING[modes[0]]

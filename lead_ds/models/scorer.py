@@ -1,0 +1,121 @@
+"""What every model is here: something that gives layer features of queries and passages.
+
+Dimensions: K selected layers, Q queries, P passages, N passages of each query, B rows, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lead_ds.config import ModelConfig
+from lead_ds.models.backbone import is_decoder
+from lead_ds.models.capture import LayerCapture, Reduce
+from lead_ds.relevance import Features
+
+if TYPE_CHECKING:
+    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.tokens import Tokens
+
+
+@dataclass
+class Output:
+    """A scorer's answer for one batch."""
+
+    final: Features  # K = 1: what the model serves
+    layers: Features | None = None  # K = the layers asked for, in that order
+    taps_queries: Any = None  # attention taps, where asked for
+    taps_passages: Any = None
+
+
+class Scorer(nn.Module):
+    """Base of all scorers. `model` is the one registered child that is the Hugging Face model, as it is saved."""
+
+    kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker"]
+    scope: Literal["batch", "group"]
+
+    def __init__(self, model: Any, config: ModelConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.width: int = int(model.config.get_text_config().hidden_size)
+        self.capture = LayerCapture(self.backbone, config.path)
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self._accepts = frozenset(parameters)
+        self._decoder = is_decoder(self.backbone.config)
+
+    @property
+    def backbone(self) -> Any:
+        """The transformer without its task head."""
+        return self.model.base_model
+
+    @property
+    def num_layers(self) -> int:
+        """How many transformer layers can be read."""
+        return len(self.capture)
+
+    @abstractmethod
+    def forward(
+        self,
+        batch: ModelBatch | None = None,
+        layers: Sequence[int] = (),
+        tap_layers: Sequence[int] = (),
+        *,
+        tokens: Tokens | None = None,
+    ) -> Any:
+        """Features of a batch; or, given `tokens` alone, what the model stores of texts (dual encoder, ColBERT)."""
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them; captured layers stay exact."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def compile_layers(self, **settings: Any) -> None:
+        """torch.compile each transformer layer on its own, so that capturing hooks stay outside of the graphs."""
+        for layer in self.capture.layers:
+            layer.forward = torch.compile(layer.forward, **settings)
+
+    @contextmanager
+    def tapping(self, tap_layers: Sequence[int]) -> Iterator[Any]:
+        """Attention taps of `tap_layers` while open; None where there are none to take."""
+        if not tap_layers:
+            yield None
+            return
+        from lead_ds.models.taps import tap_attention
+
+        with tap_attention(self.backbone, tap_layers) as taps:
+            yield taps
+
+    def run(self, tokens: Tokens, layers: Sequence[int], reduce: Reduce, *, through_norm: bool) -> list[Tensor]:
+        """`reduce` of each of `layers` and then of the model's final state: K + 1 tensors.
+
+        `through_norm`: `reduce` wants the state after the final norm. False: `reduce` only picks tokens, so the norm is
+        applied to the few that are left.
+        """
+        norm = self.capture.norm
+
+        def in_hook(state_BLD: Tensor) -> Tensor:
+            return reduce(state_BLD if norm is None or not through_norm else norm(state_BLD))
+
+        with self.capture.reading(layers, in_hook) as states:
+            final_BLD = self.backbone(**self._inputs(tokens)).last_hidden_state
+        read = [states[i] for i in layers]
+        if norm is not None and not through_norm:
+            read = [norm(state) for state in read]
+        return [*read, reduce(final_BLD)]
+
+    def _inputs(self, tokens: Tokens) -> dict[str, Any]:
+        inputs: dict[str, Any] = {name: x for name, x in tokens.items() if name in self._accepts}
+        if self._decoder:
+            mask_BL = tokens["attention_mask"]
+            if "position_ids" in self._accepts:  # a text has the same positions on whichever side it is padded
+                inputs["position_ids"] = (mask_BL.long().cumsum(1) - 1).clamp_min(0)
+            if "use_cache" in self._accepts:
+                inputs["use_cache"] = False
+        return inputs
