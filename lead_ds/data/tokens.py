@@ -1,0 +1,317 @@
+"""Text to tokens, as one model reads it: its own tokenizer, prompts and lengths.
+
+Dimensions: B texts or pairs, L tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lead_ds.data.model_files import ReadingFacts, reading_facts
+from lead_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from lead_ds.config import ModelConfig
+
+Tokens = dict[str, Tensor]
+"""input_ids, attention_mask, where the model uses them token_type_ids, and for ColBERT score_mask: int64 [B, L]."""
+
+Rows = list[list[int]]
+
+_TOKENIZER_FILE = re.compile(r".*token.*\.(json|model)$|vocab|.*\.model$|tekken")
+
+
+@dataclass
+class TextEncoder:
+    """How one model reads queries, passages and pairs. Always padded on the right, to the longest of the batch.
+
+    Picklable, and safe to use from several threads: a fast tokenizer is not, so calls of it take turns.
+    """
+
+    kind: str
+    path: str
+    tokenizer: Any
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    query_length: int = 32
+    passage_length: int = 128
+    max_length: int = 256
+    token_types: bool = False
+    query_expansion: bool = False
+    skip_tokens: frozenset[int] = frozenset()  # colbert: passage tokens that never match
+    template: str = ""
+    instruction: str = ""
+    leading: tuple[int, ...] = ()  # llm_reranker: what the tokenizer puts before a text
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> TextEncoder:
+        """The encoder of a teacher's or student's configuration.
+
+        Prompts that are null come from the model's config_sentence_transformers.json (or PyLate's prefixes). A dual encoder
+        that pools the last token ends every text with the EOS token: where its tokenizer adds no special token at
+        the end, the tokenizer itself is changed to, so that a saved student carries it. A tokenizer without a pad token
+        pads with EOS. Raises InputError when the tokenizer cannot be loaded or lacks what the configuration needs, and
+        when a length exceeds the model's positions.
+        """
+        kind = str(getattr(config, "kind", "dual_encoder"))
+        facts = reading_facts(config.path, config.trust_remote_code)
+        tokenizer = load_tokenizer(config.path, facts.subfolder, config.trust_remote_code)
+        max_length = int(getattr(config, "max_length", config.passage_length))
+        _check_lengths(config, kind, facts, max_length)
+        prompts = [
+            given if given is not None else found or ""
+            for given, found in (
+                (config.query_prompt, facts.query_prompt),
+                (config.passage_prompt, facts.passage_prompt),
+            )
+        ]
+        if kind == "dual_encoder" and (config.pooling == "last" or (config.pooling == "auto" and facts.last_pooling)):
+            _end_with_eos(tokenizer)
+        if kind == "colbert":
+            _keep_markers_whole(tokenizer, prompts)
+            if config.query_expansion and tokenizer.mask_token_id is None:
+                raise InputError(config.path, "its tokenizer has no mask token", "set query_expansion: false")
+        if kind == "llm_reranker" and not tokenizer.is_fast:
+            raise InputError(config.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
+        types = "token_type_ids" in tokenizer.model_input_names
+        return cls(
+            kind=kind,
+            path=config.path,
+            tokenizer=tokenizer,
+            query_prompt=prompts[0],
+            passage_prompt=prompts[1],
+            query_length=config.query_length,
+            passage_length=config.passage_length,
+            max_length=max_length,
+            token_types=types if facts.token_types is None else types and facts.token_types,
+            query_expansion=kind == "colbert" and config.query_expansion,
+            skip_tokens=_punctuation(tokenizer) if kind == "colbert" and config.mask_punctuation else frozenset(),
+            template=str(getattr(config, "template", "")),
+            instruction=str(getattr(config, "instruction", "")),
+            leading=_leading_tokens(tokenizer),
+        )
+
+    def queries(self, texts: Sequence[str], length: int | None = None) -> Tokens:
+        """Queries with their prompt, cut to `length` (default query_length) tokens.
+
+        ColBERT: `score_mask` marks the tokens that count. With query expansion every row is filled up to `length` with mask
+        tokens, which count in the score and are not attended to.
+        """
+        length = length or self.query_length
+        rows, types = self._encode([self.query_prompt + text for text in texts], None, length)
+        tokens = self._padded(rows, types, length if self.query_expansion else 0)
+        if self.kind == "colbert":
+            tokens["score_mask"] = tokens["attention_mask"].clone()
+            if self.query_expansion:
+                tokens["input_ids"].masked_fill_(tokens["attention_mask"] == 0, self.tokenizer.mask_token_id)
+                tokens["score_mask"].fill_(1)
+        return tokens
+
+    def passages(self, texts: Sequence[str], length: int | None = None) -> Tokens:
+        """Passages with their prompt, cut to `length` (default passage_length) tokens.
+
+        ColBERT: `score_mask` marks the tokens that count: all real ones, without punctuation where that is masked.
+        """
+        rows, types = self._encode([self.passage_prompt + text for text in texts], None, length or self.passage_length)
+        tokens = self._padded(rows, types)
+        if self.kind == "colbert":
+            skip = torch.tensor(sorted(self.skip_tokens), dtype=torch.int64)
+            tokens["score_mask"] = tokens["attention_mask"] * (~torch.isin(tokens["input_ids"], skip)).long()
+        return tokens
+
+    def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> Tokens:
+        """Query i with passage i, in max_length tokens.
+
+        Cross-encoders: the tokenizer's own pair, the longer text cut first. Decoder rerankers: the template, whose passage is
+        cut; the question and the end of the prompt never are, so that only a question that alone is longer than max_length
+        makes a longer row.
+        """
+        if self.kind == "llm_reranker":
+            return self._padded(self._prompts(queries, passages), None)
+        first = [self.query_prompt + text for text in queries]
+        rows, types = self._encode(first, [self.passage_prompt + text for text in passages], self.max_length)
+        return self._padded(rows, types)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _encode(self, texts: list[str], pairs: list[str] | None, length: int) -> tuple[Rows, Rows | None]:
+        if not texts:
+            raise ValueError("no texts to encode")
+        with self._lock:
+            encoded = self.tokenizer(
+                texts,
+                pairs,
+                truncation="longest_first" if pairs else True,
+                max_length=length,
+                return_attention_mask=False,
+                return_token_type_ids=self.token_types,
+            )
+            self._forget_truncation()
+        return encoded["input_ids"], encoded.get("token_type_ids") if self.token_types else None
+
+    def _prompts(self, queries: Sequence[str], passages: Sequence[str]) -> Rows:
+        pieces = re.split(r"(\{(?:instruction|query|passage)\})", self.template)
+        cut = pieces.index("{passage}")
+        heads, bodies, texts = [], [], []
+        for query, passage in zip(queries, passages, strict=True):
+            filled = {
+                "{instruction}": self.instruction,
+                "{query}": self.query_prompt + query,
+                "{passage}": self.passage_prompt + passage,
+            }
+            head, tail = ("".join(filled.get(x, x) for x in part) for part in (pieces[:cut], pieces[cut + 1 :]))
+            heads.append(head)
+            bodies.append(filled["{passage}"])
+            texts.append(head + filled["{passage}"] + tail)
+        with self._lock:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,  # the passage is cut below: no warning about its length
+            )
+        start = list(self.leading)
+        rows = []
+        for ids, offsets, head, body in zip(
+            encoded["input_ids"], encoded["offset_mapping"], heads, bodies, strict=True
+        ):
+            excess = len(start) + len(ids) - self.max_length
+            if excess > 0:
+                # Tokens that lie in the passage alone: one that straddles its edge belongs to the prompt as well.
+                first, last = len(head), len(head) + len(body)
+                inside = [i for i, (a, b) in enumerate(offsets) if a >= first and b <= last and b > a]
+                dropped = set(inside[-excess:])
+                ids = [token for i, token in enumerate(ids) if i not in dropped]
+            rows.append(start + ids)
+        return rows
+
+    def _padded(self, rows: Rows, types: Rows | None, length: int = 0) -> Tokens:
+        pad = self.tokenizer.pad_token_id
+        # An empty text of a tokenizer that adds nothing: one token to attend to, or a softmax over nothing is NaN.
+        rows = [row or [pad] for row in rows]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        width = max(int(lengths.max()), length)
+        mask = np.arange(width) < lengths[:, None]
+        ids = np.full((len(rows), width), pad, np.int64)
+        ids[mask] = np.concatenate(rows)
+        tokens = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        if self.token_types:
+            table = np.zeros((len(rows), width), np.int64)
+            if types is not None and any(types):
+                table[mask] = np.concatenate([row or [0] for row in types])
+            tokens["token_type_ids"] = torch.from_numpy(table)
+        return tokens
+
+    def _forget_truncation(self) -> None:
+        # The tokenizer keeps the last call's truncation and would save it into the student's tokenizer.json.
+        if self.tokenizer.is_fast:
+            self.tokenizer.backend_tokenizer.no_truncation()
+
+
+def load_tokenizer(path: str, subfolder: str = "", trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a local directory or hub repository, with a pad token. Raises InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise InputError(path, "no such folder", "path is a model's directory, or its name on the Hugging Face hub")
+    if folder.is_dir() and not any(file.is_file() and _TOKENIZER_FILE.match(file.name) for file in folder.glob("**/*")):
+        raise InputError(path, "holds no tokenizer files", "copy the model's tokenizer.json and tokenizer_config.json")
+    where = str(folder) if folder.is_dir() else path
+    if subfolder and folder.is_dir() and not list((folder / subfolder).glob("*token*")):
+        subfolder = ""  # older sentence-transformers directories keep the tokenizer at the top
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, subfolder=subfolder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a foreign file can be wrong in any way
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"its tokenizer cannot be loaded: {reason[0][:160]}"
+        raise InputError(path, what, "check the path, that it holds tokenizer files, and access to the hub") from None
+    if tokenizer is None or not len(tokenizer):
+        raise InputError(path, "its tokenizer is empty", "add the model's tokenizer files")
+    if tokenizer.pad_token_id is None:
+        spare = tokenizer.eos_token or tokenizer.unk_token
+        if spare is None:
+            raise InputError(
+                path, "its tokenizer has neither a pad nor an eos token", "set one in tokenizer_config.json"
+            )
+        tokenizer.pad_token = spare
+    return tokenizer
+
+
+def _check_lengths(config: ModelConfig, kind: str, facts: ReadingFacts, max_length: int) -> None:
+    if facts.positions is None:
+        return
+    lengths = {"query_length": config.query_length, "passage_length": config.passage_length}
+    if kind in ("cross_encoder", "llm_reranker"):
+        lengths = {"max_length": max_length}
+    for name, length in lengths.items():
+        if length > facts.positions:
+            what = f"{name} is {length}, the model has {facts.positions} positions"
+            raise InputError(config.path, what, f"set {name} to at most {facts.positions}")
+
+
+def _end_with_eos(tokenizer: Any) -> None:
+    ids = tokenizer("a")["input_ids"]
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast or (ids and ids[-1] in special):
+        return
+    from tokenizers import processors
+
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.post_processor.__getstate__()) if backend.post_processor is not None else None
+    steps = state["processors"] if state and state["type"] == "Sequence" else [state] if state else []
+    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
+    if template is None:
+        text = {name: {"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")}
+        template = {"single": [text["A"]], "pair": [text["A"], text["B"]], "special_tokens": {}}
+        template["type"] = "TemplateProcessing"
+        steps.append(template)
+    eos = tokenizer.eos_token
+    for name, type_id in (("single", 0), ("pair", 1)):
+        template[name].append({"SpecialToken": {"id": eos, "type_id": type_id}})
+    template["special_tokens"][eos] = {"id": eos, "ids": [tokenizer.eos_token_id], "tokens": [eos]}
+    processor = processors.Sequence([])
+    processor.__setstate__(json.dumps({"type": "Sequence", "processors": steps}).encode())
+    backend.post_processor = processor
+
+
+def _leading_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before a text (BOS). What it may put after one would hide the end of a prompt."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return tuple(whole[: whole.index(plain[0])]) if plain else ()
+
+
+def _keep_markers_whole(tokenizer: Any, prompts: list[str]) -> None:
+    """A prompt that is one entry of the vocabulary, such as ColBERT's [unused0], becomes one token and not its pieces."""
+    vocabulary = tokenizer.get_vocab()
+    for marker in {prompt.strip() for prompt in prompts} - {""}:
+        if marker in vocabulary and len(tokenizer.tokenize(marker)) > 1:
+            tokenizer.add_tokens([marker], special_tokens=True)
+
+
+def _punctuation(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that are nothing but ASCII punctuation, in the middle of a word or at its start."""
+    marks = set(string.punctuation)
+    found = set()
+    for token, i in tokenizer.get_vocab().items():
+        bare = token.removeprefix("##").lstrip("Ġ▁")  # how WordPiece, byte-level BPE and SentencePiece mark words
+        if bare and set(bare) <= marks:
+            found.add(i)
+    return frozenset(found - set(tokenizer.all_special_ids))
