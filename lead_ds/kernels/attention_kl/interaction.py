@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lead_ds.kernels.attention_kl.chunked import compute_dtype
+from lead_ds.kernels.attention_kl.chunked import compute_dtype, exponential_
 from lead_ds.kernels.attention_kl.reference import HIDDEN
 from lead_ds.kernels.dispatch import resolve
 
@@ -217,9 +217,9 @@ def _block(
     if divergence == "kl":
         log_t, log_s = teacher.log_softmax(-1), student.log_softmax(-1)
         difference = log_t - log_s
-        probability = log_t.exp_()
+        probability = exponential_(log_t)
         value = (difference.mul_(probability).sum(-1) * weight).sum()
-        return value, log_s.exp_().sub_(probability).mul_(weight[..., None]) if with_grad else None
+        return value, exponential_(log_s).sub_(probability).mul_(weight[..., None]) if with_grad else None
     student_probability = student.softmax(-1)
     difference = student_probability - teacher.softmax(-1)
     value = (difference.square().sum(-1) * weight).sum()
