@@ -80,7 +80,7 @@ def load_model(config: ModelConfig, family: Family, dtype: torch.dtype, subfolde
             if saved_as is not None and not isinstance(model, saved_as) and family == "base":
                 settings.pop("trust_remote_code")
                 whole, info = saved_as.from_pretrained(_expanded(config.path), **settings)
-                model, missing = whole.base_model, _backbone_missing(whole, _missing(info))
+                model, missing = whole.base_model, set(_backbone_missing(whole, _missing(info)))
     lost = _backbone_missing(model, missing)
     if lost:
         raise InputError(
@@ -113,7 +113,7 @@ def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
     name, old = find_layers(model)
     total = len(old)
     check_layers(layers, total, path)
-    owner = model.get_submodule(name.rpartition(".")[0])
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
     kept = nn.ModuleList([old[i] for i in layers])
     # Some architectures give their first layer a part less (ModernBERT: no norm after the embeddings' own); a shallower
     # model must have that shape too, or it could not be loaded again.
@@ -122,6 +122,7 @@ def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
             setattr(kept[0], part, nn.Identity())
     setattr(owner, name.rpartition(".")[2], kept)
     for i, layer in enumerate(kept):
+        module: Any
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = i
@@ -130,9 +131,8 @@ def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
         if isinstance(value, (list, tuple)) and len(value) == total and key not in ("architectures",):
             setattr(shape, key, type(value)(value[i] for i in layers))
     shape.num_hidden_layers = len(kept)
-    for module in owner.modules():
-        if module is owner and hasattr(module, "n_layers"):
-            module.n_layers = len(kept)
+    if hasattr(owner, "n_layers"):  # DistilBERT
+        owner.n_layers = len(kept)
 
 
 def find_layers(model: Any) -> tuple[str, nn.ModuleList]:

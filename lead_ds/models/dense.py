@@ -82,5 +82,24 @@ def load_dense(path: str, folder: str, dtype: torch.dtype) -> Dense:
     return dense
 
 
+def colbert_linear(path: str, dtype: torch.dtype) -> Dense | None:
+    """The token projection that the original ColBERT keeps among its backbone's weights as `linear.weight`, if any."""
+    from safetensors import SafetensorError, safe_open
+
+    file = find_file(path, "model.safetensors")
+    if file is None:
+        return None
+    try:
+        with safe_open(file, framework="pt") as weights:
+            if "linear.weight" not in weights.keys():  # noqa: SIM118 - not a dictionary
+                return None
+            weight_OD = weights.get_tensor("linear.weight")
+    except SafetensorError as error:
+        raise InputError(path, f"damaged weights: {error}") from None
+    dense = Dense(weight_OD.shape[1], weight_OD.shape[0], bias=False, dtype=dtype)
+    dense.load_state_dict({"linear.weight": weight_OD})
+    return dense
+
+
 def _module_of(activation: str) -> str:
     return "linear" if activation == "Identity" else "activation"

@@ -12,6 +12,8 @@ from lead_ds.errors import InputError
 
 PoolingMode = Literal["cls", "mean", "last"]
 
+RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale
+
 _POOLING: dict[str, PoolingMode] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",

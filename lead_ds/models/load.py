@@ -9,17 +9,18 @@ import torch
 from lead_ds.config import ModelConfig, StudentConfig, TeacherConfig
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder, keep_layers, load_model, read_model_config
-from lead_ds.models.dense import Dense, load_dense
+from lead_ds.models.colbert import ColBERT
+from lead_ds.models.cross_encoder import CrossEncoder
+from lead_ds.models.dense import Dense, colbert_linear, load_dense
 from lead_ds.models.dual_encoder import DualEncoder
-from lead_ds.models.layout import Layout, find_file, read_json, read_layout
+from lead_ds.models.layout import RECORD, Layout, find_file, read_json, read_layout
+from lead_ds.models.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.scorer import Scorer
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens import TextEncoder
 
 __all__ = ["load_encoder", "load_student", "load_teacher", "read_model_config"]
-
-RECORD = "lead_ds.json"  # what this project adds to a model's directory
 
 
 def load_teacher(config: TeacherConfig, dtype: torch.dtype) -> Scorer:
@@ -44,12 +45,10 @@ def load_encoder(path: str, dtype: torch.dtype = torch.float32, **overrides: Any
     from lead_ds.data.tokens import TextEncoder
 
     settings: dict[str, Any] = {"path": str(path), "kind": "dual_encoder"}
-    file = find_file(str(path), RECORD)
-    if file is not None:
-        record = read_json(file)
-        if record.get("kind") != "dual_encoder":
-            raise InputError(path, f"holds a {record.get('kind')}", "a dual encoder is needed here")
-        settings |= {key: record[key] for key in ("query_length", "passage_length", "scale") if key in record}
+    record = _record(str(path))
+    if record.get("kind", "dual_encoder") != "dual_encoder":
+        raise InputError(path, f"holds a {record['kind']}", "a dual encoder is needed here")
+    settings |= {key: record[key] for key in ("query_length", "passage_length", "scale") if key in record}
     config = StudentConfig(**(settings | overrides))
     scorer = _load(config, "dual_encoder", dtype)
     assert isinstance(scorer, DualEncoder)
@@ -60,12 +59,38 @@ def _load(config: ModelConfig, kind: str, dtype: torch.dtype) -> Scorer:
     layout = read_layout(config.path, late_interaction=kind != "dual_encoder")
     if kind == "dual_encoder":
         model = _cut(load_model(config, "base", dtype, layout.subfolder), config)
-        default = "last" if is_decoder(model.config) else "cls"
-        pooling = config.pooling if config.pooling != "auto" else (layout.pooling or default)
+        pooling = layout.pooling or ("last" if is_decoder(model.config) else "cls")
+        if config.pooling != "auto":
+            pooling = config.pooling
         normalize = layout.normalize if config.normalize is None else config.normalize
         dense = _dense(config, layout, model, config.projection, "projection", dtype)
         return DualEncoder(model, config, pooling, dense, normalize).eval()
-    raise InputError("kind", f"{kind} is unknown")
+    if kind == "colbert":
+        model = _cut(load_model(config, "base", dtype, layout.subfolder), config)
+        tokens = layout if layout.late_interaction else Layout()  # Dense on a pooled vector is no token projection
+        dense = _dense(config, tokens, model, config.token_dim, "token_dim", dtype)
+        normalize = tokens.normalize or _record(config.path).get("normalize") is True
+        if not tokens.dense and config.weights == "pretrained":
+            published = colbert_linear(config.path, dtype)
+            if published is not None:
+                dense, normalize = [published], True
+        return ColBERT(model, config, dense, normalize if config.normalize is None else config.normalize).eval()
+    if kind == "cross_encoder":
+        return CrossEncoder(_cut(load_model(config, "classifier", dtype, layout.subfolder), config), config).eval()
+    assert isinstance(config, TeacherConfig)
+    from lead_ds.data.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(config.path, layout.subfolder, config.trust_remote_code)
+    yes, no = answer_tokens(tokenizer, config)
+    return LLMReranker(load_model(config, "causal", dtype, layout.subfolder), config, yes, no).eval()
+
+
+def _record(path: str) -> dict[str, Any]:
+    file = find_file(path, RECORD)
+    record = {} if file is None else read_json(file)
+    if not isinstance(record, dict):
+        raise InputError(file, "not a JSON object")
+    return record
 
 
 def _cut(model: Any, config: ModelConfig) -> Any:

@@ -1,0 +1,73 @@
+"""The classification heads of transformers' families, as functions of the one state that each reads.
+
+A head reads a pooled state [..., D] and gives logits [..., labels]. Where a family's own head picks the token itself (RoBERTa's
+takes `features[:, 0]`), it is given a sequence of that one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lead_ds.errors import InputError
+from lead_ds.models.pooling import PoolingMode
+
+
+@dataclass(frozen=True)
+class Head:
+    """Which state a classification head reads, and what it makes of it. Calls the model's modules: holds no weights."""
+
+    pooling: PoolingMode
+    logits: Callable[[Tensor], Tensor]  # [B, D] -> [B, labels]
+
+
+def classification_head(model: Any, path: str) -> Head:
+    """The head of an AutoModelForSequenceClassification. Raises InputError for a family that is not known here."""
+    classifier: Any = getattr(model, "classifier", None)
+    drop = _dropout(model)
+    if isinstance(getattr(model, "score", None), nn.Linear):  # Llama, Qwen, Mistral, Gemma, GPT-2 ...
+        return Head("last", model.score)
+    if isinstance(getattr(model, "pre_classifier", None), nn.Linear):  # DistilBERT
+        return Head("cls", lambda x: classifier(drop(torch.relu(model.pre_classifier(x)))))
+    if isinstance(getattr(model, "head", None), nn.Module) and isinstance(classifier, nn.Linear):  # ModernBERT
+        pooling: PoolingMode = "mean" if model.config.classifier_pooling == "mean" else "cls"
+        return Head(pooling, lambda x: classifier(drop(model.head(x))))
+    if hasattr(classifier, "dense") and hasattr(classifier, "out_proj"):  # RoBERTa, XLM-R, ELECTRA, MPNet, CamemBERT
+        return Head("cls", lambda x: classifier(x.unsqueeze(1)))
+    for owner in (model, model.base_model):  # DeBERTa; BERT and its kin
+        pooler: Any = getattr(owner, "pooler", None)
+        if hasattr(pooler, "dense") and isinstance(classifier, nn.Linear):
+            return Head("cls", partial(_pooled, pooler, drop, classifier))
+    raise InputError(
+        path,
+        f"the scoring head of a {model.config.model_type} is not known",
+        "BERT, RoBERTa, XLM-R, ELECTRA, MPNet, DistilBERT, DeBERTa, ModernBERT and decoders with a score head are",
+    )
+
+
+def _pooled(pooler: nn.Module, drop: nn.Module, classifier: nn.Module, x: Tensor) -> Tensor:
+    return classifier(drop(pooler(x.unsqueeze(1))))
+
+
+def relevance_logit(logits: Tensor) -> Tensor:
+    """[..., labels] -> [...]: the logit of one label; of two, how far the second is ahead."""
+    return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+
+
+def check_labels(count: int, path: str) -> None:
+    """InputError for a classifier of more than two labels, none of which is known to mean relevant."""
+    if count not in (1, 2):
+        raise InputError(path, f"its head has {count} labels", "a relevance head has 1 or 2")
+
+
+def _dropout(model: Any) -> nn.Module:
+    for name in ("dropout", "drop"):
+        module = getattr(model, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return nn.Identity()
