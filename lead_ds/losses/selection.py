@@ -1,0 +1,48 @@
+"""Which layers are compared at a step. Layer i is the output of transformer layer i; embeddings do not count."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from lead_ds.config import AttentionLoss, LayerLoss
+from lead_ds.errors import InputError
+
+
+def select_layers(
+    config: LayerLoss | AttentionLoss, teacher_layers: int, student_layers: int, *, seed: int, step: int
+) -> tuple[list[int], list[int]]:
+    """Indices of the teacher's and the student's layers, sorted and paired in order.
+
+    random: k drawn without replacement from each model, again every `every` steps, from (seed, step) alone: equal on
+    every rank and after a resume. last: the last k of each. skip: k evenly spaced ones of each, the last among them.
+    given: as configured. LEAD (arXiv 2212.05225), layer selection.
+
+    Raises InputError when k or a given index exceeds a model's layers.
+    """
+    key = "losses.layer" if isinstance(config, LayerLoss) else "losses.attention"
+    if config.select == "given":
+        chosen = config.teacher_layers or [], config.student_layers or []
+        for who, layers, count in zip(("teacher", "student"), chosen, (teacher_layers, student_layers), strict=True):
+            _check_given(f"{key}.{who}_layers", who, layers, count)
+        return list(chosen[0]), list(chosen[1])
+    if config.k > min(teacher_layers, student_layers):
+        what = f"{config.k} layers are to be selected, the teacher has {teacher_layers}, the student {student_layers}"
+        raise InputError(f"{key}.k", what, f"use at most {min(teacher_layers, student_layers)}")
+    draw = step // config.every
+    teacher = _select(config.select, config.k, teacher_layers, f"{key} {seed} {draw} teacher")
+    return teacher, _select(config.select, config.k, student_layers, f"{key} {seed} {draw} student")
+
+
+def _select(how: str, k: int, count: int, seed: str) -> list[int]:
+    if how == "last":
+        return list(range(count - k, count))
+    if how == "skip":
+        return [(i + 1) * count // k - 1 for i in range(k)]
+    return sorted(random.Random(seed).sample(range(count), k))  # a string seed is hashed: the same on every machine
+
+
+def _check_given(where: str, who: str, layers: Sequence[int], count: int) -> None:
+    beyond = [layer for layer in layers if layer >= count]
+    if beyond:
+        raise InputError(where, f"layer {beyond[0]} is beyond the {who}'s {count} layers", f"use 0 to {count - 1}")
