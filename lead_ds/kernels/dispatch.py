@@ -3,10 +3,12 @@
 import os
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+Tiles = TypeVar("Tiles")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
@@ -105,3 +107,9 @@ def _processor_count(device: int) -> int:
     import torch
 
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tiles_for(table: dict[int, Tiles], capability: int) -> Tiles:
+    """The entry of a per-architecture table for this capability: the newest that is not newer, else the oldest."""
+    known = sorted(table)
+    return table[max((key for key in known if key <= capability), default=known[0])]

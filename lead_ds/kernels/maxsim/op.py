@@ -68,7 +68,7 @@ def _backward(
     if impl == "triton":
         from lead_ds.kernels.maxsim import triton_kernel
 
-        return triton_kernel.backward(grad, q, d, argmax)
+        return triton_kernel.backward(grad, q, d, q_mask, argmax)
     return chunked.backward(grad, q, d, q_mask, d_mask, argmax)
 
 
