@@ -1,0 +1,124 @@
+"""Training groups: a query, one of its positives and its negatives, drawn anew each epoch.
+
+Two stores behind one interface: groups of ids (`id_groups`), and groups whose lines carry their texts (`text_groups`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lead_ds.data.jsonl import read_jsonl, require_file
+from lead_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from lead_ds.config import DataConfig
+
+
+@dataclass
+class Group:
+    """One drawn group of N passages, the positive first."""
+
+    query_id: str
+    query: str
+    passage_ids: list[str]
+    passages: list[str]
+    keys: np.ndarray  # int64 [N]; equal keys are the same passage
+    positive_keys: np.ndarray  # int64; every known positive of the query
+    scores: np.ndarray | None = None  # float32 [N] teacher scores, NaN where absent
+
+
+class Groups(Protocol):
+    """Training groups, addressed by row. Picklable."""
+
+    path: Path
+    has_scores: bool
+
+    def __len__(self) -> int: ...
+
+    def draw(self, row: int, seed: int, epoch: int) -> Group:
+        """The group of a row; its positive and negatives depend on (seed, epoch, row) and nothing else."""
+        ...
+
+
+class KnownPositives:
+    """All positives of a query, also those of other lines of the file that ask the same."""
+
+    def __init__(self, queries: np.ndarray, starts: np.ndarray, keys: np.ndarray) -> None:
+        """`queries` [n]: equal where two rows ask the same; row i's positives are keys[starts[i]:starts[i+1]]."""
+        self._starts, self._keys, self._queries = starts, keys, queries
+        order = np.argsort(queries, kind="stable")
+        ordered = np.asarray(queries)[order]
+        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+        self._order, self._ordered = (order, ordered) if len(repeated) else (None, None)
+
+    def of(self, row: int) -> np.ndarray:
+        """Keys of the known positives of the query of `row`, without repetition. int64."""
+        if self._order is None:
+            return np.unique(self._own(row)).astype(np.int64)
+        assert self._ordered is not None
+        query = self._queries[row]
+        first, last = np.searchsorted(self._ordered, query, "left"), np.searchsorted(self._ordered, query, "right")
+        return np.unique(np.concatenate([self._own(int(other)) for other in self._order[first:last]])).astype(np.int64)
+
+    def leave(self, passages: int, wanted: int) -> bool:
+        """Whether every query has `wanted` of `passages` that are not its known positives."""
+        counts = np.diff(self._starts)
+        if self._order is None or self._ordered is None:
+            return passages - int(counts.max(initial=0)) >= wanted
+        firsts = np.flatnonzero(np.concatenate([[True], self._ordered[1:] != self._ordered[:-1]]))
+        bounds = np.add.reduceat(counts[self._order], firsts)  # too high where lines repeat a positive
+        doubtful = self._order[firsts[passages - bounds < wanted]]
+        return all(passages - len(self.of(int(row))) >= wanted for row in doubtful)
+
+    def _own(self, row: int) -> np.ndarray:
+        return self._keys[int(self._starts[row]) : int(self._starts[row + 1])]
+
+
+def open_groups(config: DataConfig) -> Groups:
+    """The training groups of a configuration, checked: every id has a text, every group a positive.
+
+    Raises InputError naming file and line for a group that cannot be used, and for too few passages to draw negatives from.
+    """
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise InputError(folder, "no such folder", "data.path is the folder of the training data")
+    path = require_file(folder / config.train, "data.train names the training groups, relative to data.path").absolute()
+    form = config.format if config.format != "auto" else recognise(path)
+    if form in ("canonical", "qrels"):
+        from lead_ds.data.id_groups import IdGroups
+
+        return IdGroups.open(config, path, form)
+    from lead_ds.data.text_groups import TextGroups
+
+    return TextGroups.open(config, path, form)
+
+
+def recognise(path: Path) -> str:
+    """The format of a training file, by its name and first record. Raises InputError when it is none that is known."""
+    if path.name.removesuffix(".gz").endswith(".tsv"):
+        return "qrels"
+    first: tuple[int, dict[str, Any]] | None = next(read_jsonl(path), None)
+    if first is None:
+        raise InputError(path, "holds no groups", 'each line is {"query_id", "positives", "negatives"}')
+    number, record = first
+    if "query_id" in record and "positives" in record:
+        return "canonical"
+    if "positive_passages" in record:
+        return "tevatron"
+    if "query" in record and "pos" in record:
+        return "flagembedding"
+    columns = [name for name, value in record.items() if isinstance(value, str | list) and name not in LABELS]
+    if len(columns) >= 2 and isinstance(record[columns[0]], str) and "query_id" not in record:
+        return "sentence-transformers"
+    raise InputError(
+        f"{path}:{number}",
+        f"no known format of training groups has the fields {', '.join(map(repr, record)) or 'of an empty object'}",
+        'each line is {"query_id", "positives", "negatives"}; see data.format for others',
+    )
+
+
+LABELS = ("label", "labels", "score", "scores")  # sentence-transformers: columns that are not text

@@ -1,0 +1,159 @@
+"""Groups whose lines carry their texts, whatever their format (`formats`).
+
+Opening parses the file once, checks every line and keeps, per group, its byte span and the keys of its positives; a draw
+reads its own lines again. Passages are told apart by a hash of their text, or of their docid where they have one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lead_ds.data.cache import Arrays, cached_arrays, open_buffer, signature
+from lead_ds.data.drawing import Draw
+from lead_ds.data.formats import Lines, Listed, Reader, Record, Unusable, key_of, reader_of
+from lead_ds.data.groups import Group, KnownPositives, open_groups
+from lead_ds.data.jsonl import Block, Buffer, loads, read_blocks
+from lead_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from lead_ds.config import DataConfig
+
+
+class TextGroups:
+    """Groups of a file that holds their texts."""
+
+    def __init__(self, config: DataConfig, path: Path, read: Reader, buffer: Buffer, arrays: Arrays) -> None:
+        self.path, self._config, self._read, self._buffer = path, config, read, buffer
+        self._starts = arrays["starts"]
+        self.has_scores = bool(arrays["has_scores"][0])
+        self._known = KnownPositives(arrays["query"], arrays["positive_starts"], arrays["positives"])
+        self._refuse_small_pool()
+
+    @classmethod
+    def open(cls, config: DataConfig, path: Path, form: str) -> TextGroups:
+        """Open groups in format `form`. Raises InputError naming file and line for a record that is no group."""
+        buffer = open_buffer(path)
+        first = next(read_blocks(path, buffer), None)
+        if first is None:
+            raise InputError(path, "holds no groups", "one JSON object a line")
+        try:
+            read = reader_of(form, first.records[0])
+        except Unusable as error:
+            first.fail(0, error.what, error.remedy)
+        key = {"version": 1, "form": form, **signature(path)}
+        return cls(config, path, read, buffer, cached_arrays(path, form, key, lambda: _build(path, buffer, read)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_groups, (self._config,)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def draw(self, row: int, seed: int, epoch: int) -> Group:
+        """See `Groups.draw`. Negatives come from the line, then from other lines at random; none is a positive."""
+        draw, wanted = Draw(seed, epoch, row), self._config.negatives
+        lines = self._lines(row)
+        known = self._known.of(row)
+        passages = [lines.positives[draw.below(len(lines.positives))]]
+        keys = [passages[0].key]
+        taken = set(known.tolist())
+        order = draw.shuffled(len(lines.negatives))
+        while len(passages) <= wanted and (i := next(order, None)) is not None:
+            self._add(lines.negatives[i], passages, keys, taken)
+        while len(passages) <= wanted:
+            other = self._lines(draw.below(len(self)))
+            pool = [*other.positives, *other.negatives]
+            picked = pool[draw.below(len(pool))]
+            # The score that the other line gives is for its own query.
+            self._add(Listed(picked.text, picked.name), passages, keys, taken)
+        return Group(
+            query_id=lines.name if lines.name is not None else f"{key_of(lines.query):016x}",
+            query=lines.query,
+            passage_ids=[
+                passage.name if passage.name is not None else f"{key:016x}"
+                for passage, key in zip(passages, keys, strict=True)
+            ],
+            passages=[passage.text for passage in passages],
+            keys=np.array(keys, np.int64),
+            positive_keys=known,
+            scores=np.array([passage.score for passage in passages], np.float32) if self.has_scores else None,
+        )
+
+    @staticmethod
+    def _add(passage: Listed, passages: list[Listed], keys: list[int], taken: set[int]) -> None:
+        key = passage.key
+        if key not in taken:
+            taken.add(key)
+            passages.append(passage)
+            keys.append(key)
+
+    def _lines(self, row: int) -> Lines:
+        span = self._buffer[int(self._starts[row]) : int(self._starts[row + 1])]
+        if self._read.grouped:
+            return self._read.join([loads(line) for line in span.split(b"\n") if line.strip()])
+        return self._read.one(loads(span))
+
+    def _refuse_small_pool(self) -> None:
+        """Other lines lend negatives; reads only as many lines as it takes to see that there are enough."""
+        pool: set[int] = set()
+        for row in range(len(self)):
+            lines = self._lines(row)
+            pool.update(passage.key for passage in (*lines.positives, *lines.negatives))
+            seen = row + 1
+            if (seen & (seen - 1) == 0 or seen == len(self)) and self._known.leave(len(pool), self._config.negatives):
+                return
+        raise InputError(
+            self.path,
+            f"{len(pool)} different passages are too few for {self._config.negatives} negatives of every query",
+            "lower data.negatives",
+        )
+
+
+def _build(path: Path, buffer: Buffer, read: Reader) -> Arrays:
+    starts: list[int] = []
+    queries: list[int] = []
+    positives: list[int] = []
+    positive_starts = [0]
+    scored = False
+    previous: str | None = None
+    opened = (path, 1, "")
+    for block in read_blocks(path, buffer):
+        for row, record in enumerate(block.records):
+            lines = _one(block, row, record, read)
+            if not (read.grouped and lines.query == previous):
+                _refuse_without_positive(positive_starts, positives, opened)
+                starts.append(int(block.starts[row]))
+                queries.append(key_of(lines.query if lines.name is None else lines.name))
+                positive_starts.append(len(positives))
+                opened, previous = (path, block.numbers[row], lines.query), lines.query
+            positives += [passage.key for passage in lines.positives]
+            positive_starts[-1] = len(positives)
+            scored = scored or any(p.score == p.score for p in (*lines.positives, *lines.negatives))  # NaN: none
+    _refuse_without_positive(positive_starts, positives, opened)
+    return {
+        "starts": np.array([*starts, len(buffer)], np.int64),
+        "query": np.array(queries, np.int64),
+        "positives": np.array(positives, np.int64),
+        "positive_starts": np.array(positive_starts, np.int64),
+        "has_scores": np.array([scored]),
+    }
+
+
+def _one(block: Block, row: int, record: Record, read: Reader) -> Lines:
+    try:
+        return read.one(record)
+    except Unusable as error:
+        block.fail(row, error.what, error.remedy)
+
+
+def _refuse_without_positive(starts: list[int], positives: list[int], opened: tuple[Path, int, str]) -> None:
+    if len(starts) > 1 and starts[-2] == len(positives):
+        path, number, query = opened
+        raise InputError(
+            f"{path}:{number}",
+            f"query {query[:60]!r} has no positive",
+            "give it one, beside its other lines, or take it out",
+        )
