@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lead_ds.config import LossesConfig
 from lead_ds.errors import InputError
-from lead_ds.losses.attention import Tapped, TextTaps, attention_loss, pair_taps
+from lead_ds.losses.attention import TextTaps, attention_loss
 from lead_ds.losses.contrastive import contrastive_loss
 from lead_ds.losses.divergence import entropy, shape
 from lead_ds.losses.layer import layer_relevance_kl
@@ -30,7 +30,7 @@ class Views:
     teacher_contrastive: a co-trained teacher's, over the same passages or over the common ones below.
     student, teacher: final relevance of both over common passages [1, Q, P'], the positive in column target [Q], the
     query's other `group` - 1 passages in the columns behind it. student_layers, teacher_layers: [K, Q, P'].
-    attention: the teacher's and the student's output with taps; or taps already paired, of queries, then of passages.
+    attention: taps of queries and of passages (in this order), or of pairs.
     """
 
     contrastive: Relevance
@@ -41,7 +41,7 @@ class Views:
     target: Tensor | None = None
     student_layers: Relevance | None = None
     teacher_layers: Relevance | None = None
-    attention: tuple[Tapped, Tapped] | list[TextTaps] | None = None
+    attention: Sequence[TextTaps] | None = None
     group: int | None = None
 
 
@@ -116,10 +116,7 @@ class Objective(torch.nn.Module):
             )
             add("layer", config.weight, layer.loss)
         if losses.attention.weight > 0:
-            texts = views.attention
-            if isinstance(texts, tuple):
-                texts = pair_taps(*texts)
-            texts = _given(texts, "attention")
+            texts = _given(views.attention, "attention")
             add("attention", losses.attention.weight, attention_loss(texts, losses.attention, impl=self.impl))
         loss = torch.stack(weighted).sum()
         if layer is None:
