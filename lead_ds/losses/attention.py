@@ -22,7 +22,10 @@ WHERE = "losses.attention"
 
 
 class Tap(Protocol):
-    """What one layer's attention read: q [B, H, L, d], k (fewer heads: grouped queries), mask [B, L] (1: a token)."""
+    """What one layer's attention read: q [B, H, L, d], k (fewer heads: grouped queries), mask [B, L] (1: a token).
+
+    causal: later keys are hidden; window: so are keys farther than that many positions (None: none).
+    """
 
     @property
     def q(self) -> Tensor: ...
@@ -32,6 +35,10 @@ class Tap(Protocol):
     def mask(self) -> Tensor | None: ...
     @property
     def scale(self) -> float: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def window(self) -> int | None: ...
 
 
 class Tapped(Protocol):
@@ -92,6 +99,9 @@ def _self_attention(text: TextTaps, config: AttentionLoss, impl: Impl) -> Tensor
     heads = _relation_heads(text, config)
     teacher_scales = [_scale(tap, heads) for tap in text.teacher]
     student_scales = [_scale(tap, heads) for tap in text.student]
+    # Where the models see different keys, both are compared on the keys that both see.
+    causal = any(tap.causal for tap in (*text.teacher, *text.student))
+    windows = [_window(t, s) for t, s in zip(text.teacher, text.student, strict=True)]
     if text.teacher_groups is None or text.student_groups is None:
         return attention_kl(
             [tap.q.detach() for tap in text.teacher],
@@ -102,12 +112,17 @@ def _self_attention(text: TextTaps, config: AttentionLoss, impl: Impl) -> Tensor
             teacher_scale=teacher_scales,
             student_scale=student_scales,
             temperature=config.temperature,
+            causal=causal,
             relation_heads=heads,
+            window=windows,
             head_mean=config.heads == "mean",
             impl=impl,
         )
     if config.heads == "mean":
         raise InputError(f"{WHERE}.heads", "mean needs one tokenizer for both models", "use heads: relation")
+    if any(window is not None for window in windows):
+        what = "layers with a sliding window can be compared only with one tokenizer for both models"
+        raise InputError(WHERE, what, "select layers with global attention")
     kls = []
     for teacher, student, t_scale, s_scale in zip(
         text.teacher, text.student, teacher_scales, student_scales, strict=True
@@ -123,6 +138,7 @@ def _self_attention(text: TextTaps, config: AttentionLoss, impl: Impl) -> Tensor
             teacher_scale=t_scale,
             student_scale=s_scale,
             temperature=config.temperature,
+            causal=causal,
             relation_heads=heads,
         )
         kls.append(kl)
@@ -183,6 +199,11 @@ def _scale(tap: Tap, heads: int | None) -> float:
     """What multiplies q . k: the model's own scale, or 1 / sqrt(width) of heads that are re-split."""
     own_heads, own_width = tap.q.shape[1], tap.q.shape[3]
     return tap.scale if heads is None or heads == own_heads else (own_heads * own_width / heads) ** -0.5
+
+
+def _window(teacher: Tap, student: Tap) -> int | None:
+    windows = [tap.window for tap in (teacher, student) if tap.window is not None]
+    return min(windows, default=None)
 
 
 def _as_layers(x: Tensor, tap: Tap, heads: int | None) -> Tensor:

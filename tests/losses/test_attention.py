@@ -20,6 +20,8 @@ class Tap:
     k: Tensor
     mask: Tensor | None
     scale: float
+    causal: bool = False
+    window: int | None = None
 
 
 @dataclass
@@ -88,6 +90,15 @@ def test_identical_models_give_zero_and_layers_and_texts_average() -> None:
     one, two = (attention_loss([TextTaps([t], [s])], config) for t, s in ((a, b), (b, a)))
     torch.testing.assert_close(attention_loss([TextTaps([a, b], [b, a])], config), (one + two) / 2)
     torch.testing.assert_close(attention_loss([TextTaps([a], [b]), TextTaps([b], [a])], config), (one + two) / 2)
+
+
+def test_causal_attention_and_windows_hide_keys_of_both() -> None:
+    teacher, student = replace(tap(2, 4, 5, seed=0), causal=True), replace(tap(2, 4, 5, seed=1), window=1)
+    value = attention_loss([TextTaps([teacher], [student])], AttentionLoss(weight=1))
+    rows, keys = torch.arange(5)[:, None], torch.arange(5)[None]
+    hidden = (keys > rows) | ((rows - keys).abs() > 1) | (teacher.mask[:, None, None] == 0)
+    both = [(x.q @ x.k.mT * x.scale).masked_fill(hidden, -1e30).softmax(-1) for x in (teacher, student)]
+    torch.testing.assert_close(value, kl(*both, teacher.mask))
 
 
 def test_interaction_against_plain_maps() -> None:

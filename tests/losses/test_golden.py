@@ -28,6 +28,8 @@ class Tap:
     k: Tensor
     mask: Tensor
     scale: float = 1.0
+    causal: bool = False
+    window: int | None = None
 
     @classmethod
     def of(cls, states_BLD: Tensor, lengths_B: Tensor) -> Tap:
