@@ -5,6 +5,7 @@
 #   HOSTFILE=hostfile DEEPSPEED_ARGS="--include node-0:0,1@node-1" launch/deepspeed_hostfile.sh distill run.yaml
 # Needs passwordless ssh, and the same folder and the same virtual environment at the same paths on every machine:
 # `lead-ds doctor --hostfile hostfile` looks. MASTER_ADDR, MASTER_PORT (29500) and SSH_PORT may be set.
+# shellcheck source=common.sh source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 hostfile=${HOSTFILE:-hostfile}

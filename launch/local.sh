@@ -3,6 +3,7 @@
 #   launch/local.sh distill run.yaml train.steps=10
 #   PROCESSES=2 launch/local.sh distill run.yaml
 #   CUDA_VISIBLE_DEVICES=0,3 launch/local.sh distill run.yaml
+# shellcheck source=common.sh source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 port=${MASTER_PORT:-$(free_port)}

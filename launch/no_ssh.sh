@@ -3,6 +3,7 @@
 #   on the first:   NODES=2 NODE_RANK=0 MASTER_ADDR=node-0 launch/no_ssh.sh distill run.yaml
 #   on the second:  NODES=2 NODE_RANK=1 MASTER_ADDR=node-0 launch/no_ssh.sh distill run.yaml
 # PROCESSES per machine (all its GPUs), the same on all. MASTER_PORT (29500) and the port after it must be reachable.
+# shellcheck source=common.sh source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 for name in NODES NODE_RANK MASTER_ADDR; do

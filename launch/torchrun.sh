@@ -4,6 +4,7 @@
 #   launch/torchrun.sh distill run.yaml
 #   on each of two machines:  NODES=2 RENDEZVOUS=node-0:29400 launch/torchrun.sh distill run.yaml
 # PROCESSES per machine. Under Kubernetes' PyTorchJob the PET_* variables say the same.
+# shellcheck source=common.sh source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 nodes=${NODES:-${PET_NNODES:-1}}
