@@ -122,10 +122,9 @@ def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
             setattr(kept[0], part, nn.Identity())
     setattr(owner, name.rpartition(".")[2], kept)
     for i, layer in enumerate(kept):
-        module: Any
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = i
+        for child in layer.modules():
+            if hasattr(child, "layer_idx"):
+                setattr(child, "layer_idx", i)  # noqa: B010 - the type says Tensor or Module
     shape = model.config.get_text_config()
     for key, value in list(vars(shape).items()):
         if isinstance(value, (list, tuple)) and len(value) == total and key not in ("architectures",):

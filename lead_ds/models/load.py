@@ -69,7 +69,7 @@ def _load(config: ModelConfig, kind: str, dtype: torch.dtype) -> Scorer:
         model = _cut(load_model(config, "base", dtype, layout.subfolder), config)
         tokens = layout if layout.late_interaction else Layout()  # Dense on a pooled vector is no token projection
         dense = _dense(config, tokens, model, config.token_dim, "token_dim", dtype)
-        normalize = tokens.normalize or _record(config.path).get("normalize") is True
+        normalize = bool(_record(config.path).get("normalize", tokens.normalize))
         if not tokens.dense and config.weights == "pretrained":
             published = colbert_linear(config.path, dtype)
             if published is not None:

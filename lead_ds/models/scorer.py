@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lead_ds.config import ModelConfig
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
+from lead_ds.models.taps import AttentionTaps, tap_attention
 from lead_ds.relevance import Features
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Output:
 
     final: Features  # K = 1: what the model serves
     layers: Features | None = None  # K = the layers asked for, in that order
-    taps_queries: Any = None  # attention taps, where asked for
-    taps_passages: Any = None
+    taps_queries: AttentionTaps | None = None  # of the layers tapped, by layer
+    taps_passages: AttentionTaps | None = None  # of a cross-encoder's pairs
 
 
 class Scorer(nn.Module):
@@ -82,13 +83,11 @@ class Scorer(nn.Module):
             layer.forward = torch.compile(layer.forward, **settings)
 
     @contextmanager
-    def tapping(self, tap_layers: Sequence[int]) -> Iterator[Any]:
+    def tapping(self, tap_layers: Sequence[int]) -> Iterator[AttentionTaps | None]:
         """Attention taps of `tap_layers` while open; None where there are none to take."""
         if not tap_layers:
             yield None
             return
-        from lead_ds.models.taps import tap_attention
-
         with tap_attention(self.backbone, tap_layers) as taps:
             yield taps
 
@@ -112,10 +111,9 @@ class Scorer(nn.Module):
 
     def _inputs(self, tokens: Tokens) -> dict[str, Any]:
         inputs: dict[str, Any] = {name: x for name, x in tokens.items() if name in self._accepts}
-        if self._decoder:
-            mask_BL = tokens["attention_mask"]
-            if "position_ids" in self._accepts:  # a text has the same positions on whichever side it is padded
-                inputs["position_ids"] = (mask_BL.long().cumsum(1) - 1).clamp_min(0)
-            if "use_cache" in self._accepts:
-                inputs["use_cache"] = False
+        if "use_cache" in self._accepts:
+            inputs["use_cache"] = False
+        if self._decoder and "position_ids" in self._accepts:
+            # A text has the same positions on whichever side it is padded.
+            inputs["position_ids"] = (tokens["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
         return inputs
