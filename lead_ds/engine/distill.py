@@ -44,7 +44,7 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
         student_text = TextEncoder.from_config(config.student)
         uses_teacher = config.teacher is not None and config.losses.needs_teacher
         teacher_text = TextEncoder.from_config(config.teacher) if uses_teacher and config.teacher else None
-        batches = Batches(groups, student_text, teacher_text, config, rank=ranks.rank, world=ranks.world)
+        batches = Batches(groups, student_text, teacher_text, in_chunks(config), rank=ranks.rank, world=ranks.world)
         evaluator = Evaluator.open(config, student_text, ranks)
 
         torch.manual_seed(config.seed)  # the same new layers on every rank
@@ -99,6 +99,15 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
         raise InputError(output, "holds no run to resume", "start it without --resume")
     if ranks.from_main(output.exists() and not output.is_dir()):
         raise InputError(output, "is a file", "set output= to a folder")
+
+
+def in_chunks(config: Config) -> Config:
+    """Where the teacher is co-trained or its attention is read, it sees the student's micro-batches, one by one."""
+    teacher = config.teacher
+    if teacher is None or not (teacher.train or config.losses.attention.weight > 0):
+        return config
+    texts = config.train.batch_size * (1 + config.data.negatives)
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"batch_size": texts})})
 
 
 def check_layers(config: Config, student_layers: int, teacher: Any) -> None:

@@ -15,6 +15,7 @@ from lead_ds.engine.record import Recorder, StepSums
 from lead_ds.engine.schedule import learning_rate
 from lead_ds.engine.step import Pair, Scope, make_views
 from lead_ds.engine.teacher import FrozenTeacher, TeacherView
+from lead_ds.losses.attention import pair_taps
 from lead_ds.losses.objective import Objective
 from lead_ds.losses.selection import select_layers
 from lead_ds.models.scorer import Output
@@ -98,7 +99,7 @@ class Training:
                 contrastive_group=config.losses.contrastive.scope == "group",
             )
             if student_taps:
-                views.attention = (self._teacher_output(view, cotrained, index), student)
+                views.attention = pair_taps(self._teacher_output(view, cotrained, index), student)
             output = self.objective(views)
             self.engine.backward(output.loss)
             self.engine.step()

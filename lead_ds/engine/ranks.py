@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,9 +79,14 @@ def local_world(world: int) -> int:
 def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     """Join the processes that the launcher started (or be the only one), and leave them again at the end.
 
+    Inside another such context, or where the caller has joined them, this is that group, left to its owner.
+
     Works under the DeepSpeed launcher, torchrun and SLURM's or MPI's environments that set RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR and MASTER_PORT; without these, one process of its own.
     """
+    if dist.is_initialized():
+        yield _this_rank()
+        return
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
@@ -97,25 +103,39 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=timeout_minutes)
     )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     try:
-        yield Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        yield _this_rank()
     finally:
         # gloo aborts at exit otherwise. After a failure the others may be gone: destroying waits for nobody.
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _this_rank() -> Ranks:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
 def prepare_environment() -> None:
-    """Quieten DeepSpeed, and let its op builder find the ninja of this environment."""
+    """Quieten DeepSpeed and transformers, and let DeepSpeed's op builder find the ninja of this environment."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed still calls collectives by the names that newer torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     scripts = str(Path(sys.executable).parent)
     if shutil.which("ninja") is None and scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + scripts
     from deepspeed.utils import logger
 
     logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
+    # Our scorers hold no parameters of their own, so that ZeRO-3 loses nothing by not seeing into their outputs.
+    logger.addFilter(lambda record: "unknown inputs or outputs type (<class 'lead_ds." not in record.getMessage())
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def free_port() -> int:

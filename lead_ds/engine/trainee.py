@@ -55,10 +55,11 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     import deepspeed
 
     tree = student_deepspeed_config(config, dtype)
-    if config.train.gradient_checkpointing:
-        for scorer in (trainee.student, trainee.teacher):
-            if scorer is not None:
-                scorer.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for scorer in (trainee.student, trainee.teacher):
+        if scorer is not None and config.train.gradient_checkpointing:
+            scorer.gradient_checkpointing_enable()
+        if scorer is not None and config.train.compile:
+            scorer.compile_layers()
     groups = parameter_groups(trainee, config)
     # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's is as good there.
     optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=ranks.device.type == "cuda")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lead_ds.config import Config
-from lead_ds.engine.ranks import ranks
+from lead_ds.engine.ranks import Ranks, ranks
 from lead_ds.engine.step import Pair, Scope, make_views
 from lead_ds.losses.objective import Objective
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures
@@ -53,36 +53,48 @@ def features(
     return TokenFeatures(q, torch.ones(q.shape[1:3]), p, p_mask[own, :longest].long()), [q, p]
 
 
-def job(kind: str, in_batch: str, batches: int) -> dict[str, Any]:
-    """Loss and student gradients of the whole batch, as this process sees its share: `batches` micro-batches of it."""
+CASES = [(kind, in_batch) for kind in ("dual_encoder", "colbert", "cross_encoder") for in_batch in ("global", "local")]
+
+
+def job() -> dict[str, Any]:
+    """Every case as this process sees it. Alone, it holds the whole batch in the global scope; in the local one, both
+    ranks' halves in turn."""
     with ranks() as here:
-        total = here.world * batches
-        size = QUERIES // total
-        config = config_of(in_batch, size)
-        scope = Scope.of(config, here, GROUP)
-        objective = Objective(config.losses, impl="torch", cotrain=False, mean=scope.mean)
-        result: dict[str, Any] = {"loss": 0.0, "weights": [], "grads": []}
-        for index in range(batches):
-            part = slice((here.rank + index) * size, (here.rank + index + 1) * size)
-            generator = torch.Generator().manual_seed(7)
-            teacher = [features(kind, 6, k, generator, part, False)[0] for k in (1, LAYERS)]
-            (final, leaf_final), (layers, leaf_layers) = (
-                features("dual_encoder", WIDTH, k, generator, part, True) for k in (1, LAYERS)
-            )
-            # Two queries share a passage, and one of them is also the other's positive: masked in the same places.
-            keys = torch.arange(QUERIES * GROUP)
-            keys[4 * GROUP] = keys[0]
-            positives = keys[::GROUP, None]
-            mask = scope.mask(keys[part.start * GROUP : part.stop * GROUP], positives[part])
-            views = make_views(Pair(final, layers), Pair(*teacher), scope, mask, contrastive_group=False)
-            output = objective(views)
-            # What data parallelism does with a rank's loss, and accumulation with a micro-batch's: the mean.
-            (output.loss / total).backward()
-            result["loss"] += output.loss.item() / batches
-            result["weights"].append(output.layer_weights.tolist())
-            result["grads"].append([leaf.grad.tolist() for leaf in leaf_final + leaf_layers])
-        result["loss"] = float(here.mean(torch.tensor(result["loss"])))
-        return result
+        return {
+            f"{kind} {in_batch}": case(here, kind, in_batch, 2 if in_batch == "local" and here.world == 1 else 1)
+            for kind, in_batch in CASES
+        }
+
+
+def case(here: Ranks, kind: str, in_batch: str, batches: int) -> dict[str, Any]:
+    """Loss and student gradients of the whole batch, as this process sees its share: `batches` micro-batches of it."""
+    total = here.world * batches
+    size = QUERIES // total
+    config = config_of(in_batch, size)
+    scope = Scope.of(config, here, GROUP)
+    objective = Objective(config.losses, impl="torch", cotrain=False, mean=scope.mean)
+    result: dict[str, Any] = {"loss": 0.0, "weights": [], "grads": []}
+    for index in range(batches):
+        part = slice((here.rank + index) * size, (here.rank + index + 1) * size)
+        generator = torch.Generator().manual_seed(7)
+        teacher = [features(kind, 6, k, generator, part, False)[0] for k in (1, LAYERS)]
+        (final, leaf_final), (layers, leaf_layers) = (
+            features("dual_encoder", WIDTH, k, generator, part, True) for k in (1, LAYERS)
+        )
+        # Two queries share a passage, and one of them is also the other's positive: masked in the same places.
+        keys = torch.arange(QUERIES * GROUP)
+        keys[4 * GROUP] = keys[0]
+        positives = keys[::GROUP, None]
+        mask = scope.mask(keys[part.start * GROUP : part.stop * GROUP], positives[part])
+        views = make_views(Pair(final, layers), Pair(*teacher), scope, mask, contrastive_group=False)
+        output = objective(views)
+        # What data parallelism does with a rank's loss, and accumulation with a micro-batch's: the mean.
+        (output.loss / total).backward()
+        result["loss"] += output.loss.item() / batches
+        result["weights"].append(output.layer_weights.tolist())
+        result["grads"].append([leaf.grad.tolist() for leaf in leaf_final + leaf_layers])
+    result["loss"] = float(here.mean(torch.tensor(result["loss"])))
+    return result
 
 
 def joined(results: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -91,14 +103,14 @@ def joined(results: list[dict[str, Any]]) -> list[torch.Tensor]:
     return [torch.cat([torch.tensor(part[i]) for part in parts], 1) for i in range(4)]
 
 
-@pytest.mark.parametrize("kind", ["dual_encoder", "colbert", "cross_encoder"])
-@pytest.mark.parametrize("in_batch", ["global", "local"])
-def test_two_processes_equal_one(kind: str, in_batch: str) -> None:
-    # In the global scope a process alone holds the whole batch; in the local one, the two ranks' halves in turn.
-    alone = launch(
-        "tests.engine.test_gather:job", 1, kind=kind, in_batch=in_batch, batches=1 if in_batch == "global" else 2
-    )
-    both = launch("tests.engine.test_gather:job", 2, kind=kind, in_batch=in_batch, batches=1)
+@pytest.fixture(scope="module")
+def results() -> dict[int, list[dict[str, Any]]]:
+    return {world: launch("tests.engine.test_gather:job", world) for world in (1, 2)}
+
+
+@pytest.mark.parametrize(("kind", "in_batch"), CASES)
+def test_two_processes_equal_one(results: dict[int, list[dict[str, Any]]], kind: str, in_batch: str) -> None:
+    alone, both = ([result[f"{kind} {in_batch}"] for result in results[world]] for world in (1, 2))
     torch.testing.assert_close(torch.tensor(both[0]["loss"]), torch.tensor(alone[0]["loss"]), rtol=1e-5, atol=0)
     for one, two in zip(joined(alone), joined(both), strict=True):
         torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-7)

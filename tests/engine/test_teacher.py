@@ -1,0 +1,75 @@
+"""A teacher under ZeRO-3 says what the whole model says, holds its share, lets go after a forward, and does not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import TEACHERS
+from tests.helpers.launch import launch
+
+WORLD, FORWARDS = 2, 50
+
+
+@pytest.fixture(scope="module")
+def facts(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Facts of every kind of teacher, in bf16 as a CPU's default, from each rank."""
+    import yaml
+
+    from tests.engine.conftest import settings
+
+    folder = tmp_path_factory.mktemp("teachers")
+    paths = []
+    # Persistence is by size: keep only the tiniest tensors, as a large model's threshold would.
+    zero3 = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 40, "stage3_max_reuse_distance": 0}
+    }
+    for kind in TEACHERS:
+        tree = settings(rooms, folder / kind, kind, extra_teacher={"dtype": "auto"}, deepspeed={"teacher": zero3})
+        (folder / f"{kind}.yaml").write_text(yaml.safe_dump(tree))
+        paths.append(str(folder / f"{kind}.yaml"))
+    results = launch("tests.engine.jobs:sharded_teachers", WORLD, configs=paths, forwards=FORWARDS)
+    return {kind: [result[i] for result in results] for i, kind in enumerate(TEACHERS)}
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_sharded_features_equal_the_whole_models(facts: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    for fact in facts[kind]:
+        assert all(fact["equal"]), fact["shapes"]
+        assert fact["dtype"] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_each_rank_holds_its_share(
+    facts: dict[str, list[dict[str, Any]]], kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    for rank, fact in enumerate(facts[kind]):
+        with capsys.disabled():
+            print(f"\n{kind}: rank {rank} of {WORLD} holds {fact['held']:,} of {fact['whole']:,} bytes", end="")
+        # Each tensor is padded to a multiple of W elements: at most W - 1 more than its share, of 2 bytes each.
+        assert fact["whole"] / WORLD <= fact["held"] <= fact["whole"] / WORLD + 2 * WORLD * 200
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_only_persistent_parameters_stay_after_a_forward(facts: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    for fact in facts[kind]:
+        assert fact["resident"] == fact["persistent"]
+        assert 0 < fact["persistent"] * 2 < 0.1 * fact["whole"]
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_memory_does_not_grow(facts: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    for fact in facts[kind]:
+        grown = fact["memory"][-1] - fact["memory"][FORWARDS // 2]
+        assert grown < 1_000_000, f"{grown:,} bytes over {FORWARDS // 2} forwards"
+
+
+def test_a_teacher_deepspeed_configuration_of_another_stage_is_refused(configure: Callable[..., Path]) -> None:
+    stage2 = {"teacher": {"zero_optimization": {"stage": 2}}}
+    path = configure(extra_teacher={"placement": "zero3"}, deepspeed=stage2, train={"batch_size": 2})
+    [first, second] = launch("tests.engine.jobs:distil_each", WORLD, configs=[str(path)])
+    assert "needs ZeRO stage 3" in first[0]
+    assert first == second
