@@ -5,9 +5,12 @@ Dimensions: W ranks, A micro-batches per step, B groups per micro-batch and rank
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.groups import Group, Groups
 from lead_ds.data.tokens import TextEncoder, Tokens
@@ -204,7 +207,8 @@ class Batches:
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # its own: the default would draw from the training's random state
         )
-        items = iter(loader)
+        with _signals_kept():
+            items = iter(loader)
         while True:
             try:
                 item = next(items)
@@ -259,10 +263,19 @@ class _Steps(Dataset[Any]):
             return error
 
 
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Leave the SIGCHLD handler as it is. PyTorch's own raises in whatever line the training is at when a worker dies; the
+    loader notices by itself within seconds, in its own line, which can tell what happened."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
 def _one_thread(_: int) -> None:
     """Workers share the cores among themselves already."""
-    import os
-
-    assert get_worker_info() is not None
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

@@ -140,11 +140,10 @@ class Columns:
             raise Unusable(f"the column {self.label!r} is not a number or a list of numbers", self.shape)
         assert isinstance(labels, list)
         if self.labelled and len(labels) == len(texts):
-            kinds = [
-                [text for text, label in zip(texts, labels, strict=True) if (label > 0) == wanted]
-                for wanted in (True, False)
-            ]
-            return Lines(query, *([Listed(text) for text in kind] for kind in kinds))
+            passages = [(Listed(str(text)), label > 0) for text, label in zip(texts, labels, strict=True)]
+            return Lines(
+                query, [p for p, relevant in passages if relevant], [p for p, relevant in passages if not relevant]
+            )
         if not self.labelled and len(labels) == len(texts):
             return _listed(query, texts, labels)
         if not self.labelled and len(labels) == len(texts) - 1:

@@ -53,7 +53,8 @@ class KnownPositives:
         order = np.argsort(queries, kind="stable")
         ordered = np.asarray(queries)[order]
         repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
-        self._order, self._ordered = (order, ordered) if len(repeated) else (None, None)
+        self._order: np.ndarray | None = order if len(repeated) else None
+        self._ordered: np.ndarray | None = ordered if len(repeated) else None
 
     def of(self, row: int) -> np.ndarray:
         """Keys of the known positives of the query of `row`, without repetition. int64."""

@@ -103,10 +103,13 @@ class IdGroups:
         return scores
 
 
+_Arrays = list[np.ndarray]
+
+
 def _build_canonical(path: Path, corpus: Texts, queries: Texts) -> Arrays:
-    query, positives, negatives, positive_scores, negative_scores = [], [], [], [], []
-    positive_counts: list[np.ndarray] = []
-    negative_counts: list[np.ndarray] = []
+    query = _Arrays()
+    positives, positive_counts, positive_scores = _Arrays(), _Arrays(), _Arrays()
+    negatives, negative_counts, negative_scores = _Arrays(), _Arrays(), _Arrays()
     for block in read_blocks(path, open_buffer(path)):
         groups = list(_canonical(block))
         names = [name for name, _, _, _ in groups]
