@@ -1,0 +1,278 @@
+"""Texts to vectors: sorted by length, in batches, every process its share; to memory, or to files that outlive a kill.
+
+D width of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lead_ds.data.texts import Texts
+from lead_ds.data.tokens import TextEncoder, Tokens
+from lead_ds.errors import InputError, LeadError, RunError
+from lead_ds.retrieval.files import atomic, checksum, read_json, write_json
+from lead_ds.retrieval.peers import ALONE, Peers
+from lead_ds.retrieval.progress import Progress, progress
+
+Embed = Callable[[Tokens], Tensor]
+"""Tokens on the model's device -> final vectors [B, D]: `DualEncoder.embed`, or a sharded engine called with `tokens=`."""
+
+SORTED_BATCHES = 256  # texts of so many batches are sorted by length together: little padding, little memory
+SHARD_ROWS = 65_536
+AHEAD = 4  # batches tokenised ahead of the model
+MANIFEST, IDS = "manifest.json", "ids.txt"
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one kind of text is read: kind, prompt and length decide its vectors beside the model."""
+
+    kind: Literal["corpus", "queries"]
+    prompt: str
+    length: int
+
+    @classmethod
+    def of(cls, encoder: TextEncoder, kind: Literal["corpus", "queries"]) -> Side:
+        """As `encoder` reads queries or passages."""
+        if kind == "queries":
+            return cls(kind, encoder.query_prompt, encoder.query_length)
+        return cls(kind, encoder.passage_prompt, encoder.passage_length)
+
+
+def encode_texts(
+    embed: Embed,
+    encoder: TextEncoder,
+    kind: Literal["corpus", "queries"],
+    texts: Callable[[Sequence[int]], list[str]],
+    rows: Sequence[int],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    forwards: int = 0,
+    meter: Progress | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on `device`), a batch at a time, without gradient.
+
+    texts: rows -> their texts. Neighbouring texts are sorted by length before they are cut into batches. `forwards`: run
+    the model at least so many times, on a text of no interest once the rows are done: under ZeRO-3 every process must take
+    part in every forward of any of them.
+    """
+    tokenize = encoder.queries if kind == "queries" else encoder.passages
+    batches = list(_batches(rows, batch_size))
+
+    def tokens(ordered: tuple[list[int], list[str]]) -> tuple[list[int], Tokens]:
+        return ordered[0], tokenize(ordered[1])
+
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        for positions, batch in _ahead(pool, tokens, _ordered(texts, rows, batch_size), AHEAD):
+            vectors_BD = embed({name: x.to(device) for name, x in batch.items()}).float()
+            yield positions, vectors_BD
+            if meter is not None:
+                meter.advance(len(positions))
+        for _ in range(forwards - len(batches)):
+            embed({name: x.to(device) for name, x in tokenize(["a"]).items()})
+
+
+def encode_share(
+    embed: Embed,
+    encoder: TextEncoder,
+    kind: Literal["corpus", "queries"],
+    texts: Callable[[Sequence[int]], list[str]],
+    rows: Sequence[int],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    forwards: int = 0,
+    meter: Progress | None = None,
+) -> Tensor:
+    """Vectors [len(rows), D] of `rows`, in their order, on `device`; [0, 0] of no rows. Arguments as `encode_texts`."""
+    out: Tensor | None = None
+    for positions, vectors_BD in encode_texts(
+        embed, encoder, kind, texts, rows, batch_size=batch_size, device=device, forwards=forwards, meter=meter
+    ):
+        if out is None:
+            out = torch.empty(len(rows), vectors_BD.shape[1], dtype=dtype, device=vectors_BD.device)
+        out[torch.tensor(positions, device=out.device)] = vectors_BD.to(dtype)
+    return torch.empty(0, 0, dtype=dtype, device=device) if out is None else out
+
+
+class Vectors:
+    """Vectors on disk: shards [n, D] as .npy files, memory-mapped, with their ids and a manifest of where they came from."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Vectors:
+        """Finished vectors of `encode_to`. Raises InputError when there are none, or when they are not finished."""
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST, "make it with lead-ds encode")
+        vectors = cls(folder, manifest)
+        missing = [shard for shard in range(vectors.shards) if not vectors.path(shard).exists()]
+        if missing:
+            what = f"{len(missing)} of {vectors.shards} shards are missing"
+            raise InputError(folder, what, "run lead-ds encode again to finish it")
+        return vectors
+
+    def __len__(self) -> int:
+        return int(self.manifest["count"])
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return int(np.load(self.path(0), mmap_mode="r").shape[1])
+
+    @property
+    def shards(self) -> int:
+        """How many files."""
+        return -(-len(self) // int(self.manifest["shard_rows"]))
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"vectors-{shard:05d}.npy"
+
+    def rows(self, shard: int) -> range:
+        """The rows that a shard holds."""
+        size = int(self.manifest["shard_rows"])
+        return range(shard * size, min((shard + 1) * size, len(self)))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Every shard in order, memory-mapped."""
+        return (np.load(self.path(shard), mmap_mode="r") for shard in range(self.shards))
+
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        return (self.folder / IDS).read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def encode_to(
+    folder: str | Path,
+    embed: Embed,
+    encoder: TextEncoder,
+    texts: Texts,
+    model: dict[str, Any],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    dtype: Literal["float32", "float16"] = "float32",
+    shard_rows: int | None = None,
+    peers: Peers = ALONE,
+) -> Vectors:
+    """Encode all of `texts` into a folder; call it again after a kill, on any number of processes, to finish the job.
+
+    A shard is written whole or not at all; those that are there are kept. model: facts that identify the model (checksum,
+    pooling, normalize), kept in the manifest with prompt, length and a checksum of the texts. Every process calls this, on
+    a file system they share. Raises InputError when the folder holds vectors made otherwise, RunError when a file
+    cannot be written.
+    """
+    folder = Path(folder)
+    agreed: dict[str, Any] | LeadError = {}
+    if peers.rank == 0:
+        shard_rows = shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
+        facts = {
+            "version": 1,
+            "model": model,
+            **asdict(Side.of(encoder, texts.kind)),
+            "dtype": dtype,
+            "count": len(texts),
+            "shard_rows": shard_rows,
+        }
+        try:
+            agreed = _agree(folder, {**facts, "data": checksum([texts.path])}, texts)
+        except LeadError as error:
+            agreed = error
+    agreed = peers.from_main(agreed)
+    if isinstance(agreed, LeadError):  # on every process, or the others would wait for ever
+        raise agreed
+    vectors = Vectors(folder, agreed)
+    todo = peers.from_main([shard for shard in range(vectors.shards) if not vectors.path(shard).exists()])
+    mine = todo[peers.rank :: peers.world]
+    total = sum(len(vectors.rows(shard)) for shard in mine)
+    with progress(f"encoding {texts.path.name}", total, "texts", shown=peers.rank == 0 and total > 0) as meter:
+        for turn in range(-(-len(todo) // peers.world)):
+            # The turn's largest share sets how often every process runs the model.
+            turn_shards = todo[turn * peers.world : (turn + 1) * peers.world]
+            forwards = -(-max(len(vectors.rows(shard)) for shard in turn_shards) // batch_size)
+            rows = vectors.rows(mine[turn]) if turn < len(mine) else range(0)
+            encoded = encode_share(
+                embed,
+                encoder,
+                texts.kind,
+                texts.texts,
+                rows,
+                batch_size=batch_size,
+                device=device,
+                forwards=forwards,
+                meter=meter,
+            )
+            if rows:
+                _write_shard(vectors.path(mine[turn]), encoded.cpu().numpy(), dtype)
+    peers.barrier()
+    return Vectors.open(folder)
+
+
+def _agree(folder: Path, facts: dict[str, Any], texts: Texts) -> dict[str, Any]:
+    """The manifest of an earlier call, if it is of the same vectors; else a new one."""
+    path = folder / MANIFEST
+    if path.exists():
+        old = read_json(path, "delete the folder, or choose another one")
+        # The size of a shard is how the first call cut the work, not what the vectors are.
+        changed = [key for key in facts if old.get(key) != facts[key] and key != "shard_rows"]
+        if changed:
+            what = f"holds vectors of another {', '.join(changed)}"
+            raise InputError(folder, what, "delete it, or choose another folder")
+        return old
+    if any(folder.glob("vectors-*.npy")):
+        raise InputError(folder, "holds vectors without a manifest", "delete it, or choose another folder")
+    with atomic(folder / IDS) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for name in texts.ids:
+            if "\n" in name or "\r" in name:
+                raise InputError(texts.path, f"the id {name!r} holds a line break", "use ids of one line")
+            file.write(name + "\n")
+    write_json(path, facts)
+    return facts
+
+
+def _write_shard(path: Path, vectors: np.ndarray, dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        vectors = vectors.astype(dtype)
+    if not np.isfinite(vectors).all():
+        raise RunError(path, f"the model gave vectors that {dtype} cannot hold", "encode as float32; check the model")
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.save(file, vectors)
+
+
+def _batches(rows: Sequence[int], batch_size: int) -> Iterator[range]:
+    return (range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size))
+
+
+def _ordered(
+    texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[int], list[str]]]:
+    """(positions in rows, texts) of each batch, long texts first in every stretch of SORTED_BATCHES batches."""
+    for stretch in _batches(rows, batch_size * SORTED_BATCHES):
+        read = texts([rows[i] for i in stretch])
+        order = sorted(range(len(read)), key=lambda i: -len(read[i]))
+        for batch in _batches(order, batch_size):
+            chosen = [order[i] for i in batch]
+            yield [stretch[i] for i in chosen], [read[i] for i in chosen]
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterator[Any], count: int) -> Iterator[Any]:
+    """function(item) of every item, in order, computed up to `count` items ahead by the pool."""
+    pending = []
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > count:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()

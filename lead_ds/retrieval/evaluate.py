@@ -1,0 +1,221 @@
+"""Evaluate a model on a dataset, or a run against judgements; compare two runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lead_ds.config import ModelConfig, StudentConfig
+from lead_ds.data.dataset import Dataset
+from lead_ds.data.qrels import Qrels, Run, read_qrels, read_run
+from lead_ds.data.tokens import TextEncoder
+from lead_ds.errors import InputError
+from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.models.scorer import Scorer
+from lead_ds.retrieval.encode import Embed, encode_share
+from lead_ds.retrieval.exact import exact_search, merge_top_k
+from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
+from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
+from lead_ds.retrieval.progress import progress
+
+MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
+
+
+def evaluate_path(
+    model: str | Path | StudentConfig,
+    data: str | Path,
+    split: str = "test",
+    measures: Sequence[str] = MEASURES,
+    **settings: Any,
+) -> dict[str, float]:
+    """Metrics of a dual encoder in a directory (or as configured) on a split of a dataset, by exact search.
+
+    settings: of `evaluate_model`. Raises InputError for a model, dataset, split or measure that is not there.
+    """
+    scorer, encoder = open_encoder(model)
+    return evaluate_model(scorer, encoder, Dataset.open(data), split, measures, **settings).mean
+
+
+def open_encoder(
+    model: str | Path | StudentConfig, device: torch.device | str | None = None
+) -> tuple[DualEncoder, TextEncoder]:
+    """A dual encoder in evaluation mode on `device` (default: CUDA where there is one) with its tokenisation."""
+    from lead_ds.models.load import load_encoder, load_student
+
+    if isinstance(model, ModelConfig):
+        scorer, encoder = dual_encoder(load_student(model, torch.float32)), TextEncoder.from_config(model)
+    else:
+        scorer, encoder = load_encoder(str(model))
+    return scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), encoder
+
+
+def dual_encoder(scorer: Scorer) -> DualEncoder:
+    """The scorer, if it gives a vector per text. Raises InputError for any other kind."""
+    if not isinstance(scorer, DualEncoder):
+        raise InputError(scorer.config.path, f"is a {scorer.kind}", "encoding and exact search need a dual_encoder")
+    return scorer
+
+
+def evaluate_model(
+    scorer: Scorer,
+    encoder: TextEncoder,
+    dataset: Dataset,
+    split: str,
+    measures: Sequence[str] = MEASURES,
+    *,
+    relevance_level: int = 1,
+    queries: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+    embed: Embed | None = None,
+    peers: Peers = ALONE,
+    quiet: bool = False,
+) -> Scores:
+    """Exact search of a split's judged queries over the whole corpus, and its metrics, equal on every process.
+
+    Every process calls this, encodes its share of the corpus and searches in it; only the best results travel. queries: at
+    most so many, drawn by `seed`; 0: all. embed: how the model is run, where it is wrapped by an engine. The model is
+    in evaluation mode meanwhile. Raises InputError as `Dataset.qrels` and `score_run`.
+    """
+    scorer = dual_encoder(scorer)
+    for name in measures:
+        parse_measure(name, relevance_level)
+    qrels = draw_queries(dataset.qrels(split), queries, seed)
+    was_training = scorer.training
+    scorer.eval()
+    try:
+        run = search_exact(
+            embed or scorer.embed,
+            encoder,
+            dataset,
+            list(qrels),
+            depth(measures),
+            batch_size=batch_size,
+            device=next(scorer.parameters()).device,
+            peers=peers,
+            quiet=quiet,
+        )
+    finally:
+        scorer.train(was_training)
+    return peers.from_main(score_run(run, qrels, measures, relevance_level) if peers.rank == 0 else Scores({}, {}))
+
+
+def search_exact(
+    embed: Embed,
+    encoder: TextEncoder,
+    dataset: Dataset,
+    query_ids: Sequence[str],
+    k: int,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    peers: Peers = ALONE,
+    quiet: bool = False,
+) -> Run:
+    """The k best passages of every query by inner product: query id -> passage id -> score, on process 0; {} elsewhere."""
+    corpus, texts = dataset.corpus, dataset.queries
+    query_rows = texts.rows(query_ids).tolist()
+    own_queries, own_passages = share(len(query_rows), peers), share(len(corpus), peers)
+    shown = peers.rank == 0 and not quiet
+    settings: dict[str, Any] = {"batch_size": batch_size, "device": device}
+    with progress("encoding for evaluation", len(own_queries) + len(own_passages), "texts", shown=shown) as meter:
+        settings["meter"] = meter
+        forwards = [-(-largest_share(count, peers) // batch_size) for count in (len(query_rows), len(corpus))]
+        rows = [query_rows[i] for i in own_queries]
+        queries_QD = encode_share(embed, encoder, "queries", texts.texts, rows, forwards=forwards[0], **settings)
+        passages_PD = encode_share(
+            embed, encoder, "corpus", corpus.texts, own_passages, forwards=forwards[1], **settings
+        )
+    if peers.world > 1:
+        shares = [vectors for vectors in peers.all(queries_QD.cpu().numpy()) if len(vectors)]
+        queries_QD = torch.from_numpy(np.concatenate(shares)).to(device)
+    if len(passages_PD):
+        scores_Qk, rows_Qk = exact_search(queries_QD, passages_PD, k)
+    else:  # more processes than passages
+        scores_Qk, rows_Qk = torch.empty(len(query_rows), 0), torch.empty(len(query_rows), 0, dtype=torch.int64)
+    found = peers.all((scores_Qk.cpu().numpy(), (rows_Qk + own_passages.start).cpu().numpy()))
+    if peers.rank != 0:
+        return {}
+    scores_Qk, rows_Qk = merge_top_k([(torch.from_numpy(s), torch.from_numpy(r)) for s, r in found], k)
+    return make_run(query_ids, scores_Qk.tolist(), rows_Qk.tolist(), corpus.ids)
+
+
+def make_run(
+    query_ids: Sequence[str], scores: Sequence[Sequence[float]], rows: Sequence[Sequence[int]], ids: Sequence[str]
+) -> Run:
+    """query id -> passage id -> score, best first, from search results by row; negative rows (nothing found) left out."""
+    return {
+        query: {ids[row]: score for row, score in zip(found, row_scores, strict=True) if row >= 0}
+        for query, found, row_scores in zip(query_ids, rows, scores, strict=True)
+    }
+
+
+def draw_queries(qrels: Qrels, count: int, seed: int) -> Qrels:
+    """Judgements of at most `count` queries, drawn by `seed`; all of them for 0."""
+    if count == 0 or count >= len(qrels):
+        return qrels
+    chosen = set(random.Random(f"evaluation {seed}").sample(sorted(qrels), count))
+    return {query: judged for query, judged in qrels.items() if query in chosen}
+
+
+def evaluate_run(
+    run: str | Path | Mapping[str, Mapping[str, float]],
+    qrels: str | Path | Mapping[str, Mapping[str, int]],
+    measures: Sequence[str] = MEASURES,
+    relevance_level: int = 1,
+) -> Scores:
+    """Metrics of a TREC run, as `score_run`; files are read. Raises InputError for files that cannot be used."""
+    run = read_run(run) if isinstance(run, (str, Path)) else run
+    qrels = read_qrels(qrels) if isinstance(qrels, (str, Path)) else qrels
+    return score_run(run, qrels, measures, relevance_level)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems on one measure: their means, the difference b - a, and the two-sided p value of a paired test."""
+
+    measure: str
+    a: float
+    b: float
+    difference: float
+    p_value: float
+    queries: int
+    test: str
+
+
+def compare(a: Scores, b: Scores, measure: str, *, samples: int = 100_000, seed: int = 0) -> Comparison:
+    """Whether two systems differ on a measure, by the paired randomisation test over queries.
+
+    Under the null hypothesis the sign of each query's difference is arbitrary: the p value is the share of random sign
+    flips whose mean is at least as far from 0 as the one seen, with all 2^n flips instead where these are fewer than
+    `samples` (Smucker, Allan, Carterette, CIKM 2007). Raises InputError when the runs were scored on other queries.
+    """
+    values = [scores.per_query[measure] for scores in (a, b)]
+    if set(values[0]) != set(values[1]):
+        raise InputError("compare", "the two runs were scored on different queries", "use the same judgements")
+    queries = sorted(values[0])
+    differences = np.array([values[1][query] - values[0][query] for query in queries])
+    seen = abs(differences.sum())
+    moving = differences[differences != 0]  # a query without a difference has no sign to flip
+    exhaustive = 2 ** len(moving) <= samples
+    count = 2 ** len(moving) if exhaustive else samples
+    generator, extreme = np.random.default_rng(seed), 0
+    for start in range(0, count, 4096):
+        size = min(4096, count - start)
+        if exhaustive:
+            bits = (np.arange(start, start + size)[:, None] >> np.arange(len(moving))) & 1
+        else:
+            bits = generator.integers(0, 2, (size, len(moving)))
+        sums = np.abs((2 * bits - 1) @ moving)
+        extreme += int((sums >= seen - 1e-12).sum())
+    # The identity is one of the possible flips: a sampled p value is never 0.
+    p_value = extreme / count if exhaustive else (extreme + 1) / (count + 1)
+    test = "two-sided paired randomisation, " + ("all" if exhaustive else f"{count}") + " sign flips"
+    means = a.mean[measure], b.mean[measure]
+    return Comparison(measure, *means, means[1] - means[0], p_value, len(queries), test)

@@ -1,0 +1,71 @@
+"""Exact search: the top k inner products, a block of passages at a time.
+
+Q queries, P passages, D width, k results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 26  # scores held at once: 256 MB in float32
+QUERY_BLOCK = 4096
+
+
+def exact_search(
+    queries_QD: Tensor | np.ndarray,
+    passages: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
+    k: int,
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scores float32 [Q, k] and rows int64 [Q, k] of the k passages with the largest inner products, best first.
+
+    passages: [P, D], in any float dtype, or consecutive blocks of them, such as memory-mapped shards; only a block is in
+    memory. Products run in float32 on `device` (default: where the queries are). Fewer than k passages: k is their number.
+    """
+    queries_QD = _tensor(queries_QD)
+    device = torch.device(device) if device is not None else queries_QD.device
+    queries = [part.to(device, torch.float32) for part in queries_QD.split(QUERY_BLOCK)]
+    best: list[tuple[Tensor, Tensor]] = [_nothing(len(part), device) for part in queries]
+    start = 0
+    for block in _blocks(passages, min(len(queries_QD), QUERY_BLOCK)):
+        block_PD = block.to(device, torch.float32)
+        for i, part in enumerate(queries):
+            scores_QP = part @ block_PD.T
+            scores_Qk, rows_Qk = scores_QP.topk(min(k, scores_QP.shape[1]), dim=1)
+            best[i] = merge_top_k([best[i], (scores_Qk, rows_Qk + start)], k)
+        start += len(block_PD)
+    return torch.cat([scores for scores, _ in best]), torch.cat([rows for _, rows in best])
+
+
+def merge_top_k(results: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The best k of several results (scores [Q, *], rows [Q, *]) for the same queries; equal scores by row."""
+    pairs = list(results)
+    scores, rows = torch.cat([s for s, _ in pairs], 1), torch.cat([r for _, r in pairs], 1)
+    order = rows.argsort(dim=1)
+    scores, rows = scores.gather(1, order), rows.gather(1, order)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), rows.gather(1, order)
+
+
+def _nothing(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(queries, 0, device=device), torch.empty(queries, 0, dtype=torch.int64, device=device)
+
+
+def _blocks(passages: Tensor | np.ndarray | Iterable[Tensor | np.ndarray], queries: int) -> Iterator[Tensor]:
+    step = max(1024, BLOCK_ELEMENTS // max(queries, 1))
+    wholes = [passages] if isinstance(passages, (Tensor, np.ndarray)) else passages
+    for whole in wholes:
+        for start in range(0, len(whole), step):
+            yield _tensor(whole[start : start + step])
+
+
+def _tensor(x: Tensor | np.ndarray) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    # A copy of the block: memory maps are read-only, which torch does not know.
+    return torch.from_numpy(np.array(x))

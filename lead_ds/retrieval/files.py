@@ -1,0 +1,84 @@
+"""Files that a reader sees whole or not at all, and checksums of models and data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lead_ds.errors import InputError, RunError
+
+# What decides a model's vectors, in a Hugging Face or sentence-transformers directory.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+_PER_MODEL = {"README.md", "training_args.bin"}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file to fill, renamed to `path` when the block ends well. Raises RunError when it cannot be written."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        yield Path(temporary)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(path, f"cannot be written: {error}", "check the folder and the free space") from None
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError with `remedy` when it is absent or not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(path, "no such file", remedy) from None
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be read: {error}", remedy) from None
+    if not isinstance(value, dict):
+        raise InputError(path, f"a JSON {type(value).__name__}, not an object", remedy)
+    return value
+
+
+def checksum(paths: Iterable[Path], name: Callable[[Path], str] = lambda path: path.name) -> str:
+    """A hash of the names and contents of files. Raises InputError for one that cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        digest.update(name(path).encode() + b"\0")
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InputError(path, f"cannot be read: {error}", "check its permissions") from None
+    return digest.hexdigest()
+
+
+def model_checksum(path: str | Path) -> str:
+    """A hash of the files that decide what a model's directory computes; of the name for a model of the hub."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+    files = {file for pattern in _MODEL_FILES for file in folder.glob(f"**/{pattern}")}
+    files = {file for file in files if file.is_file() and file.name not in _PER_MODEL}
+    return checksum(sorted(files), lambda file: file.relative_to(folder).as_posix())

@@ -1,0 +1,76 @@
+"""Metrics of a run against judgements, computed by ir-measures (trec_eval's own code for most of them)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lead_ds.errors import InputError
+
+DEFAULT_DEPTH = 1000  # of a measure without a cutoff, as trec_eval reads runs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """mean: measure name -> mean over all judged queries. per_query: measure name -> query id -> value."""
+
+    mean: dict[str, float]
+    per_query: dict[str, dict[str, float]]
+
+
+def score_run(
+    run: Mapping[str, Mapping[str, float]],
+    qrels: Mapping[str, Mapping[str, int]],
+    measures: Sequence[str],
+    relevance_level: int = 1,
+) -> Scores:
+    """Every measure of `run`, under the names given (nDCG@10, RR@10, AP@1000, R@100, ...).
+
+    nDCG reads graded judgements; the binary measures count judgements >= relevance_level as relevant, unless a name says
+    otherwise (`R(rel=2)@100`). As `trec_eval -c`: the mean is over every judged query, one without results counts 0;
+    results of queries without judgements do not count. Raises InputError for an unknown measure, empty judgements, and a
+    run that shares no query with them.
+    """
+    import ir_measures
+
+    parsed = {name: parse_measure(name, relevance_level) for name in measures}
+    if not any(qrels.values()):
+        raise InputError("qrels", "no query has a judgement", "check the file")
+    if not set(run) & set(qrels):
+        raise InputError("run", "has no query that is judged", "check that run and qrels are of the same queries")
+    names = {measure: name for name, measure in parsed.items()}
+    per_query: dict[str, dict[str, float]] = {name: {} for name in names.values()}
+    for metric in ir_measures.iter_calc(list(names), _plain(qrels, int), _plain(run, float)):
+        per_query[names[metric.measure]][metric.query_id] = float(metric.value)
+    values = {}
+    for name, measure in parsed.items():
+        per_query[name] = {query: per_query[names[measure]].get(query, 0.0) for query in qrels}
+        values[name] = sum(per_query[name].values()) / len(qrels)
+    return Scores(values, per_query)
+
+
+def parse_measure(name: str, relevance_level: int = 1) -> Any:
+    """The measure of that name. Raises InputError for a name that ir-measures does not know or cannot compute here."""
+    import ir_measures
+
+    remedy = "for example nDCG@10, RR@10, AP@1000, R@100, P@10"
+    try:
+        measure = ir_measures.parse_measure(name)
+    except (NameError, ValueError, SyntaxError) as error:
+        raise InputError("measure", f"{name!r} is unknown: {error}", remedy) from None
+    if relevance_level != 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
+        measure = measure(rel=relevance_level)
+    if not any(one.is_available() and one.supports(measure) for one in ir_measures.providers.registry.values()):
+        raise InputError("measure", f"{name!r} cannot be computed with the packages installed here", remedy)
+    return measure
+
+
+def depth(measures: Sequence[str]) -> int:
+    """How many passages per query these measures read."""
+    return max((int(parse_measure(name).params.get("cutoff", DEFAULT_DEPTH)) for name in measures), default=0)
+
+
+def _plain(judged: Mapping[str, Mapping[str, Any]], kind: type) -> dict[str, dict[str, Any]]:
+    # The C code behind ir-measures takes dict, int and float only, not numpy's or other mappings.
+    return {query: {passage: kind(value) for passage, value in row.items()} for query, row in judged.items()}

@@ -1,0 +1,78 @@
+"""What the tests run on several processes, with the engine's ranks as peers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lead_ds.data.dataset import Dataset
+from lead_ds.engine.ranks import Ranks
+from lead_ds.errors import LeadError
+from lead_ds.retrieval.encode import encode_to
+from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """The engine's processes, without the half minute that importing DeepSpeed takes."""
+    dist.init_process_group("gloo")
+    yield Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def encode(model: str, data: str, out: str, batch_size: int, shard_rows: int | None = None) -> dict[str, Any]:
+    """Encode the corpus; how often this process ran the model, or the error."""
+    with ranks() as here:
+        scorer, encoder = open_encoder(model, "cpu")
+        forwards = 0
+
+        def embed(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+            nonlocal forwards
+            forwards += 1
+            return scorer.embed(tokens)
+
+        settings = {"batch_size": batch_size, "shard_rows": shard_rows, "peers": here}
+        try:
+            encode_to(out, embed, encoder, Dataset.open(data).corpus, {"checksum": "m"}, **settings)
+        except LeadError as error:
+            return {"error": str(error)}
+        return {"forwards": forwards}
+
+
+def evaluate(model: str, data: str, batch_size: int) -> dict[str, Any]:
+    """Evaluate on the test split; metrics, and how often this process ran the model."""
+    with ranks() as here:
+        scorer, encoder = open_encoder(model, "cpu")
+        forwards = 0
+
+        def embed(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+            nonlocal forwards
+            forwards += 1
+            return scorer.embed(tokens)
+
+        scores = evaluate_model(
+            scorer, encoder, Dataset.open(data), "test", batch_size=batch_size, embed=embed, peers=here, quiet=True
+        )
+        return {"mean": scores.mean, "per_query": scores.per_query, "forwards": forwards}
+
+
+def encode_and_die(model: str, data: str, out: str, batch_size: int, shard_rows: int, forwards: int) -> None:
+    """Encode, and be killed in the middle of a shard."""
+    scorer, encoder = open_encoder(model, "cpu")
+    left = forwards
+
+    def embed(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal left
+        if left == 0:
+            os._exit(9)  # nothing is closed or flushed
+        left -= 1
+        return scorer.embed(tokens)
+
+    corpus = Dataset.open(Path(data)).corpus
+    encode_to(out, embed, encoder, corpus, {"checksum": "m"}, batch_size=batch_size, shard_rows=shard_rows)

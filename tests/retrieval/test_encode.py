@@ -1,0 +1,134 @@
+"""Encoding: order, sharing between processes, what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lead_ds.data.dataset import Dataset
+from lead_ds.errors import InputError, RunError
+from lead_ds.retrieval.encode import Vectors, encode_share, encode_to
+from lead_ds.retrieval.evaluate import open_encoder
+from lead_ds.retrieval.files import model_checksum
+from tests.helpers.launch import ROOT, launch
+
+MODEL = {"checksum": "m"}
+
+
+def whole(vectors: Vectors) -> np.ndarray:
+    return np.concatenate(list(vectors.blocks()))
+
+
+def one_by_one(model: Path, data: Path) -> np.ndarray:
+    """Every passage's vector, encoded alone."""
+    scorer, encoder = open_encoder(str(model), "cpu")
+    corpus = Dataset.open(data).corpus
+    with torch.no_grad():
+        return torch.cat([scorer.embed(encoder.passages([corpus.text(row)])) for row in range(len(corpus))]).numpy()
+
+
+def test_every_text_gets_its_own_vector(model: Path, data: Path, tmp_path: Path) -> None:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    corpus = Dataset.open(data).corpus
+    expected = one_by_one(model, data)
+    rows = [5, 59, 0, 17, 33]
+    share = encode_share(scorer.embed, encoder, "corpus", corpus.texts, rows, batch_size=2)
+    np.testing.assert_allclose(share.numpy(), expected[rows], rtol=1e-4, atol=1e-5)
+    vectors = encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL, batch_size=7, shard_rows=25)
+    assert [block.shape for block in vectors.blocks()] == [(25, 16), (25, 16), (10, 16)]
+    assert (len(vectors), vectors.dimension, vectors.ids()) == (60, 16, list(corpus.ids))
+    np.testing.assert_allclose(whole(vectors), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_and_float16(model: Path, data: Path, tmp_path: Path) -> None:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    queries = Dataset.open(data).queries
+    vectors = encode_to(tmp_path / "q", scorer.embed, encoder, queries, MODEL, dtype="float16")
+    assert whole(vectors).dtype == np.float16
+    with torch.no_grad():
+        expected = scorer.embed(encoder.queries([queries.text(3)]))[0].numpy()
+    np.testing.assert_allclose(whole(vectors)[3], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_two_processes_give_what_one_gives(model: Path, data: Path, tmp_path: Path) -> None:
+    arguments = {"model": str(model), "data": str(data), "batch_size": 4}
+    results = launch("tests.retrieval.jobs:encode", 2, out=str(tmp_path / "two"), shard_rows=25, **arguments)
+    # Shards of 25, 25 and 10 rows: two turns of 7 and 3 forwards, in which both processes take part.
+    assert [result["forwards"] for result in results] == [10, 10]
+    two = Vectors.open(tmp_path / "two")
+    np.testing.assert_allclose(whole(two), one_by_one(model, data), rtol=1e-4, atol=1e-5)
+    # An error of the first process ends all of them.
+    (tmp_path / "two" / "manifest.json").write_text(json.dumps({**two.manifest, "length": 3}))
+    results = launch("tests.retrieval.jobs:encode", 2, out=str(tmp_path / "two"), **arguments)
+    assert all("holds vectors of another length" in result["error"] for result in results)
+
+
+def test_a_killed_encode_is_finished_by_the_next(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v"
+    arguments = {"model": str(model), "data": str(data), "out": str(out), "batch_size": 5, "shard_rows": 20}
+    job = ["-m", "tests.helpers.launch", "tests.retrieval.jobs:encode_and_die"]
+    command = [sys.executable, *job, json.dumps({**arguments, "forwards": 6}), str(tmp_path / "result")]
+    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    # 20 rows are 4 forwards: the first shard is there, the second was cut short and is not.
+    assert sorted(path.name for path in out.glob("vectors-*")) == ["vectors-00000.npy"]
+    with pytest.raises(InputError, match="2 of 3 shards are missing"):
+        Vectors.open(out)
+    first = (out / "vectors-00000.npy").stat()
+
+    scorer, encoder = open_encoder(str(model), "cpu")
+    rows = 0
+
+    def embed(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal rows
+        rows += len(tokens["input_ids"])
+        return scorer.embed(tokens)
+
+    # Another batch size changes no vector, nor how the work was cut.
+    vectors = encode_to(out, embed, encoder, Dataset.open(data).corpus, MODEL, batch_size=3)
+    assert rows == 40
+    assert (out / "vectors-00000.npy").stat().st_mtime_ns == first.st_mtime_ns
+    np.testing.assert_allclose(whole(vectors), one_by_one(model, data), rtol=1e-4, atol=1e-5)
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_vectors_of_another_model_are_not_mixed(model: Path, data: Path, tmp_path: Path) -> None:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    corpus = Dataset.open(data).corpus
+    encode_to(tmp_path, scorer.embed, encoder, corpus, MODEL)
+    with pytest.raises(InputError, match="holds vectors of another model"):
+        encode_to(tmp_path, scorer.embed, encoder, corpus, {"checksum": "other"})
+    encoder.passage_prompt = "passage: "
+    with pytest.raises(InputError, match="another prompt"):
+        encode_to(tmp_path, scorer.embed, encoder, corpus, MODEL)
+
+
+def test_a_broken_model_is_told(model: Path, data: Path, tmp_path: Path) -> None:
+    _, encoder = open_encoder(str(model), "cpu")
+    with pytest.raises(RunError, match="vectors that float16 cannot hold"):
+        encode_to(
+            tmp_path / "v",
+            lambda tokens: torch.full((len(tokens["input_ids"]), 4), 1e6),
+            encoder,
+            Dataset.open(data).corpus,
+            MODEL,
+            dtype="float16",
+        )
+
+
+def test_a_models_checksum_follows_its_weights(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in model.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert model_checksum(copy) == model_checksum(model)
+    (copy / "README.md").write_text("hello")
+    assert model_checksum(copy) == model_checksum(model)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert model_checksum(copy) != model_checksum(model)
