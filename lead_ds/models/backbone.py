@@ -86,7 +86,10 @@ def load_model(config: ModelConfig, family: Family, dtype: torch.dtype, subfolde
         raise InputError(
             config.path, f"its weights lack {len(lost)} parameters of a {shape.model_type}, such as {lost[0]}"
         )
-    if missing - set(lost) and not may_lack_head and family != "base":
+    headless = sorted(missing - set(lost))
+    if headless and family == "causal":
+        raise InputError(config.path, f"its weights lack the language-model head ({headless[0]})")
+    if headless and family == "classifier" and not may_lack_head:
         raise _no_head(config, shape)
     return model.eval()
 
