@@ -26,8 +26,9 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def encode(model: str, data: str, out: str, batch_size: int, shard_rows: int | None = None) -> dict[str, Any]:
-    """Encode the corpus; how often this process ran the model, or the error."""
+def encode(model: str, data: str, outs: list[str], batch_size: int, shard_rows: int) -> list[Any]:
+    """Encode the corpus into each folder: how often this process ran the model, or the error."""
+    results: list[Any] = []
     with ranks() as here:
         scorer, encoder = open_encoder(model, "cpu")
         forwards = 0
@@ -37,12 +38,14 @@ def encode(model: str, data: str, out: str, batch_size: int, shard_rows: int | N
             forwards += 1
             return scorer.embed(tokens)
 
-        settings = {"batch_size": batch_size, "shard_rows": shard_rows, "peers": here}
-        try:
-            encode_to(out, embed, encoder, Dataset.open(data).corpus, {"checksum": "m"}, **settings)
-        except LeadError as error:
-            return {"error": str(error)}
-        return {"forwards": forwards}
+        corpus, settings = Dataset.open(data).corpus, {"batch_size": batch_size, "shard_rows": shard_rows}
+        for out in outs:
+            try:
+                encode_to(out, embed, encoder, corpus, {"checksum": "m"}, peers=here, **settings)
+                results.append(forwards)
+            except LeadError as error:
+                results.append(str(error))
+    return results
 
 
 def evaluate(model: str, data: str, batch_size: int) -> dict[str, Any]:

@@ -57,16 +57,23 @@ def test_queries_and_float16(model: Path, data: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_give_what_one_gives(model: Path, data: Path, tmp_path: Path) -> None:
-    arguments = {"model": str(model), "data": str(data), "batch_size": 4}
-    results = launch("tests.retrieval.jobs:encode", 2, out=str(tmp_path / "two"), shard_rows=25, **arguments)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text("{}")
+    results = launch(
+        "tests.retrieval.jobs:encode",
+        2,
+        model=str(model),
+        data=str(data),
+        outs=[str(tmp_path / "two"), str(other)],
+        batch_size=4,
+        shard_rows=25,
+    )
     # Shards of 25, 25 and 10 rows: two turns of 7 and 3 forwards, in which both processes take part.
-    assert [result["forwards"] for result in results] == [10, 10]
-    two = Vectors.open(tmp_path / "two")
-    np.testing.assert_allclose(whole(two), one_by_one(model, data), rtol=1e-4, atol=1e-5)
+    assert [result[0] for result in results] == [10, 10]
+    np.testing.assert_allclose(whole(Vectors.open(tmp_path / "two")), one_by_one(model, data), rtol=1e-4, atol=1e-5)
     # An error of the first process ends all of them.
-    (tmp_path / "two" / "manifest.json").write_text(json.dumps({**two.manifest, "length": 3}))
-    results = launch("tests.retrieval.jobs:encode", 2, out=str(tmp_path / "two"), **arguments)
-    assert all("holds vectors of another length" in result["error"] for result in results)
+    assert all("holds vectors of another" in result[1] for result in results)
 
 
 def test_a_killed_encode_is_finished_by_the_next(model: Path, data: Path, tmp_path: Path) -> None:
