@@ -214,10 +214,12 @@ class Batches:
                 item = next(items)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                # The loader itself tells of a dead worker, or a read from its closed pipe fails; what a living worker
+                # raised comes as "Caught ... in DataLoader worker process".
+                if str(error).startswith("Caught "):
                     raise
-                what = f"a data-loader worker died: {str(error).splitlines()[0]}"
+                what = f"a data-loader worker died: {(str(error) or type(error).__name__).splitlines()[0]}"
                 remedy = "it may lack memory: lower data.workers, or set data.workers: 0"
                 raise RunError("data.workers", what, remedy) from error
             if isinstance(item, LeadError):

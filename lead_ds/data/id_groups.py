@@ -103,13 +103,14 @@ class IdGroups:
         return scores
 
 
-_Arrays = list[np.ndarray]
-
-
 def _build_canonical(path: Path, corpus: Texts, queries: Texts) -> Arrays:
-    query = _Arrays()
-    positives, positive_counts, positive_scores = _Arrays(), _Arrays(), _Arrays()
-    negatives, negative_counts, negative_scores = _Arrays(), _Arrays(), _Arrays()
+    query: list[np.ndarray] = []
+    positives: list[np.ndarray] = []
+    positive_counts: list[np.ndarray] = []
+    positive_scores: list[np.ndarray] = []
+    negatives: list[np.ndarray] = []
+    negative_counts: list[np.ndarray] = []
+    negative_scores: list[np.ndarray] = []
     for block in read_blocks(path, open_buffer(path)):
         groups = list(_canonical(block))
         names = [name for name, _, _, _ in groups]
@@ -121,10 +122,7 @@ def _build_canonical(path: Path, corpus: Texts, queries: Texts) -> Arrays:
         ):
             rows.append(_resolve(block, corpus, lists, "passage").astype(_row_type(corpus)))
             counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
-            table = (
-                found.get(name, np.nan) for ids, (_, _, _, found) in zip(lists, groups, strict=True) for name in ids
-            )
-            scores.append(np.fromiter(table, np.float32, int(counts[-1].sum())))
+            scores.append(_listed_scores(lists, [found for _, _, _, found in groups]))
     if not query:
         raise InputError(path, "holds no groups", _SHAPE)
     joined = np.concatenate([*positive_scores, *negative_scores])
@@ -136,6 +134,14 @@ def _build_canonical(path: Path, corpus: Texts, queries: Texts) -> Arrays:
         "negative_starts": _starts(negative_counts),
         "scores": joined[:0] if np.isnan(joined).all() else joined,
     }
+
+
+def _listed_scores(lists: list[list[str]], found: list[dict[str, float]]) -> np.ndarray:
+    """The score of each id of `lists`, joined, NaN where absent. float32."""
+    if not any(found):
+        return np.full(sum(map(len, lists)), np.nan, np.float32)
+    scores = [table.get(name, np.nan) for ids, table in zip(lists, found, strict=True) for name in ids]
+    return np.array(scores, np.float32)
 
 
 def _canonical(block: Block) -> Iterator[tuple[str, list[str], list[str], dict[str, float]]]:

@@ -192,7 +192,8 @@ class Breaking:
         if epoch == 1:
             if self.action == "die":
                 os._exit(9)
-            raise {"input": InputError("file:3", "is wrong", "mend it"), "bug": KeyError("bug")}[self.action]
+            bad = InputError("file:3", "is wrong", "mend it")
+            raise {"input": bad, "bug": RuntimeError("the bug"), "disk": OSError("the disk")}[self.action]
         return self.groups.draw(row, seed, epoch)
 
 
@@ -205,9 +206,10 @@ def test_what_goes_wrong_ahead_is_raised_as_it_is_in_its_turn(config: Callable[.
     with pytest.raises(InputError) as caught:
         next(windows)
     assert (caught.value.where, caught.value.what, caught.value.remedy) == ("file:3", "is wrong", "mend it")
-    buggy = batches(settings, groups=Breaking(open_groups(settings.data), "bug"))
-    with pytest.raises(KeyError, match="bug"):
-        list(buggy.windows(0, 10))
+    for action, kind in (("bug", RuntimeError), ("disk", OSError)):
+        buggy = batches(settings, groups=Breaking(open_groups(settings.data), action))
+        with pytest.raises(kind, match=f"the {action}"):
+            list(buggy.windows(0, 10))
 
 
 def test_a_worker_that_dies_is_told(config: Callable[..., Config]) -> None:
