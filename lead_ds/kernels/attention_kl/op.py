@@ -103,15 +103,23 @@ def attention_kl_pairs(
     implementation = _implementation(impl, pairs, head_mean)
     students = [tensor for pair in pairs for tensor in (pair.sq, pair.sk)]
     if implementation == "triton":
-        from lead_ds.kernels.attention_kl.triton_op import AttentionKLTriton
-
-        return AttentionKLTriton.apply(pairs, mask, causal, atomic, *students)
+        return _AttentionKLTriton.apply(pairs, mask, causal, atomic, *students)
     return _AttentionKLTorch.apply(pairs, mask, causal, head_mean, *students)
 
 
 def _implementation(impl: str, pairs: list[LayerPair], head_mean: bool) -> str:
     tensors = [tensor for pair in pairs for tensor in (pair.tq, pair.tk, pair.sq, pair.sk)]
-    return resolve(impl, *tensors, kernel="attention_kl")
+    chosen = resolve(impl, *tensors, kernel="attention_kl")
+    if chosen == "torch":
+        return chosen
+    from lead_ds.kernels.attention_kl.triton_kernel import MAX_WIDTH, supported
+
+    obstacle = "head_mean has no kernel" if head_mean else None
+    if not supported(pairs):
+        obstacle = f"heads wider than {MAX_WIDTH} have no kernel"
+    if obstacle and impl == "triton":
+        raise ValueError(f"attention_kl: impl='triton' cannot run here: {obstacle}")
+    return "torch" if obstacle else chosen
 
 
 class _AttentionKLTorch(torch.autograd.Function):
@@ -132,3 +140,27 @@ class _AttentionKLTorch(torch.autograd.Function):
         gradients = ctx.saved_tensors
         scaled = [gradients[i] * grad_K[i // 2].to(gradients[i].dtype) for i in range(len(gradients))]
         return (None, None, None, None, *scaled)
+
+
+class _AttentionKLTriton(torch.autograd.Function):
+    """The kernels: log-sum-exps are kept, probabilities recomputed in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pairs: list[LayerPair], mask: Tensor | None, causal: bool, atomic: bool, *students: Tensor
+    ) -> Tensor:
+        from lead_ds.kernels.attention_kl import triton_kernel
+
+        pairs = [triton_kernel.dense(pair) for pair in pairs]
+        values, saved = triton_kernel.forward(pairs, mask, causal)
+        ctx.rest = pairs, saved, causal, atomic
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
+        from lead_ds.kernels.attention_kl import triton_kernel
+
+        pairs, saved, causal, atomic = ctx.rest
+        gradients = triton_kernel.backward(grad_K, pairs, saved, causal, atomic)
+        return (None, None, None, None, *(tensor for gradient in gradients for tensor in gradient))
