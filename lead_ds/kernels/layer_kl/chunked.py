@@ -6,7 +6,7 @@ Dimensions: K layer pairs, Q queries, P passages, D width (teacher and student e
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.layer_kl.regime import saved_dtype, saved_shapes, stores_residual
+from lead_ds.kernels.layer_kl.regime import saved_dtype, saved_shapes, stores_maps
 
 # Scores of one map held at once where the maps are not stored: 8 MiB of float32 a map.
 _CHUNK_SCORES = 1 << 21
@@ -31,19 +31,19 @@ def forward(
     dtype = saved_dtype(tq.dtype, sq.dtype)
     kl_KQ = torch.empty(layers, queries, dtype=dtype, device=tq.device)
     nll_KQ = torch.empty_like(kl_KQ)
-    first, second = (
+    residual, lse = (
         torch.empty(shape, dtype=dtype, device=tq.device)
-        for shape in saved_shapes(layers, queries, passages, differentiable)
+        for shape in saved_shapes("torch", layers, queries, passages, differentiable)
     )
     hidden_QP = _hidden(mask, target)
-    if stores_residual(layers, queries, passages):
+    if stores_maps(layers, queries, passages):
         t_KQP, s_KQP = torch.bmm(tq.to(dtype), td.to(dtype).mT), torch.bmm(sq.to(dtype), sd.to(dtype).mT)
         p_KQP, log_r_KQP, _, _ = _rows(
             t_KQP, s_KQP, target, hidden_QP, teacher_temperature, student_temperature, kl_KQ, nll_KQ
         )
         if differentiable:
-            torch.sub(log_r_KQP.exp_(), p_KQP, out=first)
-        return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), first, second
+            torch.sub(log_r_KQP.exp_(), p_KQP, out=residual)
+        return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), residual, lse
     for k in range(layers):
         td_PD, sd_PD = td[k].to(dtype), sd[k].to(dtype)
         for rows in _blocks(queries, passages):
@@ -60,8 +60,8 @@ def forward(
                 nll_KQ[k, rows],
             )
             if differentiable:
-                first[k, rows], second[k, rows] = lse_t, lse_s
-    return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), first, second
+                lse[0, k, rows], lse[1, k, rows] = lse_t, lse_s
+    return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), residual, lse
 
 
 def backward(
@@ -74,16 +74,16 @@ def backward(
     mask: Tensor | None,
     teacher_temperature: float,
     student_temperature: float,
-    first: Tensor,
-    second: Tensor,
+    residual: Tensor,
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of sq and sd: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q."""
     layers, queries, _ = tq.shape
     passages = td.shape[1]
     dtype = saved_dtype(tq.dtype, sq.dtype)
     scale_K = grad_K.to(dtype) / (max(queries, 1) * student_temperature)
-    if stores_residual(layers, queries, passages):
-        ds_KQP = first * scale_K[:, None, None]
+    if stores_maps(layers, queries, passages):
+        ds_KQP = residual * scale_K[:, None, None]
         return torch.bmm(ds_KQP, sd.to(dtype)).to(sq.dtype), torch.bmm(ds_KQP.mT, sq.to(dtype)).to(sd.dtype)
     hidden_QP = _hidden(mask, target)
     dsq, dsd = torch.empty_like(sq), torch.empty_like(sd)
@@ -94,8 +94,8 @@ def backward(
         for rows in _blocks(queries, passages):
             sq_ND = sq[k, rows].to(dtype)
             p_NP, r_NP = torch.mm(tq[k, rows].to(dtype), td_PD.T), torch.mm(sq_ND, sd_PD.T)
-            p_NP.div_(teacher_temperature).sub_(first[k, rows, None]).exp_()
-            ds_NP = r_NP.div_(student_temperature).sub_(second[k, rows, None]).exp_().sub_(p_NP).mul_(scale_K[k])
+            p_NP.div_(teacher_temperature).sub_(lse[0, k, rows, None]).exp_()
+            ds_NP = r_NP.div_(student_temperature).sub_(lse[1, k, rows, None]).exp_().sub_(p_NP).mul_(scale_K[k])
             if hidden_QP is not None:
                 ds_NP.masked_fill_(hidden_QP[rows], 0)
             dsq[k, rows] = torch.mm(ds_NP, sd_PD)

@@ -13,7 +13,7 @@ _INPUTS = (
     " float teacher_temperature, float student_temperature"
 )
 _LIBRARY.define(f"layer_kl({_INPUTS}, bool differentiable, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"layer_kl_backward(Tensor grad, {_INPUTS}, Tensor first, Tensor second, str impl) -> (Tensor, Tensor)")
+_LIBRARY.define(f"layer_kl_backward(Tensor grad, {_INPUTS}, Tensor maps, Tensor lse, str impl) -> (Tensor, Tensor)")
 
 
 def layer_kl(
@@ -120,11 +120,11 @@ def _backward(
     mask: Tensor | None,
     teacher_temperature: float,
     student_temperature: float,
-    first: Tensor,
-    second: Tensor,
+    maps: Tensor,
+    lse: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = grad, tq, td, sq, sd, target, mask, teacher_temperature, student_temperature, first, second
+    arguments = grad, tq, td, sq, sd, target, mask, teacher_temperature, student_temperature, maps, lse
     if impl == "triton":
         from lead_ds.kernels.layer_kl import triton_kernel
 
@@ -151,9 +151,9 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layers, queries, _ = tq.shape
     dtype = saved_dtype(tq.dtype, sq.dtype)
-    shapes = ((layers,), (layers,), *saved_shapes(layers, queries, td.shape[1], differentiable))
-    kl, nll, first, second = (tq.new_empty(shape, dtype=dtype) for shape in shapes)
-    return kl, nll, first, second
+    shapes = ((layers,), (layers,), *saved_shapes(impl, layers, queries, td.shape[1], differentiable))
+    kl, nll, maps, lse = (tq.new_empty(shape, dtype=dtype) for shape in shapes)
+    return kl, nll, maps, lse
 
 
 @torch.library.register_fake("lead_ds::layer_kl_backward")
@@ -167,8 +167,8 @@ def _fake_backward(
     mask: Tensor | None,
     teacher_temperature: float,
     student_temperature: float,
-    first: Tensor,
-    second: Tensor,
+    maps: Tensor,
+    lse: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     return sq.new_empty(sq.shape), sd.new_empty(sd.shape)
@@ -181,10 +181,10 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor | None) -> tuple:
-    tq, td, sq, sd, target, mask, first, second = ctx.saved_tensors  # type: ignore[attr-defined]
+    tq, td, sq, sd, target, mask, maps, lse = ctx.saved_tensors  # type: ignore[attr-defined]
     teacher_temperature, student_temperature, impl = ctx.rest  # type: ignore[attr-defined]
     dsq, dsd = torch.ops.lead_ds.layer_kl_backward(
-        grad, tq, td, sq, sd, target, mask, teacher_temperature, student_temperature, first, second, impl
+        grad, tq, td, sq, sd, target, mask, teacher_temperature, student_temperature, maps, lse, impl
     )
     return None, None, dsq, dsd, None, None, None, None, None, None
 

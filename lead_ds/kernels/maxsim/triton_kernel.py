@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """MaxSim in Triton: a forward kernel and two atomic-free backward kernels.
 
 A query has too few tokens (32, say) to fill the 128-row tile that a tensor core instruction wants, so a tile packs as many
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lead_ds.kernels.aot import Variant
 from lead_ds.kernels.dispatch import architecture, float32_dot_precision, processor_count, tiles_for
+from lead_ds.kernels.layout import aligned
 from lead_ds.kernels.maxsim.chunked import argmax_dtype
 
 # A finite stand-in for minus infinity, and the line below which a maximum means "no token at all".
@@ -73,8 +75,6 @@ _SCATTER: dict[int, dict[int, ScatterTiles]] = {
 # The gather of winners: query rows and passages at once. Their product is the number of rows in flight.
 _GATHER_ROWS, _GATHER_PASSAGES, _GATHER_WARPS = 4, 32, 8
 _WHOLE_WIDTH = 128
-# Other widths are padded to a multiple of this, so that every row starts where a 16-byte access may.
-_WIDTH_MULTIPLE = 16
 
 
 @triton.jit
@@ -304,7 +304,7 @@ def forward(
     argmax = torch.empty(shape, dtype=argmax_dtype(length_d), device=q.device)
     if queries * passages * length_q * length_d == 0:
         return torch.zeros(queries, passages, dtype=torch.float32, device=q.device), argmax.fill_(-1)
-    q, d = _aligned(q), _aligned(d)
+    q, d = aligned(q), aligned(d)
     width = q.shape[2]
     tiles = _forward_tiles(architecture(q), q.element_size(), width, queries * length_q, length_d, save_argmax)
     plan = _plan(queries, length_q, tiles.rows)
@@ -347,7 +347,7 @@ def backward(grad: Tensor, q: Tensor, d: Tensor, q_mask: Tensor | None, argmax: 
         return torch.zeros_like(q), torch.zeros_like(d)
     grad = grad.contiguous()
     # A weight of 0 does not silence a NaN in the padding.
-    q, d = _aligned(q if q_mask is None else q.masked_fill(~q_mask[..., None], 0)), _aligned(d)
+    q, d = aligned(q if q_mask is None else q.masked_fill(~q_mask[..., None], 0)), aligned(d)
     given_width, width = width, q.shape[2]
     dq, dd = torch.empty_like(q), torch.empty_like(d)
     block_width = min(128, triton.next_power_of_2(width))
@@ -387,12 +387,6 @@ def backward(grad: Tensor, q: Tensor, d: Tensor, q_mask: Tensor | None, argmax: 
         num_stages=tiles.stages,
     )
     return dq[..., :given_width].contiguous(), dd[..., :given_width].contiguous()
-
-
-def _aligned(tokens: Tensor) -> Tensor:
-    """The same tokens with a width that is a multiple of 16, zeros added: a copy for odd widths only."""
-    missing = -tokens.shape[2] % _WIDTH_MULTIPLE
-    return tokens.contiguous() if missing == 0 else torch.nn.functional.pad(tokens, (0, missing))
 
 
 def _in_range(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,811 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Layer-relevance KL in Triton, all layer pairs in one launch.
+
+Forward: every program walks a share of the passages for one tile of queries and keeps, per row and side, a running maximum,
+sum and centred KL sum; a second kernel merges the shares. Backward: for small batches both gradients come from one launch
+that reads the stored scores; otherwise the residual R - P is recomputed into a bounded workspace, half precision, and
+multiplied by the vendor's matrix product.
+
+Everything is in base 2 (scores times log2 e), and KL sums are centred on the running maxima: with t and s the two models'
+scores, delta = (t - m_t) - (s - m_s), which keeps full precision at any common offset.
+
+Dimensions: K layer pairs, Q queries, P passages, D width.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lead_ds.kernels.aot import Variant
+from lead_ds.kernels.dispatch import architecture, float32_dot_precision, processor_count, tiles_for
+from lead_ds.kernels.layer_kl import chunked
+from lead_ds.kernels.layer_kl.regime import saved_shapes, stores_maps
+from lead_ds.kernels.layout import aligned
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+# Scores of passages left out, and where running maxima start: finite, and far enough apart that 2^(hidden - start) is 0.
+_HIDDEN = tl.constexpr(-1e30)
+_START = tl.constexpr(-1e20)
+# Between any real score and a hidden one, at any temperature that leaves the hidden value finite.
+_HIDDEN_BELOW = tl.constexpr(-1e19)
+# What a share of the passages leaves behind per row: maximum and sum of each side, KL sum, sum at temperature 1, target.
+_STATISTICS = tl.constexpr(7)
+# float16 holds probabilities below 6e-5 badly: residuals are stored this much larger, and divided by it in float32.
+_FLOAT16_RANGE = 2.0**15
+
+_MAX_SHARES = 64
+_COMBINE_ROWS = 32
+# Bytes of residuals that the backward pass holds at once.
+_WORKSPACE = 64 << 20
+
+
+class ScoreTiles(NamedTuple):
+    """Queries, passages and width of a tile of scores, warps and stages."""
+
+    queries: int
+    passages: int
+    width: int
+    warps: int
+    stages: int
+
+
+# By element size and amount of work: small batches want many short programs; large ones hold both models' score tiles in
+# registers, which a tile of the mask does not fit beside.
+_SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
+    80: {
+        (2, "small"): ScoreTiles(64, 32, 64, 4, 3),
+        (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
+        (2, "large, masked"): ScoreTiles(128, 64, 32, 8, 3),
+        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
+        (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
+        (4, "large, masked"): ScoreTiles(64, 32, 32, 8, 2),
+    },
+    90: {
+        (2, "small"): ScoreTiles(64, 32, 128, 4, 4),
+        (2, "large"): ScoreTiles(128, 128, 64, 8, 4),
+        (2, "large, masked"): ScoreTiles(128, 64, 64, 8, 4),
+        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
+        (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
+        (4, "large, masked"): ScoreTiles(64, 32, 32, 8, 2),
+    },
+}
+# Tiles of the one-launch backward pass, by element size.
+_GRADIENT: dict[int, dict[int, ScoreTiles]] = {
+    80: {2: ScoreTiles(64, 64, 64, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
+    90: {2: ScoreTiles(64, 64, 128, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
+}
+
+
+@triton.jit
+def _score_tile(
+    q_ptr,
+    d_ptr,
+    layer,
+    first_query,
+    first_passage,
+    queries,
+    passages,
+    width,
+    EVEN_WIDTH: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Inner products of a tile of one layer, in float32; rows past the end repeat the last one and are hidden afterwards."""
+    # A 64-bit scalar for where the tile lies and 32-bit offsets inside it: 64-bit offsets would fill the registers.
+    query = tl.minimum(tl.arange(0, BLOCK_QUERIES), queries - 1 - first_query)
+    passage = tl.minimum(tl.arange(0, BLOCK_PASSAGES), passages - 1 - first_passage)
+    column = tl.arange(0, BLOCK_WIDTH)
+    q_base = q_ptr + (layer * queries + first_query) * width + (query[:, None] * width + column[None, :])
+    d_base = d_ptr + (layer * passages + first_passage) * width + (passage[None, :] * width + column[:, None])
+    product = tl.zeros([BLOCK_QUERIES, BLOCK_PASSAGES], dtype=tl.float32)
+    for start in range(0, width, BLOCK_WIDTH):
+        if EVEN_WIDTH:
+            q_tile = tl.load(q_base + start)
+            d_tile = tl.load(d_base + start)
+        else:
+            q_tile = tl.load(q_base + start, mask=(column < width - start)[None, :], other=0.0)
+            d_tile = tl.load(d_base + start, mask=(column < width - start)[:, None], other=0.0)
+        product = tl.dot(q_tile, d_tile, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _hide(
+    scores,
+    mask_ptr,
+    first_query,
+    first_passage,
+    target,
+    queries,
+    passages,
+    mask_stride,
+    HAS_MASK: tl.constexpr,
+    EVEN_PASSAGES: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr,
+):
+    """The scores with those of passages past the end, or masked and not the row's target, at the hidden value."""
+    place = tl.arange(0, BLOCK_PASSAGES)
+    if HAS_MASK:
+        # Rows past the end repeat the last one. The mask's rows are padded, with zeros, to a multiple of the tile.
+        query = tl.minimum(tl.arange(0, BLOCK_QUERIES), queries - 1 - first_query)
+        base = mask_ptr + first_query.to(tl.int64) * mask_stride + first_passage
+        kept = tl.load(base + (query[:, None] * mask_stride + place[None, :])) != 0
+        kept = kept | (place[None, :] == (target - first_passage)[:, None])
+        scores = tl.where(kept, scores, _HIDDEN)
+    elif not EVEN_PASSAGES:
+        scores = tl.where((place < passages - first_passage)[None, :], scores, _HIDDEN)
+    return scores
+
+
+@triton.jit
+def scores_kernel(
+    tq_ptr,
+    td_ptr,
+    sq_ptr,
+    sd_ptr,
+    target_ptr,
+    mask_ptr,
+    maps_ptr,
+    shares_ptr,
+    layers,
+    queries,
+    passages,
+    teacher_width,
+    student_width,
+    map_stride,
+    mask_stride,
+    tiles_per_share,
+    teacher_scale,
+    student_scale,
+    HAS_MASK: tl.constexpr,
+    EVEN_PASSAGES: tl.constexpr,
+    STORE: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    EVEN_TEACHER: tl.constexpr,
+    EVEN_STUDENT: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One share of the passages for one tile of queries: statistics [K, shares, 7, Q]; the scores [2, K, Q, P] if asked."""
+    # Neighbouring programs read the same passages for different queries.
+    first_query = tl.program_id(0) * BLOCK_QUERIES
+    share = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    query = first_query + tl.arange(0, BLOCK_QUERIES)
+    target = tl.load(target_ptr + tl.minimum(query, queries - 1)).to(tl.int32)
+    place = tl.arange(0, BLOCK_PASSAGES)
+
+    max_r = tl.full([BLOCK_QUERIES], _START, dtype=tl.float32)
+    max_t = tl.full([BLOCK_QUERIES], _START, dtype=tl.float32)
+    max_s = tl.full([BLOCK_QUERIES], _START, dtype=tl.float32)
+    sum_r = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
+    sum_t = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
+    sum_s = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
+    total = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
+    hit = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
+    first = share * tiles_per_share
+    last = tl.minimum(first + tiles_per_share, tl.cdiv(passages, BLOCK_PASSAGES))
+    for tile in range(first, last):
+        first_passage = tile * BLOCK_PASSAGES
+        t = _score_tile(
+            tq_ptr,
+            td_ptr,
+            layer,
+            first_query,
+            first_passage,
+            queries,
+            passages,
+            teacher_width,
+            EVEN_TEACHER,
+            BLOCK_QUERIES,
+            BLOCK_PASSAGES,
+            BLOCK_WIDTH,
+            PRECISION,
+        )
+        t *= _LOG2_E
+        hit += tl.sum(tl.where(place[None, :] == (target - first_passage)[:, None], t, 0.0), axis=1)
+        t = _hide(
+            t,
+            mask_ptr,
+            first_query,
+            first_passage,
+            target,
+            queries,
+            passages,
+            mask_stride,
+            HAS_MASK,
+            EVEN_PASSAGES,
+            BLOCK_QUERIES,
+            BLOCK_PASSAGES,
+        )
+        if TEMPERED:
+            new_r = tl.maximum(max_r, tl.max(t, axis=1))
+            sum_r = tl.exp2(max_r - new_r) * sum_r + tl.sum(tl.exp2(t - new_r[:, None]), axis=1)
+            max_r = new_r
+            t = t * teacher_scale
+        s = _score_tile(
+            sq_ptr,
+            sd_ptr,
+            layer,
+            first_query,
+            first_passage,
+            queries,
+            passages,
+            student_width,
+            EVEN_STUDENT,
+            BLOCK_QUERIES,
+            BLOCK_PASSAGES,
+            BLOCK_WIDTH,
+            PRECISION,
+        )
+        # The same two roundings as the teacher's, so that identical models give identical scores.
+        s = tl.where(t > _HIDDEN_BELOW, s * _LOG2_E * student_scale, _HIDDEN)
+        if STORE:
+            inside = (query < queries)[:, None] & (place < passages - first_passage)[None, :]
+            offset = tl.arange(0, BLOCK_QUERIES)[:, None] * map_stride + place[None, :]
+            base = maps_ptr + (layer * queries + first_query) * map_stride + first_passage
+            tl.store(base + offset, t, mask=inside)
+            tl.store(base + layers.to(tl.int64) * queries * map_stride + offset, s, mask=inside)
+
+        new_t = tl.maximum(max_t, tl.max(t, axis=1))
+        new_s = tl.maximum(max_s, tl.max(s, axis=1))
+        t = t - new_t[:, None]
+        s = s - new_s[:, None]
+        weight = tl.exp2(t)
+        decay = tl.exp2(max_t - new_t)
+        total = decay * (total + sum_t * ((max_t - new_t) - (max_s - new_s))) + tl.sum(weight * (t - s), axis=1)
+        sum_t = decay * sum_t + tl.sum(weight, axis=1)
+        sum_s = tl.exp2(max_s - new_s) * sum_s + tl.sum(tl.exp2(s), axis=1)
+        max_t, max_s = new_t, new_s
+
+    base = shares_ptr + (layer * tl.num_programs(1) + share) * _STATISTICS * queries + query
+    inside = query < queries
+    tl.store(base, max_t, mask=inside)
+    tl.store(base + queries, sum_t, mask=inside)
+    tl.store(base + 2 * queries, max_s, mask=inside)
+    tl.store(base + 3 * queries, sum_s, mask=inside)
+    tl.store(base + 4 * queries, total, mask=inside)
+    if TEMPERED:
+        # One number does: the log-sum-exp of this share at temperature 1.
+        tl.store(base + 5 * queries, tl.where(sum_r > 0, max_r + tl.log2(sum_r), _HIDDEN), mask=inside)
+    tl.store(base + 6 * queries, hit, mask=inside)
+
+
+@triton.jit
+def combine_kernel(
+    shares_ptr,
+    lse_ptr,
+    kl_ptr,
+    nll_ptr,
+    layers,
+    queries,
+    shares,
+    TEMPERED: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+):
+    """Merge the shares: log-sum-exps [2, K, Q] (base 2), and this block's part of the mean KL and NLL [K, blocks] (nats)."""
+    layer = tl.program_id(0).to(tl.int64)
+    query = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    share = tl.arange(0, BLOCK_SHARES)
+    base = shares_ptr + (layer * shares + share[:, None]) * _STATISTICS * queries + query[None, :]
+    real = query < queries
+    inside = (share < shares)[:, None] & real[None, :]
+    max_t = tl.load(base, mask=inside, other=_START)
+    sum_t = tl.load(base + queries, mask=inside, other=0.0)
+    max_s = tl.load(base + 2 * queries, mask=inside, other=_START)
+    sum_s = tl.load(base + 3 * queries, mask=inside, other=0.0)
+    total = tl.load(base + 4 * queries, mask=inside, other=0.0)
+    hit = tl.sum(tl.load(base + 6 * queries, mask=inside, other=0.0), axis=0)
+
+    top_t = tl.max(max_t, axis=0)
+    top_s = tl.max(max_s, axis=0)
+    shift_t = max_t - top_t[None, :]
+    shift_s = max_s - top_s[None, :]
+    all_total = tl.sum(tl.exp2(shift_t) * (total + sum_t * (shift_t - shift_s)), axis=0)
+    all_t = tl.where(real, tl.sum(tl.exp2(shift_t) * sum_t, axis=0), 1.0)
+    all_s = tl.where(real, tl.sum(tl.exp2(shift_s) * sum_s, axis=0), 1.0)
+    lse_t = top_t + tl.log2(all_t)
+    tl.store(lse_ptr + layer * queries + query, lse_t, mask=real)
+    tl.store(lse_ptr + (layers + layer) * queries + query, top_s + tl.log2(all_s), mask=real)
+    kl = tl.where(real, all_total / all_t - tl.log2(all_t) + tl.log2(all_s), 0.0)
+    if TEMPERED:
+        lse_r = tl.load(base + 5 * queries, mask=inside, other=_HIDDEN)
+        top_r = tl.max(lse_r, axis=0)
+        lse_t = top_r + tl.log2(tl.sum(tl.exp2(lse_r - top_r[None, :]), axis=0))
+    nll = tl.where(real, lse_t - hit, 0.0)
+    place = layer * tl.num_programs(1) + tl.program_id(1)
+    tl.store(kl_ptr + place, tl.sum(kl, axis=0) * _LN_2 / queries)
+    tl.store(nll_ptr + place, tl.sum(nll, axis=0) * _LN_2 / queries)
+
+
+@triton.jit
+def _residual(t, s, lse_t, lse_s, RANGE: tl.constexpr):
+    """R - P in float32, so that two nearly equal probabilities cancel before anything is rounded."""
+    return (tl.exp2(s - lse_s) - tl.exp2(t - lse_t)) * RANGE
+
+
+@triton.jit
+def gradient_kernel(
+    maps_ptr,
+    lse_ptr,
+    grad_ptr,
+    sq_ptr,
+    sd_ptr,
+    dq_ptr,
+    dd_ptr,
+    layers,
+    queries,
+    passages,
+    width,
+    map_stride,
+    scale,
+    RANGE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both gradients in one launch from stored scores: the first programs make rows of dq, the others rows of dd."""
+    layer = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    in_width = (column < width)[None, :]
+    t_map = maps_ptr + layer * queries * map_stride
+    s_map = t_map + layers.to(tl.int64) * queries * map_stride
+    t_lse = lse_ptr + layer * queries
+    s_lse = t_lse + layers.to(tl.int64) * queries
+    scale = scale * tl.load(grad_ptr + layer) / RANGE
+    query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
+    pid = tl.program_id(0)
+    if pid < query_tiles:
+        query = pid * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        real = query < queries
+        lse_t = tl.load(t_lse + query, mask=real, other=0.0)[:, None]
+        lse_s = tl.load(s_lse + query, mask=real, other=0.0)[:, None]
+        dq = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
+        for start in range(0, passages, BLOCK_PASSAGES):
+            passage = start + tl.arange(0, BLOCK_PASSAGES)
+            place = query[:, None] * map_stride + passage[None, :]
+            inside = real[:, None] & (passage < passages)[None, :]
+            t = tl.load(t_map + place, mask=inside, other=_HIDDEN)
+            s = tl.load(s_map + place, mask=inside, other=_HIDDEN)
+            base = sd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
+            d_tile = tl.load(base, mask=(passage < passages)[:, None] & in_width, other=0.0)
+            residual = _residual(t, s, lse_t, lse_s, RANGE).to(d_tile.dtype)
+            dq = tl.dot(residual, d_tile, dq, input_precision=PRECISION)
+        base = dq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
+        tl.store(base, (dq * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+    else:
+        passage = (pid - query_tiles) * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
+        real = passage < passages
+        dd = tl.zeros([BLOCK_PASSAGES, BLOCK_WIDTH], dtype=tl.float32)
+        for start in range(0, queries, BLOCK_QUERIES):
+            query = start + tl.arange(0, BLOCK_QUERIES)
+            lse_t = tl.load(t_lse + query, mask=query < queries, other=0.0)[None, :]
+            lse_s = tl.load(s_lse + query, mask=query < queries, other=0.0)[None, :]
+            place = query[None, :] * map_stride + passage[:, None]
+            inside = real[:, None] & (query < queries)[None, :]
+            t = tl.load(t_map + place, mask=inside, other=_HIDDEN)
+            s = tl.load(s_map + place, mask=inside, other=_HIDDEN)
+            base = sq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
+            q_tile = tl.load(base, mask=(query < queries)[:, None] & in_width, other=0.0)
+            residual = _residual(t, s, lse_t, lse_s, RANGE).to(q_tile.dtype)
+            dd = tl.dot(residual, q_tile, dd, input_precision=PRECISION)
+        base = dd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
+        tl.store(base, (dd * scale).to(dd_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+
+
+@triton.jit
+def residual_kernel(
+    tq_ptr,
+    td_ptr,
+    sq_ptr,
+    sd_ptr,
+    target_ptr,
+    mask_ptr,
+    lse_ptr,
+    residual_ptr,
+    layers,
+    queries,
+    passages,
+    teacher_width,
+    student_width,
+    mask_stride,
+    first_layer,
+    chunk_start,
+    chunk_passages,
+    teacher_scale,
+    student_scale,
+    RANGE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EVEN_PASSAGES: tl.constexpr,
+    EVEN_TEACHER: tl.constexpr,
+    EVEN_STUDENT: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Recompute one tile of R - P of a chunk of passages: residual [chunk of K, Q, chunk of P]."""
+    first_query = tl.program_id(0) * BLOCK_QUERIES
+    first_passage = chunk_start + tl.program_id(1) * BLOCK_PASSAGES
+    layer = (first_layer + tl.program_id(2)).to(tl.int64)
+    query = first_query + tl.arange(0, BLOCK_QUERIES)
+    row = tl.minimum(query, queries - 1)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    t = _score_tile(
+        tq_ptr,
+        td_ptr,
+        layer,
+        first_query,
+        first_passage,
+        queries,
+        passages,
+        teacher_width,
+        EVEN_TEACHER,
+        BLOCK_QUERIES,
+        BLOCK_PASSAGES,
+        BLOCK_WIDTH,
+        PRECISION,
+    )
+    t *= _LOG2_E
+    t = _hide(
+        t,
+        mask_ptr,
+        first_query,
+        first_passage,
+        target,
+        queries,
+        passages,
+        mask_stride,
+        HAS_MASK,
+        EVEN_PASSAGES,
+        BLOCK_QUERIES,
+        BLOCK_PASSAGES,
+    )
+    s = _score_tile(
+        sq_ptr,
+        sd_ptr,
+        layer,
+        first_query,
+        first_passage,
+        queries,
+        passages,
+        student_width,
+        EVEN_STUDENT,
+        BLOCK_QUERIES,
+        BLOCK_PASSAGES,
+        BLOCK_WIDTH,
+        PRECISION,
+    )
+    t *= teacher_scale
+    s = tl.where(t > _HIDDEN_BELOW, s * _LOG2_E * student_scale, _HIDDEN)
+    lse_t = tl.load(lse_ptr + layer * queries + row)[:, None]
+    lse_s = tl.load(lse_ptr + (layers + layer) * queries + row)[:, None]
+    residual = _residual(t, s, lse_t, lse_s, RANGE).to(residual_ptr.dtype.element_ty)
+    place = tl.program_id(1) * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
+    base = residual_ptr + (tl.program_id(2).to(tl.int64) * queries + first_query) * chunk_passages
+    offset = tl.arange(0, BLOCK_QUERIES)[:, None] * chunk_passages + place[None, :]
+    tl.store(base + offset, residual, mask=(query < queries)[:, None] & (place < chunk_passages)[None, :])
+
+
+def forward(
+    tq: Tensor,
+    td: Tensor,
+    sq: Tensor,
+    sd: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    teacher_temperature: float,
+    student_temperature: float,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kl [K], teacher_nll [K], saved maps, saved log-sum-exps); what is saved is described in `regime.saved_shapes`."""
+    layers, queries, passages = *tq.shape[:2], td.shape[1]
+    maps_shape, lse_shape = saved_shapes("triton", layers, queries, passages, differentiable)
+    new: dict[str, Any] = {"dtype": torch.float32, "device": tq.device}
+    maps = torch.empty(maps_shape, **new)
+    if layers * queries * passages == 0:
+        kl, nll, _, _ = chunked.forward(tq, td, sq, sd, target, mask, teacher_temperature, student_temperature, False)
+        return kl, nll, maps, torch.empty(lse_shape, **new)
+    tq, td, sq, sd = aligned(tq), aligned(td), aligned(sq), aligned(sd)
+    lse = torch.empty((2, layers, queries), **new)
+    tiles = _score_tiles(tq, sq, queries, passages, mask is not None)
+    query_tiles, passage_tiles = triton.cdiv(queries, tiles.queries), triton.cdiv(passages, tiles.passages)
+    # About eight programs a multiprocessor, or one tile each where there are fewer tiles than that.
+    wanted = min(_MAX_SHARES, max(1, 8 * processor_count(tq) // (layers * query_tiles)))
+    tiles_per_share = triton.cdiv(passage_tiles, wanted)
+    shares = triton.cdiv(passage_tiles, tiles_per_share)
+    statistics = torch.empty((layers, shares, _STATISTICS.value, queries), **new)
+    store, tempered = len(maps_shape) == 4, teacher_temperature != 1.0
+    mask_bytes = _bytes(mask, tiles.passages, target)
+    scores_kernel[(query_tiles, shares, layers)](
+        tq,
+        td,
+        sq,
+        sd,
+        target,
+        mask_bytes,
+        maps,
+        statistics,
+        layers,
+        queries,
+        passages,
+        tq.shape[2],
+        sq.shape[2],
+        maps.shape[-1],
+        mask_bytes.stride(0),
+        tiles_per_share,
+        1.0 / teacher_temperature,
+        1.0 / student_temperature,
+        **_score_constants(tiles, tq.shape[2], sq.shape[2], passages, mask is not None),
+        STORE=store,
+        TEMPERED=tempered,
+        PRECISION=float32_dot_precision(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    blocks = triton.cdiv(queries, _COMBINE_ROWS)
+    kl, nll = torch.empty((layers, blocks), **new), torch.empty((layers, blocks), **new)
+    combine_kernel[(layers, blocks)](
+        statistics,
+        lse,
+        kl,
+        nll,
+        layers,
+        queries,
+        shares,
+        TEMPERED=tempered,
+        BLOCK_SHARES=triton.next_power_of_2(shares),
+        BLOCK_QUERIES=_COMBINE_ROWS,
+        num_warps=4,
+    )
+    if blocks == 1:
+        kl, nll = kl.view(layers), nll.view(layers)
+    else:
+        kl, nll = kl.sum(dim=1), nll.sum(dim=1)
+    return kl, nll, maps, lse if lse_shape == lse.shape else lse.new_empty(lse_shape)
+
+
+def backward(
+    grad: Tensor,
+    tq: Tensor,
+    td: Tensor,
+    sq: Tensor,
+    sd: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    teacher_temperature: float,
+    student_temperature: float,
+    maps: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of sq and sd: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q."""
+    layers, queries, passages = *tq.shape[:2], td.shape[1]
+    if layers * queries * passages == 0:
+        return torch.zeros_like(sq), torch.zeros_like(sd)
+    width = sq.shape[2]
+    tq, td, sq, sd, grad = aligned(tq), aligned(td), aligned(sq), aligned(sd), grad.contiguous()
+    scale = 1.0 / (queries * student_temperature)
+    if stores_maps(layers, queries, passages):
+        dq, dd = _from_maps(grad, sq, sd, maps, lse, scale)
+    else:
+        scales = 1.0 / teacher_temperature, 1.0 / student_temperature
+        dq, dd = _recomputed(grad * scale, tq, td, sq, sd, target, mask, scales, lse)
+    return dq[..., :width].contiguous(), dd[..., :width].contiguous()
+
+
+def _from_maps(grad: Tensor, sq: Tensor, sd: Tensor, maps: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    layers, queries, width = sq.shape
+    passages = sd.shape[1]
+    dq, dd = torch.empty_like(sq), torch.empty_like(sd)
+    tiles = _gradient_tiles(architecture(sq), sq.element_size(), width)
+    row_tiles = triton.cdiv(queries, tiles.queries) + triton.cdiv(passages, tiles.passages)
+    gradient_kernel[(row_tiles, triton.cdiv(width, tiles.width), layers)](
+        maps,
+        lse,
+        grad,
+        sq,
+        sd,
+        dq,
+        dd,
+        layers,
+        queries,
+        passages,
+        width,
+        maps.shape[-1],
+        scale,
+        **_gradient_constants(tiles, sq.dtype),
+        PRECISION=float32_dot_precision(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return dq, dd
+
+
+def _recomputed(
+    scale_K: Tensor,
+    tq: Tensor,
+    td: Tensor,
+    sq: Tensor,
+    sd: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    scales: tuple[float, float],
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Residuals of as many layers, or as much of one layer, as the workspace holds; then two matrix products of each."""
+    layers, queries, passages = *tq.shape[:2], td.shape[1]
+    tiles = _score_tiles(tq, sq, queries, passages, mask is not None)
+    chunk_k, chunk_p = _chunks(layers, queries, passages, sq.element_size(), tiles.passages)
+    residual_range = _range(sq.dtype)
+    dq, dd = torch.empty_like(sq), torch.empty_like(sd)
+    constants = _score_constants(tiles, tq.shape[2], sq.shape[2], passages, mask is not None)
+    mask_bytes = _bytes(mask, tiles.passages, target)
+    for k in range(0, layers, chunk_k):
+        here = slice(k, min(k + chunk_k, layers))
+        count = here.stop - k
+        scale_K11 = (scale_K[here] / residual_range)[:, None, None]
+        dq_KQD = torch.zeros((count, queries, sq.shape[2]), dtype=torch.float32, device=sq.device)
+        for p in range(0, passages, chunk_p):
+            width_p = min(chunk_p, passages - p)
+            residual_KQP = torch.empty((count, queries, width_p), dtype=sq.dtype, device=sq.device)
+            grid = (triton.cdiv(queries, tiles.queries), triton.cdiv(width_p, tiles.passages), count)
+            residual_kernel[grid](
+                tq,
+                td,
+                sq,
+                sd,
+                target,
+                mask_bytes,
+                lse,
+                residual_KQP,
+                layers,
+                queries,
+                passages,
+                tq.shape[2],
+                sq.shape[2],
+                mask_bytes.stride(0),
+                k,
+                p,
+                width_p,
+                *scales,
+                **constants,
+                RANGE=residual_range,
+                PRECISION=float32_dot_precision(),
+                num_warps=tiles.warps,
+                num_stages=tiles.stages,
+            )
+            part_p = slice(p, p + width_p)
+            dq_KQD += _product(residual_KQP, sd[here, part_p])
+            dd[here, part_p] = _product(residual_KQP.mT, sq[here]).mul_(scale_K11)
+        dq[here] = dq_KQD.mul_(scale_K11)
+    return dq, dd
+
+
+def _product(a_KMN: Tensor, b_KND: Tensor) -> Tensor:
+    """A batched matrix product with a float32 result, which half-precision residuals of any scale need."""
+    if a_KMN.dtype == torch.float32:
+        return torch.bmm(a_KMN, b_KND)
+    if a_KMN.is_cuda:
+        return torch.bmm(a_KMN, b_KND, out_dtype=torch.float32)
+    return torch.bmm(a_KMN.float(), b_KND.float())
+
+
+def _range(dtype: torch.dtype) -> float:
+    return _FLOAT16_RANGE if dtype == torch.float16 else 1.0
+
+
+def _chunks(layers: int, queries: int, passages: int, size: int, block: int) -> tuple[int, int]:
+    """Layers and passages of one residual chunk: whole layers where one fits, else a multiple of the passage tile."""
+    per_passage = queries * size
+    if per_passage * passages <= _WORKSPACE:
+        return min(layers, _WORKSPACE // (per_passage * passages)), passages
+    return 1, min(passages, max(1, _WORKSPACE // (per_passage * block)) * block)
+
+
+def _score_tiles(tq: Tensor, sq: Tensor, queries: int, passages: int, has_mask: bool) -> ScoreTiles:
+    size = max(tq.element_size(), sq.element_size())
+    amount = "small" if queries * passages < (128 * 128) * 16 else "large, masked" if has_mask else "large"
+    return tiles_for(_SCORES, architecture(tq))[size, amount]
+
+
+def _bytes(mask: Tensor | None, block: int, unused: Tensor) -> Tensor:
+    """The mask as bytes, its rows padded with zeros to a multiple of the tile; any tensor where the kernel reads none."""
+    if mask is None:
+        return unused
+    return torch.nn.functional.pad(mask.contiguous().view(torch.uint8), (0, -mask.shape[1] % block))
+
+
+def _score_constants(
+    tiles: ScoreTiles, teacher_width: int, student_width: int, passages: int, has_mask: bool
+) -> dict[str, Any]:
+    return {
+        "HAS_MASK": has_mask,
+        "EVEN_PASSAGES": passages % tiles.passages == 0,
+        "EVEN_TEACHER": teacher_width % tiles.width == 0,
+        "EVEN_STUDENT": student_width % tiles.width == 0,
+        "BLOCK_QUERIES": tiles.queries,
+        "BLOCK_PASSAGES": tiles.passages,
+        "BLOCK_WIDTH": tiles.width,
+    }
+
+
+def _gradient_tiles(capability: int, size: int, width: int) -> ScoreTiles:
+    tiles = tiles_for(_GRADIENT, capability)[size]
+    return tiles._replace(width=min(tiles.width, triton.next_power_of_2(width)))
+
+
+def _gradient_constants(tiles: ScoreTiles, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "RANGE": _range(dtype),
+        "BLOCK_QUERIES": tiles.queries,
+        "BLOCK_PASSAGES": tiles.passages,
+        "BLOCK_WIDTH": tiles.width,
+    }
+
+
+def aot_variants() -> Iterator[Variant]:
+    """Every tile configuration of the Hopper table, on the shapes that select it."""
+    counts: tuple[str, ...] = (
+        "layers",
+        "queries",
+        "passages",
+        "shares",
+        "teacher_width",
+        "student_width",
+        "width",
+        "tiles_per_share",
+    )
+    counts += ("map_stride", "mask_stride")
+    common: dict[str, str] = dict.fromkeys((*counts, "first_layer", "chunk_start", "chunk_passages"), "i32")
+    common |= dict.fromkeys(("teacher_scale", "student_scale", "scale"), "fp32")
+    common |= dict.fromkeys(("maps_ptr", "shares_ptr", "lse_ptr", "kl_ptr", "nll_ptr", "grad_ptr"), "*fp32")
+    common |= {"target_ptr": "*i64", "mask_ptr": "*u8"}
+    aligned_counts = ("teacher_width", "student_width", "width", "map_stride", "mask_stride", "chunk_start")
+    vectors = ("tq_ptr", "td_ptr", "sq_ptr", "sd_ptr", "dq_ptr", "dd_ptr", "residual_ptr")
+
+    def variant(fn: Any, name: str, dtype: str, constexprs: dict[str, Any], tiles: ScoreTiles, dots: bool) -> Variant:
+        known = common | dict.fromkeys(vectors, f"*{dtype}")
+        return Variant(
+            name=f"layer-kl-{name}",
+            fn=fn,
+            signature={key: known[key] for key in fn.arg_names if key in known},
+            constexprs=constexprs,
+            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+            expects_wgmma=dots and dtype != "fp32",
+            aligned=tuple(key for key in aligned_counts if key in fn.arg_names),
+        )
+
+    for dtype, torch_dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
+        size = torch_dtype.itemsize
+        for amount in ("small", "large"):
+            for width in (768, 400):
+                for passages, masked in ((512, False), (500, False), (500, True)):
+                    tiles = _SCORES[90][size, amount + (", masked" if masked and amount == "large" else "")]
+                    constants = _score_constants(tiles, width, width, passages, masked) | {"PRECISION": "ieee"}
+                    name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
+                    for tempered in (False, True):
+                        extra: dict[str, Any] = {"STORE": amount == "small", "TEMPERED": tempered}
+                        label = f"scores-{name}{'-tempered' if tempered else ''}"
+                        yield variant(scores_kernel, label, dtype, constants | extra, tiles, True)
+                    extra = {"RANGE": _range(torch_dtype)}
+                    yield variant(residual_kernel, f"residual-{name}", dtype, constants | extra, tiles, True)
+        for width in (768, 64):
+            tiles = _gradient_tiles(90, size, width)
+            constants = _gradient_constants(tiles, torch_dtype) | {"PRECISION": "ieee"}
+            yield variant(gradient_kernel, f"gradient-{dtype}-d{width}", dtype, constants, tiles, True)
+    for block_shares in (1, 16, _MAX_SHARES):
+        constants = {"TEMPERED": True, "BLOCK_SHARES": block_shares, "BLOCK_QUERIES": _COMBINE_ROWS}
+        tiles = ScoreTiles(_COMBINE_ROWS, 0, 0, 4, 3)
+        yield variant(combine_kernel, f"combine-{block_shares}", "fp32", constants, tiles, False)
