@@ -209,22 +209,25 @@ class Batches:
         )
         with _signals_kept():
             items = iter(loader)
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                # The loader itself tells of a dead worker, or a read from its closed pipe fails; what a living worker
-                # raised comes as "Caught ... in DataLoader worker process".
-                if str(error).startswith("Caught "):
-                    raise
-                what = f"a data-loader worker died: {(str(error) or type(error).__name__).splitlines()[0]}"
-                remedy = "it may lack memory: lower data.workers, or set data.workers: 0"
-                raise RunError("data.workers", what, remedy) from error
-            if isinstance(item, LeadError):
-                raise item
-            yield item
+        try:
+            while True:
+                item = next(items, None)
+                if item is None:
+                    return
+                if isinstance(item, LeadError):
+                    raise item
+                yield item
+        except (RuntimeError, OSError, EOFError) as error:
+            # The loader itself tells of a dead worker, or a read from its closed pipe fails; what a living worker raised
+            # comes as "Caught ... in DataLoader worker process".
+            if str(error).startswith("Caught "):
+                raise
+            what = f"a data-loader worker died: {(str(error) or type(error).__name__).splitlines()[0]}"
+            remedy = "it may lack memory: lower data.workers, or set data.workers: 0"
+            raise RunError("data.workers", what, remedy) from error
+        finally:
+            # Not left to the collector: a traceback keeps the iterator alive, perhaps into a later fork that breaks on it.
+            items._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
