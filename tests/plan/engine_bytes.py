@@ -1,0 +1,79 @@
+"""What a real DeepSpeed engine holds, counted on each rank; run by `tests.helpers.launch`."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from lead_ds.config import Config
+
+
+def student(path: str, stage: int, dtype: str) -> dict[str, int]:
+    """Bytes of a student's engine after one step."""
+    from lead_ds.data.batches import ModelBatch
+    from lead_ds.engine.ranks import ranks
+    from lead_ds.engine.trainee import Trainee, build_engine
+    from lead_ds.models.load import load_student
+
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    with ranks() as joined:
+        config = settings(path, stage)
+        engine = build_engine(Trainee(load_student(config.student, kinds[dtype])), config, kinds[dtype], joined)
+        tokens = {"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+        output, _ = engine(ModelBatch(1, queries=tokens, passages=tokens), [])
+        engine.backward(output.final.q_KQD.float().square().sum() + output.final.p_KPD.float().square().sum())
+        engine.step()
+        optimizer = engine.optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        master = 0
+        if stage in (1, 2):
+            master = storages(optimizer.single_partition_of_fp32_groups)
+        elif stage == 3:
+            master = storages(optimizer.fp32_partitioned_groups_flat)
+        elif dtype != "fp32":
+            master = storages([p for group in inner.param_groups for p in group["params"]])
+        parameters = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+        moments = [x for state in inner.state.values() for x in state.values() if torch.is_tensor(x) and x.dim()]
+        return {"parameters": storages(parameters), "master": master, "moments": storages(moments)}
+
+
+def teacher(path: str) -> dict[str, int]:
+    """Bytes of a frozen ZeRO-3 teacher's shard, and what stays gathered after a forward pass."""
+    from lead_ds.data.batches import ModelBatch
+    from lead_ds.engine.ranks import ranks
+    from lead_ds.engine.teacher import build_teacher, resident_parameters
+
+    with ranks() as joined:
+        frozen = build_teacher(settings(path, 1, teacher=True), joined)
+        tokens = {"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+        frozen.window([ModelBatch(1, queries=tokens, passages=tokens)], [0])
+        return {"shard": frozen.parameter_bytes()[0], "resident": 2 * resident_parameters(frozen.scorer)[1]}
+
+
+def settings(path: str, stage: int, teacher: bool = False) -> Config:
+    """A run of a model at `path`, its weights random."""
+    off = {name: {"weight": 0.0} for name in ("response", "layer")}
+    tree: dict[str, Any] = {
+        "student": {"path": path, "weights": "random", "projection": 10},
+        "data": {"path": "data"},
+        "losses": {} if teacher else off,
+        "deepspeed": {"student": f"ds_configs/student_zero{stage}.json"},
+        "monitor": {"tensorboard": False, "csv": False},
+    }
+    if teacher:
+        tree["teacher"] = {
+            "kind": "dual_encoder",
+            "path": path,
+            "weights": "random",
+            "placement": "zero3",
+            "dtype": "bf16",
+        }
+    return Config.model_validate(tree)
+
+
+def storages(tensors: Any) -> int:
+    """Bytes of what tensors lie in, each storage once."""
+    gc.collect()
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
