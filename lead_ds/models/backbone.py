@@ -67,20 +67,13 @@ def load_model(config: ModelConfig, family: Family, dtype: torch.dtype, subfolde
     settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     if config.attention != "auto":  # auto: transformers takes sdpa where the architecture has it
         settings["attn_implementation"] = config.attention
-    with _told(config), _quiet():
+    with _told(config), quiet():
         if config.weights == "random":
             return auto.from_config(shape, **settings).eval()
         settings |= hub_settings(config.path) | {"config": shape, "subfolder": subfolder, "output_loading_info": True}
         settings["use_safetensors"] = None if config.allow_pickle else True
         model, info = auto.from_pretrained(_expanded(config.path), **settings)
         missing = _missing(info)
-        if _backbone_missing(model, missing) and shape.architectures:
-            # ZeRO-3 loading does not strip the prefix of a checkpoint that was saved with a head: read it as it was saved.
-            saved_as = getattr(transformers, str(shape.architectures[0]), None)
-            if saved_as is not None and not isinstance(model, saved_as) and family == "base":
-                settings.pop("trust_remote_code")
-                whole, info = saved_as.from_pretrained(_expanded(config.path), **settings)
-                model, missing = whole.base_model, set(_backbone_missing(whole, _missing(info)))
     lost = _backbone_missing(model, missing)
     if lost:
         raise InputError(
@@ -130,7 +123,7 @@ def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
                 setattr(child, "layer_idx", i)  # noqa: B010 - the type says Tensor or Module
     shape = model.config.get_text_config()
     for key, value in list(vars(shape).items()):
-        if isinstance(value, (list, tuple)) and len(value) == total and key not in ("architectures",):
+        if "layer" in key and isinstance(value, (list, tuple)) and len(value) == total:
             setattr(shape, key, type(value)(value[i] for i in layers))
     shape.num_hidden_layers = len(kept)
     if hasattr(owner, "n_layers"):  # DistilBERT
@@ -243,7 +236,7 @@ def _pickle_only(config: ModelConfig) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading reports and progress bars only where a person watches; what matters in them is raised as errors."""
     from transformers.utils import logging
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lead_ds.models.backbone import quiet
 from lead_ds.models.colbert import ColBERT
 from lead_ds.models.cross_encoder import CrossEncoder
 from lead_ds.models.dense import Dense
@@ -63,7 +64,8 @@ def _write(
         # Scores as they are trained and measured here; sentence-transformers would put a sigmoid on one label.
         scorer.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
     own = {key.removeprefix("model."): x for key, x in state.items() if key.startswith("model.")}
-    scorer.model.save_pretrained(folder, state_dict=own)
+    with quiet():
+        scorer.model.save_pretrained(folder, state_dict=own)
     encoder.tokenizer.save_pretrained(folder)
     record: dict[str, Any] = {"kind": scorer.kind, "scale": scorer.config.scale}
     if isinstance(scorer, CrossEncoder):
