@@ -1,0 +1,197 @@
+"""A FAISS index of encoded vectors, on disk and on GPUs.
+
+D width of a vector.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lead_ds.errors import InputError, RunError
+from lead_ds.retrieval.encode import IDS, Vectors
+from lead_ds.retrieval.files import atomic, read_json, write_json
+from lead_ds.retrieval.progress import progress
+
+INDEX, META = "index.faiss", "index.json"
+CHUNK = 65_536  # vectors added at once
+PQ_CENTROIDS = 256
+PER_CENTROID, PER_CENTROID_AT_LEAST = (
+    256,
+    64,
+)  # training vectors per centroid: what FAISS uses at most, and does well with
+TRAIN_MAX = 1 << 20  # vectors that an index is trained on, where the lower bound does not ask for more
+GPU_K = 2048  # what FAISS can return on a GPU
+GpuLayout = Literal["shard", "replicate"]
+
+
+def build_index(
+    vectors: Vectors,
+    out: str | Path,
+    factory: str = "Flat",
+    *,
+    gpus: int = 0,
+    layout: GpuLayout = "shard",
+    seed: int = 0,
+    quiet: bool = False,
+) -> Path:
+    """Build an inner-product index of `vectors` and write it to the folder `out`.
+
+    factory: FAISS's index string: Flat (exact), IVF4096,Flat, HNSW32, PQ64, IVF4096,PQ64, OPQ64,IVF4096,PQ64x4fs, ... Vectors
+    are read from disk a chunk at a time. gpus: train and add on so many, the index sharded over them or replicated.
+    `out` holds the index, the ids, and what the vectors were made of. Raises InputError for a factory string that FAISS
+    does not know, or too few vectors for it; RunError when FAISS or the disk fails.
+    """
+    import faiss
+
+    out = Path(out)
+    if (out / META).exists():
+        raise InputError(out, "already holds an index", "choose another folder, or delete it")
+    try:
+        index = faiss.index_factory(vectors.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        what = f"cannot make {factory!r} of vectors {vectors.dimension} wide: {_reason(error)}"
+        raise InputError(
+            "factory", what, "see FAISS's wiki, The index factory; for example Flat or IVF256,Flat"
+        ) from None
+    index = _to_gpus(index, gpus, layout, half=False)
+    if not index.is_trained:
+        cells = _cells(factory)
+        wanted = min(PER_CENTROID * max(cells, PQ_CENTROIDS), max(TRAIN_MAX, PER_CENTROID_AT_LEAST * cells))
+        sample = _sample(vectors, min(len(vectors), wanted), seed)
+        try:
+            index.train(sample)
+        except RuntimeError as error:
+            what = f"{len(vectors)} vectors cannot train {factory!r}: {_reason(error)}"
+            raise InputError("factory", what, "use Flat, or fewer cells") from None
+    with progress(f"indexing {factory}", len(vectors), "vectors", shown=not quiet) as meter:
+        for chunk in _chunks(vectors):
+            index.add(chunk)
+            meter.advance(len(chunk))
+    if gpus:
+        index = faiss.index_gpu_to_cpu(index)
+    with atomic(out / INDEX) as temporary:
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:
+            raise RunError(out / INDEX, f"cannot be written: {_reason(error)}", "check the free space") from None
+    with atomic(out / IDS) as temporary:
+        shutil.copyfile(vectors.folder / IDS, temporary)
+    facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
+    # Last: its presence is what marks the folder as holding an index.
+    write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts})
+    return out
+
+
+class Index:
+    """An index of `build_index`, loaded for search."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any], index: Any, ids: list[str], gpus: int) -> None:
+        self.folder, self.meta, self.ids, self._index, self._gpus = folder, meta, ids, index, gpus
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        gpus: int = 0,
+        layout: GpuLayout = "shard",
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+    ) -> Index:
+        """Load an index; with `gpus` onto so many, in float16, sharded (each holds a part) or replicated.
+
+        nprobe: cells that an IVF index looks into; ef_search: candidates that HNSW keeps. Raises InputError when the folder
+        holds no index, or the index has no such parameter.
+        """
+        import faiss
+
+        folder = Path(folder)
+        meta = read_json(folder / META, "make it with lead-ds index")
+        try:
+            index = faiss.read_index(str(folder / INDEX))
+            ids = (folder / IDS).read_text(encoding="utf-8").split("\n")[:-1]
+        except (RuntimeError, OSError) as error:
+            raise InputError(folder, f"its index cannot be read: {_reason(error)}", "build it again") from None
+        if not index.ntotal == len(ids) == meta.get("count") or index.d != meta.get("dimension"):
+            raise InputError(folder, "its index, ids and index.json do not belong together", "build it again")
+        for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):
+            if value is not None:
+                try:
+                    faiss.ParameterSpace().set_index_parameter(index, name, value)
+                except RuntimeError:
+                    raise InputError(folder, f"a {meta['factory']} index has no {name}", "leave it out") from None
+        return cls(folder, meta, _to_gpus(index, gpus, layout, half=True), ids, gpus)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def check_model(self, model: dict[str, Any]) -> None:
+        """Raise InputError unless queries of this model (see `model_facts`) live in the same space as the index."""
+        made = self.meta["model"]
+        changed = [key for key in made if made[key] != model.get(key)]
+        if changed:
+            told = ", ".join(f"{key} {made[key]}, here {model.get(key)}" for key in changed)
+            raise InputError(self.folder, f"was made by another model: {told}", "use that model, or build it again")
+
+    def search(self, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float32 [Q, k] and rows int64 [Q, k], best first; row -1 where the index found fewer.
+
+        k is cut to the size of the index. Raises InputError for a k that FAISS cannot return.
+        """
+        k = min(k, len(self))
+        if k < 1 or (self._gpus and k > GPU_K):
+            limit = f"at most {GPU_K} on GPUs" if k > 0 else "at least 1"
+            raise InputError("k", f"{k} results cannot be searched for", f"use {limit}")
+        return self._index.search(np.ascontiguousarray(queries_QD, np.float32), k)
+
+
+def _to_gpus(index: Any, gpus: int, layout: GpuLayout, *, half: bool) -> Any:
+    if gpus == 0:
+        return index
+    import faiss
+
+    found = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    if found < gpus:
+        what = f"{gpus} asked for, FAISS sees {found}"
+        raise InputError("gpus", what, "install faiss-gpu, check CUDA_VISIBLE_DEVICES, or use gpus 0")
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard, options.useFloat16 = layout == "shard", half
+    try:
+        return faiss.index_cpu_to_gpus_list(index, options, ngpu=gpus)
+    except RuntimeError as error:
+        raise InputError("gpus", f"FAISS cannot hold this index on a GPU: {_reason(error)}", "use gpus 0") from None
+
+
+def _chunks(vectors: Vectors) -> Iterator[np.ndarray]:
+    for block in vectors.blocks():
+        for start in range(0, len(block), CHUNK):
+            yield np.ascontiguousarray(block[start : start + CHUNK], np.float32)
+
+
+def _sample(vectors: Vectors, count: int, seed: int) -> np.ndarray:
+    """`count` vectors drawn without replacement, float32."""
+    rows = np.sort(np.random.default_rng(seed).choice(len(vectors), count, replace=False))
+    parts = []
+    for shard, block in enumerate(vectors.blocks()):
+        own = vectors.rows(shard)
+        parts.append(block[rows[(rows >= own.start) & (rows < own.stop)] - own.start].astype(np.float32))
+    return np.concatenate(parts)
+
+
+def _cells(factory: str) -> int:
+    """The number of cells of an IVF factory string; 0 of others."""
+    for part in factory.split(","):
+        digits = part.removeprefix("IVF").split("_")[0]
+        if part.startswith("IVF") and digits.isdigit():
+            return int(digits)
+    return 0
+
+
+def _reason(error: BaseException) -> str:
+    """What FAISS says, without where in its sources it says it."""
+    return str(error).strip().rsplit("Error: ", 1)[-1].rsplit(".cpp:", 1)[-1].split(": ", 1)[-1][:160]

@@ -1,0 +1,239 @@
+"""Hard negatives: passages that a first retriever ranks high for a query and that are no positives of it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lead_ds.config import StudentConfig
+from lead_ds.data.dataset import Dataset
+from lead_ds.data.qrels import Run, read_run
+from lead_ds.errors import InputError
+from lead_ds.retrieval.encode import encode_share
+from lead_ds.retrieval.evaluate import open_encoder, search_exact
+from lead_ds.retrieval.files import atomic
+from lead_ds.retrieval.progress import progress
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class MineSettings:
+    """Which candidates become negatives.
+
+    number: negatives per query; depth: candidates read per query. skip: the first so many ranks (positives not counted) are
+    left out, where unjudged positives are likeliest. margin, ratio: candidates that score more than positive - margin, or
+    ratio * positive, are left out as likely false negatives (the least positive of the query counts; the ratio as in
+    NV-Retriever, arXiv 2407.15831); off at None. similar: candidates that share at least this part of their words with a
+    positive (Jaccard) are left out as copies; 1: exact copies only. sample: the hardest ones that are left, or random ones.
+    """
+
+    number: int = 30
+    depth: int = 200
+    skip: int = 0
+    margin: float | None = None
+    ratio: float | None = None
+    similar: float = 0.9
+    sample: Literal["top", "random"] = "top"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.number < 1 or self.skip < 0 or self.depth < self.number + self.skip:
+            raise InputError("depth", f"{self.depth} is less than skip + number", "read more candidates per query")
+        if not 0 < self.similar <= 1:
+            raise InputError("similar", f"{self.similar} is not a share", "use a number above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What mining did: queries written; negatives written; candidates left out, by reason; queries with too few."""
+
+    queries: int
+    negatives: int
+    left_out: dict[str, int]
+    short: int
+
+
+def mine(
+    source: str | Path | StudentConfig | Mapping[str, Mapping[str, float]],
+    dataset: Dataset,
+    out: str | Path,
+    split: str = "train",
+    settings: MineSettings | None = None,
+    *,
+    batch_size: int = 64,
+    quiet: bool = False,
+) -> Mined:
+    """Write training groups with hard negatives for a split's judged queries to `out`, as train.jsonl.
+
+    source: a dual encoder (its directory or configuration), a TREC run (a file or the run itself), or "bm25". Each line:
+    {"query_id", "positives", "negatives", "scores"}, the scores being the source's own of the passages it scored.
+    Atomic. Raises InputError when a source, split or id is missing.
+    """
+    settings = settings or MineSettings()
+    qrels = dataset.qrels(split)
+    positives = {query: [name for name, grade in judged.items() if grade > 0] for query, judged in qrels.items()}
+    positives = {query: names for query, names in positives.items() if names}
+    if not positives:
+        raise InputError(split, "no query has a positive", "check the judgements")
+    run = _candidates(source, dataset, positives, settings.depth, batch_size, quiet)
+    if not set(run) & set(positives):
+        raise InputError(split, "the run has none of its queries", "check that run and split belong together")
+    counts = {"positive or judged": 0, "rank": 0, "score": 0, "copy": 0}
+    negatives = short = 0
+    with (
+        atomic(Path(out)) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+        progress("choosing negatives", len(positives), "queries", shown=not quiet) as meter,
+    ):
+        for query, names in positives.items():
+            found = run.get(query, {})
+            chosen = _choose(query, names, found, qrels[query], dataset, settings, counts)
+            scores = {name: found[name] for name in (*names, *chosen) if name in found}
+            group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
+            if scores:
+                group["scores"] = scores
+            file.write(json.dumps(group, ensure_ascii=False) + "\n")
+            negatives += len(chosen)
+            short += len(chosen) < settings.number
+            meter.advance(1)
+    return Mined(len(positives), negatives, counts, short)
+
+
+def bm25_run(dataset: Dataset, query_ids: Sequence[str], k: int, *, quiet: bool = False) -> Run:
+    """The k best passages of every query by BM25 (bm25s: lower case, English stop words). InputError without bm25s."""
+    try:
+        import bm25s
+    except ImportError:
+        raise InputError("bm25", "the package bm25s is not installed", "pip install bm25s") from None
+    corpus, queries = dataset.corpus, dataset.queries
+    shown = not quiet
+    retriever = bm25s.BM25()
+    retriever.index(bm25s.tokenize(corpus.texts(range(len(corpus))), show_progress=shown), show_progress=shown)
+    texts = queries.texts(queries.rows(query_ids))
+    tokens = bm25s.tokenize(texts, return_ids=False, show_progress=shown)
+    rows, scores = retriever.retrieve(tokens, k=min(k, len(corpus)), show_progress=shown)
+    return {
+        query: {corpus.ids[row]: score for row, score in zip(found, values, strict=True) if score > 0}
+        for query, found, values in zip(query_ids, rows.tolist(), scores.tolist(), strict=True)
+    }
+
+
+def _candidates(
+    source: str | Path | StudentConfig | Mapping[str, Mapping[str, float]],
+    dataset: Dataset,
+    positives: Mapping[str, Sequence[str]],
+    depth: int,
+    batch_size: int,
+    quiet: bool,
+) -> Run:
+    """The source's candidates, with its scores of the positives wherever it can tell them."""
+    if isinstance(source, Mapping):
+        return _known({query: dict(found) for query, found in source.items() if query in positives}, dataset, "run")
+    if source == "bm25":
+        return bm25_run(dataset, list(positives), depth, quiet=quiet)
+    if not isinstance(source, StudentConfig) and Path(source).is_file():
+        return _known({q: found for q, found in read_run(source).items() if q in positives}, dataset, str(source))
+    scorer, encoder = open_encoder(source)
+    device = next(scorer.parameters()).device
+    queries = list(positives)
+    reading: dict[str, Any] = {"batch_size": batch_size, "device": device}
+    run = search_exact(scorer.embed, encoder, dataset, queries, depth, quiet=quiet, **reading)
+    # A positive that is not among the candidates still has a score, which the margin needs.
+    names = sorted({name for query, found in positives.items() for name in found if name not in run[query]})
+    if names:
+        rows = dataset.queries.rows(queries).tolist()
+        queries_QD = encode_share(scorer.embed, encoder, "queries", dataset.queries.texts, rows, **reading)
+        wanted = dataset.corpus.rows(names).tolist()
+        passages_PD = encode_share(scorer.embed, encoder, "corpus", dataset.corpus.texts, wanted, **reading)
+        place = {name: i for i, name in enumerate(names)}
+        for i, query in enumerate(queries):
+            missing = [name for name in positives[query] if name not in run[query]]
+            if missing:
+                picked_MD = passages_PD[torch.tensor([place[name] for name in missing], device=device)]
+                run[query].update(zip(missing, (picked_MD @ queries_QD[i]).tolist(), strict=True))
+    return run
+
+
+def _known(run: Run, dataset: Dataset, where: str) -> Run:
+    """`run`, every passage of which the corpus has."""
+    for query, found in run.items():
+        names = list(found)
+        for name, row in zip(names, dataset.corpus.rows(names).tolist(), strict=True):
+            if row < 0:
+                what = f"passage {name!r} of query {query!r} is not in {dataset.corpus.path.name}"
+                raise InputError(where, what, "use a run over this corpus")
+    return run
+
+
+def _choose(
+    query: str,
+    positives: Sequence[str],
+    found: Mapping[str, float],
+    judged: Mapping[str, int],
+    dataset: Dataset,
+    settings: MineSettings,
+    counts: dict[str, int],
+) -> list[str]:
+    """The query's negatives, hardest first; `counts` grows by what is left out."""
+    limit = _limit([found[name] for name in positives if name in found], settings)
+    ranked = sorted(found.items(), key=lambda item: -item[1])[: settings.depth + len(positives)]
+    kept, rank = [], 0
+    for name, score in ranked:
+        if judged.get(name, 0) > 0:
+            counts["positive or judged"] += 1
+            continue
+        rank += 1
+        if rank <= settings.skip:
+            counts["rank"] += 1
+        elif limit is not None and score > limit:
+            counts["score"] += 1
+        else:
+            kept.append(name)
+    if settings.sample == "random":
+        random.Random(f"mine {settings.seed} {query}").shuffle(kept)
+    corpus = dataset.corpus
+    # A copy of another negative is no use either, but only of a positive does it teach the wrong thing.
+    avoided = [_words(text) for text in corpus.texts(corpus.rows(positives))]
+    chosen: list[str] = []
+    for name in kept:
+        if len(chosen) == settings.number:
+            break
+        words = _words(corpus.text(corpus.row(name)))
+        if any(_similarity(words, other) >= settings.similar for other in avoided):
+            counts["copy"] += 1
+            continue
+        chosen.append(name)
+    if settings.sample == "random":
+        chosen.sort(key=lambda name: -found[name])
+    return chosen
+
+
+def _limit(positive_scores: Sequence[float], settings: MineSettings) -> float | None:
+    """The score above which a candidate is a likely false negative; None where that is not told."""
+    if not positive_scores:
+        return None
+    least = min(positive_scores)
+    limits = []
+    if settings.margin is not None:
+        limits.append(least - settings.margin)
+    if settings.ratio is not None:
+        limits.append(least - (1 - settings.ratio) * abs(least))  # also for scores below 0
+    return min(limits, default=None)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(_WORD.findall(text.lower()))
+
+
+def _similarity(a: frozenset[str], b: frozenset[str]) -> float:
+    """Jaccard similarity; 1 for two texts without words."""
+    union = len(a | b)
+    return len(a & b) / union if union else 1.0

@@ -1,0 +1,137 @@
+"""Ask for passages: of an index, or of a dataset encoded on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lead_ds.config import StudentConfig
+from lead_ds.data.dataset import Dataset
+from lead_ds.data.qrels import Run
+from lead_ds.data.texts import Texts
+from lead_ds.data.tokens import TextEncoder
+from lead_ds.errors import InputError
+from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.retrieval.encode import encode_share
+from lead_ds.retrieval.evaluate import make_run, open_encoder
+from lead_ds.retrieval.exact import exact_search
+from lead_ds.retrieval.files import model_checksum
+from lead_ds.retrieval.index import Index
+from lead_ds.retrieval.progress import progress
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage that was found: its id, its score (inner product) and its text ("" without a dataset)."""
+
+    id: str
+    score: float
+    text: str
+
+
+def model_facts(path: str | Path, scorer: DualEncoder) -> dict[str, Any]:
+    """What has to be equal for vectors to live in one space: the model's files, pooling, normalisation and width."""
+    return {
+        "checksum": model_checksum(path),
+        "pooling": scorer.pooling,
+        "normalize": scorer.normalize,
+        "dimension": scorer.vector_width,
+    }
+
+
+class Searcher:
+    """A dual encoder with passages to search in: the vectors of a dataset, exactly, or an index."""
+
+    def __init__(
+        self,
+        scorer: DualEncoder,
+        encoder: TextEncoder,
+        passages: Tensor | Index,
+        ids: Sequence[str],
+        corpus: Texts | None,
+    ) -> None:
+        self.scorer, self.encoder, self.passages, self.ids, self.corpus = scorer, encoder, passages, ids, corpus
+        self.device = next(scorer.parameters()).device
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | StudentConfig,
+        data: str | Path | None = None,
+        *,
+        index: str | Path | None = None,
+        batch_size: int = 64,
+        device: str | None = None,
+        quiet: bool = False,
+        **index_settings: Any,
+    ) -> Searcher:
+        """Load a model with an index (`index_settings` of `Index.open`), or encode the corpus of `data` now.
+
+        With an index, `data` gives the hits their texts. Raises InputError when neither is given, and when the index was
+        made by another model.
+        """
+        if data is None and index is None:
+            raise InputError("search", "needs an index or a dataset", "give one of them")
+        scorer, encoder = open_encoder(model, device)
+        corpus = None if data is None else Dataset.open(data).corpus
+        if index is not None:
+            opened = Index.open(index, **index_settings)
+            opened.check_model(model_facts(model.path if isinstance(model, StudentConfig) else model, scorer))
+            return cls(scorer, encoder, opened, opened.ids, corpus)
+        assert corpus is not None
+        with progress("encoding the corpus", len(corpus), "texts", shown=not quiet) as meter:
+            vectors_PD = encode_share(
+                scorer.embed,
+                encoder,
+                "corpus",
+                corpus.texts,
+                range(len(corpus)),
+                batch_size=batch_size,
+                device=next(scorer.parameters()).device,
+                meter=meter,
+            )
+        return cls(scorer, encoder, vectors_PD, corpus.ids, corpus)
+
+    def search(self, query: str, k: int = 10) -> list[Hit]:
+        """The k best passages for one query, best first; fewer where there are fewer."""
+        run = self.run(["query"], [query], k)["query"]
+        if self.corpus is None:
+            return [Hit(name, score, "") for name, score in run.items()]
+        rows = self.corpus.rows(list(run))
+        texts = [self.corpus.text(int(row)) if row >= 0 else "" for row in rows]
+        return [Hit(name, score, text) for (name, score), text in zip(run.items(), texts, strict=True)]
+
+    def run(
+        self,
+        query_ids: Sequence[str],
+        queries: Sequence[str],
+        k: int = 1000,
+        *,
+        batch_size: int = 64,
+        quiet: bool = True,
+    ) -> Run:
+        """The k best passages of every query: query id -> passage id -> score, best first."""
+        if k < 1:
+            raise InputError("k", f"{k} results cannot be searched for", "use at least 1")
+
+        def texts(rows: Sequence[int]) -> list[str]:
+            return [queries[row] for row in rows]
+
+        with progress("encoding queries", len(queries), "queries", shown=not quiet) as meter:
+            settings: dict[str, Any] = {"batch_size": batch_size, "device": self.device, "meter": meter}
+            rows = range(len(queries))
+            vectors_QD = encode_share(self.scorer.embed, self.encoder, "queries", texts, rows, **settings)
+        scores: Tensor | np.ndarray
+        found: Tensor | np.ndarray
+        if isinstance(self.passages, Index):
+            scores, found = self.passages.search(vectors_QD.cpu().numpy(), k)
+        else:
+            with torch.no_grad():
+                scores, found = exact_search(vectors_QD, self.passages, k)
+        return make_run(query_ids, scores.tolist(), found.tolist(), self.ids)

@@ -1,0 +1,126 @@
+"""FAISS indexes and searching in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lead_ds.data.dataset import Dataset
+from lead_ds.errors import InputError
+from lead_ds.retrieval.encode import Vectors, encode_to
+from lead_ds.retrieval.evaluate import evaluate_path, evaluate_run, open_encoder
+from lead_ds.retrieval.index import Index, build_index
+from lead_ds.retrieval.search import Searcher, model_facts
+from tests.helpers.tiny import tiny_tokenizer
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def vectors(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Vectors:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    folder = tmp_path_factory.mktemp("vectors") / "v"
+    facts = model_facts(model, scorer)
+    return encode_to(folder, scorer.embed, encoder, Dataset.open(data).corpus, facts, dtype="float16", shard_rows=25)
+
+
+@pytest.fixture(scope="module")
+def flat(vectors: Vectors, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_index(vectors, tmp_path_factory.mktemp("index") / "flat", quiet=True)
+
+
+def test_flat_is_exact(vectors: Vectors, flat: Path) -> None:
+    index = Index.open(flat)
+    whole = np.concatenate([block.astype(np.float32) for block in vectors.blocks()])
+    queries = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    scores, rows = index.search(queries, 7)
+    expected = np.argsort(-(queries @ whole.T), axis=1)[:, :7]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(scores, np.take_along_axis(queries @ whole.T, expected, 1), rtol=1e-4, atol=1e-5)
+    assert index.search(queries, 1000)[1].shape == (5, 60)
+    with pytest.raises(InputError, match="use at least 1"):
+        index.search(queries, 0)
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [("IVF4,Flat", {"nprobe": 4}), ("HNSW16", {"ef_search": 64}), ("IVF4,SQfp16", {"nprobe": 4}), ("PQ8x4", {})],
+)
+def test_kinds_of_index(vectors: Vectors, flat: Path, tmp_path: Path, factory: str, settings: dict[str, int]) -> None:
+    folder = build_index(vectors, tmp_path / "index", factory, quiet=True)
+    queries = np.random.default_rng(0).standard_normal((20, 16)).astype(np.float32)
+    _, exact = Index.open(flat).search(queries, 10)
+    _, rows = Index.open(folder, **settings).search(queries, 10)
+    shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact.tolist(), rows.tolist(), strict=True)])
+    assert shared >= (0.4 if factory.startswith("PQ") else 0.99)
+    meta = json.loads((folder / "index.json").read_text())
+    assert (meta["factory"], meta["dimension"], meta["count"]) == (factory, 16, 60)
+    assert meta["model"]["pooling"] == "cls"
+
+
+@pytest.mark.parametrize("factory", ["nonsense", "IVFx,Flat", "", "PQ7", "IVF1000,Flat"])
+def test_factory_strings_that_faiss_refuses(vectors: Vectors, tmp_path: Path, factory: str) -> None:
+    with pytest.raises(InputError, match="factory: "):
+        build_index(vectors, tmp_path / "index", factory, quiet=True)
+    assert not (tmp_path / "index").exists()
+
+
+def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="make it with lead-ds index"):
+        Index.open(tmp_path)
+    with pytest.raises(InputError, match="already holds an index"):
+        build_index(vectors, flat)
+    with pytest.raises(InputError, match="has no nprobe"):
+        Index.open(flat, nprobe=4)
+    with pytest.raises(InputError, match="1000 asked for, FAISS sees"):
+        Index.open(flat, gpus=1000)
+    for file in flat.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "ids.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match="do not belong together"):
+        Index.open(tmp_path)
+    (tmp_path / "index.faiss").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="cannot be read"):
+        Index.open(tmp_path)
+
+
+def test_search_with_and_without_an_index(model: Path, data: Path, flat: Path) -> None:
+    exact = Searcher.open(model, data, device="cpu", quiet=True)
+    indexed = Searcher.open(model, data, index=flat, device="cpu")
+    hits, others = (
+        exact.search("which thing guards the hive entrance", k=5),
+        indexed.search("which thing guards the hive entrance", k=5),
+    )
+    assert [hit.id for hit in hits] == [hit.id for hit in others]
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    corpus = Dataset.open(data).corpus
+    assert [hit.text for hit in hits] == [corpus.text(corpus.row(hit.id)) for hit in hits]
+    assert Searcher.open(model, index=flat, device="cpu").search("x", k=2)[0].text == ""
+    assert len(exact.search("x", k=1000)) == 60
+
+
+def test_a_run_through_an_index_evaluates_like_the_model(model: Path, data: Path, flat: Path) -> None:
+    dataset = Dataset.open(data)
+    qrels = dataset.qrels("test")
+    queries = dataset.queries.texts(dataset.queries.rows(list(qrels)))
+    run = Searcher.open(model, index=flat, device="cpu").run(list(qrels), queries, 100)
+    measures = ["nDCG@10", "R@100"]
+    expected = evaluate_path(model, data, "test", measures, quiet=True)
+    assert evaluate_run(run, qrels, measures).mean == pytest.approx(expected, abs=2e-2)  # the index holds float16
+
+
+def test_another_model_is_refused(model: Path, data: Path, flat: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=400, **shape), add_pooling_layer=False).save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="was made by another model: checksum"):
+        Searcher.open(tmp_path, index=flat)
+    with pytest.raises(InputError, match="needs an index or a dataset"):
+        Searcher.open(model)

@@ -1,0 +1,140 @@
+"""Hard negatives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lead_ds.config import DataConfig
+from lead_ds.data.dataset import Dataset
+from lead_ds.data.groups import open_groups
+from lead_ds.data.qrels import write_run
+from lead_ds.errors import InputError
+from lead_ds.retrieval.evaluate import open_encoder, search_exact
+from lead_ds.retrieval.mine import MineSettings, mine
+from tests.helpers.tiny import write_jsonl
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Dataset:
+    """One query with two positives, among six passages; c copies the positive a, up to case and marks."""
+    folder = tmp_path / "small"
+    texts = {"a": "red fox", "b": "brown fox", "c": "Red, fox!", "d": "blue sky", "e": "green tree", "f": "white snow"}
+    write_jsonl(folder / "corpus.jsonl", [{"_id": name, "title": "", "text": text} for name, text in texts.items()])
+    write_jsonl(folder / "queries.jsonl", [{"_id": "q", "text": "fox"}])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\nq\tb\t2\nq\te\t0\n")
+    return Dataset.open(folder)
+
+
+RUN = {"q": {"c": 9.0, "a": 8.0, "d": 7.0, "e": 6.0, "b": 5.0, "f": -1.0}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["d", "e", "f"]),
+        ({"number": 2}, ["d", "e"]),
+        ({"skip": 2}, ["e", "f"]),  # c and d
+        ({"similar": 1.0}, ["d", "e", "f"]),
+        ({"margin": 0.0}, ["f"]),  # below the least positive, b
+        ({"margin": -1.5}, ["e", "f"]),
+        ({"ratio": 1.3}, ["e", "f"]),
+        ({"ratio": 0.9}, ["f"]),
+    ],
+)
+def test_filters(small: Dataset, tmp_path: Path, settings: dict[str, Any], expected: list[str]) -> None:
+    result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(**{"number": 4, **settings}), quiet=True)
+    (group,) = lines(tmp_path / "out.jsonl")
+    assert group["query_id"] == "q"
+    assert group["positives"] == ["a", "b"]
+    assert group["negatives"] == expected
+    assert group["scores"] == {name: RUN["q"][name] for name in ("a", "b", *expected)}
+    assert (result.queries, result.negatives) == (1, len(expected))
+
+
+def test_what_was_left_out_is_counted(small: Dataset, tmp_path: Path) -> None:
+    result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(number=4, margin=-1.5), quiet=True)
+    assert result.left_out == {"positive or judged": 2, "rank": 0, "score": 2, "copy": 0}
+    assert result.short == 1
+    result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(number=2), quiet=True)
+    assert (result.left_out["copy"], result.short) == (1, 0)
+
+
+def test_random_negatives_follow_the_seed(small: Dataset, tmp_path: Path) -> None:
+    found = set()
+    for seed in range(12):
+        settings = MineSettings(number=1, sample="random", seed=seed)
+        for _ in range(2):
+            mine(RUN, small, tmp_path / "out.jsonl", settings=settings, quiet=True)
+            found.add((seed, lines(tmp_path / "out.jsonl")[0]["negatives"][0]))
+    assert len(found) == 12
+    assert {name for _, name in found} == {"d", "e", "f"}
+
+
+def test_a_model_mines_what_it_ranks_high(model: Path, data: Path, tmp_path: Path) -> None:
+    dataset, out = Dataset.open(data), tmp_path / "train.jsonl"
+    settings = MineSettings(number=3, depth=5, similar=1.0)
+    mine(model, dataset, out, settings=settings, quiet=True)
+    scorer, encoder = open_encoder(str(model))
+    qrels = dataset.qrels("train")
+    full = search_exact(
+        scorer.embed, encoder, dataset, list(qrels), 60, device=next(scorer.parameters()).device, quiet=True
+    )
+    groups = lines(out)
+    assert [group["query_id"] for group in groups] == list(qrels)
+    for group in groups:
+        run, positives = full[group["query_id"]], set(group["positives"])
+        assert group["negatives"] == [name for name in list(run)[:5] if name not in positives][:3]
+        # The positives are scored also where the model does not find them.
+        assert set(group["scores"]) == positives | set(group["negatives"])
+        for name, score in group["scores"].items():
+            assert score == pytest.approx(run[name], rel=1e-3, abs=1e-3)
+
+
+def test_a_run_file_and_what_training_reads(data: Path, tmp_path: Path) -> None:
+    dataset = Dataset.open(data)
+    qrels = dataset.qrels("train")
+    write_run(tmp_path / "run.trec", {query: {f"p{i}": 60.0 - i for i in range(60)} for query in qrels})
+    mine(tmp_path / "run.trec", dataset, tmp_path / "train.jsonl", settings=MineSettings(number=7), quiet=True)
+    groups = open_groups(DataConfig(path=str(data), train=str(tmp_path / "train.jsonl"), negatives=7))
+    assert len(groups) == len(qrels)
+    group = groups.draw(0, seed=0, epoch=0)
+    assert len(group.passage_ids) == 8
+    assert group.scores is not None
+
+
+def test_bm25(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    dataset = Dataset.open(data)
+    mine("bm25", dataset, tmp_path / "train.jsonl", settings=MineSettings(number=2, depth=10), quiet=True)
+    groups = lines(tmp_path / "train.jsonl")
+    assert len(groups) == len(dataset.qrels("train"))
+    scored = [group for group in groups if set(group["positives"]) <= set(group["scores"])]
+    assert len(scored) == len(groups)  # every query repeats words of its passage
+    with_negatives = [group for group in groups if group["negatives"]]
+    assert with_negatives
+    for group in with_negatives:  # a word or two of the query, against all of them
+        found = group["scores"]
+        assert min(found[name] for name in group["positives"]) >= max(found[name] for name in group["negatives"])
+
+
+def test_wrong_input_writes_nothing(small: Dataset, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match="passage 'z' of query 'q' is not in corpus"):
+        mine({"q": {"z": 1.0}}, small, out)
+    with pytest.raises(InputError, match="none of its queries"):
+        mine({"other": {"a": 1.0}}, small, out)
+    with pytest.raises(InputError, match=r"qrels.dev\.tsv"):
+        mine(RUN, small, out, "dev")
+    with pytest.raises(InputError, match="depth: 3 is less"):
+        MineSettings(number=4, depth=3)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*tmp"))
