@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -38,3 +39,11 @@ def triton_dtypes() -> tuple[torch.dtype, ...]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20240)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every `torch.empty` comes filled with NaN, or the largest integer, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

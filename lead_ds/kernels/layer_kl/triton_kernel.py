@@ -251,7 +251,8 @@ def scores_kernel(
         # The same two roundings as the teacher's, so that identical models give identical scores.
         s = tl.where(t > _HIDDEN_BELOW, s * _LOG2_E * student_scale, _HIDDEN)
         if STORE:
-            inside = (query < queries)[:, None] & (place < passages - first_passage)[None, :]
+            # To the end of the padded row: nothing uninitialised is handed on.
+            inside = (query < queries)[:, None] & (place < map_stride - first_passage)[None, :]
             offset = tl.arange(0, BLOCK_QUERIES)[:, None] * map_stride + place[None, :]
             base = maps_ptr + (layer * queries + first_query) * map_stride + first_passage
             tl.store(base + offset, t, mask=inside)

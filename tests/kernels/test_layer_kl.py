@@ -1,0 +1,232 @@
+"""layer_kl: chunked torch and Triton, with stored and with recomputed scores, against the float64 reference."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lead_ds.kernels import layer_kl
+from lead_ds.kernels.layer_kl import chunked, regime
+from lead_ds.kernels.layer_kl.reference import layer_kl_reference
+from tests.kernels.oracle import assert_as_accurate_as_eager
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# K, Q, P, Dt, Ds: ones, tiles that are filled and that are not, teacher and student of different widths.
+SHAPES = [(1, 1, 1, 8, 8), (2, 5, 17, 24, 40), (1, 65, 129, 64, 16), (2, 17, 63, 128, 130)]
+TEMPERATURES = [(1.0, 1.0), (2.0, 0.5)]
+
+
+class Batch(NamedTuple):
+    """Arguments of layer_kl in their order."""
+
+    tq: Tensor
+    td: Tensor
+    sq: Tensor
+    sd: Tensor
+    target: Tensor
+
+    def double(self) -> "Batch":
+        tq, td, sq, sd = (vectors.detach().double() for vectors in self[:4])
+        return Batch(tq, td, sq.requires_grad_(), sd.requires_grad_(), self.target)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(impl: str, request: pytest.FixtureRequest) -> torch.device:
+    return torch.device("cpu") if impl == "torch" else request.getfixturevalue("triton_device")
+
+
+@pytest.fixture(params=["stored", "recomputed"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether score maps are small enough to keep; recomputed ones come in several chunks."""
+    if request.param == "recomputed":
+        monkeypatch.setattr(regime, "_STORED_SCORES", 0)
+        monkeypatch.setattr(chunked, "_CHUNK_SCORES", 100)
+        monkeypatch.setattr(chunked, "_CHUNK_ROWS", 4)
+        if "triton_device" in request.fixturenames or request.getfixturevalue("impl") == "triton":
+            from lead_ds.kernels.layer_kl import triton_kernel
+
+            monkeypatch.setattr(triton_kernel, "_WORKSPACE", 5000)
+    return request.param
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Batch:
+    layers, queries, passages, *widths = shape
+    teacher, student = (
+        [(torch.randn(layers, count, width) * width**-0.25).to(device, dtype) for count in (queries, passages)]
+        for width in widths
+    )
+    target = torch.randint(0, passages, (queries,)).to(device)
+    return Batch(*teacher, student[0].requires_grad_(), student[1].requires_grad_(), target)
+
+
+def check(batch: Batch, temperatures: tuple[float, float], mask: Tensor | None, impl: str) -> None:
+    dtype = batch.sq.dtype
+    kl, nll = layer_kl(*batch, *temperatures, mask=mask, impl=impl)
+    weight = torch.randn(kl.shape, dtype=torch.float64).to(kl.device)
+    grads = torch.autograd.grad(kl, (batch.sq, batch.sd), weight.to(kl.dtype))
+    exact_batch = batch.double()
+    exact = layer_kl_reference(*exact_batch, *temperatures, mask=mask)
+    exact_grads = torch.autograd.grad(exact[0], (exact_batch.sq, exact_batch.sd), weight)
+    eager = layer_kl_reference(*batch, *temperatures, mask=mask)
+    eager_grads = torch.autograd.grad(eager[0], (batch.sq, batch.sd), weight.to(eager[0].dtype))
+    assert not nll.requires_grad
+    assert kl.dtype == nll.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert [grad.dtype for grad in grads] == [dtype, dtype]
+    for name, got, near, true in zip(
+        ("kl", "nll", "dsq", "dsd"), (kl, nll, *grads), (*eager, *eager_grads), (*exact, *exact_grads), strict=True
+    ):
+        assert_as_accurate_as_eager(got, near, true, dtype, name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("temperatures", TEMPERATURES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_values_and_gradients_match_the_reference(
+    shape: tuple[int, ...],
+    temperatures: tuple[float, float],
+    masked: bool,
+    memory: str,
+    impl: str,
+    device: torch.device,
+    triton_dtypes: tuple[torch.dtype, ...],
+) -> None:
+    dtypes = triton_dtypes if impl == "triton" else (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for dtype in dtypes:
+        batch = make(shape, dtype, device)
+        mask = (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None
+        check(batch, temperatures, mask, impl)
+
+
+def test_the_large_tiles(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regime, "_STORED_SCORES", 0)
+    for masked in (False, True):
+        batch = make((1, 130, 2100, 16, 16), torch.float16, triton_device)
+        mask = (torch.rand(130, 2100) > 0.4).to(triton_device) if masked else None
+        check(batch, (1.0, 1.0), mask, "triton")
+
+
+def test_identical_models_have_no_divergence_and_no_gradient(memory: str, impl: str, device: torch.device) -> None:
+    q, d = torch.randn(2, 33, 48, device=device), torch.randn(2, 70, 48, device=device)
+    sq, sd = q.clone().requires_grad_(), d.clone().requires_grad_()
+    target = torch.arange(33, device=device)
+    for temperature in (1.0, 3.0):
+        kl, _ = layer_kl(q, d, sq, sd, target, temperature, temperature, impl=impl)
+        assert (kl == 0).all()
+        for grad in torch.autograd.grad(kl.sum(), (sq, sd)):
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("offset", [300.0, 3000.0])
+def test_a_common_offset_of_all_scores_costs_no_precision(
+    offset: float, memory: str, impl: str, device: torch.device
+) -> None:
+    """One more coordinate, equal in all passages, moves every score of a row; only its rounding may show."""
+    batch = make((2, 9, 40, 16, 16), torch.float32, device)
+    kl, _ = layer_kl(*batch, impl=impl)
+    side = offset**0.5
+    moved = [torch.nn.functional.pad(vectors.detach(), (0, 16)) for vectors in batch[:4]]
+    for vectors in moved:
+        vectors[..., 16] = side
+    exact, _ = layer_kl_reference(*(vectors.double() for vectors in moved), batch.target)
+    found, _ = layer_kl(*moved, batch.target, impl=impl)
+    # The scores themselves carry errors of one rounding of the offset; a KL of order one must not carry more.
+    assert (found - exact).abs().max().item() < 4 * offset * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_the_score_gradient_sum_to_zero(memory: str, impl: str, device: torch.device) -> None:
+    """With all student passages equal, dq = (sum of dS over passages) d."""
+    batch = make((2, 17, 65, 24, 24), torch.float32, device)
+    sd = torch.ones_like(batch.sd).requires_grad_()
+    kl, _ = layer_kl(batch.tq, batch.td, batch.sq, sd, batch.target, impl=impl)
+    dsq, dsd = torch.autograd.grad(kl.sum(), (batch.sq, sd))
+    assert dsq.abs().max() < 1e-7
+    assert dsd.abs().max() > 1e-4
+
+
+def test_masked_passages_are_as_if_absent(memory: str, impl: str, device: torch.device) -> None:
+    batch = make((2, 9, 40, 16, 24), torch.float32, device)
+    batch = batch._replace(target=batch.target % 23)
+    mask = torch.ones(9, 40, dtype=torch.bool, device=device)
+    mask[:, 23:] = False
+    padded = layer_kl(*batch, 1.5, 0.7, mask=mask, impl=impl)
+    tight = layer_kl(batch.tq, batch.td[:, :23], batch.sq, batch.sd[:, :23], batch.target, 1.5, 0.7, impl=impl)
+    for found, expected in zip(padded, tight, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    (dsd,) = torch.autograd.grad(padded[0].sum(), batch.sd)
+    assert (dsd[:, 23:] == 0).all()
+
+
+def test_the_target_is_never_masked(memory: str, impl: str, device: torch.device) -> None:
+    batch = make((2, 9, 40, 16, 24), torch.float32, device)
+    nothing = torch.zeros(9, 40, dtype=torch.bool, device=device)
+    kl, nll = layer_kl(*batch, mask=nothing, impl=impl)
+    torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-6)
+    torch.testing.assert_close(nll, torch.zeros_like(nll), rtol=0, atol=1e-6)
+
+
+def test_two_runs_are_bit_equal(memory: str, impl: str, device: torch.device) -> None:
+    batch = make((2, 40, 150, 32, 32), torch.float32, device)
+    runs = []
+    for _ in range(2):
+        kl, nll = layer_kl(*batch, impl=impl)
+        runs.append((kl, nll, *torch.autograd.grad(kl.sum(), (batch.sq, batch.sd))))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_teacher_and_student_of_different_dtypes(impl: str, device: torch.device) -> None:
+    batch = make((2, 9, 40, 16, 24), torch.float32, device)
+    half = batch._replace(tq=batch.tq.half(), td=batch.td.half())
+    whole = batch._replace(tq=half.tq.float(), td=half.td.float())
+    for found, expected in zip(layer_kl(*half, impl=impl), layer_kl(*whole, impl=impl), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tiny_float16_gradients_survive(memory: str, triton_device: torch.device) -> None:
+    """Thousands of passages share a probability of one: most residuals are far below float16's smallest normal number."""
+    batch = make((1, 4, 2000, 16, 16), torch.float16, triton_device)
+    check(batch, (1.0, 1.0), None, "triton")
+
+
+@pytest.mark.parametrize("impl", ["torch"])
+def test_gradcheck(memory: str, impl: str) -> None:
+    batch = make((2, 3, 7, 8, 5), torch.float64, torch.device("cpu"))
+    mask = torch.rand(3, 7) > 0.3
+    for function in (layer_kl, layer_kl_reference):
+        assert torch.autograd.gradcheck(
+            lambda q, d, function=function: function(batch.tq, batch.td, q, d, batch.target, 2.0, 0.5, mask=mask)[0],
+            (batch.sq, batch.sd),
+        )
+
+
+def test_opcheck(memory: str, impl: str, device: torch.device) -> None:
+    batch = make((2, 3, 7, 8, 16), torch.float32, device)
+    mask = (torch.rand(3, 7) > 0.3).to(device)
+    torch.library.opcheck(torch.ops.lead_ds.layer_kl.default, (*batch, mask, 2.0, 0.5, True, impl))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tq": torch.zeros(2, 3, 9)}, "teacher's queries and passages"),
+        ({"sd": torch.zeros(1, 7, 8)}, "student's queries and passages"),
+        ({"sd": torch.zeros(2, 6, 8)}, "must agree"),
+        ({"target": torch.zeros(4, dtype=torch.long)}, "target must be"),
+        ({"mask": torch.ones(7, 3)}, "mask must be"),
+        ({"teacher_temperature": 0.0}, "temperatures must be positive"),
+        ({"td": torch.zeros(2, 7, 8, requires_grad=True)}, "detach"),
+        ({"impl": "fast"}, "unknown impl"),
+    ],
+)
+def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None:
+    given: dict[str, object] = dict(make((2, 3, 7, 8, 8), torch.float32, torch.device("cpu"))._asdict()) | change
+    with pytest.raises(ValueError, match=message):
+        layer_kl(**given)  # type: ignore[arg-type]
