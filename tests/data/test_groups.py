@@ -254,6 +254,11 @@ def test_flagembedding(opened: Callable[..., Any]) -> None:
         assert group.passages[0] in FLAG["pos"]
         assert sorted(group.passages[1:]) == ["w", "z"]
         assert group.scores.tolist() == [table[text] for text in group.passages]
+    borrowing = opened(
+        [FLAG | {"neg": [], "neg_scores": []}, FLAG | {"query": "two", "pos": ["v"], "pos_scores": [1]}], negatives=3
+    )
+    for seed in range(10):  # the other line's scores are of another query
+        assert np.isnan(borrowing.draw(0, seed, 0).scores).tolist() == [False, True, True, True]
     plain = {"query": "one", "pos": ["x"], "neg": ["z", "w"], "pos_scores": None}
     assert opened([plain], negatives=2).draw(0, 0, 0).scores is None
 

@@ -12,6 +12,7 @@ import torch
 from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.errors import InputError
+from tests.helpers.tiny import tiny_texts
 
 QUERIES = ["which thing hunts crabs at night", "octopus", ""]
 PASSAGES = ["The octopus hunts crabs at night. People wrote about this long ago.", "The clock.", ""]
@@ -233,7 +234,7 @@ def test_a_reranker_prompt_loses_passage_and_nothing_else(tokenizer: Callable[..
     template = "Task: {instruction} | {passage} is what {query} wants? yes or no:"
     settings = {"template": template, "instruction": "judge {passage}", "max_length": 90}
     encoder = teacher(tokenizer(kind), "llm_reranker", **settings)
-    long = "the clock strikes the hour with a bell " * 30
+    long = " ".join(tiny_texts())[:4000]
     tokens = encoder.pairs([QUERIES[0], QUERIES[0]], ["a clock", long])
     short, cut = (encoder.tokenizer.decode(ids) for ids in real(tokens))
     assert len(real(tokens)[1]) == 90
@@ -247,6 +248,10 @@ def test_a_reranker_prompt_loses_passage_and_nothing_else(tokenizer: Callable[..
     assert cut_ids[-common:] == short_ids[-common:]  # the prompt's end, the question in it
     start = len(encoder.tokenizer(head, add_special_tokens=False)["input_ids"]) - 2
     assert cut_ids[:start] == short_ids[:start]
+    kept = encoder.tokenizer(head + long, add_special_tokens=False)["input_ids"]
+    assert (
+        cut_ids[-80 : -common - 2] == kept[len(cut_ids) - 80 - len(encoder.leading) :][: 78 - common]
+    )  # its beginning
     leading = [] if kind == "bpe" else [encoder.tokenizer.cls_token_id]
     assert cut_ids[: len(leading)] == leading
     assert cut_ids[-1] not in (encoder.tokenizer.sep_token_id, encoder.tokenizer.eos_token_id)
