@@ -92,9 +92,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def main(name_contains: str = "") -> None:
-    """Print a JSON object for each variant whose name contains the argument."""
+    """Print a JSON object for each variant whose name contains the argument; "-" and "_" are the same."""
     for variant in variants():
-        if name_contains in variant.name:
+        if name_contains.replace("_", "-") in variant.name.replace("_", "-"):
             print(json.dumps(compile_variant(variant)), flush=True)
 
 

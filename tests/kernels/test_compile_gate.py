@@ -27,7 +27,7 @@ def test_every_variant_fits_the_chip(family: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     run = subprocess.run(
-        [sys.executable, "-m", "lead_ds.kernels.aot", family.replace("_", "-")],
+        [sys.executable, "-m", "lead_ds.kernels.aot", family],
         capture_output=True,
         text=True,
         cwd=root,

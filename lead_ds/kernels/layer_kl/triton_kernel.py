@@ -791,12 +791,13 @@ def aot_variants() -> Iterator[Variant]:
     for dtype, torch_dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
         size = torch_dtype.itemsize
         for amount in ("small", "large"):
-            for width in (768, 400):
+            # float16 takes the tiles of bfloat16: one width shows that it compiles as well.
+            for width in (768,) if dtype == "fp16" else (768, 400):
                 for passages, masked in ((512, False), (500, False), (500, True)):
                     tiles = _SCORES[90][size, amount + (", masked" if masked and amount == "large" else "")]
                     constants = _score_constants(tiles, width, width, passages, masked) | {"PRECISION": "ieee"}
                     name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
-                    for tempered in (False, True):
+                    for tempered in (False,) if dtype == "fp16" else (False, True):
                         extra: dict[str, Any] = {"STORE": amount == "small", "TEMPERED": tempered}
                         label = f"scores-{name}{'-tempered' if tempered else ''}"
                         yield variant(scores_kernel, label, dtype, constants | extra, tiles, True)

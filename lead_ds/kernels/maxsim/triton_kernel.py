@@ -476,7 +476,8 @@ def aot_variants() -> Iterator[Variant]:
                 aligned=("width",),
             )
 
-        for width in (64, 128, 768, 1008):
+        # float16 takes the tiles of bfloat16: one width shows that it compiles as well.
+        for width in (128,) if dtype == "fp16" else (64, 128, 768, 1008):
             for queries, length_d, masked in ((64, 256, False), (64, 180, True), (2, 64, True)):
                 for save in (False, True):
                     tiles = _forward_tiles(90, size, width, queries * 32, length_d, save)
