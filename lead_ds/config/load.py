@@ -34,7 +34,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        raise InputError(place, f"not valid YAML: {getattr(error, 'problem', error)}", "check the indentation") from None
+        raise InputError(
+            place, f"not valid YAML: {getattr(error, 'problem', error)}", "check the indentation"
+        ) from None
     if not isinstance(tree, dict):
         raise InputError(path, "does not hold a configuration", "it must be a mapping of sections")
     for override in overrides:

@@ -36,7 +36,9 @@ class ModelConfig(Section):
     normalize: bool | None = Field(None, description="unit-length final vectors; null: from modules.json, else false")
     projection: Positive | None = Field(None, description="width of a new linear layer on top of pooling")
     scale: Literal["none", "cosine", "standard"] = Field(
-        "none", description="of every layer's relevance: raw dot products, cosines, or z-scores per query"
+        "none",
+        description="of layer relevance, and of a teacher's final one: as the model gives it, cosines, or z-scores per "
+        "query. A student's final relevance is what it will serve: see normalize",
     )
     query_prompt: str | None = Field(None, description="null: from the model's own sentence-transformers configuration")
     passage_prompt: str | None = None

@@ -10,7 +10,7 @@ import re
 import string
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,14 @@ class TextEncoder:
             instruction=str(getattr(config, "instruction", "")),
             leading=_leading_tokens(tokenizer),
         )
+
+    def serving(self) -> TextEncoder:
+        """The same with queries as long as passages may be: what is served knows one length, as sentence-transformers does.
+
+        `query_length` is a bound for training, where a batch is as slow as its longest query.
+        """
+        longest = max(self.query_length, self.passage_length)
+        return replace(self, query_length=longest, passage_length=longest)
 
     def queries(self, texts: Sequence[str], length: int | None = None) -> Tokens:
         """Queries with their prompt, cut to `length` (default query_length) tokens.

@@ -91,7 +91,6 @@ def settings(name: str, out: Path, data: Path, teacher: Path, steps: int, proces
             "kind": "dual_encoder",
             "path": str(teacher),
             "layers": LAYERS,
-            "scale": "cosine",
             "query_length": 32,
             "passage_length": 96,
         },

@@ -54,7 +54,7 @@ class Checkpoints:
             return None
 
     def newest(self, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files are all as they were written, and its state; damaged ones are told and passed over."""
+        """The newest checkpoint whose files are as they were written, and its state; damaged ones are told and passed over."""
         found = None
         if self.ranks.main:
             for path in sorted(self.folder.glob(f"{PREFIX}*"), reverse=True):

@@ -193,9 +193,8 @@ def write_facts(
 
 def describe(config: Config, ranks: Ranks, student: Any, teacher: FrozenTeacher | None, groups: int) -> str:
     """The first lines of a run."""
-    lines = [
-        f"student {config.student.path}: {student.num_layers} layers, {student.width} wide; {groups} groups; {ranks.world} process(es)"
-    ]
+    depth = f"{student.num_layers} layers, {student.width} wide"
+    lines = [f"student {config.student.path}: {depth}; {groups} groups; {ranks.world} process(es)"]
     if teacher is not None and config.teacher is not None:
         held, whole = teacher.parameter_bytes()
         lines.append(

@@ -22,7 +22,7 @@ from lead_ds.models.scorer import Output
 
 
 class Training:
-    """One run's moving parts. `state` is what a checkpoint remembered: step, best evaluation, evaluations without a better one."""
+    """One run's moving parts. `state` is what a checkpoint remembered: step, best evaluation, evaluations since then."""
 
     def __init__(
         self,

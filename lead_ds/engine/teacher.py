@@ -147,6 +147,7 @@ def resident_parameters(module: nn.Module) -> tuple[int, int]:
     resident = persistent = 0
     for parameter in module.parameters():
         if hasattr(parameter, "ds_status"):
-            resident += parameter.ds_numel if parameter.ds_status.name == "AVAILABLE" else 0
-            persistent += parameter.ds_numel if getattr(parameter, "ds_persist", False) else 0
+            numel = getattr(parameter, "ds_numel", 0)
+            resident += numel if parameter.ds_status.name == "AVAILABLE" else 0
+            persistent += numel if getattr(parameter, "ds_persist", False) else 0
     return resident, persistent

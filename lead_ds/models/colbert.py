@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lead_ds.config import ModelConfig
 from lead_ds.models.dense import Dense
 from lead_ds.models.scorer import Output, Scorer
-from lead_ds.relevance import TokenFeatures
+from lead_ds.relevance import Scale, TokenFeatures
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch
@@ -58,13 +58,13 @@ class ColBERT(Scorer):
             passages = self._states(batch.passages, layers)
         q_mask, p_mask = score_mask(batch.queries), score_mask(batch.passages)
 
-        def features(part: slice) -> TokenFeatures:
+        def features(part: slice, scale: Scale) -> TokenFeatures:
             q_KQLD, p_KPLD = torch.stack(queries[part]), torch.stack(passages[part])
-            return TokenFeatures(q_KQLD, q_mask, p_KPLD, p_mask, self.config.scale)
+            return TokenFeatures(q_KQLD, q_mask, p_KPLD, p_mask, scale)
 
         return Output(
-            final=features(slice(-1, None)),
-            layers=features(slice(0, -1)) if layers else None,
+            final=features(slice(-1, None), self.final_scale),
+            layers=features(slice(0, -1), self.config.scale) if layers else None,
             taps_queries=taps_queries,
             taps_passages=taps_passages,
         )

@@ -54,7 +54,7 @@ class CrossEncoder(Scorer):
         s_KQN = scores_KB.unflatten(1, (-1, batch.group))
         scale = self.config.scale
         return Output(
-            final=ScoreFeatures(s_KQN[-1:], scale),
+            final=ScoreFeatures(s_KQN[-1:], self.final_scale),
             layers=ScoreFeatures(s_KQN[:-1], scale) if layers else None,
             taps_queries=None,
             taps_passages=taps,

@@ -72,7 +72,7 @@ class DualEncoder(Scorer):
             passages = self._vectors(batch.passages, layers)
         scale = self.config.scale
         return Output(
-            final=VectorFeatures(queries[-1:], passages[-1:], scale),
+            final=VectorFeatures(queries[-1:], passages[-1:], self.final_scale),
             layers=VectorFeatures(queries[:-1], passages[:-1], scale) if layers else None,
             taps_queries=taps_queries,
             taps_passages=taps_passages,

@@ -122,6 +122,13 @@ def read_layout(path: str, *, late_interaction: bool = False) -> Layout:
     return Layout(subfolder, pooling, tuple(dense), normalize or tokens, tokens)
 
 
+def serving_length(path: str) -> int | None:
+    """How many tokens of a text a sentence-transformers directory says it reads; None where it does not say."""
+    file = find_file(path, "sentence_bert_config.json")
+    longest = read_json(file).get("max_seq_length") if file is not None else None
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
 def _pooling(path: str, folder: str) -> PoolingMode:
     file = find_file(path, f"{folder}/config.json" if folder else "config.json")
     if file is None:

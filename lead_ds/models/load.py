@@ -13,7 +13,7 @@ from lead_ds.models.colbert import ColBERT
 from lead_ds.models.cross_encoder import CrossEncoder
 from lead_ds.models.dense import Dense, colbert_linear, load_dense
 from lead_ds.models.dual_encoder import DualEncoder
-from lead_ds.models.layout import RECORD, Layout, find_file, read_json, read_layout
+from lead_ds.models.layout import RECORD, Layout, find_file, read_json, read_layout, serving_length
 from lead_ds.models.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.scorer import Scorer
 
@@ -39,7 +39,8 @@ def load_student(config: StudentConfig, dtype: torch.dtype) -> Scorer:
 def load_encoder(path: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[DualEncoder, TextEncoder]:
     """A dual encoder in evaluation mode and its tokenisation, from a saved student, a sentence-transformers or HF directory.
 
-    Lengths and scale are those the student was saved with; `overrides` are fields of StudentConfig.
+    Its tokenisation is the one that is served: queries may be as long as passages (`TextEncoder.serving`), and these as
+    long as the model was saved for. `overrides` are fields of StudentConfig.
     Raises InputError for a directory that holds another kind of model.
     """
     from lead_ds.data.tokens import TextEncoder
@@ -48,11 +49,14 @@ def load_encoder(path: str, dtype: torch.dtype = torch.float32, **overrides: Any
     record = _record(str(path))
     if record.get("kind", "dual_encoder") != "dual_encoder":
         raise InputError(path, f"holds a {record['kind']}", "a dual encoder is needed here")
+    longest = serving_length(str(path))
+    if longest is not None:
+        settings |= {"query_length": longest, "passage_length": longest}
     settings |= {key: record[key] for key in ("query_length", "passage_length", "scale") if key in record}
     config = StudentConfig(**(settings | overrides))
     scorer = _load(config, "dual_encoder", dtype)
     assert isinstance(scorer, DualEncoder)
-    return scorer, TextEncoder.from_config(config)
+    return scorer, TextEncoder.from_config(config).serving()
 
 
 def _load(config: ModelConfig, kind: str, dtype: torch.dtype) -> Scorer:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lead_ds.config import ModelConfig
+from lead_ds.config import ModelConfig, TeacherConfig
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
 from lead_ds.models.taps import AttentionTaps, tap_attention
-from lead_ds.relevance import Features
+from lead_ds.relevance import Features, Scale
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch
@@ -56,6 +56,11 @@ class Scorer(nn.Module):
     def backbone(self) -> Any:
         """The transformer without its task head."""
         return self.model.base_model
+
+    @property
+    def final_scale(self) -> Scale:
+        """`scale` for a teacher; a student is trained on what it will serve, whatever its layers are compared by."""
+        return self.config.scale if isinstance(self.config, TeacherConfig) else "none"
 
     @property
     def num_layers(self) -> int:

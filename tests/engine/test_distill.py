@@ -1,0 +1,213 @@
+"""Whole runs on real processes: what must not change the losses does not, and what is killed resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lead_ds.engine.checkpoint import damage
+from lead_ds.engine.ranks import free_port
+from tests.engine.conftest import TEACHERS
+from tests.engine.jobs import losses_of
+from tests.helpers.launch import ROOT, launch
+
+Configure = Callable[..., Path]
+JOB = "tests.engine.jobs:distil_each"
+
+
+def vectors(student: Path) -> torch.Tensor:
+    """What a saved student makes of some passages."""
+    from lead_ds.models.load import load_encoder
+
+    scorer, encoder = load_encoder(str(student))
+    with torch.no_grad():
+        return scorer.embed(encoder.passages(["The octopus has three hearts.", "A glacier grinds rock into flour."]))
+
+
+def test_every_teacher_against_a_student_of_another_architecture(configure: Configure, tmp_path: Path) -> None:
+    paths = [str(configure(kind, kind)) for kind in TEACHERS]
+    [results] = launch(JOB, 1, configs=paths)
+    for kind, losses in zip(TEACHERS, results, strict=True):
+        assert len(losses) == 6, losses
+        assert np.isfinite(losses).all()
+        assert (tmp_path / kind / "student" / "modules.json").exists()
+
+
+def test_students_zero_stage_changes_nothing(configure: Configure, tmp_path: Path) -> None:
+    stages = [
+        str(
+            configure(
+                f"zero{stage}",
+                extra_teacher={"placement": "zero3"},
+                train={"batch_size": 2},
+                deepspeed={"student": f"ds_configs/student_zero{stage}.json"},
+            )
+        )
+        for stage in range(4)
+    ]
+    alone = str(configure("alone"))
+    both = launch(JOB, 2, configs=stages)[0]
+    [[one]] = launch(JOB, 1, configs=[alone])
+    for stage, losses in enumerate(both):
+        # Against one process with the whole batch: the teacher's, the student's and the optimizer's sharding at once.
+        np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"ZeRO-{stage}")
+    reference = vectors(tmp_path / "alone" / "student")
+    for stage in range(4):
+        torch.testing.assert_close(vectors(tmp_path / f"zero{stage}" / "student"), reference, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_micro_batches_and_chunks_change_nothing(configure: Configure) -> None:
+    # In the local scope a rank's micro-batch is alone with itself, whether beside another rank's or after it.
+    local = {"in_batch": "local", "batch_size": 2}
+    ranks2 = configure("ranks2", train=local)
+    accumulated = configure("accumulated", train={**local, "accumulation": 2})
+    chunked = configure("chunked", extra_teacher={"batch_size": 4}, train={**local, "accumulation": 2})
+    checkpointed = configure("checkpointed", train={**local, "accumulation": 2, "gradient_checkpointing": True})
+    [both, _] = launch(JOB, 2, configs=[str(ranks2)])
+    [one] = launch(JOB, 1, configs=[str(accumulated), str(chunked), str(checkpointed)])
+    for losses in one:
+        np.testing.assert_allclose(losses, both[0], rtol=1e-5)
+
+
+def test_the_student_and_a_cotrained_teacher_learn(configure: Configure, tmp_path: Path) -> None:
+    train = {"steps": 40, "save_every": 40, "lr": 3e-3, "batch_size": 8, "warmup_ratio": 0.0}
+    paths = [
+        configure("frozen", train=train),
+        configure("cotrained", extra_teacher={"train": True, "path": "bert"}, train=train),
+    ]
+    [results] = launch(JOB, 1, configs=[str(path) for path in paths])
+    for losses in results:
+        assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]), losses
+    rows = [json.loads(line) for line in (tmp_path / "cotrained" / "metrics.jsonl").read_text().splitlines()]
+    parts = rows[0]["parts"]
+    assert {"teacher_contrastive", "response_reverse"} <= parts.keys()
+    taught = [row["parts"]["teacher_contrastive"] for row in rows if "parts" in row]
+    assert np.mean(taught[-5:]) < 0.9 * np.mean(taught[:5]), taught
+    layers = rows[0]["layers"]
+    assert sum(layers["weights"]) == pytest.approx(1)
+    assert all(
+        len(layers[name]) == 2 for name in ("teacher", "student", "kl", "nll", "teacher_entropy", "student_entropy")
+    )
+
+
+def test_attention_losses(configure: Configure) -> None:
+    forms = [{"form": "self"}, {"form": "interaction"}, {"form": "interaction", "divergence": "mse"}]
+    paths = [
+        configure(
+            f"attention{i}",
+            extra_teacher={"path": "bert"},
+            losses={"attention": {"weight": 1.0, "k": 2, "relation_heads": 4, **form}},
+            train={"accumulation": 2, "batch_size": 2},
+        )
+        for i, form in enumerate(forms)
+    ]
+    [results] = launch(JOB, 1, configs=[str(path) for path in paths])
+    for losses in results:
+        assert len(losses) == 6, losses
+        assert np.isfinite(losses).all()
+    assert results[0] != results[1] != results[2]
+
+
+def start(config: Path, *more: str, world: int = 2) -> subprocess.Popen:
+    """The run under the DeepSpeed launcher."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(world)]
+    command += ["--master_port", str(free_port()), "--module", "lead_ds", "distill", str(config), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def workers_of(output: Path) -> list[int]:
+    """Process ids of a run's ranks."""
+    import psutil
+
+    config = str(output.with_suffix(".yaml"))
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"]
+        and config in process.info["cmdline"]
+        and "--local_rank" in " ".join(process.info["cmdline"])
+        and "launcher" not in " ".join(process.info["cmdline"])
+    ]
+
+
+def test_killed_at_a_random_step_and_resumed_gives_the_same_losses_bit_for_bit(
+    configure: Configure, tmp_path: Path
+) -> None:
+    run: dict[str, Any] = {
+        "student": {"path": "dropout"},
+        "extra_teacher": {"placement": "zero3"},
+        "train": {"steps": 30, "batch_size": 2, "save_every": 4},
+    }
+    whole, killed = configure("whole", **run), configure("killed", **run)
+    reference = start(whole)
+    process = start(killed)
+    step = random.randint(5, 25)
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victims = workers_of(tmp_path / "killed")
+    assert len(victims) == 2
+    os.kill(random.choice(victims), signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert not workers_of(tmp_path / "killed"), "a rank outlived the killed one"
+    assert all(damage(path) is None for path in (tmp_path / "killed" / "checkpoints").glob("step-*[0-9]"))
+    resumed = start(killed, "--resume")
+    assert resumed.wait(120) == 0, resumed.communicate()[1][-3000:]
+    assert reference.wait(120) == 0
+    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole"), f"killed at step {step}"
+    assert torch.equal(vectors(tmp_path / "killed" / "student"), vectors(tmp_path / "whole" / "student"))
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(
+    configure: Configure, rooms: Path, tmp_path: Path
+) -> None:
+    # A student whose word "violin" is not a number: the run lives until a batch mentions it.
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    broken = tmp_path / "broken"
+    shutil.copytree(rooms / "student", broken)
+    tokenizer = AutoTokenizer.from_pretrained(broken)
+    queries = [json.loads(line) for line in (rooms / "data" / "queries.jsonl").read_text().splitlines()]
+    word = "volcano"
+    weights = load_file(broken / "model.safetensors")
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    weights["embeddings.word_embeddings.weight"][ids[0]] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    path = configure(
+        "nan", student={"path": str(broken)}, train={"batch_size": 1, "steps": 30, "save_every": 1, "keep": 1}
+    )
+    [[told]] = launch(JOB, 1, configs=[str(path)])
+    assert isinstance(told, str), "the run should have met the broken word"
+    assert "the loss is not finite" in told
+    assert any(f"queries {query['_id']}" in told for query in queries)
+    assert "\n" not in told
+    [checkpoint] = list((tmp_path / "nan" / "checkpoints").glob("step-*"))
+    assert damage(checkpoint) is None
+    assert not (tmp_path / "nan" / "student").exists()
