@@ -9,12 +9,14 @@ import time
 import traceback
 from collections.abc import Sequence
 
-import click
 import typer
 
 from lead_ds import __version__
 from lead_ds.cli import retrieval, training
 from lead_ds.errors import LeadError
+
+# Usage errors: click's own class, or that of the click which newer versions of typer carry inside.
+UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="lead-ds",
@@ -54,15 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # DeepSpeed's launcher puts --local_rank=N before our own arguments; --debug is welcome anywhere.
     arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a) and a != "--debug"]
     try:
-        status = app(args=arguments, standalone_mode=False)
+        status = app(args=arguments, prog_name="lead-ds", standalone_mode=False)
     except LeadError as error:
         status = _tell(str(error), error.status, debug)
-    except click.exceptions.Abort:
+    except typer.Abort:
         status = _tell("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "lead-ds"
-        status = _tell(f"{command}: {error.format_message().rstrip('.')} (see {command} --help)", 2, debug)
     except KeyboardInterrupt:
         status = _tell("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
     except BrokenPipeError:
@@ -72,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MemoryError:
         status = _tell("lead-ds: out of memory (lower the batch size)", 1, debug)
     except Exception as error:
+        if isinstance(error, UsageError):
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "lead-ds"
+            told = getattr(error, "format_message", error.__str__)().rstrip(".?")
+            sys.exit(_tell(f"{command}: {told} (see {command} --help)", 2, debug))
         if debug:
             traceback.print_exc()
         what = " ".join(str(error).split()) or type(error).__name__

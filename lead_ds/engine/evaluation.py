@@ -37,7 +37,9 @@ class Evaluator:
                 f"{settings.metric} is not among evaluation.measures",
                 "add it to evaluation.measures",
             )
-        return cls(settings, Dataset.open(folder), encoder, ranks, config.seed)
+        dataset = Dataset.open(folder)
+        dataset.qrels(settings.split)  # a judged id without a text is told now, not after an hour of training
+        return cls(settings, dataset, encoder, ranks, config.seed)
 
     def __call__(self, scorer: Scorer) -> dict[str, float]:
         """The measures' means, equal on every rank."""

@@ -19,9 +19,9 @@ import torch
 
 from lead_ds.engine.checkpoint import damage
 from lead_ds.engine.ranks import free_port
-from tests.engine.conftest import TEACHERS
 from tests.engine.jobs import losses_of
 from tests.helpers.launch import ROOT, launch
+from tests.helpers.rooms import TEACHERS
 
 Configure = Callable[..., Path]
 JOB = "tests.engine.jobs:distil_each"

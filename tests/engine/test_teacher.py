@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import TEACHERS
 from tests.helpers.launch import launch
+from tests.helpers.rooms import TEACHERS
 
 WORLD, FORWARDS = 2, 50
 
@@ -19,7 +19,7 @@ def facts(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
     """Facts of every kind of teacher, in bf16 as a CPU's default, from each rank."""
     import yaml
 
-    from tests.engine.conftest import settings
+    from tests.helpers.rooms import settings
 
     folder = tmp_path_factory.mktemp("teachers")
     paths = []

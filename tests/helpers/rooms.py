@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
-import yaml
 
 from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
 
@@ -61,10 +57,8 @@ def save_llama(folder: Path, *, layers: int, width: int, causal: bool = False) -
     return folder
 
 
-@pytest.fixture(scope="session")
-def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, and the models `student`, `bert`, `llama`, `cross`, `reranker`."""
-    root = tmp_path_factory.mktemp("rooms")
+def make_rooms(root: Path) -> Path:
+    """A folder with `data`, and the models `student`, `dropout`, `bert`, `llama`, `cross`, `reranker`."""
     tiny_dataset(root / "data", passages=60, queries=50, negatives=7)
     save_bert(root / "student", layers=3, width=16, seed=1)
     save_bert(root / "dropout", layers=3, width=16, seed=1, dropout=0.1)
@@ -113,15 +107,3 @@ def settings(
         if not Path(tree[model]["path"]).is_absolute():
             tree[model]["path"] = str(rooms / tree[model]["path"])
     return tree
-
-
-@pytest.fixture
-def configure(rooms: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Write a configuration; its output is `tmp_path/run` unless named."""
-
-    def write(name: str = "run", teacher: str = "dual_encoder", **sections: Any) -> Path:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings(rooms, tmp_path / name, teacher, **sections)))
-        return path
-
-    return write
