@@ -52,7 +52,7 @@ class _Hidden:
 def attention_kl_chunked(
     pairs: list[LayerPair], mask: Tensor | None, causal: bool, head_mean: bool, with_grad: bool
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """KL of every layer pair [K], and, if asked for, its gradient to every student q and k (in their dtypes)."""
+    """KL of every layer pair [K], and, if asked for, its gradient to every student q and k (as `keep` keeps it)."""
     results = [_one_pair(pair, mask, causal, head_mean, with_grad) for pair in pairs]
     return torch.stack([value for value, _ in results]), [grad for _, grad in results if grad is not None]
 
@@ -60,6 +60,13 @@ def attention_kl_chunked(
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Where the softmax runs: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def keep(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient as it waits for the backward: in the input's dtype, but for float16, where it would underflow before
+    the loss scale multiplies it.
+    """
+    return gradient if dtype == torch.float16 else gradient.to(dtype)
 
 
 def exponential_(x: Tensor) -> Tensor:
@@ -105,7 +112,7 @@ def _one_pair(
         out += torch.bmm(gradient.transpose(1, 2), q).view(out.shape)
     if dsq is None or dsk is None:
         return total, None
-    return total, (dsq.to(pair.sq.dtype), dsk.to(pair.sk.dtype))
+    return total, (keep(dsq, pair.sq.dtype), keep(dsk, pair.sk.dtype))
 
 
 class _Workspace:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lead_ds.kernels.attention_kl.chunked import compute_dtype
+from lead_ds.kernels.attention_kl.chunked import compute_dtype, keep
 from lead_ds.kernels.attention_kl.inputs import relation_split
 from lead_ds.kernels.attention_kl.reference import HIDDEN
 from lead_ds.kernels.dispatch import IMPLEMENTATIONS
@@ -141,14 +141,18 @@ class _Grouped(torch.autograd.Function):
                 total += value.detach()
                 if dq is not None and dk is not None:
                     dq[at, q_heads], dk[at, s_keys] = torch.autograd.grad(value, leaves)
+        ctx.dtypes = sq.dtype, sk.dtype
         if dq is not None and dk is not None:
-            ctx.save_for_backward(dq.to(sq.dtype), dk.to(sk.dtype))
+            ctx.save_for_backward(keep(dq, sq.dtype), keep(dk, sk.dtype))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        dq, dk = (
+            (gradient * grad.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return (None, None, dq, dk, *(None,) * 5)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lead_ds.kernels.attention_kl.chunked import compute_dtype, exponential_
+from lead_ds.kernels.attention_kl.chunked import compute_dtype, exponential_, keep
 from lead_ds.kernels.attention_kl.reference import HIDDEN
 from lead_ds.kernels.dispatch import resolve
 
@@ -114,12 +114,16 @@ class _Interaction(torch.autograd.Function):
         with_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         value, gradients = _visit(tq, td, sq, sd, q_mask, d_mask, divergence, scales, own, implementation, with_grad)
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = sq.dtype, sd.dtype
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dd = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        dq, dd = (
+            (gradient * grad.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return (None, None, dq, dd, *(None,) * 6)
 
 
@@ -186,7 +190,7 @@ def _visit(
                 dd[at, d_range] += torch.bmm(gradient.transpose(1, 2), s_q[g, r]) * scales[1]
     if not with_grad:
         return total, ()
-    return total, (dq.view(sq.shape).to(sq.dtype), dd.view(sd.shape).to(sd.dtype))
+    return total, (keep(dq.view(sq.shape), sq.dtype), keep(dd.view(sd.shape), sd.dtype))
 
 
 def _real(mask: Tensor | None, texts: int, tokens: int, device: torch.device) -> Tensor:

@@ -132,13 +132,17 @@ class _AttentionKLTorch(torch.autograd.Function):
         with_grad = any(ctx.needs_input_grad)
         values, gradients = attention_kl_chunked(pairs, mask, causal, head_mean, with_grad)
         ctx.save_for_backward(*(tensor for gradient in gradients for tensor in gradient))
+        ctx.dtypes = [student.dtype for student in students]
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        scaled = [gradients[i] * grad_K[i // 2].to(gradients[i].dtype) for i in range(len(gradients))]
+        scaled = [
+            (gradient * grad_K[i // 2].to(gradient.dtype)).to(dtype)
+            for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
+        ]
         return (None, None, None, None, *scaled)
 
 

@@ -14,6 +14,11 @@ from lead_ds.kernels.attention_kl.inputs import relation_split
 HIDDEN = -1e30
 
 
+def hidden_logit(dtype: torch.dtype) -> float:
+    """The logit of a key that a row does not see."""
+    return max(HIDDEN, torch.finfo(dtype).min)
+
+
 def visible_band(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """[L, L] bool: which keys a row may see by position alone; `window` is the largest |row - key|."""
     row = torch.arange(length, device=device)[:, None]
@@ -26,7 +31,7 @@ def attention_log_probs(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> 
     """log softmax(scale q k^T) over the visible keys: q [B, H, L, d], k [B, H / G, J, d] -> [B, H, L, J]."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = (q @ k.transpose(-1, -2)) * scale
-    return logits.masked_fill(~visible, HIDDEN).log_softmax(-1)
+    return logits.masked_fill(~visible, hidden_logit(logits.dtype)).log_softmax(-1)
 
 
 def kl_of_log_probs(teacher: Tensor, student: Tensor) -> Tensor:
@@ -113,7 +118,7 @@ def interaction_reference(
     log_probs = []
     for q, d, scale in ((tq, td, teacher_scale), (sq, sd, student_scale)):
         logits = torch.einsum(equation, q, d) * scale
-        log_probs.append(logits.masked_fill(~visible, HIDDEN).log_softmax(-1))
+        log_probs.append(logits.masked_fill(~visible, hidden_logit(logits.dtype)).log_softmax(-1))
     weight = rows_real.to(tq.dtype)
     layers = tq.shape[0]
     if divergence == "kl":
