@@ -235,6 +235,8 @@ def run(spec: KernelSpec, device: torch.device, ceilings: Ceilings, quick: bool)
     shapes = spec.shapes[device.type]
     for place, shape in enumerate(shapes[:1] if quick else shapes):
         torch.manual_seed(0)
+        # After eight shapes and modes torch.compile would silently run the eager code.
+        torch._dynamo.reset()
         inputs = spec.make_inputs(shape, dtype, device)
         for mode in MODES:
             floor = 1e3 * spec.floor(shape, mode, dtype.itemsize, ceilings)
