@@ -281,7 +281,10 @@ def resumed(arguments: list[str], root: str) -> list[str]:
 def show(failure: dict) -> None:
     """A failed rank's last lines."""
     name = f"rank {failure['rank']} on {failure['host']}"
-    say(f"{name} failed with status {failure['status']}; its last lines:")
+    killed = (
+        " (killed; often by the kernel, for memory: see dmesg)" if failure["status"] == 128 + signal.SIGKILL else ""
+    )
+    say(f"{name} failed with status {failure['status']}{killed}; its last lines:")
     for line in failure["lines"]:
         say("  " + "".join(c for c in str(line) if c.isprintable() or c == "\t"))
 

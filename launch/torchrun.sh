@@ -21,6 +21,8 @@ else
   LEAD_DS_WATCH_PORT=${LEAD_DS_WATCH_PORT:-29501}
 fi
 export LEAD_DS_WATCH_PORT
+# A store of its own for every attempt: in the agent's, a restarted rank can find the dead attempt's addresses.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 
 run "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "${PET_NPROC_PER_NODE:-$processes}" \
   --max-restarts "${RESTARTS:-3}" "$launch_folder/rank.py" "$@"

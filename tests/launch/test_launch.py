@@ -174,6 +174,20 @@ def test_hostfile_over_real_ssh(house: Path, ssh_hosts: dict[str, str]) -> None:
     assert_dead(house / "out" / "0.pid")
 
 
+def test_the_real_command_tells_wrong_input(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(LAUNCH / "local.sh"), "distill", "missing.yaml", "train.steps=10"],
+        cwd=tmp_path,
+        env=environment(tmp_path, PROCESSES="2", TMPDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: missing.yaml: no such configuration file")
+    assert "launch:   error: missing.yaml" in done.stderr
+
+
 def test_missing_settings_are_wrong_input(house: Path) -> None:
     for script, name in (("no_ssh.sh", "NODES"), ("deepspeed_hostfile.sh", "hostfile")):
         done = run(house, script, "distill", "run.yaml")
