@@ -196,8 +196,8 @@ def standardised(logits_KQP: Tensor, mask_QP: Tensor | None = None) -> Tensor:
     keep = torch.ones_like(logits_KQP) if mask_QP is None else mask_QP.to(logits_KQP).expand_as(logits_KQP)
     count = keep.sum(-1, keepdim=True).clamp_min(1)
     centred = logits_KQP - (logits_KQP * keep).sum(-1, keepdim=True) / count
-    deviation = ((centred.square() * keep).sum(-1, keepdim=True) / count).sqrt()
-    return centred / deviation.clamp_min(1e-6)
+    variance = (centred.square() * keep).sum(-1, keepdim=True) / count
+    return centred / variance.clamp_min(1e-12).sqrt()  # clamped inside: the root's gradient at 0 is infinite
 
 
 def merge(parts: Sequence[Features]) -> Features:

@@ -1,9 +1,259 @@
-"""Commands over a trained model."""
+"""Commands over a trained model: encode, index, search, mine, evaluate."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import typer
+
+from lead_ds.errors import InputError
+
+MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory.")
+DATA = typer.Option(..., "--data", help="A folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (or .gz).")
+BATCH = typer.Option(64, "--batch-size", min=1, help="Texts per forward.")
+
+
+def encode(
+    model: Path = MODEL,
+    data: Path = DATA,
+    out: Path = typer.Option(..., "--out", help="Where the vectors go: memory-mapped .npy shards, ids, a manifest."),
+    kind: str = typer.Option("corpus", "--kind", help="corpus or queries."),
+    dtype: str = typer.Option("float32", "--dtype", help="float32 or float16, of the stored vectors."),
+    batch_size: int = BATCH,
+) -> None:
+    """Encode a corpus (or its queries). Run it again after a kill to finish; under a launcher, every rank does its share.
+
+    lead-ds encode --model runs/x/student --data data/msmarco --out vectors
+
+    deepspeed --module lead_ds encode --model runs/x/student --data data/msmarco --out vectors
+    """
+    choice("--kind", kind, "corpus", "queries")
+    choice("--dtype", dtype, "float32", "float16")
+    from lead_ds.data.dataset import Dataset
+    from lead_ds.engine.ranks import ranks
+    from lead_ds.retrieval.encode import encode_to
+    from lead_ds.retrieval.evaluate import open_encoder
+    from lead_ds.retrieval.search import model_facts
+
+    with ranks() as here:
+        dataset = Dataset.open(data)
+        texts = dataset.corpus if kind == "corpus" else dataset.queries
+        scorer, encoder = open_encoder(model, here.device)
+        facts = model_facts(model, scorer)
+        options: dict[str, Any] = {"batch_size": batch_size, "device": here.device, "dtype": dtype, "peers": here}
+        vectors = encode_to(out, scorer.embed, encoder, texts, facts, **options)
+        if here.main:
+            print(f"{len(vectors)} vectors of {vectors.dimension} in {vectors.shards} shards: {out}")
+
+
+def index(
+    vectors: Path = typer.Option(..., "--vectors", help="What `lead-ds encode` wrote."),
+    out: Path = typer.Option(..., "--out", help="Where the index goes."),
+    factory: str = typer.Option(
+        "Flat", "--factory", help="FAISS's index string: Flat (exact), IVF4096,Flat, HNSW32, PQ64 ..."
+    ),
+    gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs to train and fill it on."),
+    layout: str = typer.Option("shard", "--layout", help="shard or replicate, over several GPUs."),
+) -> None:
+    """Build a FAISS index from encoded vectors. Vectors are added in chunks, so that they need not fit in memory.
+
+    lead-ds index --vectors vectors --out index --factory IVF4096,Flat
+    """
+    choice("--layout", layout, "shard", "replicate")
+    from lead_ds.retrieval.encode import Vectors
+    from lead_ds.retrieval.index import build_index
+
+    built: Any = build_index(Vectors.open(vectors), out, factory, gpus=gpus, layout=layout)  # type: ignore[arg-type]
+    print(f"{factory}: {len(Vectors.open(vectors))} vectors: {built or out}")
+
+
+def search(
+    query: list[str] | None = typer.Argument(
+        None, help="Queries; none: those of --queries, or of the data's queries.jsonl."
+    ),
+    model: Path = MODEL,
+    data: Path | None = typer.Option(
+        None, "--data", help="Searched directly where there is no --index; shows texts of hits."
+    ),
+    index: Path | None = typer.Option(None, "--index", help="What `lead-ds index` wrote."),
+    k: int = typer.Option(10, "-k", min=1, help="Passages for each query."),
+    split: str | None = typer.Option(None, "--split", help="Only the queries that are judged in qrels/SPLIT.tsv."),
+    out: Path | None = typer.Option(None, "--out", help="Write a TREC run instead of showing hits."),
+    tag: str = typer.Option("lead-ds", "--tag", help="The run's name in the TREC file."),
+    gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs for the index."),
+    nprobe: int | None = typer.Option(None, "--nprobe", min=1, help="Cells searched of an IVF index."),
+    ef_search: int | None = typer.Option(None, "--ef-search", min=1, help="Breadth of the search in an HNSW index."),
+    as_json: bool = typer.Option(False, "--json", help="Print hits as JSON lines."),
+) -> None:
+    """Search: a question from the command line, or all queries of a dataset into a TREC run.
+
+    lead-ds search --model runs/x/student --data data "read a json file"
+
+    lead-ds search --model runs/x/student --data data --index index --split test -k 1000 --out run.trec
+    """
+    from lead_ds.data.dataset import Dataset
+    from lead_ds.data.qrels import write_run
+    from lead_ds.retrieval.search import Searcher
+
+    settings: dict[str, Any] = {}
+    if index is not None:
+        settings = {"index": index, "gpus": gpus, "nprobe": nprobe, "ef_search": ef_search}
+    if not query and data is None:
+        raise InputError(
+            "search", "no query was given", 'add one, such as "read a json file", or --data with queries.jsonl'
+        )
+    searcher = Searcher.open(model, data, quiet=bool(as_json), **settings)
+    if query and out is None:
+        for text in query:
+            hits = searcher.search(text, k)
+            if as_json:
+                print(json.dumps({"query": text, "hits": [hit.__dict__ for hit in hits]}))
+            else:
+                show(text, hits)
+        return
+    if out is None:
+        raise InputError("--out", "is needed for a dataset's queries", "name the TREC run to write")
+    if query:
+        ids, texts = [f"q{i}" for i in range(1, len(query) + 1)], list(query)
+    else:
+        assert data is not None
+        dataset = Dataset.open(data)
+        ids = list(dataset.qrels(split)) if split else list(dataset.queries.ids)
+        texts = dataset.queries.texts(dataset.queries.rows(ids))
+    write_run(out, searcher.run(ids, texts, k, quiet=False), tag)
+    print(f"{len(ids)} queries: {out}")
+
+
+def mine(
+    data: Path = DATA,
+    out: Path = typer.Option(..., "--out", help="The training groups to write (JSON lines)."),
+    model: Path | None = typer.Option(None, "--model", help="Negatives by this model's exact search."),
+    run: Path | None = typer.Option(None, "--run", help="Negatives from this TREC run; neither: BM25."),
+    split: str = typer.Option("train", "--split", help="The judged queries to mine for."),
+    number: int = typer.Option(30, "--number", min=1, help="Negatives of each query."),
+    depth: int = typer.Option(200, "--depth", min=1, help="Candidates read of each query."),
+    skip: int = typer.Option(0, "--skip", min=0, help="Leave out the first so many ranks."),
+    margin: float | None = typer.Option(
+        None, "--margin", help="A negative scores at least this much below the positive."
+    ),
+    ratio: float | None = typer.Option(
+        None, "--ratio", help="A negative scores at most this share of the positive's score."
+    ),
+    similar: float = typer.Option(
+        0.9, "--similar", help="Leave out near-duplicates of a positive: share of words in common."
+    ),
+    sample: str = typer.Option("top", "--sample", help="top or random, of the candidates that pass."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Of --sample random."),
+) -> None:
+    """Mine hard negatives from a model, a TREC run, or BM25; writes training groups with the scores it saw.
+
+    lead-ds mine --model runs/first/student --data data/msmarco --out data/msmarco/train.jsonl --depth 200 --number 30
+    """
+    choice("--sample", sample, "top", "random")
+    if model is not None and run is not None:
+        raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
+    from lead_ds.data.dataset import Dataset
+    from lead_ds.retrieval.mine import MineSettings
+    from lead_ds.retrieval.mine import mine as run_mine
+
+    options: dict[str, Any] = {"number": number, "depth": depth, "skip": skip, "margin": margin, "ratio": ratio}
+    options |= {"similar": similar, "sample": sample, "seed": seed}
+    mined = run_mine(model or run or "bm25", Dataset.open(data), out, split, MineSettings(**options))
+    left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)
+    print(
+        f"{mined.queries} queries, {mined.negatives} negatives: {out}" + (f"; left out: {left_out}" if left_out else "")
+    )
+
+
+def evaluate(
+    model: Path | None = typer.Option(
+        None, "--model", help="A dual encoder's directory: exact search over the corpus."
+    ),
+    data: Path | None = typer.Option(None, "--data", help="With --model: the dataset's folder."),
+    split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),
+    run: Path | None = typer.Option(None, "--run", help="A TREC run, instead of a model."),
+    qrels: Path | None = typer.Option(None, "--qrels", help="With --run: the judgements."),
+    measures: str = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures."),
+    relevance_level: int = typer.Option(
+        1, "--relevance-level", min=1, help="Judgements from here on count; nDCG is graded."
+    ),
+    per_query: bool = typer.Option(False, "--per-query", help="Also each query's values (with --json)."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
+    batch_size: int = BATCH,
+) -> None:
+    """Metrics of a model on a dataset, or of a TREC run.
+
+    lead-ds evaluate --model runs/x/student --data data/scifact --split test
+
+    lead-ds evaluate --run run.trec --qrels qrels.dl19-passage.txt --relevance-level 2
+    """
+    if (model is None) == (run is None):
+        raise InputError("evaluate", "give --model with --data, or --run with --qrels", "see lead-ds evaluate --help")
+    if model is not None and data is None:
+        raise InputError("--data", "is needed with --model", "name the dataset's folder")
+    if run is not None and qrels is None:
+        raise InputError("--qrels", "is needed with --run", "name the file of judgements")
+    from lead_ds.data.dataset import Dataset
+    from lead_ds.engine.ranks import ranks
+    from lead_ds.retrieval.evaluate import evaluate_model, evaluate_run, open_encoder
+
+    names = measures.replace(",", " ").split()
+    if run is not None:
+        assert qrels is not None
+        tell(evaluate_run(run, qrels, names, relevance_level), json_file, per_query)
+        return
+    assert model is not None
+    assert data is not None
+    with ranks() as here:
+        dataset = Dataset.open(data)
+        dataset.qrels(split)
+        scorer, encoder = open_encoder(model, here.device)
+        options: dict[str, Any] = {"relevance_level": relevance_level, "batch_size": batch_size, "peers": here}
+        scores = evaluate_model(scorer, encoder, dataset, split, names, **options)
+        if here.main:
+            tell(scores, json_file, per_query)
+
+
+def tell(scores: Any, json_file: Path | None, per_query: bool) -> None:
+    """Print a table of means, or write JSON."""
+    tree = {"mean": scores.mean, **({"per_query": scores.per_query} if per_query else {})}
+    if json_file is not None and str(json_file) == "-":
+        print(json.dumps(tree, indent=1))
+        return
+    if json_file is not None:
+        from lead_ds.retrieval.files import write_json
+
+        write_json(json_file, tree)
+    width = max(len(name) for name in scores.mean)
+    for name, value in scores.mean.items():
+        print(f"{name:<{width}}  {value:.4f}")
+
+
+def show(query: str, hits: list[Any]) -> None:
+    """Hits for a person: score, id, the beginning of the text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=query, show_lines=True, title_justify="left")
+    for name, justify in (("score", "right"), ("id", "left"), ("text", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    from rich.text import Text
+
+    for hit in hits:
+        lines = hit.text.splitlines()[:6]
+        table.add_row(f"{hit.score:.4f}", Text(hit.id), Text("\n".join(line[:160] for line in lines)))
+    Console().print(table)
+
+
+def choice(option: str, value: str, *valid: str) -> None:
+    """Refuse a value that is not among the valid ones."""
+    if value not in valid:
+        raise InputError(option, f"{value!r} is unknown", f"use {' or '.join(valid)}")
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register this file's commands."""
+    for command in (encode, index, search, mine, evaluate):
+        app.command()(command)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lead_ds.data.alignment import UNGROUPED, token_groups
 from lead_ds.data.groups import Group, Groups
 from lead_ds.data.tokens import TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
@@ -108,6 +109,13 @@ class Batches:
         self.batch_size, self.accumulation = config.train.batch_size, config.train.accumulation
         self.group = 1 + config.data.negatives
         self.workers = config.data.workers
+        # Attention maps of differently tokenised texts are compared by the words that both models see.
+        self.align = (
+            teacher is not None
+            and config.losses.attention.weight > 0
+            and not {student.kind, teacher.kind} & set(_PAIRS)
+            and not student.reads_like(teacher)
+        )
         texts = config.teacher.batch_size if config.teacher else None
         window = self.batch_size * self.accumulation
         self.chunk = window if texts is None else max(1, min(window, texts // self.group))
@@ -141,14 +149,19 @@ class Batches:
         for row, group in enumerate(groups):
             positive_keys[row, : len(group.positive_keys)] = group.positive_keys
         scores = [group.scores for group in groups if group.scores is not None]
+        student = [read(self.student, part) for part in _parts(groups, self.batch_size)]
+        teacher = [] if self.teacher is None else [read(self.teacher, part) for part in _parts(groups, self.chunk)]
+        if self.align and self.teacher is not None:
+            for part, batches in zip(_parts(groups, self.batch_size), zip(teacher, student, strict=True), strict=True):
+                _align((self.teacher, self.student), batches, part)
         return Window(
             step=step,
             epoch=epoch,
             group=self.group,
             query_ids=[group.query_id for group in groups],
             passage_ids=[name for group in groups for name in group.passage_ids],
-            student=[read(self.student, part) for part in _parts(groups, self.batch_size)],
-            teacher=[] if self.teacher is None else [read(self.teacher, part) for part in _parts(groups, self.chunk)],
+            student=student,
+            teacher=teacher,
             passage_keys=torch.from_numpy(np.concatenate([group.keys for group in groups])),
             positive_keys=torch.from_numpy(positive_keys),
             scores=torch.from_numpy(np.stack(scores)) if scores else None,
@@ -238,6 +251,28 @@ def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
     if encoder.kind in _PAIRS:
         return ModelBatch(size, pairs=encoder.pairs([query for query in queries for _ in range(size)], passages))
     return ModelBatch(size, queries=encoder.queries(queries), passages=encoder.passages(passages))
+
+
+def _align(
+    encoders: tuple[TextEncoder, TextEncoder], batches: tuple[ModelBatch, ModelBatch], groups: Sequence[Group]
+) -> None:
+    """Add `groups` [B, L] to both models' tokens: equal numbers are the same stretch of text, -1 has no counterpart."""
+    kinds: tuple[tuple[Literal["queries", "passages"], list[str]], ...] = (
+        ("queries", [group.query for group in groups]),
+        ("passages", [passage for group in groups for passage in group.passages]),
+    )
+    for kind, texts in kinds:
+        (teacher, teacher_start), (student, student_start) = (encoder.spans(texts, kind) for encoder in encoders)
+        pairs = [
+            token_groups(text, t, s, teacher_start=teacher_start, student_start=student_start)
+            for text, t, s in zip(texts, teacher, student, strict=True)
+        ]
+        for batch, rows in zip(batches, zip(*pairs, strict=True), strict=True):
+            tokens: Tokens = getattr(batch, kind)
+            table = torch.full_like(tokens["input_ids"], UNGROUPED)
+            for row, numbers in enumerate(rows):
+                table[row, : len(numbers)] = torch.tensor(numbers)
+            tokens["groups"] = table
 
 
 def _parts(groups: Sequence[Group], size: int) -> Iterator[Sequence[Group]]:

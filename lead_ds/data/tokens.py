@@ -139,6 +139,37 @@ class TextEncoder:
             tokens["score_mask"] = tokens["attention_mask"] * (~torch.isin(tokens["input_ids"], skip)).long()
         return tokens
 
+    def spans(
+        self, texts: Sequence[str], kind: Literal["queries", "passages"]
+    ) -> tuple[list[list[tuple[int, int]]], int]:
+        """Character spans of each text's tokens as `queries` or `passages` cut them, and where texts begin behind the prompt.
+
+        Special tokens have empty spans. Raises InputError where the tokenizer cannot tell.
+        """
+        if not self.tokenizer.is_fast:
+            raise InputError(self.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
+        prompt = self.query_prompt if kind == "queries" else self.passage_prompt
+        length = self.query_length if kind == "queries" else self.passage_length
+        with self._lock:
+            encoded = self.tokenizer(
+                [prompt + text for text in texts],
+                truncation=True,
+                max_length=length,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            self._forget_truncation()
+        return encoded["offset_mapping"], len(prompt)
+
+    def reads_like(self, other: TextEncoder) -> bool:
+        """Whether both give every text the same tokens."""
+        if not (self.tokenizer.is_fast and other.tokenizer.is_fast):
+            return False
+        settings = ("query_prompt", "passage_prompt", "query_length", "passage_length", "query_expansion")
+        same = all(getattr(self, name) == getattr(other, name) for name in settings)
+        return same and self.tokenizer.backend_tokenizer.to_str() == other.tokenizer.backend_tokenizer.to_str()
+
     def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> Tokens:
         """Query i with passage i, in max_length tokens.
 

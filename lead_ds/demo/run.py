@@ -84,7 +84,7 @@ def settings(name: str, out: Path, data: Path, teacher: Path, steps: int, proces
             "placement": "zero3",
             "scale": "cosine",
             "query_length": 32,
-            "passage_length": 96,
+            "passage_length": 64,
             "dtype": "fp32",
         },
         "student": {
@@ -92,7 +92,7 @@ def settings(name: str, out: Path, data: Path, teacher: Path, steps: int, proces
             "path": str(teacher),
             "layers": LAYERS,
             "query_length": 32,
-            "passage_length": 96,
+            "passage_length": 64,
         },
         "data": {"path": str(data), "negatives": 1},
         "losses": {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import Config
+from lead_ds.data.batches import ModelBatch
 from lead_ds.engine.gather import gather_dim, gather_passages
 from lead_ds.engine.ranks import Ranks
 from lead_ds.losses.objective import Views
@@ -105,3 +106,12 @@ def make_views(
     teacher_own = contrastive_own or isinstance(teacher.final, ScoreFeatures)
     views.teacher_contrastive = own(teacher.final) if teacher_own else whole(teacher.final)
     return views
+
+
+def word_groups(teacher: ModelBatch, student: ModelBatch, device: torch.device) -> list[tuple[Tensor, Tensor] | None]:
+    """The token groups of queries and of passages that both models' attention is compared by; None where tokens are equal."""
+    groups: list[tuple[Tensor, Tensor] | None] = []
+    for t, s in ((teacher.queries, student.queries), (teacher.passages, student.passages)):
+        known = t is not None and s is not None and "groups" in t and "groups" in s
+        groups.append((t["groups"].to(device), s["groups"].to(device)) if known and t and s else None)
+    return groups

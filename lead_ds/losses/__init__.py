@@ -11,7 +11,6 @@ from lead_ds.losses.margin import margin_mse
 from lead_ds.losses.objective import Objective, ObjectiveOutput, Views
 from lead_ds.losses.response import response_kl
 from lead_ds.losses.selection import select_layers
-from lead_ds.losses.token_groups import token_groups
 
 __all__ = [
     "LayerKLOutput",
@@ -28,5 +27,4 @@ __all__ = [
     "relevance_kl",
     "response_kl",
     "select_layers",
-    "token_groups",
 ]

@@ -54,7 +54,7 @@ class Tapped(Protocol):
 class TextTaps:
     """Taps of both models on the same texts, layer pair by layer pair.
 
-    teacher_groups [B, Lt], student_groups [B, Ls] (int64, -1: none; from `token_groups`) where the tokenizers differ;
+    teacher_groups [B, Lt], student_groups [B, Ls] (int64, -1: none; see `lead_ds.data.alignment`) where the tokenizers differ;
     None where they are the same.
     """
 
@@ -79,15 +79,20 @@ def attention_loss(texts: Sequence[TextTaps], config: AttentionLoss, *, impl: Im
     return torch.stack([_self_attention(text, config, impl) for text in texts]).mean()
 
 
-def pair_taps(teacher: Tapped, student: Tapped) -> list[TextTaps]:
-    """The taps of two outputs on the same texts: of queries, then of passages."""
+Groups = tuple[Tensor, Tensor]
+"""[B, Lt] and [B, Ls]: the groups of the teacher's and of the student's tokens."""
+
+
+def pair_taps(teacher: Tapped, student: Tapped, groups: Sequence[Groups | None] = (None, None)) -> list[TextTaps]:
+    """The taps of two outputs on the same texts: of queries, then of passages. `groups`: of either, where tokenizers differ."""
     pairs = []
-    for t, s in (
-        (teacher.taps_queries, student.taps_queries),
-        (teacher.taps_passages, student.taps_passages),
+    for t, s, group in (
+        (teacher.taps_queries, student.taps_queries, groups[0]),
+        (teacher.taps_passages, student.taps_passages, groups[1]),
     ):
-        if t and s:
-            pairs.append(TextTaps(list(t.values()), list(s.values())))
+        # A model that reads pairs has no taps of queries: its maps are of other texts than a dual encoder's.
+        if t and s and bool(teacher.taps_queries) == bool(student.taps_queries):
+            pairs.append(TextTaps(list(t.values()), list(s.values()), *(group or (None, None))))
     if not pairs:
         raise InputError(
             WHERE, "the models read different kinds of text", "compare models of one kind, or set weight: 0"
@@ -152,6 +157,9 @@ def _interaction(texts: Sequence[TextTaps], config: AttentionLoss, impl: Impl) -
     if config.heads == "mean":
         raise InputError(f"{WHERE}.heads", "mean does not go with form: interaction", "use heads: relation")
     queries, passages = texts
+    if queries.teacher_groups is not None:
+        what = "interaction compares token with token, these models' tokenizers differ"
+        raise InputError(f"{WHERE}.form", what, "use form: self, which compares words")
     heads = _relation_heads(queries, config)
     _relation_heads(passages, config)
     values = []

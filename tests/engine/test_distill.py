@@ -113,11 +113,16 @@ def test_attention_losses(configure: Configure) -> None:
         )
         for i, form in enumerate(forms)
     ]
+    # A Llama with its own byte-level tokenizer: compared by the words that both see; token by token is refused.
+    for name, form in (("words", "self"), ("tokens", "interaction")):
+        losses = {"attention": {"weight": 1.0, "k": 2, "relation_heads": 4, "form": form}}
+        paths.append(configure(name, losses=losses, train={"batch_size": 2}))
     [results] = launch(JOB, 1, configs=[str(path) for path in paths])
-    for losses in results:
+    for losses in results[:-1]:
         assert len(losses) == 6, losses
         assert np.isfinite(losses).all()
-    assert results[0] != results[1] != results[2]
+    assert len({tuple(losses) for losses in results[:-1]}) == 4
+    assert "use form: self" in results[-1]
 
 
 def start(config: Path, *more: str, world: int = 2) -> subprocess.Popen:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lead_ds.config import AttentionLoss
 from lead_ds.errors import InputError
-from lead_ds.losses import TextTaps, attention_loss, pair_taps, token_groups
+from lead_ds.data.alignment import token_groups
+from lead_ds.losses import TextTaps, attention_loss, pair_taps
 
 
 @dataclass
