@@ -4,11 +4,11 @@
 `KERNEL_MODULES` and exposing `aot_variants()`, which yields a `Variant` for each configuration that its launcher can pick.
 """
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -36,6 +36,17 @@ class Variant:
     options: dict[str, int]
     expects_wgmma: bool
     aligned: tuple[str, ...] = field(default=())
+
+    def with_ones(self) -> "Variant":
+        """The same with every 32-bit integer fixed at 1, as the launcher specialises an argument that happens to be 1."""
+        ones = [name for name, kind in self.signature.items() if kind == "i32"]
+        return replace(
+            self,
+            name=f"{self.name}-ones",
+            signature={name: kind for name, kind in self.signature.items() if name not in ones},
+            constexprs=self.constexprs | dict.fromkeys(ones, 1),
+            aligned=(),
+        )
 
 
 def variants() -> Iterator[Variant]:
@@ -91,12 +102,27 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
 
 
-def main(name_contains: str = "") -> None:
-    """Print a JSON object for each variant whose name contains the argument; "-" and "_" are the same."""
+def main(name_contains: str = "", ones: bool = False) -> None:
+    """Print a JSON object for each variant whose name contains the text ("-" and "_" are the same).
+
+    With `ones`, the first variant of each kernel and choice of its switches, its integers fixed at 1.
+    """
+    seen = set()
     for variant in variants():
-        if name_contains.replace("_", "-") in variant.name.replace("_", "-"):
-            print(json.dumps(compile_variant(variant)), flush=True)
+        if name_contains.replace("_", "-") not in variant.name.replace("_", "-"):
+            continue
+        if ones:
+            switches = tuple((name, value) for name, value in variant.constexprs.items() if isinstance(value, bool))
+            if (variant.fn, switches) in seen:
+                continue
+            seen.add((variant.fn, switches))
+            variant = variant.with_ones()
+        print(json.dumps(compile_variant(variant)), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?", default="", help="only variants whose name contains this")
+    parser.add_argument("--ones", action="store_true", help="compile with every integer argument specialised to 1")
+    given = parser.parse_args()
+    main(given.name, given.ones)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,22 +22,28 @@ def _families() -> list[str]:
     return [module.split(".")[2] for module in KERNEL_MODULES]
 
 
-@pytest.mark.parametrize("family", _families())
-def test_every_variant_fits_the_chip(family: str) -> None:
-    """Compiled in a process of its own: in this one Triton may be set to interpret."""
+def _compiled(*arguments: str) -> list[dict[str, Any]]:
+    """What the compiler made of each variant, in a process of its own: in this one Triton may be set to interpret."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "lead_ds.kernels.aot", *arguments]
     root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "lead_ds.kernels.aot", family],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env=environment,
-        timeout=500,
-    )
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert rows, f"no variant of {family}"
+    assert rows, f"no variant for {arguments}"
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", _families())
+def test_integers_that_are_one_compile(family: str) -> None:
+    """Triton turns an argument of value 1 into a constant, on which a tensor's methods do not exist."""
+    _compiled(family, "--ones")
+
+
+@pytest.mark.parametrize("family", _families())
+def test_every_variant_fits_the_chip(family: str) -> None:
+    rows = _compiled(family)
     assert len({row["name"] for row in rows}) == len(rows)
     problems = [
         row["name"] + ": " + problem

@@ -155,12 +155,12 @@ def scores_kernel(
     mask_ptr,
     maps_ptr,
     shares_ptr,
-    layers,
     queries,
     passages,
     teacher_width,
     student_width,
     map_stride,
+    map_size,
     mask_stride,
     tiles_per_share,
     teacher_scale,
@@ -256,7 +256,7 @@ def scores_kernel(
             offset = tl.arange(0, BLOCK_QUERIES)[:, None] * map_stride + place[None, :]
             base = maps_ptr + (layer * queries + first_query) * map_stride + first_passage
             tl.store(base + offset, t, mask=inside)
-            tl.store(base + layers.to(tl.int64) * queries * map_stride + offset, s, mask=inside)
+            tl.store(base + map_size + offset, s, mask=inside)
 
         new_t = tl.maximum(max_t, tl.max(t, axis=1))
         new_s = tl.maximum(max_s, tl.max(s, axis=1))
@@ -350,6 +350,7 @@ def gradient_kernel(
     passages,
     width,
     map_stride,
+    map_size,
     scale,
     RANGE: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -362,9 +363,9 @@ def gradient_kernel(
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     in_width = (column < width)[None, :]
     t_map = maps_ptr + layer * queries * map_stride
-    s_map = t_map + layers.to(tl.int64) * queries * map_stride
+    s_map = t_map + map_size
     t_lse = lse_ptr + layer * queries
-    s_lse = t_lse + layers.to(tl.int64) * queries
+    s_lse = t_lse + layers * queries
     scale = scale * tl.load(grad_ptr + layer) / RANGE
     query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
     pid = tl.program_id(0)
@@ -537,14 +538,14 @@ def forward(
         sd,
         target,
         mask_bytes,
-        maps,
+        maps if store else statistics,
         statistics,
-        layers,
         queries,
         passages,
         tq.shape[2],
         sq.shape[2],
         maps.shape[-1],
+        maps.numel() // 2,
         mask_bytes.stride(0),
         tiles_per_share,
         1.0 / teacher_temperature,
@@ -625,6 +626,7 @@ def _from_maps(grad: Tensor, sq: Tensor, sd: Tensor, maps: Tensor, lse: Tensor, 
         passages,
         width,
         maps.shape[-1],
+        maps.numel() // 2,
         scale,
         **_gradient_constants(tiles, sq.dtype),
         PRECISION=float32_dot_precision(),
@@ -650,6 +652,7 @@ def _recomputed(
     tiles = _score_tiles(tq, sq, queries, passages, mask is not None)
     chunk_k, chunk_p = _chunks(layers, queries, passages, sq.element_size(), tiles.passages)
     residual_range = _range(sq.dtype)
+    workspace = torch.empty(chunk_k * queries * chunk_p, dtype=sq.dtype, device=sq.device)
     dq, dd = torch.empty_like(sq), torch.empty_like(sd)
     constants = _score_constants(tiles, tq.shape[2], sq.shape[2], passages, mask is not None)
     mask_bytes = _bytes(mask, tiles.passages, target)
@@ -660,7 +663,7 @@ def _recomputed(
         dq_KQD = torch.zeros((count, queries, sq.shape[2]), dtype=torch.float32, device=sq.device)
         for p in range(0, passages, chunk_p):
             width_p = min(chunk_p, passages - p)
-            residual_KQP = torch.empty((count, queries, width_p), dtype=sq.dtype, device=sq.device)
+            residual_KQP = workspace[: count * queries * width_p].view(count, queries, width_p)
             grid = (triton.cdiv(queries, tiles.queries), triton.cdiv(width_p, tiles.passages), count)
             residual_kernel[grid](
                 tq,
@@ -768,12 +771,12 @@ def aot_variants() -> Iterator[Variant]:
         "width",
         "tiles_per_share",
     )
-    counts += ("map_stride", "mask_stride")
+    counts += ("map_stride", "map_size", "mask_stride")
     common: dict[str, str] = dict.fromkeys((*counts, "first_layer", "chunk_start", "chunk_passages"), "i32")
     common |= dict.fromkeys(("teacher_scale", "student_scale", "scale"), "fp32")
     common |= dict.fromkeys(("maps_ptr", "shares_ptr", "lse_ptr", "kl_ptr", "nll_ptr", "grad_ptr"), "*fp32")
     common |= {"target_ptr": "*i64", "mask_ptr": "*u8"}
-    aligned_counts = ("teacher_width", "student_width", "width", "map_stride", "mask_stride", "chunk_start")
+    aligned_counts = ("teacher_width", "student_width", "width", "map_stride", "map_size", "mask_stride", "chunk_start")
     vectors = ("tq_ptr", "td_ptr", "sq_ptr", "sd_ptr", "dq_ptr", "dd_ptr", "residual_ptr")
 
     def variant(fn: Any, name: str, dtype: str, constexprs: dict[str, Any], tiles: ScoreTiles, dots: bool) -> Variant:
