@@ -80,11 +80,14 @@ def _one_pair(
     dtype = compute_dtype(pair.tq, pair.sq)
     device = pair.sq.device
     batch, heads, length, _ = pair.sq.shape
-    real_BL = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.to(device) != 0
     averaged = 1 if head_mean else heads
-    weight_BL = real_BL.to(dtype)
-    weight_BL /= weight_BL.sum().clamp_min(1) * averaged
-    hidden = None if mask is None else _Hidden.of(~real_BL, dtype)
+    weight_BL: Tensor | None = None
+    hidden = None
+    if mask is not None:
+        real_BL = mask.to(device) != 0
+        weight_BL = real_BL.to(dtype)
+        weight_BL /= weight_BL.sum().clamp_min(1) * averaged
+        hidden = _Hidden.of(~real_BL, dtype)
 
     total = torch.zeros((), dtype=dtype, device=device)
     dsq = torch.empty(pair.sq.shape, dtype=dtype, device=device) if with_grad else None
@@ -95,7 +98,10 @@ def _one_pair(
         student, q, k = _logits(pair.sq, pair.sk, pair.student_scale, block, hidden, work, "student", head_mean)
         for logits in (teacher, student):
             _hide(logits, block, hidden, causal, pair.window)
-        weight = weight_BL[block.texts, None, block.rows]
+        weight: Tensor | float
+        weight = (
+            1 / (batch * length * averaged) if weight_BL is None else weight_BL[block.texts, None, block.rows, None]
+        )
         divergence = _head_mean_divergence if head_mean else _divergence
         value, gradient = divergence(teacher, student, weight, with_grad, work)
         total += value
@@ -105,11 +111,10 @@ def _one_pair(
         group = heads // pair.sk.shape[1]
         key_heads = slice(0, pair.sk.shape[1]) if head_mean else _divide(block.heads, group)
         query_heads = slice(0, heads) if head_mean else block.heads
-        # q already holds the scale, k does not: d(scale q k)/dq = scale k.
         out = dsq[block.texts, query_heads, block.rows]
-        out.copy_(torch.bmm(gradient, k).view(out.shape)).mul_(pair.student_scale)
+        torch.mul(torch.bmm(gradient, k).view(out.shape), pair.student_scale, out=out)
         out = dsk[block.texts, key_heads, block.keys]
-        out += torch.bmm(gradient.transpose(1, 2), q).view(out.shape)
+        out.add_(torch.bmm(gradient.transpose(1, 2), q).view(out.shape), alpha=pair.student_scale)
     if dsq is None or dsk is None:
         return total, None
     return total, (keep(dsq, pair.sq.dtype), keep(dsk, pair.sk.dtype))
@@ -173,28 +178,29 @@ def _logits(
     model: str,
     head_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [b, h, l, j] of a block, with the scaled q [b * hk, g * l, d] and the k [b * hk, j, d] they came from."""
+    """Logits [b, h, l, j] of a block, with the q [b * hk, g * l, d] and the k [b * hk, j, d] they came from."""
     group = q.shape[1] // k.shape[1]
     heads = slice(0, q.shape[1]) if head_mean else block.heads
-    q_part = q[block.texts, heads, block.rows]
-    k_part = k[block.texts, _divide(heads, group), block.keys]
-    q_work = work.take(f"{model} q", *q_part.shape)
-    k_work = work.take(f"{model} k", *k_part.shape)
-    torch.mul(q_part.to(work.dtype), scale, out=q_work)
-    k_work.copy_(k_part)
+    q_part = q[block.texts, heads, block.rows].to(work.dtype)
+    k_part = k[block.texts, _divide(heads, group), block.keys].to(work.dtype)
     if hidden is not None:
-        # A padded token may hold anything, NaN included, and 0 * NaN would reach the gradient.
-        for part, tokens in ((q_work, block.rows), (k_work, block.keys)):
-            # On a CPU a sum in the cache, which finds NaN and infinity, costs less than the copy it mostly spares.
-            if part.is_cuda or not isfinite(part.sum().item()):
-                part.masked_fill_(hidden.tokens_BL[block.texts, None, tokens, None], 0.0)
+        q_part = _clean(q_part, hidden.tokens_BL[block.texts, block.rows])
+        k_part = _clean(k_part, hidden.tokens_BL[block.texts, block.keys])
     texts, heads_here, rows, dim = q_part.shape
     keys = k_part.shape[2]
-    rows_q = q_work.view(texts * heads_here // group, group * rows, dim)
-    rows_k = k_work.view(texts * heads_here // group, keys, dim)
+    rows_q = q_part.reshape(texts * heads_here // group, group * rows, dim)
+    rows_k = k_part.reshape(texts * heads_here // group, keys, dim)
     logits = work.take(f"{model} map", *rows_q.shape[:2], keys)
-    torch.bmm(rows_q, rows_k.transpose(1, 2), out=logits)
+    torch.baddbmm(logits, rows_q, rows_k.transpose(1, 2), beta=0, alpha=scale, out=logits)
     return logits.view(texts, heads_here, rows, keys), rows_q, rows_k
+
+
+def _clean(x: Tensor, hidden_BL: Tensor) -> Tensor:
+    """Zeros where tokens are padding: they may hold anything, NaN included, and 0 * NaN would reach the gradient."""
+    # On a CPU a sum in the cache, which finds NaN and infinity, costs less than the copy it mostly spares.
+    if not x.is_cuda and isfinite(x.sum().item()):
+        return x
+    return x.masked_fill(hidden_BL[:, None, :, None], 0.0)
 
 
 def _hide(logits: Tensor, block: _Block, hidden: _Hidden | None, causal: bool, window: int | None) -> None:
@@ -209,8 +215,12 @@ def _hide(logits: Tensor, block: _Block, hidden: _Hidden | None, causal: bool, w
         logits.masked_fill_(outside, HIDDEN)
 
 
+def _weighted_sum(rows: Tensor, weight: Tensor | float) -> Tensor:
+    return (rows * weight).sum() if isinstance(weight, Tensor) else rows.sum() * weight
+
+
 def _divergence(
-    teacher: Tensor, student: Tensor, weight: Tensor, with_grad: bool, work: _Workspace
+    teacher: Tensor, student: Tensor, weight: Tensor | float, with_grad: bool, work: _Workspace
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted KL of a block of logits, and its gradient to the student's logits (in the student's memory)."""
     log_t = torch.ops.aten._log_softmax.out(teacher, -1, False, out=work.take("log", *teacher.shape))
@@ -218,14 +228,14 @@ def _divergence(
     # The difference of log-probabilities, not of logits: both are centred, so an offset of the logits costs no digits.
     difference = torch.sub(log_t, log_s, out=student)
     probability = exponential_(log_t)
-    value = (difference.mul_(probability).sum(-1) * weight).sum()
+    value = _weighted_sum(difference.mul_(probability).sum(-1, keepdim=True), weight)
     if not with_grad:
         return value, None
-    return value, exponential_(log_s).sub_(probability).mul_(weight[..., None])
+    return value, exponential_(log_s).sub_(probability).mul_(weight)
 
 
 def _head_mean_divergence(
-    teacher: Tensor, student: Tensor, weight: Tensor, with_grad: bool, work: _Workspace
+    teacher: Tensor, student: Tensor, weight: Tensor | float, with_grad: bool, work: _Workspace
 ) -> tuple[Tensor, Tensor | None]:
     """The same for the KL of the two models' head-averaged distributions."""
     log_t = teacher.log_softmax(-1).clamp_min_(_FLOOR)
@@ -234,9 +244,9 @@ def _head_mean_divergence(
     pooled_s = log_s.logsumexp(1, keepdim=True)
     mean_s = pooled_s - torch.log(torch.tensor(float(student.shape[1]), dtype=work.dtype))
     probability = mean_t.exp()
-    value = (((mean_t - mean_s) * probability).sum(-1) * weight).sum()
+    value = _weighted_sum(((mean_t - mean_s) * probability).sum(-1, keepdim=True), weight)
     if not with_grad:
         return value, None
     # d KL / d log s_h = -t s_h / sum_h s_h; then through that head's log-softmax.
     to_log_s = -probability * (log_s - pooled_s).exp()
-    return value, (to_log_s - log_s.exp() * to_log_s.sum(-1, keepdim=True)) * weight[..., None]
+    return value, (to_log_s - log_s.exp() * to_log_s.sum(-1, keepdim=True)) * weight

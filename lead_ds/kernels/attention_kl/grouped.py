@@ -70,7 +70,8 @@ def grouped_attention_kl(
         _check(t_q, t_k, s_q, s_k, t_groups, s_groups)
         t_scale = (t_q.shape[3] ** -0.5 if teacher_scale is None else teacher_scale) / temperature
         s_scale = (s_q.shape[3] ** -0.5 if student_scale is None else student_scale) / temperature
-        values.append(_Grouped.apply(t_q, t_k, s_q, s_k, t_groups, s_groups, t_scale, s_scale, causal))
+        with_grad = torch.is_grad_enabled() and (s_q.requires_grad or s_k.requires_grad)
+        values.append(_Grouped.apply(t_q, t_k, s_q, s_k, t_groups, s_groups, t_scale, s_scale, causal, with_grad))
     return torch.stack(values).mean()
 
 
@@ -107,8 +108,8 @@ class _Grouped(torch.autograd.Function):
         t_scale: float,
         s_scale: float,
         causal: bool,
+        with_grad: bool,
     ) -> Tensor:
-        with_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dtype = compute_dtype(tq, sq)
         batch, heads = sq.shape[:2]
         t_groups, s_groups, common_BG = _common(t_groups.to(sq.device), s_groups.to(sq.device))
@@ -153,7 +154,7 @@ class _Grouped(torch.autograd.Function):
             (gradient * grad.to(gradient.dtype)).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (None, None, dq, dk, *(None,) * 5)
+        return (None, None, dq, dk, *(None,) * 6)
 
 
 def _common(t_groups: Tensor, s_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ Legend: K layers, Q queries, P passages, N passages per query, Lq and Ld tokens,
 by G: one per layer where every query meets every passage, one per layer and query where it meets its own.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +55,32 @@ def interaction_attention(
     """
     tq, td, sq, sd = (x.unsqueeze(0) if x.dim() == 3 else x for x in (tq, td, sq, sd))
     _check(tq, td, sq, sd, q_mask, d_mask, divergence, pairs)
-    implementation = resolve(impl, tq, td, sq, sd, kernel="interaction_attention")
-    scales = (teacher_scale, student_scale)
-    return _Interaction.apply(tq, td, sq, sd, q_mask, d_mask, divergence, scales, pairs == "own", implementation)
+    implementation: str = resolve(impl, tq, td, sq, sd, kernel="interaction_attention")
+    if implementation == "triton":
+        from lead_ds.kernels.attention_kl.interaction_triton import MAX_LENGTH
+
+        if td.shape[2] > MAX_LENGTH:
+            if impl == "triton":
+                raise ValueError(f"interaction_attention: impl='triton' takes passages of up to {MAX_LENGTH} tokens")
+            implementation = "torch"
+    call = _Call(
+        divergence,
+        (float(teacher_scale), float(student_scale)),
+        own=pairs == "own",
+        triton=implementation == "triton",
+        with_grad=torch.is_grad_enabled() and (sq.requires_grad or sd.requires_grad),
+    )
+    return _Interaction.apply(tq, td, sq, sd, q_mask, d_mask, call)
+
+
+class _Call(NamedTuple):
+    """What is asked for, besides tensors."""
+
+    divergence: str
+    scales: tuple[float, float]
+    own: bool
+    triton: bool
+    with_grad: bool
 
 
 def _check(
@@ -106,13 +129,9 @@ class _Interaction(torch.autograd.Function):
         sd: Tensor,
         q_mask: Tensor | None,
         d_mask: Tensor | None,
-        divergence: str,
-        scales: tuple[float, float],
-        own: bool,
-        implementation: str,
+        call: _Call,
     ) -> Tensor:
-        with_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        value, gradients = _visit(tq, td, sq, sd, q_mask, d_mask, divergence, scales, own, implementation, with_grad)
+        value, gradients = _visit(tq, td, sq, sd, q_mask, d_mask, call)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = sq.dtype, sd.dtype
         return value
@@ -124,73 +143,59 @@ class _Interaction(torch.autograd.Function):
             (gradient * grad.to(gradient.dtype)).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (None, None, dq, dd, *(None,) * 6)
+        return (None, None, dq, dd, None, None, None)
 
 
 def _visit(
-    tq: Tensor,
-    td: Tensor,
-    sq: Tensor,
-    sd: Tensor,
-    q_mask: Tensor | None,
-    d_mask: Tensor | None,
-    divergence: str,
-    scales: tuple[float, float],
-    own: bool,
-    implementation: str,
-    with_grad: bool,
+    tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, call: _Call
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     layers, queries, q_length, _ = tq.shape
     passages, d_length = td.shape[1:3]
     device, dtype = sq.device, compute_dtype(tq, sq)
-    groups = queries if own else 1
+    groups = queries if call.own else 1
     q_real = _real(q_mask, queries, q_length, device)
     d_real = _real(d_mask, passages, d_length, device)
-
-    rows_real = q_real.view(groups, -1)
-    passages_real = d_real.any(-1).view(groups, -1)
-    weight = (rows_real[:, :, None] & passages_real[:, None, :]).to(dtype)
-    maps = passages if own else queries * passages
-    weight /= (weight.sum().clamp_min(1) if divergence == "kl" else max(maps, 1)) * layers
-    # A padded token may hold anything, NaN included, and 0 * NaN would reach the gradient.
-    hide_q = None if q_mask is None else ~q_real[None, :, :, None]
-    hide_d = None if d_mask is None else ~d_real[None, :, :, None]
-    bias = None
-    if d_mask is not None:
-        bias = torch.zeros(groups, 1, passages // groups, d_length, dtype=dtype, device=device)
-        bias.masked_fill_(~d_real.view(bias.shape), HIDDEN)
+    real_GRN = q_real.view(groups, -1)[:, :, None] & d_real.any(-1).view(groups, -1)[:, None, :]
+    maps = passages if call.own else queries * passages
+    norm = (real_GRN.sum().clamp_min(1).to(dtype) if call.divergence == "kl" else max(maps, 1)) * layers
+    d_real = d_real.view(groups, passages // groups, d_length)
 
     total = torch.zeros((), dtype=dtype, device=device)
-    if with_grad:
-        dq = torch.zeros(layers * groups, weight.shape[1], sq.shape[3], dtype=dtype, device=device)
-        dd = torch.zeros(layers * groups, passages // groups * d_length, sd.shape[3], dtype=dtype, device=device)
-    else:
-        dq = dd = torch.empty(0, dtype=dtype, device=device)
-    for layer in range(layers if weight.numel() and d_length else 0):
-        one = slice(layer, layer + 1)
+    dq = torch.zeros(layers * groups, real_GRN.shape[1], sq.shape[3] * call.with_grad, dtype=dtype, device=device)
+    dd = torch.zeros(layers * groups, passages // groups * d_length, dq.shape[2], dtype=dtype, device=device)
+    # A library's half-precision product rounds nothing but its inputs when it gives float32.
+    half = call.triton and sq.is_cuda and tq.dtype == sq.dtype and sq.dtype in (torch.float16, torch.bfloat16)
+    work = sq.dtype if half else dtype
+    for layer in range(layers if real_GRN.numel() and d_length else 0):
+        # A padded token may hold anything, NaN included, and 0 * NaN would reach the gradient.
         clean = [
-            (x[one] if hide is None else x[one].masked_fill(hide, 0.0)).to(dtype)
-            for x, hide in ((tq, hide_q), (td, hide_d), (sq, hide_q), (sd, hide_d))
+            (x[layer] if mask is None else x[layer].masked_fill((mask == 0)[:, :, None], 0.0)).to(work)
+            for x, mask in ((tq, q_mask), (td, d_mask), (sq, q_mask), (sd, d_mask))
         ]
-        t_q, t_d, s_q, s_d = (x.reshape(groups, -1, x.shape[3]) for x in clean)
-        for g, r, p in _blocks(groups, weight.shape[1], passages // groups, d_length, sq.is_cuda):
-            d_range = slice(p.start * d_length, p.stop * d_length)
+        t_q, t_d, s_q, s_d = (x.reshape(groups, -1, x.shape[2]) for x in clean)
+        for g, r, p in _blocks(groups, real_GRN.shape[1], passages // groups, d_length, sq.is_cuda):
+            tokens = slice(p.start * d_length, p.stop * d_length)
             shape = (g.stop - g.start, r.stop - r.start, p.stop - p.start, d_length)
-            teacher = torch.bmm(t_q[g, r] * scales[0], t_d[g, d_range].transpose(1, 2)).view(shape)
-            student = torch.bmm(s_q[g, r] * scales[1], s_d[g, d_range].transpose(1, 2)).view(shape)
-            if bias is not None:
-                teacher += bias[g, :, p]
-                student += bias[g, :, p]
-            value, gradient = _block(teacher, student, weight[g, r, p], divergence, with_grad)
+            teacher, student = (
+                _product(q[g, r], d[g, tokens].transpose(1, 2), dtype).view(shape) for q, d in ((t_q, t_d), (s_q, s_d))
+            )
+            visible = None if d_mask is None else d_real[g, p]
+            value, gradient = _block(teacher, student, visible, real_GRN[g, r, p], call, work)
             total += value
-            if with_grad and gradient is not None:
+            if gradient is not None:
                 gradient = gradient.view(shape[0], shape[1], -1)
                 at = slice(layer * groups + g.start, layer * groups + g.stop)
-                dq[at, r] += torch.bmm(gradient, s_d[g, d_range]) * scales[1]
-                dd[at, d_range] += torch.bmm(gradient.transpose(1, 2), s_q[g, r]) * scales[1]
-    if not with_grad:
-        return total, ()
-    return total, (keep(dq.view(sq.shape), sq.dtype), keep(dd.view(sd.shape), sd.dtype))
+                dq[at, r] += _product(gradient, s_d[g, tokens], dtype)
+                dd[at, tokens] += _product(gradient.transpose(1, 2), s_q[g, r], dtype)
+    if not call.with_grad:
+        return total / norm, ()
+    scale = call.scales[1] / norm
+    return total / norm, (keep((dq * scale).view(sq.shape), sq.dtype), keep((dd * scale).view(sd.shape), sd.dtype))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Batched a @ b in `dtype`, whatever theirs."""
+    return torch.bmm(a, b) if a.dtype == dtype else torch.bmm(a, b, out_dtype=dtype)
 
 
 def _real(mask: Tensor | None, texts: int, tokens: int, device: torch.device) -> Tensor:
@@ -215,19 +220,32 @@ def _blocks(groups: int, rows: int, passages: int, d_length: int, cuda: bool) ->
 
 
 def _block(
-    teacher: Tensor, student: Tensor, weight: Tensor, divergence: str, with_grad: bool
+    teacher: Tensor, student: Tensor, visible: Tensor | None, real: Tensor, call: _Call, grad_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Weighted divergence of a block of logits over the last axis, and its gradient to the student's logits."""
-    if divergence == "kl":
+    """Summed divergence of a block of unscaled logits [g, r, n, L], and its gradient to the student's scaled logits.
+
+    visible [g, n, L]: tokens that may be attended to; real [g, r, n]: rows that count.
+    """
+    if call.triton:
+        from lead_ds.kernels.attention_kl.interaction_triton import divergence
+
+        kl = call.divergence == "kl"
+        return divergence(teacher, student, call.scales, visible, real, kl, grad_dtype if call.with_grad else None)
+    for logits, scale in ((teacher, call.scales[0]), (student, call.scales[1])):
+        logits *= scale
+        if visible is not None:
+            logits.masked_fill_(~visible[:, None], HIDDEN)
+    weight = real[..., None].to(student.dtype)
+    if call.divergence == "kl":
         log_t, log_s = teacher.log_softmax(-1), student.log_softmax(-1)
         difference = log_t - log_s
         probability = exponential_(log_t)
-        value = (difference.mul_(probability).sum(-1) * weight).sum()
-        return value, exponential_(log_s).sub_(probability).mul_(weight[..., None]) if with_grad else None
+        value = (difference.mul_(probability).sum(-1, keepdim=True) * weight).sum()
+        return value, exponential_(log_s).sub_(probability).mul_(weight) if call.with_grad else None
     student_probability = student.softmax(-1)
     difference = student_probability - teacher.softmax(-1)
-    value = (difference.square().sum(-1) * weight).sum()
-    if not with_grad:
+    value = (difference.square().sum(-1, keepdim=True) * weight).sum()
+    if not call.with_grad:
         return value, None
     mean = (student_probability * difference).sum(-1, keepdim=True)
-    return value, difference.sub_(mean).mul_(student_probability).mul_(2 * weight[..., None])
+    return value, difference.sub_(mean).mul_(student_probability).mul_(2 * weight)

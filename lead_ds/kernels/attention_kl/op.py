@@ -104,7 +104,8 @@ def attention_kl_pairs(
     students = [tensor for pair in pairs for tensor in (pair.sq, pair.sk)]
     if implementation == "triton":
         return _AttentionKLTriton.apply(pairs, mask, causal, atomic, *students)
-    return _AttentionKLTorch.apply(pairs, mask, causal, head_mean, *students)
+    with_grad = torch.is_grad_enabled() and any(student.requires_grad for student in students)
+    return _AttentionKLTorch.apply(pairs, mask, causal, head_mean, with_grad, *students)
 
 
 def _implementation(impl: str, pairs: list[LayerPair], head_mean: bool) -> str:
@@ -127,9 +128,14 @@ class _AttentionKLTorch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pairs: list[LayerPair], mask: Tensor | None, causal: bool, head_mean: bool, *students: Tensor
+        ctx: Any,
+        pairs: list[LayerPair],
+        mask: Tensor | None,
+        causal: bool,
+        head_mean: bool,
+        with_grad: bool,
+        *students: Tensor,
     ) -> Tensor:
-        with_grad = any(ctx.needs_input_grad)
         values, gradients = attention_kl_chunked(pairs, mask, causal, head_mean, with_grad)
         ctx.save_for_backward(*(tensor for gradient in gradients for tensor in gradient))
         ctx.dtypes = [student.dtype for student in students]
@@ -143,7 +149,7 @@ class _AttentionKLTorch(torch.autograd.Function):
             (gradient * grad_K[i // 2].to(gradient.dtype)).to(dtype)
             for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
         ]
-        return (None, None, None, None, *scaled)
+        return (None, None, None, None, None, *scaled)
 
 
 class _AttentionKLTriton(torch.autograd.Function):
