@@ -180,6 +180,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cpu")
 
 
+# The interpreter tells of overflow in rows of hidden keys, which the kernel computes and does not store.
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("impl", implementations())
 def test_large_offsets_cost_no_digits(impl: str, device: torch.device) -> None:
     name = "63 causal"
