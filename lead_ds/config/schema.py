@@ -222,6 +222,12 @@ class TrainConfig(Section):
     evaluate_every: NonNegative = Field(1000, description="0: only at the end")
     keep: Positive = Field(3, description="checkpoints kept; the best one is kept besides")
     patience: NonNegative = Field(0, description="evaluations without a better metric before stopping; 0: never stop")
+    watchdog_minutes: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a run that stands still so long is ended, naming the rank to blame; 0: never",
+    )
 
 
 class EvaluationConfig(Section):

@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.universal import for_this_world, tensors_only
 from lead_ds.errors import RunError
 
 PREFIX, PARTIAL, MANIFEST, BEST = "step-", ".partial", "manifest.json", "best.json"
@@ -26,6 +28,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
         self.folder, self.ranks, self.keep = folder, ranks, keep
+        self._good: set[Path] = set()  # whose files this process has compared with their checksums
 
     def save(self, engine: Any, step: int, state: dict[str, Any], best: dict[str, Any] | None = None) -> Path:
         """Write the engine and `state` (JSON) as the checkpoint of `step`; every rank calls this.
@@ -37,12 +40,9 @@ class Checkpoints:
         final = self.folder / f"{PREFIX}{step:08d}"
         partial = final.with_name(final.name + PARTIAL)
         self._together(lambda: self._prepare(partial, engine), step)
-        failure = ""
-        try:
+        with _failures_kept(engine.checkpoint_engine) as failures:
             engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
-        except (OSError, RuntimeError) as error:
-            failure = str(error) or type(error).__name__
-        self._together(lambda: _raise(failure), step)
+        self._together(lambda: _raise(failures), step)
         self._together(lambda: self._complete(partial, final, state, best), step)
         return final
 
@@ -62,16 +62,33 @@ class Checkpoints:
                     continue
                 problem = damage(path)
                 if problem is None:
+                    self._good.add(path)
                     found = (path, json.loads((path / "state.json").read_text("utf-8")))
                     break
                 tell(f"checkpoint {path.name} is damaged ({problem}): falling back to the one before")
         return self.ranks.from_main(found)
 
     def load(self, engine: Any, path: Path) -> None:
-        """Restore parameters and optimizer from a checkpoint that `newest` found good."""
-        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+        """Restore parameters and optimizer from a checkpoint, whatever number of ranks wrote it.
+
+        Only from files that are as they were written, and as tensors: never code. Raises RunError on every rank.
+        """
+        problem, processes = self.ranks.from_main(self._check(path) if self.ranks.main else ("", 0))
+        if problem:
+            raise RunError(path, f"is damaged: {problem}", "remove it to fall back to the one before")
+        temporary = path.with_name(f"{path.name}-for-{self.ranks.world}{PARTIAL}")
+        with for_this_world(path, processes, temporary, engine, self.ranks) as folder, tensors_only():
+            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:
             raise RunError(path, "DeepSpeed could not load this checkpoint", "remove it to fall back to the one before")
+
+    def _check(self, path: Path) -> tuple[str, int]:
+        """What is wrong with a checkpoint ("": nothing), and how many ranks wrote it."""
+        problem = None if path in self._good else damage(path)
+        if problem:
+            return problem, 0
+        self._good.add(path)
+        return "", int(json.loads((path / "state.json").read_text("utf-8"))["processes"])
 
     def _prepare(self, partial: Path, engine: Any) -> None:
         if not self.ranks.main:
@@ -84,7 +101,8 @@ class Checkpoints:
         needed = max([folder_bytes(p) for p in previous], default=12 * parameters)
         free = shutil.disk_usage(self.folder).free
         if free < needed * 1.05:
-            raise OSError(28, f"a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
+            raise OSError(28, f"a checkpoint takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
+        partial.mkdir()
 
     def _complete(self, partial: Path, final: Path, state: dict[str, Any], best: dict[str, Any] | None) -> None:
         if not self.ranks.main:
@@ -126,9 +144,29 @@ class Checkpoints:
             )
 
 
-def _raise(failure: str) -> None:
-    if failure:
-        raise OSError(5, failure)
+@contextmanager
+def _failures_kept(files: Any) -> Iterator[list[str]]:
+    """Collect what goes wrong when DeepSpeed writes a file. Raised there, on one rank, it would leave the others in the
+    barriers that DeepSpeed has between its files."""
+    failures: list[str] = []
+    write = files.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
+            failures.append(f"{Path(path).name}: {error}")
+
+    files.save = save
+    try:
+        yield failures
+    finally:
+        files.save = write
+
+
+def _raise(failures: list[str]) -> None:
+    if failures:
+        raise OSError(5, failures[0].splitlines()[0])
 
 
 def damage(path: Path) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 
 from lead_ds.config import Config, save_config
 from lead_ds.data.batches import Batches
-from lead_ds.data.groups import open_groups
+from lead_ds.data.groups import Groups, open_groups
 from lead_ds.data.tokens import TextEncoder
+from lead_ds.engine.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.checkpoint import Checkpoints, write_json
 from lead_ds.engine.evaluation import Evaluator
 from lead_ds.engine.loop import Training
@@ -20,9 +23,11 @@ from lead_ds.engine.provenance import provenance
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.ranks import ranks as joined_ranks
 from lead_ds.engine.record import Recorder
+from lead_ds.engine.signals import Signals, Stop
 from lead_ds.engine.teacher import FrozenTeacher, build_teacher, teacher_dtype
 from lead_ds.engine.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
-from lead_ds.errors import InputError
+from lead_ds.engine.watchdog import Watchdog
+from lead_ds.errors import InputError, RunError
 from lead_ds.losses.selection import select_layers
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.student_dir import save_student
@@ -36,23 +41,23 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
     RunError, with the last checkpoint intact, where the work fails.
     """
     output = Path(config.output)
-    with joined_ranks() as ranks:
+    minutes = config.train.watchdog_minutes
+    # The watchdog comes before the collectives' own timeout, which could not say who hangs.
+    with joined_ranks(minutes + 5 if minutes else 30.0) as ranks, closed_to_others():
+        check_agreement(config, resume, ranks)
         check_output(output, resume, ranks)
+        check_shared(output, ranks)
 
         # Everything that can be wrong with the input is found out before anything is written.
-        groups = open_groups(config.data)
-        student_text = TextEncoder.from_config(config.student)
         uses_teacher = config.teacher is not None and config.losses.needs_teacher
-        teacher_text = TextEncoder.from_config(config.teacher) if uses_teacher and config.teacher else None
-        batches = Batches(groups, student_text, teacher_text, in_chunks(config), rank=ranks.rank, world=ranks.world)
-        evaluator = Evaluator.open(config, student_text, ranks)
-
+        groups, student_text, batches, evaluator = agreed(ranks, lambda: open_inputs(config, uses_teacher, ranks))
         torch.manual_seed(config.seed)  # the same new layers on every rank
         dtype = student_dtype(config.student, ranks.device)
-        student = load_student(config.student, dtype)
+        student = agreed(ranks, lambda: load_student(config.student, dtype))
         cotrained = None
         if uses_teacher and config.teacher and config.teacher.train:
-            cotrained = load_teacher(config.teacher, dtype)
+            teacher_settings = config.teacher
+            cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
         engine = build_engine(Trainee(student, cotrained).to(ranks.device), config, dtype, ranks)
         teacher = build_teacher(config, ranks) if uses_teacher and cotrained is None else None
         check_layers(config, student.num_layers, (teacher.scorer if teacher else cotrained))
@@ -62,10 +67,13 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
         if ranks.main:
             write_facts(output, config, command, ranks, teacher)
         ranks.barrier()
+        signals = Signals()
+        watchdog = Watchdog(ranks, minutes, output, signals)
         recorder = Recorder(
             output,
             ranks,
             engine,
+            stop=Stop(signals, ranks),
             log_every=config.train.log_every,
             steps=config.train.steps,
             start=state.get("step", 0),
@@ -81,13 +89,37 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
             checkpoints=checkpoints,
             recorder=recorder,
             evaluator=evaluator,
+            watchdog=watchdog,
             state=state,
         )
-        try:
-            best = training.run()
-        finally:
-            recorder.close()
+        with signals, watchdog:
+            try:
+                best = training.run()
+            finally:
+                recorder.close()
         return export(config, output, engine, checkpoints, training, best, student_text, ranks)
+
+
+@contextmanager
+def closed_to_others() -> Iterator[None]:
+    """Files that others cannot write to, whatever the umask says; who may read them is the user's choice."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def open_inputs(
+    config: Config, uses_teacher: bool, ranks: Ranks
+) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
+    """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
+    groups = open_groups(config.data)
+    student_text = TextEncoder.from_config(config.student)
+    teacher_text = TextEncoder.from_config(config.teacher) if uses_teacher and config.teacher else None
+    batches = Batches(groups, student_text, teacher_text, in_chunks(config), rank=ranks.rank, world=ranks.world)
+    return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
 
 
 def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
@@ -126,21 +158,37 @@ def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ran
     if found is None:
         return {}
     path, state = found
-    changed = changed_keys(state["config"], config.model_dump(mode="json"))
+    old, processes = Config.model_validate(state["config"]), state["processes"]
+    changed = changed_keys(old.model_dump(mode="json"), config.model_dump(mode="json"))
+    if groups_per_step(old, processes) == groups_per_step(config, ranks.world):
+        changed = [key for key in changed if key not in ("train.batch_size", "train.accumulation")]
     if changed:
         raise InputError(
             path,
             f"was written with another configuration: {', '.join(changed)} changed",
             "resume with the configuration that is in the run's folder, config.yaml",
         )
-    if state["processes"] != ranks.world:
+    if groups_per_step(old, processes) != groups_per_step(config, ranks.world):
         raise InputError(
             path,
-            f"was written by {state['processes']} processes, this run has {ranks.world}",
-            f"resume with {state['processes']}",
+            f"was written by {processes} processes, this run has {ranks.world}, and a step would take "
+            f"{groups_per_step(config, ranks.world)} groups instead of {groups_per_step(old, processes)}",
+            "set train.batch_size or train.accumulation so that their product with the processes stays the same",
         )
+    if ranks.main and compared(old, processes) != compared(config, ranks.world):
+        print(f"{path.name}: a query is now compared with other in-batch passages than before", file=sys.stderr)
     checkpoints.load(engine, path)
     return state
+
+
+def groups_per_step(config: Config, processes: int) -> int:
+    """Groups that an optimizer step takes, over all processes."""
+    return processes * config.train.batch_size * config.train.accumulation
+
+
+def compared(config: Config, processes: int) -> int:
+    """Queries whose passages are compared with each other: the micro-batches of all processes, or of one."""
+    return config.train.batch_size * (processes if config.train.in_batch == "global" else 1)
 
 
 # What may differ between a run and its continuation: how often it speaks and saves, and where the same data lie now.
@@ -149,6 +197,7 @@ FREE_TO_CHANGE = {
     "train.save_every",
     "train.log_every",
     "train.keep",
+    "train.watchdog_minutes",
     "monitor",
     "data.path",
     "data.workers",
@@ -216,7 +265,11 @@ def export(
 ) -> Path:
     """Write the student's directory: of the best checkpoint where an evaluation chose one, else of the last step."""
     if best is not None and best["step"] != training.step:
-        checkpoints.load(engine, checkpoints.folder / best["checkpoint"])
+        try:
+            checkpoints.load(engine, checkpoints.folder / best["checkpoint"])
+        except RunError as error:
+            if ranks.main:
+                print(f"the best checkpoint is lost, the last step is exported: {error}", file=sys.stderr, flush=True)
     student = engine.module.student
     state = gathered_state_dict(student, ranks)
     folder = output / "student"

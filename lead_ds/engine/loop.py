@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from lead_ds.engine.evaluation import Evaluator
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.record import Recorder, StepSums
 from lead_ds.engine.schedule import learning_rate
-from lead_ds.engine.step import Pair, Scope, make_views
+from lead_ds.engine.step import Pair, Scope, make_views, word_groups
 from lead_ds.engine.teacher import FrozenTeacher, TeacherView
+from lead_ds.engine.watchdog import Watchdog
 from lead_ds.losses.attention import pair_taps
 from lead_ds.losses.objective import Objective
 from lead_ds.losses.selection import select_layers
@@ -22,7 +25,8 @@ from lead_ds.models.scorer import Output
 
 
 class Training:
-    """One run's moving parts. `state` is what a checkpoint remembered: step, best evaluation, evaluations since then."""
+    """One run's moving parts. `state` is what a checkpoint remembered: step, best evaluation, evaluations since then, and
+    whether the step's own evaluation is still owed."""
 
     def __init__(
         self,
@@ -35,11 +39,14 @@ class Training:
         checkpoints: Checkpoints,
         recorder: Recorder,
         evaluator: Evaluator | None,
+        watchdog: Watchdog,
         state: dict[str, Any],
     ) -> None:
         self.config, self.ranks, self.engine, self.teacher = config, ranks, engine, teacher
         self.batches, self.checkpoints, self.recorder, self.evaluator = batches, checkpoints, recorder, evaluator
+        self.watchdog = watchdog
         self.step: int = state.get("step", 0)
+        self.owed: bool = state.get("owed", False)
         self.best: dict[str, Any] | None = state.get("best")
         self.worse: int = state.get("worse", 0)
         self.scope = Scope.of(config, ranks, batches.group)
@@ -52,23 +59,50 @@ class Training:
         self.student_depth = engine.module.student.num_layers
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the last step or until early stopping; the best evaluation, if there was any."""
+        """Train to the last step or until early stopping; the best evaluation, if there was any.
+
+        Raises Interrupted after the step at which a signal asks to stop, with a checkpoint of it.
+        """
         train = self.config.train
-        for window in self.batches.windows(self.step, train.steps):
-            self.optimize(window)
-            self.step += 1
-            due = train.evaluate_every > 0 and self.step % train.evaluate_every == 0
-            last = self.step == train.steps
-            improved = self.evaluate() if due or last else False
-            if self.step % train.save_every == 0 or last or improved:
-                self.save(improved)
-            if train.patience and self.worse >= train.patience:
-                self.recorder.flush()
-                self.recorder.say(
-                    f"no better {self.config.evaluation.metric} in {self.worse} evaluations: stopping at step {self.step}"
-                )
-                break
+        if self.owed:
+            self.owed = False
+            self.save(self.evaluate())
+        if train.patience and self.worse >= train.patience:
+            return self.best
+        with self.windows() as windows:
+            for window in windows:
+                self.optimize(window)
+                self.step += 1
+                last = self.step == train.steps
+                due = last or (train.evaluate_every > 0 and self.step % train.evaluate_every == 0)
+                if self.recorder.stop.decided(now=due):
+                    # An evaluation may take longer than a scheduler waits: it is made up for on resuming.
+                    self.owed = due
+                    self.save(False)
+                    raise self.recorder.stop.interrupted(self.step)
+                improved = self.evaluate() if due else False
+                if self.step % train.save_every == 0 or last or improved:
+                    self.save(improved)
+                if train.patience and self.worse >= train.patience:
+                    self.recorder.flush()
+                    self.recorder.say(
+                        f"no better {self.config.evaluation.metric} in {self.worse} evaluations: "
+                        f"stopping at step {self.step}"
+                    )
+                    break
+                self.watchdog.at(f"step {self.step + 1}, waiting for data")
         return self.best
+
+    @contextmanager
+    def windows(self) -> Iterator[Iterator[Window]]:
+        """The windows that are left; their thread or workers end here, not when a traceback lets go of them."""
+        windows = self.batches.windows(self.step, self.config.train.steps)
+        self.watchdog.at(f"step {self.step + 1}, waiting for data")
+        try:
+            yield windows
+        finally:
+            if hasattr(windows, "close"):
+                windows.close()
 
     def optimize(self, window: Window) -> None:
         """One optimizer step: the teacher's one forward for the window, then the student's micro-batches."""
@@ -78,11 +112,13 @@ class Training:
         lr = self._set_learning_rate(step)
         teacher_layers, student_layers = self._layers("layer", step)
         teacher_taps, student_taps = self._layers("attention", step)
+        self.watchdog.at(f"step {step + 1}, teacher forward")
         view = self.teacher.window(window.teacher, teacher_layers, teacher_taps) if self.teacher else None
         sums = StepSums()
         done = 0
         for index, batch in enumerate(window.student):
             queries = len(window.query_ids) // len(window.student)
+            self.watchdog.at(f"step {step + 1}, forward")
             student, cotrained = self.engine(
                 batch.to(self.ranks.device),
                 student_layers,
@@ -99,12 +135,16 @@ class Training:
                 contrastive_group=config.losses.contrastive.scope == "group",
             )
             if student_taps:
-                views.attention = pair_taps(self._teacher_output(view, cotrained, index), student)
+                groups = word_groups(window.teacher[index], batch, self.ranks.device)
+                views.attention = pair_taps(self._teacher_output(view, cotrained, index), student, groups)
             output = self.objective(views)
+            self.watchdog.at(f"step {step + 1}, backward")
             self.engine.backward(output.loss)
+            self.watchdog.at(f"step {step + 1}, optimizer")
             self.engine.step()
             sums.add(output)
             done += queries
+        self.watchdog.at(f"step {step + 1}, statistics")
         meta = {"lr": lr, "teacher_layers": list(teacher_layers), "student_layers": list(student_layers)}
         self.recorder.step(step + 1, sums, meta, window.query_ids, done)
 
@@ -113,6 +153,7 @@ class Training:
         if self.evaluator is None:
             return False
         self.recorder.flush()
+        self.watchdog.at(f"step {self.step}, evaluation", watched=False)
         values = self.evaluator(self.engine.module.student)
         self.engine.train()
         self.recorder.evaluation(self.step, values)
@@ -126,8 +167,10 @@ class Training:
     def save(self, improved: bool) -> None:
         """Write a checkpoint, after making sure that no loss up to here was broken."""
         self.recorder.flush()
+        self.watchdog.at(f"step {self.step}, checkpoint")
         state = {
             "step": self.step,
+            "owed": self.owed,
             "best": self.best,
             "worse": self.worse,
             "processes": self.ranks.world,

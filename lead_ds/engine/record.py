@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.signals import Stop
 from lead_ds.errors import RunError
 from lead_ds.losses.objective import ObjectiveOutput
 
@@ -49,19 +50,28 @@ class StepSums:
         self.sum = flat if self.sum is None else self.sum + flat
         self.count += 1
 
-    def mean(self, ranks: Ranks) -> Tensor:
-        """[parts + layer fields] averaged over micro-batches and ranks."""
+    def mean(self, ranks: Ranks, more: float = 0.0) -> Tensor:
+        """[parts + layer fields + 1] averaged over micro-batches and ranks; the last is the ranks' mean of `more`."""
         assert self.sum is not None
-        return ranks.mean(self.sum / self.count)
+        return ranks.mean(torch.cat([self.sum / self.count, self.sum.new_full((1,), more)]))
 
 
 class Recorder:
     """Keeps the statistics of steps on the device, and every `log_every` steps reads, checks and writes them at once."""
 
     def __init__(
-        self, folder: Path, ranks: Ranks, engine: Any, *, log_every: int, steps: int, start: int, quiet: bool
+        self,
+        folder: Path,
+        ranks: Ranks,
+        engine: Any,
+        *,
+        stop: Stop,
+        log_every: int,
+        steps: int,
+        start: int,
+        quiet: bool,
     ) -> None:
-        self.folder, self.ranks, self.engine = folder, ranks, engine
+        self.folder, self.ranks, self.engine, self.stop = folder, ranks, engine, stop
         self.log_every, self.steps = log_every, steps
         self.pending: OrderedDict[int, tuple[Tensor, list[str], dict[str, Any], Sequence[str]]] = OrderedDict()
         self.clock, self.queries = time.perf_counter(), 0
@@ -71,7 +81,9 @@ class Recorder:
 
     def step(self, step: int, sums: StepSums, meta: dict[str, Any], query_ids: Sequence[str], queries: int) -> None:
         """Take one finished step (1-based) in."""
-        self.pending[step] = (sums.mean(self.ranks), sums.names, meta, query_ids)
+        reduced = sums.mean(self.ranks, self.stop.wish())
+        self.stop.reduced(reduced[-1])
+        self.pending[step] = (reduced[:-1], sums.names, meta, query_ids)
         self.queries += queries * self.ranks.world
         if step % self.log_every == 0 or step == self.steps:
             self.flush()
@@ -139,9 +151,15 @@ class Recorder:
             self.progress.close()
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        if self.ranks.main:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        if not self.ranks.main:
+            return
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            remedy = "checkpoints are intact: make room and continue with --resume"
+            raise RunError(path, f"cannot be written: {error.strerror}", remedy) from error
 
 
 class _Progress:

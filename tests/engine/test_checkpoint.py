@@ -19,16 +19,23 @@ from lead_ds.errors import RunError
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
+class Files:
+    """Writes as DeepSpeed's checkpoint engine does."""
+
+    def save(self, state: Any, path: str) -> None:
+        torch.save(state, path)
+
+
 class FileEngine:
     """What `Checkpoints` needs of an engine, with one real tensor file; DeepSpeed's own is used in test_resume."""
 
     def __init__(self, value: float = 0.0, size: int = 1000) -> None:
         self.module = torch.nn.Linear(size, 1)
+        self.checkpoint_engine = Files()
         self.value = value
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        (Path(folder) / tag).mkdir()
-        torch.save(torch.full((1000,), self.value), Path(folder) / tag / "model.pt")
+        self.checkpoint_engine.save(torch.full((1000,), self.value), str(Path(folder) / tag / "model.pt"))
 
 
 def save(folder: Path, steps: list[int], keep: int = 3, best: int | None = None) -> Checkpoints:

@@ -1,0 +1,52 @@
+"""What the tests of faults run on several processes, beside `jobs.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lead_ds.config import load_config
+from lead_ds.engine.distill import distill
+from lead_ds.engine.ranks import ranks
+from lead_ds.errors import LeadError
+from tests.engine.jobs import losses_of
+
+
+def run_each(configs: list[str], resume: list[str] = []) -> list[Any]:  # noqa: B006
+    """Run the first and continue the second configurations, one after the other, in one group of processes: the losses of
+    each, or the error that ended it."""
+    results: list[Any] = []
+    with ranks():
+        for path in [*configs, *resume]:
+            config = load_config(path)
+            try:
+                distill(config, resume=path in resume, quiet=True)
+                results.append(losses_of(Path(config.output)))
+            except LeadError as error:
+                results.append([error.status, str(error)])
+    return results
+
+
+def run_apart(cases: list[list[str]]) -> list[Any]:
+    """Every case gives each rank a configuration of its own: the error that each rank raises."""
+    results: list[Any] = []
+    with ranks() as here:
+        for case in cases:
+            try:
+                distill(load_config(case[here.rank]), quiet=True)
+                results.append("it ran")
+            except LeadError as error:
+                results.append([error.status, str(error)])
+    return results
+
+
+def evaluations(configs: list[str]) -> list[Any]:
+    """The evaluation rows of each configuration's run."""
+    import json
+
+    run_each(configs)
+    found = []
+    for path in configs:
+        rows = (Path(load_config(path).output) / "metrics.jsonl").read_text().splitlines()
+        found.append([row["evaluation"] for row in map(json.loads, rows) if "evaluation" in row])
+    return found
