@@ -13,6 +13,7 @@ Dimensions: K layer pairs, Q queries, P passages, D width.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -55,23 +56,23 @@ class ScoreTiles(NamedTuple):
 
 
 # By element size and amount of work: small batches want many short programs; large ones hold both models' score tiles in
-# registers, which a tile of the mask does not fit beside.
+# registers, beside which a tile of the mask, or the addresses at which scores are stored, does not fit ("crowded").
 _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
     80: {
         (2, "small"): ScoreTiles(64, 32, 64, 4, 3),
         (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
-        (2, "large, masked"): ScoreTiles(128, 64, 32, 8, 3),
+        (2, "large, crowded"): ScoreTiles(128, 64, 32, 8, 3),
         (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
         (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
-        (4, "large, masked"): ScoreTiles(64, 32, 32, 8, 2),
+        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
     },
     90: {
         (2, "small"): ScoreTiles(64, 32, 128, 4, 4),
         (2, "large"): ScoreTiles(128, 128, 64, 8, 4),
-        (2, "large, masked"): ScoreTiles(128, 64, 64, 8, 4),
+        (2, "large, crowded"): ScoreTiles(128, 64, 64, 8, 4),
         (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
         (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
-        (4, "large, masked"): ScoreTiles(64, 32, 32, 8, 2),
+        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
     },
 }
 # Tiles of the one-launch backward pass, by element size.
@@ -522,14 +523,14 @@ def forward(
         return kl, nll, maps, torch.empty(lse_shape, **new)
     tq, td, sq, sd = aligned(tq), aligned(td), aligned(sq), aligned(sd)
     lse = torch.empty((2, layers, queries), **new)
-    tiles = _score_tiles(tq, sq, queries, passages, mask is not None)
+    store, tempered = len(maps_shape) == 4, teacher_temperature != 1.0
+    tiles = _score_tiles(tq, sq, queries, passages, store or mask is not None)
     query_tiles, passage_tiles = triton.cdiv(queries, tiles.queries), triton.cdiv(passages, tiles.passages)
     # About eight programs a multiprocessor, or one tile each where there are fewer tiles than that.
     wanted = min(_MAX_SHARES, max(1, 8 * processor_count(tq) // (layers * query_tiles)))
     tiles_per_share = triton.cdiv(passage_tiles, wanted)
     shares = triton.cdiv(passage_tiles, tiles_per_share)
     statistics = torch.empty((layers, shares, _STATISTICS.value, queries), **new)
-    store, tempered = len(maps_shape) == 4, teacher_temperature != 1.0
     mask_bytes = _bytes(mask, tiles.passages, target)
     scores_kernel[(query_tiles, shares, layers)](
         tq,
@@ -718,9 +719,9 @@ def _chunks(layers: int, queries: int, passages: int, size: int, block: int) -> 
     return 1, min(passages, max(1, _WORKSPACE // (per_passage * block)) * block)
 
 
-def _score_tiles(tq: Tensor, sq: Tensor, queries: int, passages: int, has_mask: bool) -> ScoreTiles:
+def _score_tiles(tq: Tensor, sq: Tensor, queries: int, passages: int, crowded: bool) -> ScoreTiles:
     size = max(tq.element_size(), sq.element_size())
-    amount = "small" if queries * passages < (128 * 128) * 16 else "large, masked" if has_mask else "large"
+    amount = "small" if queries * passages < (128 * 128) * 16 else "large, crowded" if crowded else "large"
     return tiles_for(_SCORES, architecture(tq))[size, amount]
 
 
@@ -794,18 +795,22 @@ def aot_variants() -> Iterator[Variant]:
     for dtype, torch_dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
         size = torch_dtype.itemsize
         for amount in ("small", "large"):
-            # float16 takes the tiles of bfloat16: one width shows that it compiles as well.
-            for width in (768,) if dtype == "fp16" else (768, 400):
-                for passages, masked in ((512, False), (500, False), (500, True)):
-                    tiles = _SCORES[90][size, amount + (", masked" if masked and amount == "large" else "")]
-                    constants = _score_constants(tiles, width, width, passages, masked) | {"PRECISION": "ieee"}
+            # A width that ends inside a slice, and float16, which takes bfloat16's tiles, each in its hardest case only.
+            hardest = (500, True)
+            for width, cases in ((768, ((512, False), (500, False), hardest)), (400, (hardest,))):
+                for passages, masked in cases[-1:] if dtype == "fp16" else cases:
                     name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
-                    for tempered in (False,) if dtype == "fp16" else (False, True):
-                        extra: dict[str, Any] = {"STORE": amount == "small", "TEMPERED": tempered}
-                        label = f"scores-{name}{'-tempered' if tempered else ''}"
-                        yield variant(scores_kernel, label, dtype, constants | extra, tiles, True)
-                    extra = {"RANGE": _range(torch_dtype)}
-                    yield variant(residual_kernel, f"residual-{name}", dtype, constants | extra, tiles, True)
+                    for store, tempered in ((True, True),) if dtype == "fp16" else product((False, True), repeat=2):
+                        crowded = amount == "large" and (masked or store)
+                        tiles = _SCORES[90][size, amount + (", crowded" if crowded else "")]
+                        constants = _score_constants(tiles, width, width, passages, masked) | {"PRECISION": "ieee"}
+                        switches = {"STORE": store, "TEMPERED": tempered}
+                        label = f"scores-{name}{'-stored' if store else ''}{'-tempered' if tempered else ''}"
+                        yield variant(scores_kernel, label, dtype, constants | switches, tiles, True)
+                    tiles = _SCORES[90][size, amount + (", crowded" if amount == "large" and masked else "")]
+                    constants = _score_constants(tiles, width, width, passages, masked) | {"PRECISION": "ieee"}
+                    constants["RANGE"] = _range(torch_dtype)
+                    yield variant(residual_kernel, f"residual-{name}", dtype, constants, tiles, True)
         for width in (768, 64):
             tiles = _gradient_tiles(90, size, width)
             constants = _gradient_constants(tiles, torch_dtype) | {"PRECISION": "ieee"}
