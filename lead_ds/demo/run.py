@@ -100,7 +100,7 @@ def settings(name: str, out: Path, data: Path, teacher: Path, steps: int, proces
             "response": {"weight": 1.0 if distils else 0.0, "teacher_temperature": 0.05, "student_temperature": 0.05},
             "layer": {
                 "weight": 1.0 if distils else 0.0,
-                "select": "last",
+                "select": "skip",
                 "k": 3,
                 "layer_temperature": 1.0,
                 "teacher_temperature": 0.05,
