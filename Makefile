@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow lint types check clean
+.PHONY: help demo test test-slow stress lint types check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -27,6 +27,9 @@ test: lint types $(VENV)/.test  ## lint, types, and every test that takes less t
 
 test-slow: $(VENV)/.test  ## the proofs that take minutes
 	$(BIN)/python -m pytest -m slow
+
+stress: $(VENV)/.test  ## kill a run 500 times at random moments, continue it each time, compare its losses
+	$(BIN)/python -m tests.engine.stress 500
 
 lint: $(VENV)/.test  ## ruff
 	$(BIN)/ruff check .
