@@ -91,9 +91,9 @@ def check(spec: KernelSpec, provider: Callable[..., Tensor], dtype: torch.dtype,
     exact = [call(spec.reference, exact_inputs, "forward")(), *call(spec.reference, exact_inputs, MODES[1])()]
     tolerance = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     for got, true in zip(found, exact, strict=True):
-        error = (got.double() - true).abs().max() / true.abs().max().clamp(min=1e-12)
-        if not error < tolerance:
-            return f"wrong (relative error {error:.2g} against an allowed {tolerance:.0e})"
+        distance = (got.double() - true).abs().max() / true.abs().max().clamp(min=1e-12)
+        if not distance < tolerance:
+            return f"wrong (relative error {distance:.2g} against an allowed {tolerance:.0e})"
     return None
 
 
@@ -110,7 +110,8 @@ def time_on_cpu(
     """Milliseconds of each call. They take turns, each round starting with another, so that drift hits all alike."""
     for function in calls.values():
         function()
-    names, times = list(calls), {name: [] for name in calls}
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in calls}
     start, rounds = time.perf_counter(), 0
     while rounds < _CPU_ROUNDS[0] or (rounds < _CPU_ROUNDS[1] and time.perf_counter() - start < _CPU_SECONDS):
         for step in range(len(names)):
@@ -226,7 +227,7 @@ def machine(device: torch.device) -> str:
 def run(spec: KernelSpec, device: torch.device, ceilings: Ceilings, quick: bool, clock: str) -> Iterator[Row]:
     """Every row of one kernel."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    common = {"kernel": spec.name, "dtype": str(dtype).removeprefix("torch.")}
+    common: Row = {"kernel": spec.name, "dtype": str(dtype).removeprefix("torch.")}
     common |= {"gpu" if device.type == "cuda" else "machine": machine(device), "versions": versions()}
     if device.type == "cpu":
         common["clock"] = clock
@@ -256,7 +257,7 @@ def run(spec: KernelSpec, device: torch.device, ceilings: Ceilings, quick: bool,
                     + [(name, "peak memory", "MiB", peaks[name]) for name in calls]
                 )
             for name, metric, unit, (value, low, high) in measured:
-                row = common | {"provider": name, "mode": mode, "metric": metric, "unit": unit, "shape": shape}
+                row: Row = common | {"provider": name, "mode": mode, "metric": metric, "unit": unit, "shape": shape}
                 row |= {"value": value, "p20": low, "p80": high}
                 yield row | ({"floor": floor, "roofline": floor / value} if unit == "ms" else {})
 
@@ -274,7 +275,7 @@ def table(rows: list[Row]) -> str:
         text.append(
             "| "
             + " | ".join(names)
-            + (f" | {duration['value']:.3g} ({duration['p20']:.3g} - {duration['p80']:.3g})" if duration else " | ")
+            + (f" | {duration['value']:.4g} ({duration['p20']:.4g} - {duration['p80']:.4g})" if duration else " | ")
             + (f" | {100 * duration['roofline']:.0f}%" if duration else " | ")
             + (f" | {graph['value']:.3g}" if graph else " | ")
             + (f" | {peak['value']:.4g} |" if peak else " | |")
