@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Checkpoints:
         final = self.folder / f"{PREFIX}{step:08d}"
         partial = final.with_name(final.name + PARTIAL)
         self._together(lambda: self._prepare(partial, engine), step)
-        with _failures_kept(engine.checkpoint_engine) as failures:
+        with _failures_kept(engine) as failures:
             engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
         self._together(lambda: _raise(failures), step)
         self._together(lambda: self._complete(partial, final, state, best), step)
@@ -77,8 +78,11 @@ class Checkpoints:
         if problem:
             raise RunError(path, f"is damaged: {problem}", "remove it to fall back to the one before")
         temporary = path.with_name(f"{path.name}-for-{self.ranks.world}{PARTIAL}")
-        with for_this_world(path, processes, temporary, engine, self.ranks) as folder, tensors_only():
-            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        try:
+            with for_this_world(path, processes, temporary, engine, self.ranks) as folder, tensors_only():
+                loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except pickle.UnpicklingError:
+            raise RunError(path, "holds more than tensors and plain values: not read", "it is not ours") from None
         if loaded is None:
             raise RunError(path, "DeepSpeed could not load this checkpoint", "remove it to fall back to the one before")
 
@@ -145,11 +149,12 @@ class Checkpoints:
 
 
 @contextmanager
-def _failures_kept(files: Any) -> Iterator[list[str]]:
+def _failures_kept(engine: Any) -> Iterator[list[str]]:
     """Collect what goes wrong when DeepSpeed writes a file. Raised there, on one rank, it would leave the others in the
-    barriers that DeepSpeed has between its files."""
+    barriers that DeepSpeed has between its files. The scripts that it adds beside them are left out: nobody here runs them.
+    """
     failures: list[str] = []
-    write = files.save
+    files, write = engine.checkpoint_engine, engine.checkpoint_engine.save
 
     def save(state_dict: Any, path: str) -> None:
         try:
@@ -157,11 +162,12 @@ def _failures_kept(files: Any) -> Iterator[list[str]]:
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
             failures.append(f"{Path(path).name}: {error}")
 
-    files.save = save
+    files.save, engine._copy_recovery_script = save, lambda folder: None
     try:
         yield failures
     finally:
         files.save = write
+        del engine._copy_recovery_script  # the class's own again
 
 
 def _raise(failures: list[str]) -> None:

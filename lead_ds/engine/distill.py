@@ -41,9 +41,13 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
     RunError, with the last checkpoint intact, where the work fails.
     """
     output = Path(config.output)
-    minutes = config.train.watchdog_minutes
-    # The watchdog comes before the collectives' own timeout, which could not say who hangs.
-    with joined_ranks(minutes + 5 if minutes else 30.0) as ranks, closed_to_others():
+    minutes, signals = config.train.watchdog_minutes, Signals()
+    with (
+        # The watchdog comes before the collectives' own timeout, which could not say who hangs.
+        joined_ranks(minutes + 5 if minutes else 30.0) as ranks,
+        closed_to_others(),
+        Watchdog(ranks, minutes, output, signals) as watchdog,
+    ):
         check_agreement(config, resume, ranks)
         check_output(output, resume, ranks)
         check_shared(output, ranks)
@@ -67,8 +71,6 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
         if ranks.main:
             write_facts(output, config, command, ranks, teacher)
         ranks.barrier()
-        signals = Signals()
-        watchdog = Watchdog(ranks, minutes, output, signals)
         recorder = Recorder(
             output,
             ranks,
@@ -92,11 +94,12 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
             watchdog=watchdog,
             state=state,
         )
-        with signals, watchdog:
+        with signals:
             try:
                 best = training.run()
             finally:
                 recorder.close()
+        watchdog.at("export")
         return export(config, output, engine, checkpoints, training, best, student_text, ranks)
 
 

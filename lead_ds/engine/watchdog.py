@@ -31,10 +31,11 @@ class Watchdog:
     def __init__(self, ranks: Ranks, minutes: float, folder: Path, signals: Signals) -> None:
         self.ranks, self.limit, self.folder, self.signals = ranks, minutes * 60, folder, signals
         self.interval = min(10.0, max(0.2, self.limit / 8)) if minutes else 10.0
-        self.count, self.place, self.watched = 0, "start", True
+        self.count, self.place, self.watched = 0, "loading data and models", True
         self.moved, self.longest = time.monotonic(), 0.0
         self._main = threading.get_ident()
         self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._store: Any = None
 
     def __enter__(self) -> Watchdog:
@@ -42,12 +43,16 @@ class Watchdog:
             store = dist.distributed_c10d._get_default_store()
             # A connection of its own: on the common one, a wait of the main thread would block ours.
             self._store = dist.PrefixStore("lead-ds/watchdog", store.clone() if hasattr(store, "clone") else store)
-            threading.Thread(target=self._post, name="lead-ds-post", daemon=True).start()
-        threading.Thread(target=self._watch, name="lead-ds-watch", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._post, name="lead-ds-post", daemon=True))
+        self._threads.append(threading.Thread(target=self._watch, name="lead-ds-watch", daemon=True))
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout=2)
 
     def at(self, place: str, *, watched: bool = True) -> None:
         """The rank comes to a place; `watched=False` for one whose length nobody can foresee."""

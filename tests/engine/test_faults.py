@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
-from lead_ds.engine.checkpoint import damage
+from lead_ds.engine.checkpoint import MANIFEST, checksum, damage, write_json
 from tests.engine.jobs import losses_of
 from tests.engine.running import Run, copy_run, steps_of
 from tests.helpers.launch import launch
@@ -168,7 +169,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     ("limit", "told"),
     [
         # The free bytes suffice, then there is no room for another file: what fails is a write in the middle.
-        ("size=100m,nr_inodes=23", "optim_states.pt: "),
+        ("size=100m,nr_inodes=21", "optim_states.pt: "),
         pytest.param("size=1500k", "no space left: a checkpoint takes", marks=pytest.mark.slow),
     ],
 )
@@ -253,6 +254,34 @@ def test_ranks_that_were_started_differently_are_refused(house: House, rooms: Pa
         assert "rank 1 on " in told
     assert "has 0.002, rank 0 on" in first[0][1]
     assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+class Code:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_checkpoint_that_holds_code_is_not_read(house: House, tmp_path: Path) -> None:
+    """Even where its checksums are right: whoever can write one file there can write the other."""
+    for world, name in ((1, "code1"), (2, "code2")):  # read as it is, and converted
+        config = house.copy(name, train={"batch_size": 4 // world})
+        house.harmed.remove(config)
+        folder = config.with_suffix("") / "checkpoints" / f"step-{START:08d}"
+        for file in folder.glob("*.pt"):
+            state = torch.load(file, weights_only=False)
+            torch.save({**state, "more": Code(tmp_path / "ran")}, file)
+        files = {path.name: checksum(path) for path in folder.iterdir() if path.name != MANIFEST}
+        write_json(folder / MANIFEST, files)
+        assert damage(folder) is None
+        for status, told in launch(JOB, world, configs=[], resume=[str(config)])[0]:
+            assert status == 1
+            assert "more than tensors" in told or "weights_only" in told.lower() or "WeightsUnpickler" in told, told
+        assert not (tmp_path / "ran").exists()
 
 
 def test_uneven_shares(configure: Callable[..., Path], rooms: Path) -> None:

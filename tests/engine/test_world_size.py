@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.engine.running import copy_run
 from tests.helpers.launch import launch
@@ -15,11 +16,19 @@ STAGES = range(4)
 HALF = 4
 
 
-def test_resumes_on_another_number_of_processes(configure: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # In bf16 the order of a sum over ranks shows in the third digit, resumed or not.
+    [("fp32", 1e-5), pytest.param("bf16", 1e-2, marks=pytest.mark.slow)],
+)
+def test_resumes_on_another_number_of_processes(
+    configure: Callable[..., Path], tmp_path: Path, dtype: str, tolerance: float
+) -> None:
     def runs(world: int) -> list[Path]:
         return [
             configure(
                 f"{world}-zero{stage}",
+                student={"dtype": dtype},
                 train={"steps": 8, "save_every": HALF, "batch_size": 4 // world},
                 deepspeed={"student": f"ds_configs/student_zero{stage}.json"},
             )
@@ -35,8 +44,8 @@ def test_resumes_on_another_number_of_processes(configure: Callable[..., Path], 
     grown = [copy_run(path, f"grown{stage}", step=HALF, train={"batch_size": 2}) for stage, path in enumerate(of_one)]
     more = launch(JOB, 2, configs=[], resume=[str(path) for path in grown])[0]
     for stage in STAGES:
-        np.testing.assert_allclose(after[stage], both[stage], rtol=1e-5, err_msg=f"ZeRO-{stage}, 2 to 1")
-        np.testing.assert_allclose(more[stage], whole[stage], rtol=1e-5, err_msg=f"ZeRO-{stage}, 1 to 2")
+        np.testing.assert_allclose(after[stage], both[stage], rtol=tolerance, err_msg=f"ZeRO-{stage}, 2 to 1")
+        np.testing.assert_allclose(more[stage], whole[stage], rtol=tolerance, err_msg=f"ZeRO-{stage}, 1 to 2")
         assert after[stage][:HALF] == both[stage][:HALF]
     assert error[0] == 2
     assert "a step would take 2 groups instead of 4" in error[1]
