@@ -37,10 +37,11 @@ def eager(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) ->
 
 
 def flash_maxsim(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> Tensor:
-    """The flash-maxsim package, where installed; it takes no query mask."""
-    from flash_maxsim import flash_maxsim as peer  # type: ignore[import-not-found]
+    """The flash-maxsim package's trainable form, where installed; it takes lengths for masks."""
+    from flash_maxsim import flash_maxsim_batched_train  # type: ignore[import-not-found]
 
-    return peer(q, d)
+    lengths = [None if mask is None else mask.sum(dim=-1, dtype=torch.int32) for mask in (d_mask, q_mask)]
+    return flash_maxsim_batched_train(q, d, True, *lengths)
 
 
 def late_interaction_kernels(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> Tensor:
