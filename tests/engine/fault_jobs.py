@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +47,37 @@ def run_apart(cases: list[list[str]]) -> list[Any]:
 
 def evaluations(configs: list[str]) -> list[Any]:
     """The evaluation rows of each configuration's run."""
-    import json
-
     run_each(configs)
     found = []
     for path in configs:
         rows = (Path(load_config(path).output) / "metrics.jsonl").read_text().splitlines()
         found.append([row["evaluation"] for row in map(json.loads, rows) if "evaluation" in row])
     return found
+
+
+def stop_and_resume(whole: str, stopped: str, step: int) -> list[Any]:
+    """Run `whole`; run `stopped` with a SIGTERM to this process once `step` is recorded, and continue it: how it ended,
+    and the rows of both runs, without speeds."""
+    from tests.engine.running import steps_of
+
+    output = Path(load_config(stopped).output)
+
+    def terminate() -> None:
+        while steps_of(output) < step:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ended: list[Any] = []
+    with ranks():
+        distill(load_config(whole), quiet=True)
+        threading.Thread(target=terminate, daemon=True).start()
+        try:
+            distill(load_config(stopped), quiet=True)
+        except LeadError as error:
+            ended = [error.status, str(error)]
+        distill(load_config(stopped), resume=True, quiet=True)
+    rows = []
+    for config in (whole, stopped):
+        lines = (Path(load_config(config).output) / "metrics.jsonl").read_text().splitlines()
+        rows.append([{k: v for k, v in json.loads(line).items() if k != "queries_per_second"} for line in lines])
+    return [ended, *rows]

@@ -310,6 +310,21 @@ def test_uneven_shares(configure: Callable[..., Path], rooms: Path) -> None:
     assert losses_of(one.with_suffix("")) == pytest.approx(losses_of(two.with_suffix("")), rel=1e-5)
 
 
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(configure: Callable[..., Path]) -> None:
+    sections: dict[str, Any] = {
+        "train": {"steps": 12, "evaluate_every": 1, "save_every": 4},
+        "evaluation": {"split": "dev", "measures": ["nDCG@10"]},
+        "extra_teacher": {"placement": "replicate"},
+    }
+    whole, stopped = configure("evaluated", **sections), configure("stopped", **sections)
+    job = "tests.engine.fault_jobs:stop_and_resume"
+    [[ended, rows, resumed]] = launch(job, 1, whole=str(whole), stopped=str(stopped), step=5)
+    assert ended[0] == 143, ended
+    assert "stopped by SIGTERM" in ended[1]
+    assert len(rows) == 24
+    assert resumed == rows
+
+
 def test_no_process_is_left() -> None:
     own = psutil.Process()
     assert [child.cmdline() for child in own.children(recursive=True) if "lead_ds" in " ".join(child.cmdline())] == []
