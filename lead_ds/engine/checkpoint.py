@@ -40,11 +40,16 @@ class Checkpoints:
         """
         final = self.folder / f"{PREFIX}{step:08d}"
         partial = final.with_name(final.name + PARTIAL)
-        self._together(lambda: self._prepare(partial, engine), step)
-        with _failures_kept(engine) as failures:
-            engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
-        self._together(lambda: _raise(failures), step)
-        self._together(lambda: self._complete(partial, final, state, best), step)
+        try:
+            self._together(lambda: self._prepare(partial, engine), step)
+            with _failures_kept(engine) as failures:
+                engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+            self._together(lambda: _raise(failures), step)
+            self._together(lambda: self._complete(partial, final, state, best), step)
+        except RunError:
+            if self.ranks.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         return final
 
     def best(self) -> dict[str, Any] | None:

@@ -183,6 +183,7 @@ def test_a_disk_that_is_full(house: House, small_disk: Callable[[str], Path], li
     assert told in run.told
     assert "earlier checkpoints are intact: make room and continue with --resume" in run.told
     assert len(checkpoints(config)) >= 2
+    assert not list(disk.glob("run/checkpoints/*.partial")), "half a checkpoint takes no room"
     assert not (disk / "run" / "student").exists()
     subprocess.run(["mount", "-o", "remount,size=100m,nr_inodes=1000", str(disk)], check=True)
     [continued] = launch(JOB, 2, configs=[], resume=[str(config)])[0]
