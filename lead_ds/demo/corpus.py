@@ -21,7 +21,7 @@ from pathlib import Path
 from lead_ds.errors import RunError
 
 PACKAGES = ("stdlib", "torch", "numpy", "transformers", "deepspeed", "pydantic", "matplotlib", "rich", "accelerate")
-PER_PACKAGE = 400  # so that torch alone does not make the collection
+PER_PACKAGE = 300  # so that torch alone does not make the collection
 SHORTEST, LONGEST = 3, 60  # lines of code: shorter says nothing, longer is cut by the model anyway
 NEGATIVES = 4
 

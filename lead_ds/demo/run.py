@@ -167,9 +167,10 @@ def compare(out: Path, data: Path, teacher: Path, students: dict[str, Path], ste
     kept = out / "comparison.json"
     if kept.exists():
         return json.loads(kept.read_text("utf-8"))["test"]
-    before = StudentConfig.model_validate(settings("labels", out, data, teacher, steps, 1)["student"])
+    student = settings("labels", out, data, teacher, steps, 1)["student"]
+    before = StudentConfig.model_validate(student)
     models: dict[str, Any] = {
-        "teacher": teacher,
+        "teacher": StudentConfig.model_validate({**student, "layers": None}),  # the whole model, at the same lengths
         "student before": before,
         "student, labels alone": students["labels"],
         "student, distilled": students["distilled"],
