@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 import yaml
 
 from lead_ds.engine.checkpoint import damage
@@ -58,6 +59,7 @@ class Job:
             )
             from lead_ds.cli import main
 
+            torch.set_num_threads(1)
             main(["distill", str(config), "--quiet", *(["--resume"] if resume else [])])
         except SystemExit as end:
             status = int(end.code or 0)

@@ -38,6 +38,7 @@ def test_every_configuration_runs_and_gives_the_same_losses(configure: Configure
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_teacher_on_nvme(configure: Configure, tmp_path: Path) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -45,7 +46,7 @@ def test_a_teacher_on_nvme(configure: Configure, tmp_path: Path) -> None:
         pytest.skip("DeepSpeed's async_io operator cannot be built here (it needs libaio-dev)")
     plain = config(configure, "teacher_zero3.json")
     disk = config(configure, NVME, offload_path=str(tmp_path / "disk"))
-    reference, found = launch(JOB, 2, configs=[plain, disk])[0]
+    reference, found = launch(JOB, 2, timeout=1000, configs=[plain, disk])[0]
     assert len(found) == 4, found
     np.testing.assert_allclose(found, reference, rtol=1e-5)
     assert any(path.stat().st_size for path in (tmp_path / "disk").rglob("*") if path.is_file())
