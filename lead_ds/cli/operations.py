@@ -191,8 +191,9 @@ def meta_model(settings: ModelConfig, kind: str) -> tuple[Any, ModelShape]:
 
 def add_saved_dense(module: Any, settings: ModelConfig, kind: str) -> int:
     """Give `module` the Dense layers that are saved beside the weights; the width of the vectors it then makes."""
+    from lead_ds.data.hub import find_file
     from lead_ds.models.dense import Dense
-    from lead_ds.models.layout import find_file, read_json, read_layout
+    from lead_ds.models.layout import read_json, read_layout
 
     width = int(getattr(module, "width", 0)) or int(module.config.get_text_config().hidden_size)
     if kind not in ("dual_encoder", "colbert"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lead_ds.data.hub import find_file, hub_settings
 from lead_ds.errors import InputError
 
 # Absolute positions of these families start after the padding index: two fewer tokens fit than the table has rows.
@@ -45,26 +45,6 @@ def reading_facts(path: str, trust_remote_code: bool = False) -> ReadingFacts:
     )
 
 
-def find_file(path: str, name: str) -> Path | None:
-    """A file of a local directory or a hub repository; None where it is absent or the hub cannot be reached."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(
-            path,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):
-        return None
-    return None if found is None else Path(found)
-
-
 def _json(path: str, name: str) -> Any:
     file = find_file(path, name)
     if file is None:
@@ -93,7 +73,9 @@ def _model_config(path: str, subfolder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            path, subfolder=subfolder, trust_remote_code=trust_remote_code, **hub_settings(path)
+        )
     except Exception:  # whatever is wrong with it, loading the model tells; the tokenizer may do without
         return None
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lead_ds.data.hub import hub_settings
 from lead_ds.data.model_files import ReadingFacts, reading_facts
 from lead_ds.errors import InputError
 
@@ -277,7 +278,9 @@ def load_tokenizer(path: str, subfolder: str = "", trust_remote_code: bool = Fal
     if subfolder and folder.is_dir() and not list((folder / subfolder).glob("*token*")):
         subfolder = ""  # older sentence-transformers directories keep the tokenizer at the top
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, subfolder=subfolder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, subfolder=subfolder, trust_remote_code=trust_remote_code, **hub_settings(path)
+        )
     except Exception as error:  # a foreign file can be wrong in any way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         what = f"its tokenizer cannot be loaded: {reason[0][:160]}"

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lead_ds.config import ModelConfig, StudentConfig, TeacherConfig
+from lead_ds.data.hub import find_file
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder, keep_layers, load_model, read_model_config
 from lead_ds.models.colbert import ColBERT
 from lead_ds.models.cross_encoder import CrossEncoder
 from lead_ds.models.dense import Dense, colbert_linear, load_dense
 from lead_ds.models.dual_encoder import DualEncoder
-from lead_ds.models.layout import RECORD, Layout, find_file, read_json, read_layout, serving_length
+from lead_ds.models.layout import RECORD, Layout, read_json, read_layout, serving_length
 from lead_ds.models.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.scorer import Scorer
 

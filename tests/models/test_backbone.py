@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lead_ds.config import StudentConfig, TeacherConfig
+from lead_ds.data import hub
 from lead_ds.errors import InputError
-from lead_ds.models import layout
 from lead_ds.models.load import load_student, load_teacher, read_model_config
 from tests.models.tiny_models import tiny_config, tiny_model, tokens_of
 
@@ -44,9 +44,9 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    layout._hub_answers.cache_clear()
+    hub._hub_answers.cache_clear()
     yield
-    layout._hub_answers.cache_clear()
+    hub._hub_answers.cache_clear()
 
 
 @pytest.mark.usefixtures("no_hub")
