@@ -225,11 +225,8 @@ def write_facts(
     output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: FrozenTeacher | None
 ) -> None:
     """The resolved configuration, and where this run came from."""
-    from lead_ds.kernels.dispatch import resolve
-
     output.mkdir(parents=True, exist_ok=True)
-    kernels = resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
-    facts: dict[str, Any] = {"kernels": kernels}
+    facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
     if teacher is not None and config.teacher is not None:
         held, whole = teacher.parameter_bytes()
         facts["teacher"] = {
@@ -243,10 +240,19 @@ def write_facts(
     save_config(config, output / "config.yaml")
 
 
+def kernels_used(config: Config, ranks: Ranks) -> str:
+    """triton or torch: what `kernels` of the configuration means on this device."""
+    from lead_ds.kernels.dispatch import resolve
+
+    return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
+
+
 def describe(config: Config, ranks: Ranks, student: Any, teacher: FrozenTeacher | None, groups: int) -> str:
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
-    lines = [f"student {config.student.path}: {depth}; {groups} groups; {ranks.world} process(es)"]
+    lines = [
+        f"student {config.student.path}: {depth}; {groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
+    ]
     if teacher is not None and config.teacher is not None:
         held, whole = teacher.parameter_bytes()
         lines.append(
