@@ -250,9 +250,8 @@ def kernels_used(config: Config, ranks: Ranks) -> str:
 def describe(config: Config, ranks: Ranks, student: Any, teacher: FrozenTeacher | None, groups: int) -> str:
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
-    lines = [
-        f"student {config.student.path}: {depth}; {groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
-    ]
+    run = f"{groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
+    lines = [f"student {config.student.path}: {depth}; {run}"]
     if teacher is not None and config.teacher is not None:
         held, whole = teacher.parameter_bytes()
         lines.append(
