@@ -49,4 +49,5 @@ def test_a_teacher_on_nvme(configure: Configure, tmp_path: Path) -> None:
     reference, found = launch(JOB, 2, timeout=1000, configs=[plain, disk])[0]
     assert len(found) == 4, found
     np.testing.assert_allclose(found, reference, rtol=1e-5)
-    assert any(path.stat().st_size for path in (tmp_path / "disk").rglob("*") if path.is_file())
+    # DeepSpeed removes its files at the end; each rank's folder stays.
+    assert {path.name for path in (tmp_path / "disk").rglob("rank*")} == {"rank0", "rank1"}
