@@ -48,7 +48,7 @@ def report(
 def demo(
     out: Path = typer.Option(Path("runs/demo"), "--out", help="Where to write; a finished demo there is shown again."),
     processes: int = typer.Option(2, "--processes", min=1, help="Processes that share the teacher."),
-    steps: int = typer.Option(100, "--steps", min=1, help="Training steps, for each of the two students."),
+    steps: int = typer.Option(40, "--steps", min=1, help="Training steps, for each of the two students."),
     prompt: bool = typer.Option(True, help="End with a query prompt where a person watches."),
 ) -> None:
     """See it work in ten minutes: no GPU, no network.

