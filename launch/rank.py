@@ -47,10 +47,10 @@ class Command:
         for thread in self.threads:
             thread.start()
 
-    def end(self) -> None:
-        """Ask it to end; insist after ten seconds."""
+    def end(self, patience: float = 10.0) -> None:
+        """Ask it to end; insist after so many seconds."""
         self.process.terminate()
-        timer = threading.Timer(10, self.process.kill)
+        timer = threading.Timer(patience, self.process.kill)
         timer.daemon = True
         timer.start()
 
@@ -232,8 +232,10 @@ def main() -> int:
         [sys.executable, "-u", "-m", "lead_ds", *arguments], environment, logs and logs / f"rank-{rank}.log"
     )
     received: list[int] = []
+    # Asked from outside, a run still finishes its step and saves a checkpoint.
+    patience = float(os.environ.get("LEAD_DS_STOP_SECONDS", "60"))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda n, _: (received.append(n), command.end()))
+        signal.signal(number, lambda n, _: (received.append(n), command.end(patience)))
     port, address = environment.get("LEAD_DS_WATCH_PORT"), environment.get("MASTER_ADDR", "127.0.0.1")
     watch = Watch(rank, world, address, int(port), command) if port and world > 1 else None
     status = command.wait()
