@@ -133,6 +133,7 @@ class Training:
                 self.scope,
                 self._mask(window, done, queries),
                 contrastive_group=config.losses.contrastive.scope == "group",
+                cotrained=cotrained is not None,
             )
             if student_taps:
                 groups = word_groups(window.teacher[index], batch, self.ranks.device)

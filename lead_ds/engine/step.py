@@ -65,7 +65,13 @@ class Pair:
 
 
 def make_views(
-    student: Pair, teacher: Pair | None, scope: Scope, mask_QP: Tensor | None, *, contrastive_group: bool
+    student: Pair,
+    teacher: Pair | None,
+    scope: Scope,
+    mask_QP: Tensor | None,
+    *,
+    contrastive_group: bool,
+    cotrained: bool = False,
 ) -> Views:
     """The relevance that the objective compares.
 
@@ -102,6 +108,8 @@ def make_views(
     views.teacher = look(teacher.final)
     if student.layers is not None and teacher.layers is not None:
         views.student_layers, views.teacher_layers = look(student.layers), look(teacher.layers)
+    if not cotrained:
+        return views
     # A co-trained teacher's own likelihood is over what it can score: its group, or the student's contrastive scope.
     teacher_own = contrastive_own or isinstance(teacher.final, ScoreFeatures)
     views.teacher_contrastive = own(teacher.final) if teacher_own else whole(teacher.final)
