@@ -121,7 +121,7 @@ class Checkpoints:
         write_json(partial / MANIFEST, files)
         sync_folder(partial)
         if final.exists():  # a step saved again after falling back past a damaged one
-            shutil.rmtree(final)
+            remove(final)
         os.replace(partial, final)
         sync_folder(self.folder)
         if best is not None:
@@ -133,7 +133,7 @@ class Checkpoints:
         best = self.best()
         for path in complete[: -self.keep]:
             if best is None or path.name != best["checkpoint"]:
-                shutil.rmtree(path)
+                remove(path)
 
     def _together(self, act: Callable[[], None], step: int) -> None:
         """Run `act` on every rank; if it failed on any, all raise, so that none waits for the others for ever."""
@@ -178,6 +178,13 @@ def _failures_kept(engine: Any) -> Iterator[list[str]]:
 def _raise(failures: list[str]) -> None:
     if failures:
         raise OSError(5, failures[0].splitlines()[0])
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: renamed first, so that a kill half way leaves nothing under a checkpoint's name."""
+    leaving = path.with_name(path.name + ".old" + PARTIAL)
+    os.replace(path, leaving)
+    shutil.rmtree(leaving)
 
 
 def damage(path: Path) -> str | None:

@@ -133,3 +133,23 @@ except RunError as error:
 def test_state_is_plain_json(tmp_path: Path) -> None:
     save(tmp_path, [1])
     assert json.loads((tmp_path / "step-00000001" / "state.json").read_text()) == {"step": 1}
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def half(path: Path) -> None:
+        (path / "model.pt").unlink()
+        raise Killed
+
+    checkpoints = save(tmp_path, [1], keep=1)
+    monkeypatch.setattr("lead_ds.engine.checkpoint.shutil.rmtree", half)
+    with pytest.raises(Killed):
+        checkpoints.save(FileEngine(), 2, {"step": 2})
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.glob("step-*[0-9]")] == ["step-00000002"]
+    checkpoints.save(FileEngine(), 3, {"step": 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003"]
