@@ -80,8 +80,8 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> 
     with torch.no_grad():
         for texts in (QUERIES, PASSAGES):
             assert torch.equal(again.embed(reader.passages(texts)), scorer(tokens=encoder.passages(texts)))
-            assert torch.equal(again.embed(reader.queries(texts)), scorer(tokens=encoder.queries(texts)))
-    assert load_encoder(str(folder), query_length=5)[1].query_length == 5
+            assert torch.equal(again.embed(reader.queries(texts)), scorer(tokens=encoder.serving().queries(texts)))
+    assert load_encoder(str(folder), query_length=5, passage_length=5)[1].query_length == 5
 
 
 def test_a_saved_directory_is_complete_and_replaced_whole(tmp_path: Path) -> None:
