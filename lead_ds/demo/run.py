@@ -50,7 +50,8 @@ def run_demo(out: Path, *, processes: int, steps: int, prompt: bool) -> Path:
     student = students["distilled"]
     console.print(f"{minutes:.1f} minutes. Your student: [bold]{student}[/bold]")
     console.print(f'  in Python:  SentenceTransformer("{student}")')
-    console.print(f'  try:        lead-ds search --model {student} --data {data} "read a json file"')
+    # Unwrapped: a command that breaks over two lines cannot be copied.
+    console.print(f'  try:        lead-ds search --model {student} --data {data} "read a json file"', soft_wrap=True)
     console.print(f"  look:       {page}")
     if prompt and sys.stdin.isatty():
         ask(student, data, console)
