@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from lead_ds import __version__
-from lead_ds.cli import operations, retrieval, training
+from lead_ds.cli import operations, retrieval, teaching, training
 from lead_ds.errors import LeadError
 
 # Usage errors: click's own class, or that of the click which newer versions of typer carry inside.
@@ -46,6 +46,7 @@ def _root(
 
 
 training.add_commands(app)
+teaching.add_commands(app)
 retrieval.add_commands(app)
 operations.add_commands(app)
 

@@ -93,7 +93,8 @@ def requirements(config: Config) -> Any:
     student, student_shape = meta_model(config.student, config.student.kind)
     teacher: Any = None
     teacher_shape = None
-    if config.teacher is not None and (config.losses.needs_teacher or config.teacher.train):
+    taught = config.teacher is not None and config.teacher.kind != "cached"  # a cache takes no memory
+    if taught and config.teacher is not None and (config.losses.needs_teacher or config.teacher.train):
         teacher, teacher_shape = meta_model(config.teacher, config.teacher.kind)
     group, batch = 1 + config.data.negatives, config.train.batch_size
 

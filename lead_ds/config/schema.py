@@ -55,7 +55,9 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The model to learn from. Frozen unless `train`."""
 
-    kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker"]
+    kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker", "cached"] = Field(
+        description="cached: `path` is a folder that lead-ds teach wrote"
+    )
     placement: Literal["auto", "replicate", "zero3"] = "auto"
     offload: Literal["none", "cpu", "nvme"] = Field("none", description="where zero3 keeps the shards")
     offload_path: str | None = Field(None, description="a folder on a local NVMe disk, for offload: nvme")
@@ -82,6 +84,8 @@ class TeacherConfig(ModelConfig):
             raise ValueError("offload needs placement: zero3")
         if self.offload == "nvme" and not self.offload_path:
             raise ValueError("offload: nvme needs offload_path, a folder on a local disk")
+        if self.kind == "cached" and self.train:
+            raise ValueError("a cached teacher cannot be trained: name the model itself, or set train: false")
         missing = [name for name in ("{query}", "{passage}") if name not in self.template]
         if missing:
             raise ValueError(f"template lacks {' and '.join(missing)}")
@@ -282,4 +286,8 @@ class Config(Section):
     def _check(self) -> Config:
         if self.losses.needs_teacher and self.teacher is None:
             raise ValueError("a teacher section is missing: response, margin_mse, layer and attention losses read one")
+        if self.teacher is not None and self.teacher.kind == "cached" and self.losses.attention.weight > 0:
+            raise ValueError(
+                "a cached teacher has no attention maps: set losses.attention.weight: 0, or name the model itself"
+            )
         return self

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.alignment import UNGROUPED, token_groups
 from lead_ds.data.groups import Group, Groups
+from lead_ds.data.teacher_cache import TeacherCache
 from lead_ds.data.tokens import TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
 
@@ -40,6 +41,7 @@ class ModelBatch:
     queries: Tokens | None = None
     passages: Tokens | None = None
     pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
+    cached: Tokens | None = None  # instead of all, what a cached teacher said: relevance, float32 [Q, N, T + 1]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ModelBatch:
         """The same on another device."""
@@ -50,7 +52,7 @@ class ModelBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
-        parts = {"queries": self.queries, "passages": self.passages, "pairs": self.pairs}
+        parts = {name: getattr(self, name) for name in ("queries", "passages", "pairs", "cached")}
         changed = {
             name: None if tokens is None else {key: change(tensor) for key, tensor in tokens.items()}
             for name, tokens in parts.items()
@@ -68,7 +70,9 @@ class Window:
     query_ids: list[str]
     passage_ids: list[str]
     student: list[ModelBatch]  # one per micro-batch
-    teacher: list[ModelBatch]  # chunks of whole groups, equally many on every rank; none without a teacher
+    teacher: list[
+        ModelBatch
+    ]  # chunks of whole groups, equally many on every rank (cached: one); none without a teacher
     passage_keys: Tensor  # int64 [A*B*N]; equal keys are the same passage
     positive_keys: Tensor  # int64 [A*B, M]; each query's known positives, padded with -1
     scores: Tensor | None  # float32 [A*B, N]; the groups' own teacher scores, NaN where absent
@@ -97,7 +101,7 @@ class Batches:
         self,
         groups: Groups,
         student: TextEncoder,
-        teacher: TextEncoder | None,
+        teacher: TextEncoder | TeacherCache | None,
         config: Config,
         *,
         rank: int,
@@ -111,7 +115,7 @@ class Batches:
         self.workers = config.data.workers
         # Attention maps of differently tokenised texts are compared by the words that both models see.
         self.align = (
-            teacher is not None
+            isinstance(teacher, TextEncoder)
             and config.losses.attention.weight > 0
             and not {student.kind, teacher.kind} & set(_PAIRS)
             and not student.reads_like(teacher)
@@ -143,15 +147,21 @@ class Batches:
     def window(self, step: int) -> Window:
         """Draw and tokenise one window."""
         epoch = step // self.steps_per_epoch
-        groups = [self.groups.draw(int(row), self.seed, epoch) for row in self.rows(step)]
+        rows = self.rows(step)
+        groups = [self.groups.draw(int(row), self.seed, epoch) for row in rows]
         width = max(len(group.positive_keys) for group in groups)
         positive_keys = np.full((len(groups), width), -1, np.int64)
         for row, group in enumerate(groups):
             positive_keys[row, : len(group.positive_keys)] = group.positive_keys
         scores = [group.scores for group in groups if group.scores is not None]
         student = [read(self.student, part) for part in _parts(groups, self.batch_size)]
-        teacher = [] if self.teacher is None else [read(self.teacher, part) for part in _parts(groups, self.chunk)]
-        if self.align and self.teacher is not None:
+        teacher = []
+        if isinstance(self.teacher, TeacherCache):
+            said = self.teacher.relevance(rows, [group.keys for group in groups])
+            teacher = [ModelBatch(self.group, cached={"relevance": torch.from_numpy(said)})]
+        elif self.teacher is not None:
+            teacher = [read(self.teacher, part) for part in _parts(groups, self.chunk)]
+        if self.align and isinstance(self.teacher, TextEncoder):
             for part, batches in zip(_parts(groups, self.batch_size), zip(teacher, student, strict=True), strict=True):
                 _align((self.teacher, self.student), batches, part)
         return Window(

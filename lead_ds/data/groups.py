@@ -31,16 +31,34 @@ class Group:
     scores: np.ndarray | None = None  # float32 [N] teacher scores, NaN where absent
 
 
+@dataclass
+class Pool:
+    """Every passage that a group's own lines offer to a draw: its positives, and its negatives that are no known positive."""
+
+    query: str
+    keys: np.ndarray  # int64 [n], distinct
+    passages: list[str]
+
+
 class Groups(Protocol):
     """Training groups, addressed by row. Picklable."""
 
     path: Path
     has_scores: bool
+    sources: dict[str, Path]  # the files whose content decides the groups: train, and corpus and queries if any
 
     def __len__(self) -> int: ...
 
     def draw(self, row: int, seed: int, epoch: int) -> Group:
         """The group of a row; its positive and negatives depend on (seed, epoch, row) and nothing else."""
+        ...
+
+    def pool(self, row: int) -> Pool:
+        """What a draw of the row chooses from before it takes random passages."""
+        ...
+
+    def offered(self, row: int) -> int:
+        """How many negatives the row's pool has."""
         ...
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from lead_ds.data.cache import Arrays, cached_arrays, open_buffer, signature
 from lead_ds.data.dataset import Dataset
 from lead_ds.data.drawing import Draw
-from lead_ds.data.groups import Group, KnownPositives, open_groups
+from lead_ds.data.groups import Group, KnownPositives, Pool, open_groups
 from lead_ds.data.jsonl import Block, read_blocks
 from lead_ds.data.qrels import read_judgements
 from lead_ds.data.texts import Texts
@@ -36,6 +36,7 @@ class IdGroups:
     def __init__(self, config: DataConfig, path: Path, dataset: Dataset, arrays: Arrays) -> None:
         self.path, self._config = path, config
         self._corpus, self._queries = dataset.corpus, dataset.queries
+        self.sources = {"train": path, "corpus": self._corpus.path, "queries": self._queries.path}
         self._query, self._scores = arrays["query"], arrays["scores"]
         self._positives, self._positive_starts = arrays["positives"], arrays["positive_starts"]
         self._negatives, self._negative_starts = arrays["negatives"], arrays["negative_starts"]
@@ -95,6 +96,20 @@ class IdGroups:
             positive_keys=known,
             scores=self._scores_of(chosen, len(rows)) if self.has_scores else None,
         )
+
+    def pool(self, row: int) -> Pool:
+        """See `Groups.pool`."""
+        first, last = int(self._positive_starts[row]), int(self._positive_starts[row + 1])
+        keys = np.concatenate([np.unique(self._positives[first:last]), self._offered(row)]).astype(np.int64)
+        return Pool(self._queries.text(int(self._query[row])), keys, self._corpus.texts(keys))
+
+    def offered(self, row: int) -> int:
+        """See `Groups.offered`."""
+        return len(self._offered(row))
+
+    def _offered(self, row: int) -> np.ndarray:
+        listed = self._negatives[int(self._negative_starts[row]) : int(self._negative_starts[row + 1])]
+        return np.setdiff1d(listed, self._known.of(row))
 
     def _scores_of(self, chosen: list[int], size: int) -> np.ndarray:
         scores = np.full(size, np.nan, np.float32)

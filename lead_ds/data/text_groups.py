@@ -14,7 +14,7 @@ import numpy as np
 from lead_ds.data.cache import Arrays, cached_arrays, open_buffer, signature
 from lead_ds.data.drawing import Draw
 from lead_ds.data.formats import Lines, Listed, Reader, Record, Unusable, key_of, reader_of
-from lead_ds.data.groups import Group, KnownPositives, open_groups
+from lead_ds.data.groups import Group, KnownPositives, Pool, open_groups
 from lead_ds.data.jsonl import Block, Buffer, loads, read_blocks
 from lead_ds.errors import InputError
 
@@ -28,6 +28,7 @@ class TextGroups:
     def __init__(self, config: DataConfig, path: Path, read: Reader, buffer: Buffer, arrays: Arrays) -> None:
         self.path, self._config, self._read, self._buffer = path, config, read, buffer
         self._starts = arrays["starts"]
+        self.sources = {"train": path}
         self.has_scores = bool(arrays["has_scores"][0])
         self._known = KnownPositives(arrays["query"], arrays["positive_starts"], arrays["positives"])
         self._refuse_small_pool()
@@ -81,6 +82,20 @@ class TextGroups:
             positive_keys=known,
             scores=np.array([passage.score for passage in passages], np.float32) if self.has_scores else None,
         )
+
+    def pool(self, row: int) -> Pool:
+        """See `Groups.pool`."""
+        lines = self._lines(row)
+        passages = {passage.key: passage.text for passage in lines.positives} | self._offered(lines, row)
+        return Pool(lines.query, np.array(list(passages), np.int64), list(passages.values()))
+
+    def offered(self, row: int) -> int:
+        """See `Groups.offered`."""
+        return len(self._offered(self._lines(row), row))
+
+    def _offered(self, lines: Lines, row: int) -> dict[int, str]:
+        known = set(self._known.of(row).tolist())
+        return {passage.key: passage.text for passage in lines.negatives if passage.key not in known}
 
     @staticmethod
     def _add(passage: Listed, passages: list[Listed], keys: list[int], taken: set[int]) -> None:

@@ -14,8 +14,10 @@ import torch
 from lead_ds.config import Config, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups import Groups, open_groups
+from lead_ds.data.teacher_cache import TeacherCache
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.engine.agreement import agreed, check_agreement, check_shared
+from lead_ds.engine.cached import CachedTeacher, open_cache, reads_cache, with_cached_settings
 from lead_ds.engine.checkpoint import Checkpoints, write_json
 from lead_ds.engine.evaluation import Evaluator
 from lead_ds.engine.loop import Training
@@ -51,6 +53,7 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
         check_agreement(config, resume, ranks)
         check_output(output, resume, ranks)
         check_shared(output, ranks)
+        config = agreed(ranks, lambda: with_cached_settings(config))
 
         # Everything that can be wrong with the input is found out before anything is written.
         uses_teacher = config.teacher is not None and config.losses.needs_teacher
@@ -63,8 +66,8 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
             teacher_settings = config.teacher
             cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
         engine = build_engine(Trainee(student, cotrained).to(ranks.device), config, dtype, ranks)
-        teacher = build_teacher(config, ranks) if uses_teacher and cotrained is None else None
-        check_layers(config, student.num_layers, (teacher.scorer if teacher else cotrained))
+        teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
+        check_layers(config, student.num_layers, teacher or cotrained)
 
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
@@ -120,9 +123,20 @@ def open_inputs(
     """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
     groups = open_groups(config.data)
     student_text = TextEncoder.from_config(config.student)
-    teacher_text = TextEncoder.from_config(config.teacher) if uses_teacher and config.teacher else None
-    batches = Batches(groups, student_text, teacher_text, in_chunks(config), rank=ranks.rank, world=ranks.world)
+    teacher: TextEncoder | TeacherCache | None = None
+    if reads_cache(config):
+        teacher = open_cache(config, groups, ranks)
+    elif uses_teacher and config.teacher:
+        teacher = TextEncoder.from_config(config.teacher)
+    batches = Batches(groups, student_text, teacher, in_chunks(config), rank=ranks.rank, world=ranks.world)
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
+
+
+def open_teacher(config: Config, batches: Batches, ranks: Ranks) -> FrozenTeacher | CachedTeacher:
+    """The teacher that is not trained: its cache, or the model itself."""
+    if isinstance(batches.teacher, TeacherCache) and config.teacher is not None:
+        return CachedTeacher(batches.teacher, config.teacher, ranks.device)
+    return build_teacher(config, ranks)
 
 
 def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
@@ -222,12 +236,14 @@ def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
 
 
 def write_facts(
-    output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: FrozenTeacher | None
+    output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: FrozenTeacher | CachedTeacher | None
 ) -> None:
     """The resolved configuration, and where this run came from."""
     output.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
-    if teacher is not None and config.teacher is not None:
+    if isinstance(teacher, CachedTeacher):
+        facts["teacher"] = teacher.facts()
+    elif teacher is not None and config.teacher is not None:
         held, whole = teacher.parameter_bytes()
         facts["teacher"] = {
             "placement": teacher.placement,
@@ -247,12 +263,16 @@ def kernels_used(config: Config, ranks: Ranks) -> str:
     return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
 
 
-def describe(config: Config, ranks: Ranks, student: Any, teacher: FrozenTeacher | None, groups: int) -> str:
+def describe(
+    config: Config, ranks: Ranks, student: Any, teacher: FrozenTeacher | CachedTeacher | None, groups: int
+) -> str:
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
     run = f"{groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
     lines = [f"student {config.student.path}: {depth}; {run}"]
-    if teacher is not None and config.teacher is not None:
+    if isinstance(teacher, CachedTeacher):
+        lines.append(teacher.describe())
+    elif teacher is not None and config.teacher is not None:
         held, whole = teacher.parameter_bytes()
         lines.append(
             f"teacher {config.teacher.path}: {teacher.scorer.num_layers} layers, {teacher.placement}, "

@@ -10,6 +10,7 @@ import torch
 
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches, Window
+from lead_ds.engine.cached import CachedTeacher
 from lead_ds.engine.checkpoint import Checkpoints
 from lead_ds.engine.evaluation import Evaluator
 from lead_ds.engine.ranks import Ranks
@@ -34,7 +35,7 @@ class Training:
         config: Config,
         ranks: Ranks,
         engine: Any,
-        teacher: FrozenTeacher | None,
+        teacher: FrozenTeacher | CachedTeacher | None,
         batches: Batches,
         checkpoints: Checkpoints,
         recorder: Recorder,
@@ -54,8 +55,8 @@ class Training:
         self.objective = Objective(
             config.losses, impl=config.kernels, cotrain=cotrained is not None, mean=self.scope.mean
         )
-        scorer = teacher.scorer if teacher is not None else cotrained
-        self.teacher_depth = scorer.num_layers if scorer is not None else 0
+        taught_by = teacher if teacher is not None else cotrained
+        self.teacher_depth = taught_by.num_layers if taught_by is not None else 0
         self.student_depth = engine.module.student.num_layers
 
     def run(self) -> dict[str, Any] | None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.batches import ModelBatch
+from lead_ds.data.tokens import Tokens
 from lead_ds.engine.deepspeed_config import teacher_deepspeed_config
 from lead_ds.engine.ranks import Ranks, local_world
 from lead_ds.models.load import load_teacher, read_model_config
@@ -52,6 +53,21 @@ class FrozenTeacher:
             layers=merge([output.layers for output in outputs if output.layers is not None]) if layers else None,
             outputs=outputs if tap_layers else [],
         )
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers can be read."""
+        return self.scorer.num_layers
+
+    @torch.no_grad()
+    def all_layers(self, tokens: Tokens) -> Tensor:
+        """What the scorer says of texts or pairs from every layer, then from its final state: see `Scorer.forward`.
+
+        Every rank must call this equally often, with tokens of its own.
+        """
+        module = self.engine if self.engine is not None else self.scorer
+        moved = {name: x.to(self.device) for name, x in tokens.items()}
+        return module(tokens=moved, layers=list(range(self.num_layers)))
 
     def parameter_bytes(self) -> tuple[int, int]:
         """Bytes of parameters that this rank holds between forwards, and of the whole model."""

@@ -46,9 +46,11 @@ class ColBERT(Scorer):
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Output with TokenFeatures of a batch's queries and passages; or the final token vectors [B, L, D] of `tokens`."""
+        """Output with TokenFeatures of a batch's queries and passages; or the final token vectors [B, L, D] of `tokens`,
+        with `layers` those of the layers and then the final ones [K + 1, B, L, D]."""
         if tokens is not None:
-            return self._states(tokens, ())[-1]
+            states = self._states(tokens, layers)
+            return torch.stack(states) if layers else states[-1]
         assert batch is not None
         assert batch.queries is not None
         assert batch.passages is not None

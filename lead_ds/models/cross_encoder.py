@@ -44,9 +44,11 @@ class CrossEncoder(Scorer):
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Output with ScoreFeatures of a batch's pairs; or the final scores [B] of `tokens`."""
+        """Output with ScoreFeatures of a batch's pairs; or the final scores [B] of `tokens`, with `layers` those of the
+        layers and then the final ones [K + 1, B]."""
         if tokens is not None:
-            return self._scores(tokens, ())[-1]
+            scores_KB = self._scores(tokens, layers)
+            return scores_KB if layers else scores_KB[-1]
         assert batch is not None
         assert batch.pairs is not None
         with self.tapping(tap_layers) as taps:

@@ -60,9 +60,11 @@ class DualEncoder(Scorer):
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Output with VectorFeatures of a batch's queries and passages; or the final vectors [B, D] of `tokens`."""
+        """Output with VectorFeatures of a batch's queries and passages; or the final vectors [B, D] of `tokens`, with
+        `layers` those of the layers and then the final ones [K + 1, B, D]."""
         if tokens is not None:
-            return self._vectors(tokens, ())[-1]
+            vectors_KBD = self._vectors(tokens, layers)
+            return vectors_KBD if layers else vectors_KBD[-1]
         assert batch is not None
         assert batch.queries is not None
         assert batch.passages is not None

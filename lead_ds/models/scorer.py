@@ -76,7 +76,8 @@ class Scorer(nn.Module):
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Features of a batch; or, given `tokens` alone, what the model stores of texts (dual encoder, ColBERT)."""
+        """Features of a batch; or, given `tokens`, what the model says of these texts or pairs: of its final state, with
+        `layers` of these and then the final state, stacked."""
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; captured layers stay exact."""

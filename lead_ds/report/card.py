@@ -28,10 +28,11 @@ def model_card(config: Config, run: Path) -> str:
         "",
     ]
     if teacher is not None and config.losses.needs_teacher:
-        lines += [
-            f"Distilled by lead-ds from `{Path(teacher.path).name}` ({teacher.kind.replace('_', ' ')}), layer by layer.",
-            "",
-        ]
+        path, kind = teacher.path, teacher.kind
+        if kind == "cached":  # the run knows whose relevance that is
+            found = json.loads((run / "run.json").read_text("utf-8"))["teacher"]
+            path, kind = found["path"], found["kind"]
+        lines += [f"Distilled by lead-ds from `{Path(path).name}` ({kind.replace('_', ' ')}), layer by layer.", ""]
     lines += [
         "```python",
         "from sentence_transformers import SentenceTransformer",

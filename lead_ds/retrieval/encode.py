@@ -72,7 +72,7 @@ def encode_texts(
         return ordered[0], tokenize(ordered[1])
 
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
-        for positions, batch in _ahead(pool, tokens, _ordered(texts, rows, batch_size), AHEAD):
+        for positions, batch in ahead(pool, tokens, _ordered(texts, rows, batch_size), AHEAD):
             vectors_BD = embed({name: x.to(device) for name, x in batch.items()}).float()
             yield positions, vectors_BD
             if meter is not None:
@@ -267,7 +267,7 @@ def _ordered(
             yield [stretch[i] for i in chosen], [read[i] for i in chosen]
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterator[Any], count: int) -> Iterator[Any]:
+def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterator[Any], count: int) -> Iterator[Any]:
     """function(item) of every item, in order, computed up to `count` items ahead by the pool."""
     pending = []
     for item in items:

@@ -12,8 +12,10 @@ from lead_ds.config import load_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups import open_groups
 from lead_ds.data.tokens import TextEncoder
+from lead_ds.engine.cached import CachedTeacher, open_cache, with_cached_settings
 from lead_ds.engine.distill import distill
 from lead_ds.engine.ranks import ranks
+from lead_ds.engine.teach import teach
 from lead_ds.engine.teacher import build_teacher, resident_parameters
 from lead_ds.errors import LeadError
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
@@ -96,3 +98,52 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def teach_each(configs: list[str], **options: Any) -> list[Any]:
+    """Teach every configuration in turn, into its output's `cache`: the number of layers, or the error that ended it."""
+    results: list[Any] = []
+    with ranks():
+        for path in configs:
+            config = load_config(path)
+            try:
+                results.append(teach(config, Path(config.output) / "cache", quiet=True, **options).num_layers)
+            except LeadError as error:
+                results.append(str(error))
+    return results
+
+
+def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
+    """Of each (teacher's, cached) pair of configurations, over the first epoch: how far cached relevance is from the
+    teacher's own, as a multiple of what float16 may round away, and the largest deviation that is stored."""
+    found = []
+    with ranks() as here:
+        for own, cached in pairs:
+            config, reader = load_config(own), with_cached_settings(load_config(cached))
+            assert config.teacher is not None
+            assert reader.teacher is not None
+            groups, student = open_groups(config.data), TextEncoder.from_config(config.student)
+            online = build_teacher(config, here)
+            cache = open_cache(reader, groups, here)
+            teacher = CachedTeacher(cache, reader.teacher, here.device)
+            text = TextEncoder.from_config(config.teacher)
+            theirs = Batches(groups, student, text, config, rank=0, world=1)
+            ours = Batches(groups, student, cache, reader, rank=0, world=1)
+            layers = list(range(teacher.num_layers))
+            ratio = largest = 0.0
+            for step in range(theirs.steps_per_epoch):
+                views = (
+                    online.window(theirs.window(step).teacher, layers),
+                    teacher.window(ours.window(step).teacher, layers),
+                )
+                for name in ("final", "layers"):
+                    a, b = (getattr(view, name).group_relevance(theirs.group).logits for view in views)
+                    unit = b.abs().max().item()
+                    deviation = (a - a.mean(-1, keepdim=True)).abs().amax().item()
+                    # Half a unit in the last of float16's 11 bits, of any deviation of the group's whole pool (at most
+                    # twice the drawn ones', since these were measured from their own mean); float32's own noise.
+                    allowed = 2**-11 * 2 * deviation + 1e-5 * unit
+                    ratio = max(ratio, (a - b).abs().max().item() / allowed)
+                    largest = max(largest, deviation)
+            found.append({"ratio": ratio, "deviation": largest})
+    return found

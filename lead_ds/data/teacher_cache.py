@@ -1,0 +1,221 @@
+"""A teacher's relevance on disk: of every passage that training may draw for a group, from every layer.
+
+A folder with a manifest (what the teacher was, how it read, of which data) and shards of consecutive groups, one
+safetensors file each, mapped into memory. A shard of G groups with C candidates together holds
+
+    starts     int64 [G + 1]         group g's candidates are rows starts[g] to starts[g + 1] - 1 of the next two
+    keys       int64 [C]             the passages, ascending within a group; see Group.keys
+    deviation  float16 [C, T + 1]    relevance by the T layers and the final one, less its mean over the group
+    mean       float32 [G, T + 1]    that mean
+
+Deviations are stored, and not relevance itself, because float16 has 11 bits: what losses compare are the differences
+within a group, which are small beside the raw dot products of a wide model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lead_ds.errors import InputError, RunError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+_AGAIN = "run lead-ds teach again"
+_DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in (("I64", "<i8"), ("F32", "<f4"), ("F16", "<f2"))}
+_LARGEST_HEADER = 1 << 20
+
+Arrays = dict[str, np.ndarray]
+
+
+class TeacherCache:
+    """A finished cache, opened for reading. Picklable: worker processes open it anew."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._shards: dict[int, Arrays] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> TeacherCache:
+        """The cache in `folder`; `verify`: read all of it and compare it with its checksums.
+
+        Raises InputError when there is none, when it is not finished, and naming a shard that is damaged.
+        """
+        folder = Path(folder).expanduser()
+        cache = cls(folder, read_manifest(folder))
+        names = [shard_path(folder, shard) for shard in range(cache.shards)]
+        missing = [path for path in names if not path.exists()]
+        if missing:
+            what = f"{len(missing)} of {len(names)} shards are missing, such as {missing[0].name}"
+            raise InputError(folder, what, f"{_AGAIN} to finish it")
+        if verify:
+            for path in names:
+                problem = damage(path, cache.identity)
+                if problem:
+                    raise InputError(path, f"is damaged: {problem}", f"{_AGAIN}: it makes this shard anew")
+        return cache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TeacherCache, (self.folder, self.manifest)
+
+    def __len__(self) -> int:
+        """How many groups."""
+        return int(self.manifest["facts"]["data"]["groups"])
+
+    @property
+    def identity(self) -> str:
+        """What ties shards to their manifest."""
+        return identity(self.manifest)
+
+    @property
+    def num_layers(self) -> int:
+        """T: layers of the teacher."""
+        return int(self.manifest["layers"])
+
+    @property
+    def shard_groups(self) -> int:
+        """Groups of each shard but the last."""
+        return int(self.manifest["shard_groups"])
+
+    @property
+    def shards(self) -> int:
+        """How many files."""
+        return -(-len(self) // self.shard_groups)
+
+    def relevance(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> np.ndarray:
+        """Relevance of drawn passages: `keys[i]` [N] of group `rows[i]`. float32 [len(rows), N, T + 1].
+
+        Raises InputError for a passage that is not among the group's candidates.
+        """
+        out = np.empty((len(rows), len(keys[0]), self.num_layers + 1), np.float32)
+        for i, (row, drawn) in enumerate(zip(rows, keys, strict=True)):
+            shard, group = divmod(int(row), self.shard_groups)
+            arrays = self._open(shard)
+            first, last = arrays["starts"][group : group + 2].tolist()
+            candidates = arrays["keys"][first:last]
+            places = np.searchsorted(candidates, drawn)
+            if places.max(initial=0) >= len(candidates) or (candidates[places] != drawn).any():
+                what = f"does not hold every passage drawn for group {int(row)}"
+                raise InputError(self.folder, what, f"{_AGAIN} with this configuration, in a new folder")
+            out[i] = arrays["deviation"][first + places]
+            out[i] += arrays["mean"][group]
+        return out
+
+    def _open(self, shard: int) -> Arrays:
+        if shard not in self._shards:
+            try:
+                self._shards[shard] = mapped(shard_path(self.folder, shard))[0]
+            except (OSError, ValueError, KeyError) as error:
+                raise RunError(shard_path(self.folder, shard), f"cannot be read: {error}", _AGAIN) from None
+        return self._shards[shard]
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard."""
+    return folder / f"relevance-{shard:05d}.safetensors"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache. Raises InputError when there is none that can be read."""
+    path = folder / MANIFEST
+    remedy = "teacher.path of kind: cached is a folder that lead-ds teach wrote"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        facts, layers, groups = manifest["facts"], manifest["layers"], manifest["shard_groups"]
+        known = facts["version"] == VERSION
+        facts["teacher"]["settings"], int(facts["data"]["groups"]), int(layers), int(groups)
+    except FileNotFoundError:
+        raise InputError(path, "no such file", remedy) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(path, f"cannot be read: {error}", remedy) from None
+    if not known:
+        raise InputError(path, f"is of version {facts['version']}, this is {VERSION}", "teach into a new folder")
+    return manifest
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """A checksum of what decides a cache's content."""
+    decides = {name: manifest[name] for name in ("facts", "layers", "shard_groups")}
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def shard_arrays(keys: Sequence[np.ndarray], relevance: np.ndarray) -> Arrays:
+    """The arrays of a shard. `keys`: of each group, in the order of relevance, float32 [C, T + 1].
+
+    Raises ValueError where the relevance is not finite or differs by more within a group than float16 holds.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(group) for group in keys])]).astype(np.int64)
+    mean = np.add.reduceat(relevance, starts[:-1], axis=0, dtype=np.float64) / np.diff(starts)[:, None]
+    mean = mean.astype(np.float32)
+    if not np.isfinite(mean).all():
+        raise ValueError("relevance that is not a finite number")
+    with np.errstate(over="ignore"):
+        deviation = (relevance - np.repeat(mean, np.diff(starts), axis=0)).astype(np.float16)
+    if not np.isfinite(deviation).all():
+        largest = float(np.abs(relevance).max())
+        raise ValueError(f"relevance up to {largest:.3g}, which differs by more within a group than float16 holds")
+    orders = [first + np.argsort(group) for first, group in zip(starts, keys, strict=False)]
+    order = np.concatenate(orders)
+    return {
+        "starts": starts,
+        "keys": np.concatenate(keys).astype(np.int64)[order],
+        "deviation": deviation[order],
+        "mean": mean,
+    }
+
+
+def save_arrays(path: Path, arrays: Arrays, cache: str) -> None:
+    """Write arrays as safetensors, with a checksum of them and the identity of the cache they belong to."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, path, metadata={"cache": cache, "checksum": _checksum(arrays)})
+
+
+def mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """The arrays of a safetensors file, mapped into memory, and its metadata.
+
+    Raises OSError, ValueError or KeyError for what is none, or is cut short.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= _LARGEST_HEADER:
+            raise ValueError("not a safetensors file")
+        header = json.loads(file.read(length))
+        size = os.fstat(file.fileno()).st_size
+    start = 8 + length
+    metadata = header.pop("__metadata__", {})
+    if size != start + max((part["data_offsets"][1] for part in header.values()), default=0):
+        raise ValueError("cut short")
+    whole = np.memmap(path, np.uint8, "r")
+    arrays = {}
+    for name, part in header.items():
+        first, last = part["data_offsets"]
+        arrays[name] = np.asarray(whole[start + first : start + last]).view(_DTYPES[part["dtype"]])
+        arrays[name] = arrays[name].reshape(part["shape"])
+    return arrays, metadata
+
+
+def damage(path: Path, cache: str) -> str | None:
+    """What is wrong with a shard; None where it is as it was written, for this cache."""
+    try:
+        arrays, metadata = mapped(path)
+        if metadata.get("checksum") != _checksum(arrays):
+            return "its content changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error) or type(error).__name__
+    return None if metadata.get("cache") == cache else "it belongs to another cache"
+
+
+def _checksum(arrays: Arrays) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(arrays[name].data)
+    return digest.hexdigest()

@@ -1,0 +1,176 @@
+"""A teacher that is read from what `teach` wrote: no weights, no tokenizer, no memory but the batch's relevance.
+
+Dimensions: A micro-batches of B queries, N passages of each, T layers of the teacher, K selected ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.batches import ModelBatch
+from lead_ds.data.groups import Groups
+from lead_ds.data.teacher_cache import TeacherCache, read_manifest
+from lead_ds.data.tokens import TextEncoder
+from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.teacher import TeacherView
+from lead_ds.errors import InputError
+from lead_ds.relevance import Scale, ScoreFeatures
+from lead_ds.retrieval.files import checksum
+
+# Settings of a teacher that do not change what it says.
+_FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
+_FREE |= {"allow_pickle", "trust_remote_code"}
+_ANEW = "run lead-ds teach with this configuration, in a new folder"
+
+
+class CachedTeacher:
+    """Answers windows as `FrozenTeacher` does, with scores of each query's own passages."""
+
+    placement = "cached"
+
+    def __init__(self, cache: TeacherCache, settings: TeacherConfig, device: torch.device) -> None:
+        self.cache, self.settings, self.device = cache, settings, device
+        # Cosines were taken when the cache was made; z-scores depend on the passages drawn and are taken now.
+        self.scale: Scale = "standard" if settings.scale == "standard" else "none"
+
+    @property
+    def num_layers(self) -> int:
+        """T."""
+        return self.cache.num_layers
+
+    def window(
+        self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
+    ) -> TeacherView:
+        """Relevance of a window's groups: final [1, A * B, N], layers [K, A * B, N], float32."""
+        assert not tap_layers
+        parts = [chunk.to(self.device).cached for chunk in chunks]
+        said_QNT = torch.cat([part["relevance"] for part in parts if part is not None])
+
+        def features(read_QNT: Tensor) -> ScoreFeatures:
+            return ScoreFeatures(read_QNT.permute(2, 0, 1), self.scale)
+
+        return TeacherView(
+            final=features(said_QNT[..., -1:]),
+            layers=features(said_QNT[..., list(layers)]) if layers else None,
+            outputs=[],
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the teacher."""
+        teacher = self.cache.manifest["facts"]["teacher"]
+        return {
+            "placement": self.placement,
+            "cache": str(self.cache.folder),
+            "kind": teacher["kind"],
+            "path": self.cache.manifest["teacher_path"],
+            "checksum": teacher["checksum"],
+            "layers": self.num_layers,
+            "dtype": teacher["computed_in"],
+            "parameter_bytes": 0,
+            "parameter_bytes_per_rank": 0,
+        }
+
+    def describe(self) -> str:
+        """A line for the start of a run."""
+        facts = self.facts()
+        return (
+            f"teacher {facts['path']}: {self.num_layers} layers, read from {facts['cache']}; every teacher loss compares a "
+            f"query with its own passages"
+        )
+
+
+def reads_cache(config: Config) -> bool:
+    """Whether a run learns from a cached teacher."""
+    return config.teacher is not None and config.teacher.kind == "cached" and config.losses.needs_teacher
+
+
+def with_cached_settings(config: Config) -> Config:
+    """The configuration with what its cached teacher was made with filled in.
+
+    Raises InputError for a setting of the teacher that is given and was another one.
+    """
+    teacher = config.teacher
+    if teacher is None or not reads_cache(config):
+        return config
+    manifest = read_manifest(Path(teacher.path).expanduser())
+    made, kind = manifest["facts"]["teacher"]["settings"], manifest["facts"]["teacher"]["kind"]
+    for name in sorted(teacher.model_fields_set & made.keys()):
+        value = getattr(teacher, name)
+        same = value == made[name]
+        if name == "scale":
+            same = stored_scale(kind, value) == stored_scale(kind, made[name])
+        if not same:
+            what = f"is {value!r}, {teacher.path} was made with {made[name]!r}"
+            raise InputError(f"teacher.{name}", what, f"take the key out, or {_ANEW}")
+    known = {name: value for name, value in made.items() if name not in teacher.model_fields_set}
+    return config.model_copy(update={"teacher": teacher.model_copy(update=known)})
+
+
+def open_cache(config: Config, groups: Groups, ranks: Ranks) -> TeacherCache:
+    """The cache of a configuration's teacher, checked against the groups that the run will draw.
+
+    Raises InputError, naming what differs.
+    """
+    assert config.teacher is not None
+    first = ranks.local_rank == 0  # one process of each machine reads everything
+    cache = TeacherCache.open(config.teacher.path, verify=first)
+    facts = cache.manifest["facts"]
+    now = data_facts(groups) if first else {"groups": len(groups)}
+    for name, value in now.items():
+        if facts["data"].get(name) != value:
+            source = groups.sources.get(name, groups.path)
+            raise InputError(cache.folder, f"was made of other data: {name} ({source}) differs", _ANEW)
+    if config.data.negatives <= facts["fewest_negatives"]:
+        return cache
+    draws = facts["draws"]
+    needed = {"seed": config.seed, "negatives": config.data.negatives, "epochs": epochs_of(config, len(groups), ranks)}
+    for name, value in needed.items():
+        had = None if draws is None else draws[name]
+        enough = had is not None and (had == value if name == "seed" else had >= value)
+        if not enough:
+            what = (
+                f"a group lists {facts['fewest_negatives']} negatives, {config.data.negatives} are drawn, at random: with "
+                f"{name} {value}, the cache holds those of {name} {had}"
+            )
+            raise InputError(cache.folder, what, f"mine first (lead-ds mine), or {_ANEW}")
+    return cache
+
+
+def epochs_of(config: Config, groups: int, ranks: Ranks) -> int:
+    """Epochs that a run of the configuration begins."""
+    step = ranks.world * config.train.batch_size * config.train.accumulation
+    return -(-config.train.steps // max(1, groups // step))
+
+
+def data_facts(groups: Groups) -> dict[str, Any]:
+    """What decides the groups: checksums of their files, and their number."""
+    sums = {name: checksum([path], lambda _: "") for name, path in groups.sources.items()}
+    return {**sums, "groups": len(groups)}
+
+
+def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:
+    """The settings that decide what a teacher says of a text."""
+    return {name: value for name, value in teacher.model_dump(mode="json").items() if name not in _FREE}
+
+
+def stored_scale(kind: str, scale: str) -> Scale:
+    """In which scale relevance is stored: cosines as such; none and z-scores, which depend on the draw, as the model says.
+
+    A model of pairs gives scores, which have no cosine.
+    """
+    return "cosine" if scale == "cosine" and kind in ("dual_encoder", "colbert") else "none"
+
+
+def tokenizer_checksum(encoder: TextEncoder) -> str:
+    """A hash of what a tokenizer does: of all its state, or of a slow one's vocabulary."""
+    tokenizer = encoder.tokenizer
+    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
