@@ -20,6 +20,7 @@ FLOORS = {
     "losses": 2,
     "plan": 2,
     "retrieval": 3,
+    "prepare": 3,
     "engine": 4,
     "cli": 5,
     "demo": 5,
@@ -28,7 +29,14 @@ FLOORS = {
 }
 
 # A floor's rooms may know each other in this one direction.
-SAME_FLOOR = {("relevance", "kernels"), ("data", "config"), ("report", "config"), ("cli", "demo"), ("cli", "doctor")}
+SAME_FLOOR = {
+    ("relevance", "kernels"),
+    ("data", "config"),
+    ("report", "config"),
+    ("prepare", "retrieval"),  # its atomic files and progress bars
+    ("cli", "demo"),
+    ("cli", "doctor"),
+}
 
 
 def room_of(path: Path) -> str:

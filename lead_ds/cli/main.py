@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from lead_ds import __version__
-from lead_ds.cli import operations, retrieval, teaching, training
+from lead_ds.cli import operations, preparation, retrieval, teaching, training
 from lead_ds.errors import LeadError
 
 # Usage errors: click's own class, or that of the click which newer versions of typer carry inside.
@@ -45,6 +45,7 @@ def _root(
     pass
 
 
+preparation.add_commands(app)
 training.add_commands(app)
 teaching.add_commands(app)
 retrieval.add_commands(app)

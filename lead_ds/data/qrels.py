@@ -6,7 +6,7 @@ import gzip
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,7 +25,12 @@ def read_judgements(path: str | Path) -> Iterator[tuple[int, str, str, int]]:
     BEIR: query-id, corpus-id, score with a header line; TREC: query, iteration, passage, judgement. Raises InputError
     naming file and line.
     """
-    for number, line in read_lines(path):
+    return parse_judgements(read_lines(path), path)
+
+
+def parse_judgements(lines: Iterable[tuple[int, str]], where: object) -> Iterator[tuple[int, str, str, int]]:
+    """As `read_judgements`, of numbered lines; `where` names their file in an error."""
+    for number, line in lines:
         fields = line.split("\t") if "\t" in line else line.split()
         if len(fields) == 1 or (len(fields) not in (3, 4)):
             fields = line.split()
@@ -39,7 +44,7 @@ def read_judgements(path: str | Path) -> Iterator[tuple[int, str, str, int]]:
             if number == 1 and len(fields) in (3, 4) and fields[-1].strip().lower().startswith(_HEADER):
                 continue
             raise InputError(
-                f"{path}:{number}",
+                f"{where}:{number}",
                 f"not a judgement: {line[:80]!r}",
                 "query-id, corpus-id, score (BEIR), or query, 0, passage, judgement (TREC); the score is an integer",
             ) from None

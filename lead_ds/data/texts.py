@@ -120,6 +120,12 @@ class Ids(Sequence[str]):
         for first in range(0, len(self), 65536):
             yield from self[first : first + 65536]
 
+    def take(self, rows: np.ndarray) -> list[str]:
+        """The ids of many rows, in their order."""
+        block = self._block.data
+        firsts, lasts = self._starts[rows].tolist(), self._starts[rows + 1].tolist()
+        return [str(block[first:last], "utf-8") for first, last in zip(firsts, lasts, strict=True)]
+
     def equal(self, rows: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Whether the id of each row is the given one, its bytes zero-padded to uint64 [n, W] words. bool [n]."""
         if not len(rows):
