@@ -253,6 +253,14 @@ class MonitorConfig(Section):
     project: str = "lead-ds"
 
 
+class ProfileConfig(Section):
+    """Where the steps' time goes, written to OUTPUT/profile/. `profile: true` takes the defaults."""
+
+    skip: NonNegative = Field(3, description="steps that pass first: their time is warming up")
+    steps: Positive = Field(5, description="steps that are timed by part; as many after them are traced")
+    operators: Positive = Field(15, description="how many of the costliest operators the table lists")
+
+
 class DeepSpeedFiles(Section):
     """DeepSpeed configurations: a path (also by its name in ds_configs/), or the dictionary itself."""
 
@@ -272,8 +280,14 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
     monitor: MonitorConfig = MonitorConfig()
+    profile: ProfileConfig | None = Field(None, description="true, or the section: a table and a trace of some steps")
     kernels: Impl = Field("auto", description="triton, torch (chunked, no CUDA needed), or auto by device")
     output: str = "runs/lead"
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _profile(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("output")
     @classmethod

@@ -21,6 +21,7 @@ from lead_ds.engine.cached import CachedTeacher, open_cache, reads_cache, with_c
 from lead_ds.engine.checkpoint import Checkpoints, write_json
 from lead_ds.engine.evaluation import Evaluator
 from lead_ds.engine.loop import Training
+from lead_ds.engine.profile import Profile
 from lead_ds.engine.provenance import provenance
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.ranks import ranks as joined_ranks
@@ -96,6 +97,7 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
             evaluator=evaluator,
             watchdog=watchdog,
             state=state,
+            parts=profile_of(config, ranks, recorder, state),
         )
         with signals:
             try:
@@ -216,6 +218,7 @@ FREE_TO_CHANGE = {
     "train.keep",
     "train.watchdog_minutes",
     "monitor",
+    "profile",
     "data.path",
     "data.workers",
     "teacher.path",
@@ -233,6 +236,13 @@ def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
             for changed in changed_keys(old.get(key), new.get(key), f"{at}.{key}" if at else key)
         ]
     return [] if old == new else [at]
+
+
+def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Profile | None:
+    """The profile that the configuration asks for."""
+    if config.profile is None:
+        return None
+    return Profile(config.profile, Path(config.output), ranks, recorder.say, start=state.get("step", 0))
 
 
 def write_facts(

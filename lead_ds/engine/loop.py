@@ -13,6 +13,7 @@ from lead_ds.data.batches import Batches, Window
 from lead_ds.engine.cached import CachedTeacher
 from lead_ds.engine.checkpoint import Checkpoints
 from lead_ds.engine.evaluation import Evaluator
+from lead_ds.engine.parts import Part, Parts
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.record import Recorder, StepSums
 from lead_ds.engine.schedule import learning_rate
@@ -42,15 +43,16 @@ class Training:
         evaluator: Evaluator | None,
         watchdog: Watchdog,
         state: dict[str, Any],
+        parts: Parts | None = None,
     ) -> None:
         self.config, self.ranks, self.engine, self.teacher = config, ranks, engine, teacher
         self.batches, self.checkpoints, self.recorder, self.evaluator = batches, checkpoints, recorder, evaluator
-        self.watchdog = watchdog
+        self.watchdog, self.parts = watchdog, parts or Parts()
         self.step: int = state.get("step", 0)
         self.owed: bool = state.get("owed", False)
         self.best: dict[str, Any] | None = state.get("best")
         self.worse: int = state.get("worse", 0)
-        self.scope = Scope.of(config, ranks, batches.group)
+        self.scope = Scope.of(config, ranks, batches.group, self.parts)
         cotrained = engine.module.teacher
         self.objective = Objective(
             config.losses, impl=config.kernels, cotrain=cotrained is not None, mean=self.scope.mean
@@ -91,14 +93,16 @@ class Training:
                         f"stopping at step {self.step}"
                     )
                     break
-                self.watchdog.at(f"step {self.step + 1}, waiting for data")
+                self._at("waiting for data")
+                self.parts.end_step()
+        self.parts.close()
         return self.best
 
     @contextmanager
     def windows(self) -> Iterator[Iterator[Window]]:
         """The windows that are left; their thread or workers end here, not when a traceback lets go of them."""
         windows = self.batches.windows(self.step, self.config.train.steps)
-        self.watchdog.at(f"step {self.step + 1}, waiting for data")
+        self._at("waiting for data")
         try:
             yield windows
         finally:
@@ -113,13 +117,13 @@ class Training:
         lr = self._set_learning_rate(step)
         teacher_layers, student_layers = self._layers("layer", step)
         teacher_taps, student_taps = self._layers("attention", step)
-        self.watchdog.at(f"step {step + 1}, teacher forward")
+        self._at("teacher forward")
         view = self.teacher.window(window.teacher, teacher_layers, teacher_taps) if self.teacher else None
         sums = StepSums()
         done = 0
         for index, batch in enumerate(window.student):
             queries = len(window.query_ids) // len(window.student)
-            self.watchdog.at(f"step {step + 1}, forward")
+            self._at("student forward")
             student, cotrained = self.engine(
                 batch.to(self.ranks.device),
                 student_layers,
@@ -128,6 +132,7 @@ class Training:
                 teacher_layers,
                 teacher_taps,
             )
+            self.parts.at("losses")
             views = make_views(
                 Pair(student.final, student.layers),
                 self._teacher_pair(view, cotrained, done, queries),
@@ -140,13 +145,13 @@ class Training:
                 groups = word_groups(window.teacher[index], batch, self.ranks.device)
                 views.attention = pair_taps(self._teacher_output(view, cotrained, index), student, groups)
             output = self.objective(views)
-            self.watchdog.at(f"step {step + 1}, backward")
+            self._at("backward")
             self.engine.backward(output.loss)
-            self.watchdog.at(f"step {step + 1}, optimizer")
+            self._at("optimizer")
             self.engine.step()
             sums.add(output)
             done += queries
-        self.watchdog.at(f"step {step + 1}, statistics")
+        self._at("statistics")
         meta = {"lr": lr, "teacher_layers": list(teacher_layers), "student_layers": list(student_layers)}
         self.recorder.step(step + 1, sums, meta, window.query_ids, done)
 
@@ -156,6 +161,7 @@ class Training:
             return False
         self.recorder.flush()
         self.watchdog.at(f"step {self.step}, evaluation", watched=False)
+        self.parts.at("evaluation")
         values = self.evaluator(self.engine.module.student)
         self.engine.train()
         self.recorder.evaluation(self.step, values)
@@ -170,6 +176,7 @@ class Training:
         """Write a checkpoint, after making sure that no loss up to here was broken."""
         self.recorder.flush()
         self.watchdog.at(f"step {self.step}, checkpoint")
+        self.parts.at("checkpoint")
         state = {
             "step": self.step,
             "owed": self.owed,
@@ -179,6 +186,10 @@ class Training:
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.save(self.engine, self.step, state, best=self.best if improved else None)
+
+    def _at(self, part: Part) -> None:
+        self.watchdog.at(f"step {self.step + 1}, {part}")
+        self.parts.at(part)
 
     def _set_learning_rate(self, step: int) -> float:
         factor = learning_rate(step, self.config.train)

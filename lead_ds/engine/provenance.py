@@ -26,9 +26,14 @@ def provenance(command: Sequence[str], world: int, **facts: Any) -> dict[str, An
         "versions": {"lead-ds": lead_ds.__version__, "python": platform.python_version(), **versions()},
         "host": platform.node(),
         "processes": world,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": device_name(),
         **facts,
     }
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lead_ds.config import Config
 from lead_ds.data.batches import ModelBatch
 from lead_ds.engine.gather import gather_dim, gather_passages
+from lead_ds.engine.parts import Parts
 from lead_ds.engine.ranks import Ranks
 from lead_ds.losses.objective import Views
 from lead_ds.relevance import Features, Impl, Relevance, ScoreFeatures
@@ -23,14 +24,18 @@ class Scope:
     gathered: bool
     group: int
     impl: Impl
+    parts: Parts
 
     @classmethod
-    def of(cls, config: Config, ranks: Ranks, group: int) -> Scope:
-        return cls(ranks, config.train.in_batch == "global" and ranks.world > 1, group, config.kernels)
+    def of(cls, config: Config, ranks: Ranks, group: int, parts: Parts) -> Scope:
+        return cls(ranks, config.train.in_batch == "global" and ranks.world > 1, group, config.kernels, parts)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of a detached statistic over the ranks whose queries share this scope."""
-        return self.ranks.mean(x) if self.gathered else x.detach()
+        if not self.gathered:
+            return x.detach()
+        with self.parts.inside("communication"):
+            return self.ranks.mean(x)
 
     def target(self, queries: int, device: torch.device) -> Tensor:
         """[Q] column of each query's positive among the passages in scope."""
@@ -39,14 +44,20 @@ class Scope:
 
     def features(self, features: Features) -> Features:
         """Features with the passages in scope."""
-        return gather_passages(features, self.ranks) if self.gathered else features
+        if not self.gathered:
+            return features
+        with self.parts.inside("communication"):
+            return gather_passages(features, self.ranks)
 
     def mask(self, passage_keys_P: Tensor, positive_keys_QM: Tensor) -> Tensor:
         """[Q, P] False where a passage in scope is a positive of the query, or its own passage again, but not its target.
 
         Keys are row numbers of texts, so that equal keys mean the same passage wherever it came from.
         """
-        keys_P = gather_dim(passage_keys_P, 0) if self.gathered else passage_keys_P
+        keys_P = passage_keys_P
+        if self.gathered:
+            with self.parts.inside("communication"):
+                keys_P = gather_dim(passage_keys_P, 0)
         queries = positive_keys_QM.shape[0]
         positive_QP = torch.zeros(queries, keys_P.shape[0], dtype=torch.bool, device=keys_P.device)
         for column_Q in positive_keys_QM.T:

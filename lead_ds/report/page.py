@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lead_ds.errors import RunError
 from lead_ds.report.plots import draw
+from lead_ds.report.profile import operator_table, part_table, read_profile
 from lead_ds.report.record import RunRecord, read_run_record
 from lead_ds.report.summary import Table, fact_table, loss_table, metric_table, summarize
 
@@ -63,6 +64,10 @@ def _page(run: RunRecord, plots: dict[str, bytes]) -> str:
             body.append(_table(loss_table(run)))
         elif name == "metrics.png":
             body.append(_table(metric_table(run)))
+    profile = read_profile(run.folder)
+    if profile is not None:
+        tables = [part_table(profile), operator_table(profile)] if profile["operators"] else [part_table(profile)]
+        body += ["<h2>Where a step's time went</h2>", *map(_table, tables)]
     if run.config:
         body += ["<h2>Configuration</h2>", f"<pre>{escape(run.config)}</pre>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'

@@ -50,7 +50,7 @@ def fact_table(run: RunRecord) -> Table:
 def summarize(run: RunRecord) -> str:
     """The tables as plain text."""
     parts = ["\n".join(f"{name}: {value}" for name, value in fact_table(run))]
-    parts += [_aligned(table) for table in (loss_table(run), metric_table(run)) if len(table) > 1]
+    parts += [aligned(table) for table in (loss_table(run), metric_table(run)) if len(table) > 1]
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,7 +62,8 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _aligned(table: Table) -> str:
+def aligned(table: Table) -> str:
+    """The first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = []
     for row in table:

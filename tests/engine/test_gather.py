@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lead_ds.config import Config
+from lead_ds.engine.parts import Parts
 from lead_ds.engine.ranks import Ranks, ranks
 from lead_ds.engine.step import Pair, Scope, make_views
 from lead_ds.losses.objective import Objective
@@ -71,7 +72,7 @@ def case(here: Ranks, kind: str, in_batch: str, batches: int) -> dict[str, Any]:
     total = here.world * batches
     size = QUERIES // total
     config = config_of(in_batch, size)
-    scope = Scope.of(config, here, GROUP)
+    scope = Scope.of(config, here, GROUP, Parts())
     objective = Objective(config.losses, impl="torch", cotrain=False, mean=scope.mean)
     result: dict[str, Any] = {"loss": 0.0, "weights": [], "grads": []}
     for index in range(batches):
