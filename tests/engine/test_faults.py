@@ -114,14 +114,15 @@ def test_sigint_to_one_rank_stops_all_at_the_same_step(house: House) -> None:
 
 
 def test_a_rank_that_hangs_is_named(house: House) -> None:
-    config = house.copy("hung", train={"watchdog_minutes": 0.15})
+    # Longer than loading takes on a busy machine, which stands still for as long.
+    config = house.copy("hung", train={"watchdog_minutes": 0.5})
     run = Run(config, "--resume", script=True)
     run.until_step(START + 2)
     [_, victim] = run.ranks()
     victim.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     assert run.gone() == 1, run.told
-    assert time.monotonic() - stopped < 60
+    assert time.monotonic() - stopped < 90
     assert "watchdog: no progress for" in run.told
     assert f"rank 1 (process {victim.pid} on " in run.told
     assert "does not answer, last seen in " in run.told
