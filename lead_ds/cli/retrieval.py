@@ -1,4 +1,4 @@
-"""Commands over a trained model: encode, index, search, mine, evaluate."""
+"""Commands over a trained model: encode, index, search, mine, evaluate, compare."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lead_ds.errors import InputError
 
 MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory.")
 DATA = typer.Option(..., "--data", help="A folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (or .gz).")
+MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
+LEVEL = typer.Option(1, "--relevance-level", min=1, help="Judgements from here on count; nDCG is graded.")
 BATCH = typer.Option(64, "--batch-size", min=1, help="Texts per forward.")
 
 
@@ -175,10 +177,8 @@ def evaluate(
     split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),
     run: Path | None = typer.Option(None, "--run", help="A TREC run, instead of a model."),
     qrels: Path | None = typer.Option(None, "--qrels", help="With --run: the judgements."),
-    measures: str = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures."),
-    relevance_level: int = typer.Option(
-        1, "--relevance-level", min=1, help="Judgements from here on count; nDCG is graded."
-    ),
+    measures: str = MEASURES,
+    relevance_level: int = LEVEL,
     per_query: bool = typer.Option(False, "--per-query", help="Also each query's values (with --json)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
     batch_size: int = BATCH,
@@ -214,6 +214,45 @@ def evaluate(
         scores = evaluate_model(scorer, encoder, dataset, split, names, **options)
         if here.main:
             tell(scores, json_file, per_query)
+
+
+def compare(
+    run_a: Path = typer.Argument(..., metavar="A", help="A TREC run."),
+    run_b: Path = typer.Argument(..., metavar="B", help="Another one, over the same queries."),
+    qrels: Path = typer.Option(..., "--qrels", help="The judgements, of BEIR's or TREC's form."),
+    measures: str = MEASURES,
+    relevance_level: int = LEVEL,
+    json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
+) -> None:
+    """Compare two TREC runs: is the difference more than chance?
+
+    The p value is that of the two-sided paired randomisation test over queries, the interval the 95% bootstrap interval of
+    the difference B - A. Runs come from `lead-ds search --out`.
+
+    lead-ds compare before.trec after.trec --qrels data/scifact/qrels/test.tsv --measures "nDCG@10 R@100"
+    """
+    from dataclasses import asdict
+
+    from lead_ds.retrieval.evaluate import compare_runs
+    from lead_ds.retrieval.files import write_json
+
+    rows = compare_runs(run_a, run_b, qrels, measures.replace(",", " ").split(), relevance_level)
+    tree = {"a": str(run_a), "b": str(run_b), "comparisons": [asdict(row) for row in rows]}
+    if json_file is not None and str(json_file) == "-":
+        print(json.dumps(tree, indent=1))
+        return
+    if json_file is not None:
+        write_json(json_file, tree)
+    width = max(len(row.measure) for row in rows)
+    print(f"{'':<{width}}  {'A':>6}  {'B':>6}  {'B - A':>7}  {'95% interval':^18}  {'p':>7}")
+    for row in rows:
+        interval = f"[{row.low:+.4f}, {row.high:+.4f}]"
+        values = f"{row.a:.4f}  {row.b:.4f}  {row.difference:+.4f}  {interval:^18}  {row.p_value:.5f}"
+        print(f"{row.measure:<{width}}  {values}")
+    flips = " or ".join(dict.fromkeys(row.test for row in rows))
+    print(
+        f"{rows[0].queries} queries; p: {flips}; interval: bootstrap; {len(rows)} tests, not corrected for their number"
+    )
 
 
 def tell(scores: Any, json_file: Path | None, per_query: bool) -> None:
@@ -255,5 +294,5 @@ def choice(option: str, value: str, *valid: str) -> None:
 
 def add_commands(app: typer.Typer) -> None:
     """Register this file's commands."""
-    for command in (encode, index, search, mine, evaluate):
+    for command in (encode, index, search, mine, evaluate, compare):
         app.command()(command)

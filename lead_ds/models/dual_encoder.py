@@ -90,7 +90,10 @@ class DualEncoder(Scorer):
         read = self.run(
             tokens, layers, lambda state: pool(state, mask_BL, self.pooling), through_norm=self.pooling == "mean"
         )
-        vectors_KBD = torch.stack(read)
+        return self.read_out(torch.stack(read))
+
+    def read_out(self, vectors: Tensor) -> Tensor:
+        """Dense layers, then unit length if `normalize`: pooled states [..., width] -> vectors [..., vector_width]."""
         for dense in self.dense:
-            vectors_KBD = dense(vectors_KBD)
-        return nn.functional.normalize(vectors_KBD, dim=-1) if self.normalize else vectors_KBD
+            vectors = dense(vectors)
+        return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors

@@ -23,7 +23,7 @@ def pool(states_BLD: Tensor, mask_BL: Tensor, mode: PoolingMode) -> Tensor:
         count_B1 = mask_BL.sum(1, keepdim=True).clamp_min(1).float()  # bfloat16 cannot count to 257
         return (torch.bmm(weights_B1L, states_BLD).squeeze(1) / count_B1).to(states_BLD.dtype)
     position_B = first_token(mask_BL) if mode == "cls" else last_token(mask_BL)
-    return states_BLD[torch.arange(len(states_BLD), device=states_BLD.device), position_B]
+    return states_BLD[torch.arange(states_BLD.shape[0], device=states_BLD.device), position_B]
 
 
 def first_token(mask_BL: Tensor) -> Tensor:

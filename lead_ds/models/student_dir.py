@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,26 +42,33 @@ def save_student(
     """
     if not isinstance(scorer, (DualEncoder, ColBERT, CrossEncoder)):
         raise TypeError(f"a {scorer.kind} is no student")
-    folder = Path(folder)
+    with whole_folder(Path(folder)) as made:
+        write_student(scorer, encoder, made, state_dict or scorer.state_dict(), card)
+    return Path(folder)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes `folder`'s place when the block ends well; else nothing of it is left."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(scorer, encoder, made, state_dict or scorer.state_dict(), card)
+        yield made
         made.chmod(0o755)  # mkdtemp's is private
         _sync(made)
         _put(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return folder
 
 
-def _write(
+def write_student(
     scorer: DualEncoder | ColBERT | CrossEncoder,
     encoder: TextEncoder,
     folder: Path,
     state: dict[str, Tensor],
     card: str | None,
 ) -> None:
+    """Fill a student's directory; arguments as `save_student`."""
     if isinstance(scorer, CrossEncoder):
         # Scores as they are trained and measured here; sentence-transformers would put a sigmoid on one label.
         scorer.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}

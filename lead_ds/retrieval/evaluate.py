@@ -178,12 +178,17 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems on one measure: their means, the difference b - a, and the two-sided p value of a paired test."""
+    """Two systems on one measure: their means, the difference b - a, and the two-sided p value of a paired test.
+
+    low, high: the 95% interval of the difference, by the percentile bootstrap over queries.
+    """
 
     measure: str
     a: float
     b: float
     difference: float
+    low: float
+    high: float
     p_value: float
     queries: int
     test: str
@@ -218,4 +223,25 @@ def compare(a: Scores, b: Scores, measure: str, *, samples: int = 100_000, seed:
     p_value = extreme / count if exhaustive else (extreme + 1) / (count + 1)
     test = "two-sided paired randomisation, " + ("all" if exhaustive else f"{count}") + " sign flips"
     means = a.mean[measure], b.mean[measure]
-    return Comparison(measure, *means, means[1] - means[0], p_value, len(queries), test)
+    return Comparison(measure, *means, means[1] - means[0], *_interval(differences, seed), p_value, len(queries), test)
+
+
+def compare_runs(
+    a: str | Path | Mapping[str, Mapping[str, float]],
+    b: str | Path | Mapping[str, Mapping[str, float]],
+    qrels: str | Path | Mapping[str, Mapping[str, int]],
+    measures: Sequence[str] = MEASURES,
+    relevance_level: int = 1,
+) -> list[Comparison]:
+    """`compare` of two TREC runs on every measure. Raises InputError as `evaluate_run`."""
+    qrels = read_qrels(qrels) if isinstance(qrels, (str, Path)) else qrels
+    scores_a, scores_b = (evaluate_run(run, qrels, measures, relevance_level) for run in (a, b))
+    return [compare(scores_a, scores_b, measure) for measure in scores_a.mean]
+
+
+def _interval(differences: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean."""
+    generator = np.random.default_rng(seed)
+    means = [differences[generator.integers(0, len(differences), len(differences))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from itertools import product
@@ -155,3 +156,40 @@ def test_compare_samples_many_queries() -> None:
     assert "20000 sign flips" in result.test
     with pytest.raises(InputError, match="different queries"):
         compare(scores_of(same), scores_of(same[:50]), "m")
+
+
+def test_the_interval_holds_the_difference_and_narrows_with_queries() -> None:
+    a = [0.0] * 400
+    b = [0.3 if i % 2 else -0.1 for i in range(400)]  # mean 0.1, deviation 0.2
+    wide, narrow = compare(scores_of(a[:40]), scores_of(b[:40]), "m"), compare(scores_of(a), scores_of(b), "m")
+    for result, queries in ((wide, 40), (narrow, 400)):
+        assert result.low < result.difference < result.high
+        expected = 2 * 1.96 * 0.2 / queries**0.5  # of the normal distribution that the mean is near
+        assert result.high - result.low == pytest.approx(expected, rel=0.1)
+
+
+def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lead_ds.cli.main import main
+
+    lines = [[f"q{i} Q0 {name} {rank} {-rank} t\n" for i in range(8) for rank, name in ranked] for ranked in RANKINGS]
+    for name, rows in zip("ab", lines, strict=True):
+        (tmp_path / name).write_text("".join(rows))
+    (tmp_path / "qrels").write_text("".join(f"q{i} 0 x 1\n" for i in range(8)))
+    command = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--qrels", str(tmp_path / "qrels")]
+    command += ["--measures", "RR@10 R@100"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    header, rank, recall, note = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["A", "B"]
+    # Of 2^8 sign flips two are as extreme as eight differences of the same sign.
+    assert rank.split() == ["RR@10", "0.5000", "1.0000", "+0.5000", "[+0.5000,", "+0.5000]", f"{2 / 256:.5f}"]
+    assert recall.split()[-1] == "1.00000"
+    assert note.startswith("8 queries; p: two-sided paired randomisation, all sign flips")
+    with pytest.raises(SystemExit):
+        main([*command, "--json", "-"])
+    found = json.loads(capsys.readouterr().out)["comparisons"]
+    assert [(row["measure"], row["queries"]) for row in found] == [("RR@10", 8), ("R@100", 8)]
+
+
+RANKINGS = [[(1, "y"), (2, "x")], [(1, "x"), (2, "y")]]
