@@ -45,6 +45,12 @@ class ModelConfig(Section):
     query_length: Positive = 32
     passage_length: Positive = 128
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    passes: Positive | None = Field(
+        None,
+        description="forwards per micro-batch of the student, per window of the teacher: texts are sorted by length, so that "
+        "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
+        "model once, not twice; 2 to 4 save padding. null: one for queries, one for passages (or one for pairs)",
+    )
     query_expansion: bool = Field(False, description="colbert: pad queries to query_length with mask tokens that count")
     mask_punctuation: bool = Field(False, description="colbert: punctuation tokens of a passage never match")
     token_dim: Positive | None = Field(None, description="colbert: width of a new token projection; null: none")
@@ -220,6 +226,11 @@ class TrainConfig(Section):
         "global", description="other queries' passages as negatives: of every rank, or of the rank's micro-batch"
     )
     gradient_checkpointing: bool = False
+    grad_cache: Positive | None = Field(
+        None,
+        description="GradCache: as many in-batch passages as you like in the memory of this many queries' and their passages'. "
+        "Same loss and gradient, for one more forward of the student. null: off, every activation is kept",
+    )
     compile: bool = Field(False, description="torch.compile the student")
     log_every: Positive = 10
     save_every: Positive = 1000
@@ -300,6 +311,14 @@ class Config(Section):
     def _check(self) -> Config:
         if self.losses.needs_teacher and self.teacher is None:
             raise ValueError("a teacher section is missing: response, margin_mse, layer and attention losses read one")
+        if self.losses.attention.weight > 0:
+            for key, value in (
+                ("train.grad_cache", self.train.grad_cache),
+                ("student.passes", self.student.passes),
+                ("teacher.passes", self.teacher.passes if self.teacher else None),
+            ):
+                if value is not None:
+                    raise ValueError(f"{key} has no attention maps: set it to null, or losses.attention.weight: 0")
         if self.teacher is not None and self.teacher.kind == "cached" and self.losses.attention.weight > 0:
             raise ValueError(
                 "a cached teacher has no attention maps: set losses.attention.weight: 0, or name the model itself"

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.alignment import UNGROUPED, token_groups
 from lead_ds.data.groups import Group, Groups
+from lead_ds.data.passes import Cuts, Passes, even, in_passes, least_padding
 from lead_ds.data.teacher_cache import TeacherCache
 from lead_ds.data.tokens import TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
@@ -42,6 +43,7 @@ class ModelBatch:
     passages: Tokens | None = None
     pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
     cached: Tokens | None = None  # instead of all, what a cached teacher said: relevance, float32 [Q, N, T + 1]
+    passes: Passes | None = None  # the rows of queries, then of passages, or of pairs: as the model is to run them
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ModelBatch:
         """The same on another device."""
@@ -57,7 +59,7 @@ class ModelBatch:
             name: None if tokens is None else {key: change(tensor) for key, tensor in tokens.items()}
             for name, tokens in parts.items()
         }
-        return ModelBatch(self.group, **changed)
+        return ModelBatch(self.group, **changed, passes=None if self.passes is None else self.passes.map(change))
 
 
 @dataclass
@@ -120,6 +122,10 @@ class Batches:
             and not {student.kind, teacher.kind} & set(_PAIRS)
             and not student.reads_like(teacher)
         )
+        self._passes = config.student.passes, config.teacher.passes if config.teacher else None
+        # A frozen teacher keeps no activations: GradCache has nothing to save there.
+        cotrained = config.teacher is not None and config.teacher.train
+        self._grad_cache = config.train.grad_cache, config.train.grad_cache if cotrained else None
         texts = config.teacher.batch_size if config.teacher else None
         window = self.batch_size * self.accumulation
         self.chunk = window if texts is None else max(1, min(window, texts // self.group))
@@ -154,13 +160,13 @@ class Batches:
         for row, group in enumerate(groups):
             positive_keys[row, : len(group.positive_keys)] = group.positive_keys
         scores = [group.scores for group in groups if group.scores is not None]
-        student = [read(self.student, part) for part in _parts(groups, self.batch_size)]
+        student = [self._read(self.student, part, 0) for part in _parts(groups, self.batch_size)]
         teacher = []
         if isinstance(self.teacher, TeacherCache):
             said = self.teacher.relevance(rows, [group.keys for group in groups])
             teacher = [ModelBatch(self.group, cached={"relevance": torch.from_numpy(said)})]
         elif self.teacher is not None:
-            teacher = [read(self.teacher, part) for part in _parts(groups, self.chunk)]
+            teacher = [self._read(self.teacher, part, 1) for part in _parts(groups, self.chunk)]
         if self.align and isinstance(self.teacher, TextEncoder):
             for part, batches in zip(_parts(groups, self.batch_size), zip(teacher, student, strict=True), strict=True):
                 _align((self.teacher, self.student), batches, part)
@@ -176,6 +182,14 @@ class Batches:
             positive_keys=torch.from_numpy(positive_keys),
             scores=torch.from_numpy(np.stack(scores)) if scores else None,
         )
+
+    def _read(self, encoder: TextEncoder, groups: Sequence[Group], model: int) -> ModelBatch:
+        """What the student (0) or the teacher (1) reads of some groups, in the passes that the configuration asks for."""
+        batch, queries = read(encoder, groups), self._grad_cache[model]
+        if queries is not None:
+            return split(batch, encoder, -(-len(groups) // queries), even)
+        passes = self._passes[model]
+        return batch if passes is None else split(batch, encoder, passes, least_padding)
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
         """Windows start to stop-1, prepared ahead by a thread or by worker processes, in page-locked memory for CUDA.
@@ -261,6 +275,12 @@ def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
     if encoder.kind in _PAIRS:
         return ModelBatch(size, pairs=encoder.pairs([query for query in queries for _ in range(size)], passages))
     return ModelBatch(size, queries=encoder.queries(queries), passages=encoder.passages(passages))
+
+
+def split(batch: ModelBatch, encoder: TextEncoder, n: int, cuts: Cuts) -> ModelBatch:
+    """The batch with its rows in n passes."""
+    tables = [tokens for tokens in (batch.queries, batch.passages, batch.pairs) if tokens is not None]
+    return replace(batch, passes=in_passes(tables, n, cuts, encoder.tokenizer.pad_token_id))
 
 
 def _align(

@@ -27,7 +27,7 @@ from lead_ds.retrieval.files import checksum
 
 # Settings of a teacher that do not change what it says.
 _FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
-_FREE |= {"allow_pickle", "trust_remote_code"}
+_FREE |= {"allow_pickle", "trust_remote_code", "passes"}
 _ANEW = "run lead-ds teach with this configuration, in a new folder"
 
 

@@ -58,6 +58,8 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     for scorer in (trainee.student, trainee.teacher):
         if scorer is not None and config.train.gradient_checkpointing:
             scorer.gradient_checkpointing_enable()
+        if scorer is not None:
+            scorer.recompute = config.train.grad_cache is not None
         if scorer is not None and config.train.compile:
             scorer.compile_layers()
     groups = parameter_groups(trainee, config)

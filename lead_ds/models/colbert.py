@@ -50,19 +50,24 @@ class ColBERT(Scorer):
         with `layers` those of the layers and then the final ones [K + 1, B, L, D]."""
         if tokens is not None:
             states = self._states(tokens, layers)
-            return torch.stack(states) if layers else states[-1]
+            return states if layers else states[-1]
         assert batch is not None
         assert batch.queries is not None
         assert batch.passages is not None
-        with self.tapping(tap_layers) as taps_queries:
-            queries = self._states(batch.queries, layers)
-        with self.tapping(tap_layers) as taps_passages:
-            passages = self._states(batch.passages, layers)
         q_mask, p_mask = score_mask(batch.queries), score_mask(batch.passages)
+        taps_queries = taps_passages = None
+        if batch.passes is not None:
+            states = self.in_passes(batch.passes, lambda tokens: self._states(tokens, layers))
+            (count, q_length), p_length = q_mask.shape, p_mask.shape[1]
+            queries, passages = states[:, :count, :q_length], states[:, count:, :p_length]
+        else:
+            with self.tapping(tap_layers) as taps_queries:
+                queries = self._states(batch.queries, layers)
+            with self.tapping(tap_layers) as taps_passages:
+                passages = self._states(batch.passages, layers)
 
         def features(part: slice, scale: Scale) -> TokenFeatures:
-            q_KQLD, p_KPLD = torch.stack(queries[part]), torch.stack(passages[part])
-            return TokenFeatures(q_KQLD, q_mask, p_KPLD, p_mask, scale)
+            return TokenFeatures(queries[part], q_mask, passages[part], p_mask, scale)
 
         return Output(
             final=features(slice(-1, None), self.final_scale),
@@ -71,8 +76,9 @@ class ColBERT(Scorer):
             taps_passages=taps_passages,
         )
 
-    def _states(self, tokens: Tokens, layers: Sequence[int]) -> list[Tensor]:
-        return self.run(tokens, layers, self._read_out, through_norm=True)
+    def _states(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        """[K + 1, B, L, D]: the layers asked for, then the final states."""
+        return torch.stack(self.run(tokens, layers, self._read_out, through_norm=True))
 
     def _read_out(self, state_BLD: Tensor) -> Tensor:
         for dense in self.dense:

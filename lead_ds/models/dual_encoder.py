@@ -68,10 +68,16 @@ class DualEncoder(Scorer):
         assert batch is not None
         assert batch.queries is not None
         assert batch.passages is not None
-        with self.tapping(tap_layers) as taps_queries:
-            queries = self._vectors(batch.queries, layers)
-        with self.tapping(tap_layers) as taps_passages:
-            passages = self._vectors(batch.passages, layers)
+        taps_queries = taps_passages = None
+        if batch.passes is not None:
+            vectors = self.in_passes(batch.passes, lambda tokens: self._vectors(tokens, layers))
+            count = len(batch.queries["input_ids"])
+            queries, passages = vectors[:, :count], vectors[:, count:]
+        else:
+            with self.tapping(tap_layers) as taps_queries:
+                queries = self._vectors(batch.queries, layers)
+            with self.tapping(tap_layers) as taps_passages:
+                passages = self._vectors(batch.passages, layers)
         scale = self.config.scale
         return Output(
             final=VectorFeatures(queries[-1:], passages[-1:], self.final_scale),

@@ -62,7 +62,10 @@ class LLMReranker(Scorer):
         assert batch is not None
         assert batch.pairs is not None
         with self.tapping(tap_layers) as taps:
-            scores_KB = self._scores(batch.pairs, layers)
+            if batch.passes is not None:
+                scores_KB = self.in_passes(batch.passes, lambda tokens: self._scores(tokens, layers))
+            else:
+                scores_KB = self._scores(batch.pairs, layers)
         s_KQN = scores_KB.unflatten(1, (-1, batch.group))
         scale = self.config.scale
         return Output(

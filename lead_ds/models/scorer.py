@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from lead_ds.config import ModelConfig, TeacherConfig
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
+from lead_ds.models.grad_cache import recomputed
 from lead_ds.models.taps import AttentionTaps, tap_attention
-from lead_ds.relevance import Features, Scale
+from lead_ds.relevance import Features, Scale, pad_tokens
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.passes import Passes
     from lead_ds.data.tokens import Tokens
 
 
@@ -51,6 +53,7 @@ class Scorer(nn.Module):
         parameters = inspect.signature(self.backbone.forward).parameters
         self._accepts = frozenset(parameters)
         self._decoder = is_decoder(self.backbone.config)
+        self.recompute = False  # GradCache: keep no activations of a batch's passes
 
     @property
     def backbone(self) -> Any:
@@ -78,6 +81,14 @@ class Scorer(nn.Module):
     ) -> Any:
         """Features of a batch; or, given `tokens`, what the model says of these texts or pairs: of its final state, with
         `layers` of these and then the final state, stacked."""
+
+    def in_passes(self, passes: Passes, read: Callable[[Tokens], Tensor]) -> Tensor:
+        """`read` of each pass (its dimension 1 are the rows of the pass), joined in the order of the batch."""
+        again = self.recompute and torch.is_grad_enabled()
+        said = [recomputed(read, tokens) if again else read(tokens) for tokens in passes.tokens]
+        if said[0].dim() > 3:  # token states: [K, B, L, D]
+            said = [pad_tokens(states, 2, said[0].shape[2]) for states in said]
+        return torch.cat(said, 1).index_select(1, passes.order)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; captured layers stay exact."""
