@@ -24,6 +24,7 @@ FLOORS = {
     "engine": 4,
     "cli": 5,
     "demo": 5,
+    "pipeline": 5,
     "doctor": 5,
     "__main__": 6,
 }
@@ -36,6 +37,7 @@ SAME_FLOOR = {
     ("prepare", "retrieval"),  # its atomic files and progress bars
     ("cli", "demo"),
     ("cli", "doctor"),
+    ("cli", "pipeline"),
 }
 
 

@@ -1,6 +1,7 @@
 """The configuration: one pydantic tree (`schema`), read from YAML with `key=value` overrides (`load`)."""
 
 from lead_ds.config.load import load_config, save_config
+from lead_ds.config.pipeline import EvaluateStage, Mining, PipelineConfig
 from lead_ds.config.schema import (
     AttentionLoss,
     Config,
@@ -26,12 +27,15 @@ __all__ = [
     "ContrastiveLoss",
     "DataConfig",
     "DeepSpeedFiles",
+    "EvaluateStage",
     "EvaluationConfig",
     "LayerLoss",
     "LossesConfig",
     "MarginMSELoss",
+    "Mining",
     "ModelConfig",
     "MonitorConfig",
+    "PipelineConfig",
     "ProfileConfig",
     "ResponseLoss",
     "StudentConfig",

@@ -79,8 +79,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+    """Write a run's resolved configuration as YAML; the pipeline that it may be a stage of is none of its concern."""
+    tree = config.model_dump(mode="json", exclude={"pipeline"})
+    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def _scalar(value: Any) -> Any:
@@ -120,9 +121,9 @@ def _valid_names(location: Sequence[str]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section in an annotation such as `TeacherConfig | None`."""
+    """The section in an annotation such as `TeacherConfig | None` or `list[EvaluateStage]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         return next((found for arg in typing.get_args(annotation) if (found := _section_of(arg))), None)
     return None

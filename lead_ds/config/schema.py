@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from lead_ds.config.base import Fraction, NonNegative, Positive, Section, Temperature, Weight
+from lead_ds.config.pipeline import PipelineConfig
+
 Selection = Literal["random", "last", "skip", "given"]
 Impl = Literal["auto", "triton", "torch"]
-
-
-class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, values are checked and then frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -250,7 +242,7 @@ class EvaluationConfig(Section):
 
     split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or a split that is absent: no evaluation")
     metric: str = Field("nDCG@10", description="decides which checkpoint is best; ir-measures' names")
-    measures: list[str] = ["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"]
+    measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"])
     queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
     batch_size: Positive = 64
 
@@ -294,6 +286,7 @@ class Config(Section):
     profile: ProfileConfig | None = Field(None, description="true, or the section: a table and a trace of some steps")
     kernels: Impl = Field("auto", description="triton, torch (chunked, no CUDA needed), or auto by device")
     output: str = "runs/lead"
+    pipeline: PipelineConfig | None = Field(None, description="read by `lead-ds pipeline` alone; null: its defaults")
 
     @field_validator("profile", mode="before")
     @classmethod

@@ -219,6 +219,7 @@ FREE_TO_CHANGE = {
     "train.watchdog_minutes",
     "monitor",
     "profile",
+    "pipeline",
     "data.path",
     "data.workers",
     "teacher.path",

@@ -50,8 +50,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _page(run: RunRecord, plots: dict[str, bytes]) -> str:
-    title = escape(f"Run {run.folder.resolve().name}")
-    body = [f"<h1>{title}</h1>", _table(fact_table(run), facts=True)]
+    body = [html_table(fact_table(run), facts=True)]
     for name, png in plots.items():
         heading, caption = _CAPTIONS[name]
         data = base64.b64encode(png).decode()
@@ -61,22 +60,29 @@ def _page(run: RunRecord, plots: dict[str, bytes]) -> str:
             f'<img alt="{heading}" src="data:image/png;base64,{data}">',
         ]
         if name == "losses.png":
-            body.append(_table(loss_table(run)))
+            body.append(html_table(loss_table(run)))
         elif name == "metrics.png":
-            body.append(_table(metric_table(run)))
+            body.append(html_table(metric_table(run)))
     profile = read_profile(run.folder)
     if profile is not None:
         tables = [part_table(profile), operator_table(profile)] if profile["operators"] else [part_table(profile)]
-        body += ["<h2>Where a step's time went</h2>", *map(_table, tables)]
+        body += ["<h2>Where a step's time went</h2>", *map(html_table, tables)]
     if run.config:
         body += ["<h2>Configuration</h2>", f"<pre>{escape(run.config)}</pre>"]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    return html_page(f"Run {run.folder.resolve().name}", body)
+
+
+def html_page(title: str, body: list[str]) -> str:
+    """A page of these HTML elements under a heading."""
+    name = escape(title)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>\n' + "\n".join(
-        [*body, "</body></html>\n"]
+        [f"<h1>{name}</h1>", *body, "</body></html>\n"]
     )
 
 
-def _table(table: Table, *, facts: bool = False) -> str:
+def html_table(table: Table, *, facts: bool = False) -> str:
+    """A table, its first row as heading; `facts`: names and values, without one."""
     rows = []
     for i, row in enumerate(table):
         cell = "th" if i == 0 and not facts else "td"

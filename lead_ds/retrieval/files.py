@@ -79,6 +79,10 @@ def model_checksum(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+    return checksum(model_files(folder), lambda file: file.relative_to(folder).as_posix())
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that decide what a model's directory computes, sorted."""
     files = {file for pattern in _MODEL_FILES for file in folder.glob(f"**/{pattern}")}
-    files = {file for file in files if file.is_file() and file.name not in _PER_MODEL}
-    return checksum(sorted(files), lambda file: file.relative_to(folder).as_posix())
+    return sorted(file for file in files if file.is_file() and file.name not in _PER_MODEL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def bm25_run(dataset: Dataset, query_ids: Sequence[str], k: int, *, quiet: bool 
     except ImportError:
         raise InputError("bm25", "the package bm25s is not installed", "pip install bm25s") from None
     corpus, queries = dataset.corpus, dataset.queries
-    shown = not quiet
+    shown = not quiet and sys.stderr.isatty()
     retriever = bm25s.BM25()
     retriever.index(bm25s.tokenize(corpus.texts(range(len(corpus))), show_progress=shown), show_progress=shown)
     texts = queries.texts(queries.rows(query_ids))

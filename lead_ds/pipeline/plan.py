@@ -1,0 +1,472 @@
+"""From a recipe to its stages: which there are, what each one's command is, and what decides its output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lead_ds.config import Config, EvaluateStage, Mining, PipelineConfig, load_config
+from lead_ds.engine.deepspeed_config import read_deepspeed_config
+from lead_ds.errors import InputError
+from lead_ds.pipeline.fingerprints import Fingerprints, digest
+from lead_ds.pipeline.stage import Stage
+from lead_ds.retrieval.metrics import depth, parse_measure
+
+VERSION = 1  # of what decides a stage's output
+MAIN = "distilled"
+
+# What may change without a stage's output changing: where things lie (their content counts), how often a run speaks and
+# saves, where a frozen teacher lives, and on how many processes something was made.
+FREE = {
+    "output",
+    "pipeline",
+    "profile",
+    "monitor",
+    "kernels",
+    "train.save_every",
+    "train.log_every",
+    "train.keep",
+    "train.watchdog_minutes",
+    "data.path",
+    "data.train",
+    "data.workers",
+    "student.path",
+    "teacher.path",
+    "teacher.placement",
+    "teacher.offload",
+    "teacher.offload_path",
+    "teacher.lens_path",
+    "evaluation.batch_size",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a stage of the family `evaluate` measures."""
+
+    model: str
+    data: str
+    item: EvaluateStage
+    stage: str
+
+
+class Recipe:
+    """A configuration file with overrides, and the stages that it describes."""
+
+    def __init__(self, path: Path, overrides: Sequence[str], fingerprints: Fingerprints | None = None) -> None:
+        self.path, self.overrides = path, list(overrides)
+        self.config = load_config(path, overrides)
+        self.text = path.read_bytes()
+        self.pipeline = self.config.pipeline or PipelineConfig()
+        self.output = Path(self.config.output)
+        self.fingerprints = fingerprints or Fingerprints(self.output / "stages" / "fingerprints.json")
+        self.stages: dict[str, Stage] = {}
+        self.evaluations: list[Evaluation] = []
+        self._data = Path(self.config.data.path).expanduser()
+        self._plan()
+
+    def unchanged(self) -> bool:
+        """Whether the file still says what it said: a command that is started now reads it again."""
+        if self.path.read_bytes() == self.text:
+            return True
+        return load_config(self.path, self.overrides) == self.config
+
+    def _plan(self) -> None:
+        pipeline = self.pipeline
+        if pipeline.prepare:
+            self._prepare()
+        groups, first, teacher, student = "", "", "", ""
+        if pipeline.first is not None or pipeline.mine is None:
+            groups = self._first_negatives()
+        if pipeline.first is not None:
+            first = self._train("first", "warmup", "student", pipeline.first, groups)
+        if pipeline.mine is not None:
+            groups = self._mine(first)
+        if pipeline.teacher is not None:
+            teacher = self._train("teacher", "warmup", "teacher", pipeline.teacher, groups)
+        if pipeline.student is not None:
+            student = self._train("student", "warmup", "student", pipeline.student, groups)
+        lens = self._teach("lens", pipeline.lens, groups, teacher)
+        cache = self._teach("teach", pipeline.teach, groups, teacher, lens)
+        sources = {"student": student, "teacher": teacher, "lens": lens, "cache": cache}
+        distilled = self._train("distill", "distill", "", {}, groups, **sources)
+        run = self.stages[distilled].folder / "run"
+        self._add("report", ["report", run, "--out"], "report", ("report/*",), needs=[distilled])
+        for name in pipeline.models:
+            self._evaluate(name, {"first": first, "teacher": teacher, "student": student, MAIN: distilled}[name])
+
+    def _prepare(self) -> None:
+        commands = []
+        for stage in self.pipeline.prepare:
+            command: list[Any] = ["prepare", stage.kind, stage.src, self._data]
+            options = stage.model_dump(exclude={"kind", "src", "triples"}, exclude_defaults=True)
+            commands.append([*command, *options_of(options), *([] if stage.triples else ["--no-triples"])])
+        deciding = {"prepare": [stage.model_dump(mode="json") for stage in self.pipeline.prepare]}
+        self._add(
+            "prepare", commands[0], None, ("*.jsonl", "qrels/*.tsv"), deciding, root=self._data, more=commands[1:]
+        )
+
+    def _first_negatives(self) -> str:
+        settings = self.pipeline.negatives
+        if settings.source == "given":
+            return ""
+        if settings.source == "random":
+            return f"qrels/{settings.split}.tsv"
+        return self._mined("negatives", settings, [], [], {})
+
+    def _mine(self, first: str) -> str:
+        settings = self.pipeline.mine
+        assert settings is not None
+        if settings.model is None:
+            model = self.stages[first].folder / "run" / "model"
+            return self._mined("mine", settings, ["--model", model], [first], {})
+        inputs = {"model": self.fingerprints.model(settings.model)}
+        return self._mined("mine", settings, ["--model", settings.model], [], inputs, models=(settings.model,))
+
+    def _mined(
+        self,
+        name: str,
+        settings: Mining,
+        source: list[Any],
+        needs: list[str],
+        inputs: dict[str, str],
+        models: tuple[str, ...] = (),
+    ) -> str:
+        options = settings.model_dump(include=set(Mining.model_fields))
+        command = ["mine", "--data", self._data, *source, *options_of(options), "--out"]
+        files = self._files("corpus.jsonl", "queries.jsonl", f"qrels/{settings.split}.tsv")
+        return self._add(
+            name, command, "train.jsonl", ("train.jsonl",), {"mine": options} | inputs, needs, files, models=models
+        )
+
+    def _train(self, name: str, command: str, of: str, changes: Mapping[str, Any], groups: str, **sources: str) -> str:
+        """Add a stage of `warmup` or `distill`; `sources`: stages that give its models, lens and cache."""
+        wiring, needs = self._wiring(groups, **sources)
+        overrides, config = self._settings(name, {**flat(changes), **wiring})
+        if of == "teacher" and (config.teacher is None or config.teacher.kind in ("cached", "llm_reranker")):
+            what = f"a teacher of kind {config.teacher.kind if config.teacher else 'none'} cannot be warmed up"
+            raise InputError(
+                f"{self.path}: pipeline.teacher", what, "set pipeline.teacher=null: it is used as it comes"
+            )
+        if name == "first" and config.student.kind != "dual_encoder":
+            what = f"a {config.student.kind} cannot search for negatives"
+            raise InputError(f"{self.path}: pipeline.first", what, "set pipeline.first.student.kind=dual_encoder")
+        tree = deciding(config)
+        models = {"student": config.student.path} if of != "teacher" else {}
+        if config.teacher is not None and of != "student":
+            models["teacher"] = config.teacher.path
+        if of:
+            for part in ("student" if of == "teacher" else "teacher", "losses"):
+                tree.pop(part, None)
+            tree |= {"contrastive": config.losses.contrastive.model_dump(exclude_defaults=True)}
+            del tree["deepspeed"]["teacher"]
+        given = {role: path for role, path in models.items() if f"{role}.path" not in wiring}
+        if groups not in self.stages:
+            tree["groups"] = config.data.train
+        tree |= {f"{role} model": self.fingerprints.model(path) for role, path in given.items()}
+        product = "student" if command == "distill" else "model"
+        return self._add(
+            name,
+            [command, self.path, *overrides, *(["--of", of] if of else [])],
+            "run",
+            (f"run/{product}/**/*",),
+            tree,
+            needs,
+            self._training_files(config, groups),
+            optional=self._files(f"qrels/{config.evaluation.split}.tsv") if config.evaluation.split else (),
+            models=tuple(given.values()),
+            distributed=True,
+            resumes="run/config.yaml",
+        )
+
+    def _teach(self, name: str, changes: Mapping[str, Any] | None, groups: str, teacher: str, lens: str = "") -> str:
+        """Add the stage that reads the frozen teacher: a lens that is fitted to it, or a cache of what it says."""
+        if changes is None:
+            return ""
+        wiring, needs = self._wiring(groups, teacher=teacher, lens=lens)
+        overrides, config = self._settings(name, {**flat(changes), **wiring})
+        if config.teacher is None or config.teacher.train or config.teacher.kind == "cached":
+            what = "reads a teacher that is there and stays as it is"
+            raise InputError(
+                f"{self.path}: pipeline.{name}", what, "set teacher.train=false and name the teacher itself"
+            )
+        tree = {key: value for key, value in deciding(config).items() if key in ("seed", "teacher", "data", "train")}
+        if groups not in self.stages:
+            tree["groups"] = config.data.train
+        models: tuple[str, ...] = ()
+        if "teacher.path" not in wiring:
+            models = (config.teacher.path,)
+            tree["teacher model"] = self.fingerprints.model(config.teacher.path)
+        fits = name == "lens"
+        return self._add(
+            name,
+            ["teach", self.path, *overrides, *(["--fit-lens"] if fits else []), "--out"],
+            "lens" if fits else "cache",
+            ("lens/*",) if fits else ("cache/*",),
+            tree,
+            needs,
+            self._training_files(config, groups),
+            models=models,
+            distributed=True,
+            repairs=True,
+        )
+
+    def _evaluate(self, model: str, stage: str) -> None:
+        """Add encode and index of every dataset, search and evaluate of every split, with one of the models."""
+        if not self.pipeline.evaluate:
+            return
+        section = self.config.teacher if model == "teacher" else self.config.student
+        if model != "first" and (section is None or section.kind != "dual_encoder"):
+            what = f"the {model} is no dual_encoder: it gives no vectors to index"
+            raise InputError(f"{self.path}: pipeline.models", what, "leave it out of models, or set evaluate: []")
+        inputs: dict[str, str] = {}
+        needs, models = [stage], tuple[str, ...]()
+        if stage:
+            path = str(self.stages[stage].folder / "run" / ("student" if model == MAIN else "model"))
+        else:
+            path, needs = self._as_it_comes(model), []
+            inputs, models = {"model": self.fingerprints.model(path)}, (path,)
+        for item in self.pipeline.evaluate:
+            data = self._data if item.data is None else Path(item.data).expanduser()
+            named = [] if item.data is None else [item.name or data.name]
+            parts = [*([] if model == MAIN else [model]), *named]
+            encode, index = "-".join(["encode", *parts]), "-".join(["index", *parts])
+            if encode not in self.stages:
+                self._encode(encode, path, data, needs, inputs, models)
+                self._index(index, encode)
+            elif str(data) not in self.stages[encode].commands[0]:
+                raise InputError(
+                    f"{self.path}: pipeline.evaluate", f"two datasets are called {data.name!r}", "set name"
+                )
+            stage = self._search(item, path, data, parts, [*needs, index], inputs)
+            self.evaluations.append(Evaluation(model, named[0] if named else data.name, item, stage))
+
+    def _as_it_comes(self, model: str) -> str:
+        """The path of a model that no stage trains. Raises InputError for one that is only made when training starts."""
+        section = self.config.teacher if model == "teacher" else self.config.student
+        assert section is not None
+        if getattr(section, "layers", None) is not None or section.weights == "random":
+            what = f"the {model} is made at start of training"
+            raise InputError(f"{self.path}: pipeline.models", what, f"take {model} out, or warm it up")
+        return section.path
+
+    def _encode(
+        self, name: str, path: str, data: Path, needs: list[str], inputs: dict[str, str], models: tuple[str, ...]
+    ) -> None:
+        settings = self.pipeline.encode
+        options = options_of(settings.model_dump(exclude_defaults=True))
+        self._add(
+            name,
+            ["encode", "--model", path, "--data", data, *options, "--out"],
+            "vectors",
+            ("vectors/*",),
+            {"encode": {"dtype": settings.dtype}} | inputs,
+            needs,
+            self._files("corpus.jsonl", data=data),
+            models=models,
+            distributed=True,
+            repairs=True,
+        )
+
+    def _index(self, name: str, encode: str) -> None:
+        settings = self.pipeline.index
+        options = settings.model_dump(include={"factory", "gpus", "layout"}, exclude_defaults=True)
+        command = ["index", "--vectors", self.stages[encode].folder / "vectors", *options_of(options), "--out"]
+        self._add(name, command, "index", ("index/*",), {"index": {"factory": settings.factory}}, [encode])
+
+    def _search(
+        self, item: EvaluateStage, path: str, data: Path, parts: list[str], needs: list[str], inputs: dict[str, str]
+    ) -> str:
+        for measure in item.measures:
+            parse_measure(measure, item.relevance_level)
+        settings, search = self.pipeline.index, "-".join(["search", *parts, item.split])
+        if search in self.stages:
+            where = f"{self.path}: pipeline.evaluate"
+            raise InputError(where, f"split {item.split!r} is given twice", "list all measures of a split together")
+        options = {"split": item.split, "k": depth(item.measures)}
+        options |= settings.model_dump(include={"gpus", "nprobe", "ef_search"}, exclude_defaults=True)
+        qrels = f"qrels/{item.split}.tsv"
+        index = self.stages[needs[-1]].folder / "index"
+        command = ["search", "--model", path, "--data", data, "--index", index, *options_of(options)]
+        self._add(
+            search,
+            [*command, "--tag", search, "--out"],
+            "run.trec",
+            ("run.trec",),
+            {"search": {key: value for key, value in options.items() if key != "gpus"}} | inputs,
+            needs,
+            self._files("queries.jsonl", "corpus.jsonl", qrels, data=data),
+        )
+        return self._add(
+            "-".join(["evaluate", *parts, item.split]),
+            [
+                *["evaluate", "--run", self.stages[search].folder / "run.trec", "--qrels", existing(data / qrels)],
+                *["--measures", " ".join(item.measures), "--relevance-level", item.relevance_level],
+                *["--per-query", "--json"],
+            ],
+            "scores.json",
+            ("scores.json",),
+            {"evaluate": {"measures": item.measures, "relevance_level": item.relevance_level}},
+            [search],
+            self._files(qrels, data=data),
+        )
+
+    def _wiring(self, groups: str, **sources: str) -> tuple[dict[str, Any], list[str]]:
+        """Keys that lead a command to what earlier stages made, and those stages. `groups`: a stage, a file, or as given."""
+        wiring: dict[str, Any] = {}
+        needs = [name for name in (groups, *sources.values()) if name in self.stages]
+        if groups in self.stages:
+            wiring["data.train"] = str((self.stages[groups].folder / "train.jsonl").absolute())
+        elif groups:
+            wiring["data.train"] = groups
+        if student := sources.get("student"):
+            wiring["student.path"] = str(self.stages[student].folder / "run" / "model")
+            # The model was cut, and drawn at random, when it was warmed up.
+            wiring |= {"student.layers": None} if self.config.student.layers is not None else {}
+            wiring |= {"student.weights": "pretrained"} if self.config.student.weights == "random" else {}
+        if cache := sources.get("cache"):
+            wiring |= {"teacher.kind": "cached", "teacher.path": str(self.stages[cache].folder / "cache")}
+            return wiring, needs
+        if teacher := sources.get("teacher"):
+            wiring["teacher.path"] = str(self.stages[teacher].folder / "run" / "model")
+            if self.config.teacher is not None and self.config.teacher.weights == "random":
+                wiring["teacher.weights"] = "pretrained"
+        if lens := sources.get("lens"):
+            wiring |= {"teacher.lens": "tuned", "teacher.lens_path": str(self.stages[lens].folder / "lens")}
+        return wiring, needs
+
+    def _settings(self, name: str, changes: Mapping[str, Any]) -> tuple[list[str], Config]:
+        """Overrides of a stage's command, and the configuration that it will read."""
+        own = [override for override in self.overrides if not override.strip().startswith("pipeline.")]
+        changed = [f"{key}={in_yaml(value)}" for key, value in changes.items()]
+        try:
+            return [*own, *changed], load_config(self.path, [*own, *changed])
+        except InputError as error:
+            where = error.where.replace(f"{self.path}: ", f"{self.path}: pipeline.{name}.")
+            raise InputError(where, error.what, error.remedy) from None
+
+    def _training_files(self, config: Config, groups: str) -> tuple[Path, ...]:
+        """What a training command reads of the data, beside the groups that a stage makes."""
+        files = self._files("corpus.jsonl", "queries.jsonl")
+        return files if groups in self.stages else (*files, *self._files(config.data.train))
+
+    def _files(self, *names: str, data: Path | None = None) -> tuple[Path, ...]:
+        return tuple(existing((data or self._data) / name) for name in names)
+
+    def _add(
+        self,
+        name: str,
+        command: Sequence[Any],
+        product: str | None,
+        outputs: tuple[str, ...],
+        settings: Mapping[str, Any] | None = None,
+        needs: Sequence[str] = (),
+        files: tuple[Path, ...] = (),
+        *,
+        optional: tuple[Path, ...] = (),
+        root: Path | None = None,
+        resumes: str | None = None,
+        repairs: bool = False,
+        more: Sequence[Sequence[Any]] = (),
+        **facts: Any,
+    ) -> str:
+        """Add a stage whose command ends with the place of its product, in a folder named after what decides it."""
+        needs = [need for need in needs if need]
+        prepared = "prepare" in self.stages and any(self._data in file.parents for file in (*files, *optional))
+        if prepared:
+            needs = ["prepare", *needs]
+        read = [file for file in (*files, *optional) if not (prepared and self._data in file.parents)]
+        decided = {
+            "version": VERSION,
+            **(settings or {}),
+            "stages": {need: self.stages[need].digest for need in needs},
+            "files": [self.fingerprints.file(file) for file in read],
+        }
+        key = digest(decided)
+        folder = self.output / "stages" / f"{name}-{key[:10]}"
+        commands = [tuple(map(str, one)) for one in (command, *more)]
+        if product is not None:
+            place = f"output={in_yaml(str(folder / product))}" if resumes else str(folder / product)
+            # An override stands with the others, before options.
+            at = next((i for i, word in enumerate(commands[0]) if i > 1 and word.startswith("--")), None)
+            at = at if resumes else None
+            head, tail = (commands[0], ()) if at is None else (commands[0][:at], commands[0][at:])
+            commands[0] = (*head, place, *tail)
+        self.stages[name] = Stage(
+            name=name,
+            folder=folder,
+            digest=key,
+            commands=tuple(commands),
+            outputs=outputs,
+            root=root or folder,
+            needs=tuple(needs),
+            deciding=decided,
+            files=tuple(file for file in files if file in read),
+            resumes=folder / resumes if resumes else None,
+            repairs=repairs or resumes is not None,
+            **facts,
+        )
+        return name
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """The configuration without what does not decide what a run computes; DeepSpeed's own settings by their content.
+
+    Without defaults as well, so that a key that a later version adds makes nothing anew.
+    """
+    tree = thinned(config.model_dump(mode="json", exclude_defaults=True))
+    tree["deepspeed"] = {role: read_deepspeed_config(source) for role, source in config.deepspeed}
+    return tree
+
+
+def thinned(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """A plain tree without the keys of FREE."""
+    kept = {}
+    for key, value in tree.items():
+        path = f"{at}.{key}" if at else key
+        if path not in FREE:
+            kept[key] = thinned(value, path) if isinstance(value, dict) else value
+    return kept
+
+
+def flat(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Dotted keys of a partial configuration; a DeepSpeed configuration that is given as a dictionary stays one value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{at}.{key}" if at else str(key)
+        nested = isinstance(value, dict) and value and at != "deepspeed"
+        found |= flat(value, path) if nested else {path: value}
+    return found
+
+
+def in_yaml(value: Any) -> str:
+    """A value as an override says it: bare where YAML reads it back, else in quotes."""
+    if isinstance(value, str) and value == value.strip() and "\n" not in value:
+        try:
+            if yaml.safe_load(value) == value:
+                return value
+        except yaml.YAMLError:
+            pass
+    return json.dumps(value, ensure_ascii=False)
+
+
+def options_of(settings: Mapping[str, Any]) -> list[str]:
+    """Command-line options of settings by name; true is a flag."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        option = "-k" if name == "k" else "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
+def existing(path: Path) -> Path:
+    """`path`, or its compressed form where only that is there."""
+    packed = path.with_name(path.name + ".gz")
+    return packed if not path.exists() and packed.exists() else path
