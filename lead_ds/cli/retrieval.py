@@ -170,48 +170,90 @@ def mine(
 
 
 def evaluate(
+    settings: list[str] | None = typer.Argument(
+        None,
+        help="Settings of the model, as in a configuration's teacher section: max_length=512, yes_token=Yes ...",
+        metavar="[KEY=VALUE]...",
+    ),
     model: Path | None = typer.Option(
-        None, "--model", help="A dual encoder's directory: exact search over the corpus."
+        None, "--model", help="A model's directory: a dual encoder searches the corpus, exactly; others rerank."
+    ),
+    kind: str | None = typer.Option(
+        None,
+        "--kind",
+        help="dual_encoder, colbert, cross_encoder or llm_reranker; default: what the model's files say.",
     ),
     data: Path | None = typer.Option(None, "--data", help="With --model: the dataset's folder."),
     split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),
-    run: Path | None = typer.Option(None, "--run", help="A TREC run, instead of a model."),
-    qrels: Path | None = typer.Option(None, "--qrels", help="With --run: the judgements."),
+    run: Path | None = typer.Option(
+        None, "--run", help="A TREC run: evaluated with --qrels, reranked with --model (default there: BM25's)."
+    ),
+    depth: int | None = typer.Option(
+        None, "--depth", min=1, help="Passages of each query that are reranked; default: 100."
+    ),
+    out: Path | None = typer.Option(None, "--out", help="With --model: write what it ranked, as a TREC run."),
+    qrels: Path | None = typer.Option(None, "--qrels", help="With --run alone: the judgements."),
     measures: str = MEASURES,
     relevance_level: int = LEVEL,
     per_query: bool = typer.Option(False, "--per-query", help="Also each query's values (with --json)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
     batch_size: int = BATCH,
 ) -> None:
-    """Metrics of a model on a dataset, or of a TREC run.
+    """Metrics of a model on a dataset, or of a TREC run; under a launcher, every rank does its share.
 
     lead-ds evaluate --model runs/x/student --data data/scifact --split test
 
+    lead-ds evaluate --model runs/teacher/model --data data/scifact --run bm25.trec --depth 100 --out reranked.trec
+
+    lead-ds evaluate --model qwen3-reranker --kind llm_reranker --data data/scifact max_length=512 yes_token=yes no_token=no
+
     lead-ds evaluate --run run.trec --qrels qrels.dl19-passage.txt --relevance-level 2
+
+    A ColBERT, a cross-encoder and a decoder reranker order the passages of --run, or BM25's best; a dual encoder does so
+    where --run or --depth is given, and searches the whole corpus otherwise.
     """
-    if (model is None) == (run is None):
+    if model is None and run is None:
         raise InputError("evaluate", "give --model with --data, or --run with --qrels", "see lead-ds evaluate --help")
     if model is not None and data is None:
         raise InputError("--data", "is needed with --model", "name the dataset's folder")
-    if run is not None and qrels is None:
+    if model is not None and qrels is not None:
+        raise InputError("--qrels", "goes with --run alone", "a model is judged by --data and --split")
+    if model is None and qrels is None:
         raise InputError("--qrels", "is needed with --run", "name the file of judgements")
+    if model is None and (settings or kind or depth or out):
+        raise InputError("evaluate", "settings, --kind, --depth and --out are of a model", "add --model and --data")
+    if kind is not None:
+        choice("--kind", kind, "dual_encoder", "colbert", "cross_encoder", "llm_reranker")
     from lead_ds.data.dataset import Dataset
+    from lead_ds.engine.agreement import agreed
     from lead_ds.engine.ranks import ranks
-    from lead_ds.retrieval.evaluate import evaluate_model, evaluate_run, open_encoder
+    from lead_ds.retrieval.evaluate import evaluate_model, evaluate_run
 
     names = measures.replace(",", " ").split()
-    if run is not None:
+    if model is None:
+        assert run is not None
         assert qrels is not None
         tell(evaluate_run(run, qrels, names, relevance_level), json_file, per_query)
         return
-    assert model is not None
     assert data is not None
+    from lead_ds.retrieval.rerank import DEPTH, Reranker, evaluate_reranked, find_candidates
+
     with ranks() as here:
         dataset = Dataset.open(data)
-        dataset.qrels(split)
-        scorer, encoder = open_encoder(model, here.device)
-        options: dict[str, Any] = {"relevance_level": relevance_level, "batch_size": batch_size, "peers": here}
-        scores = evaluate_model(scorer, encoder, dataset, split, names, **options)
+        queries = list(dataset.qrels(split))
+        opened = agreed(here, lambda: Reranker.open(model, kind, settings or [], here.device))
+        options: dict[str, Any] = {
+            "relevance_level": relevance_level,
+            "batch_size": batch_size,
+            "peers": here,
+            "out": out,
+        }
+        if opened.scorer.kind == "dual_encoder" and run is None and depth is None:
+            scores = evaluate_model(opened.scorer, opened.encoder, dataset, split, names, **options)
+        else:
+            found = agreed(here, lambda: find_candidates(dataset, queries, depth or DEPTH, run) if here.main else {})
+            found = here.from_main(found)
+            scores = evaluate_reranked(opened.scorer, opened.encoder, dataset, split, found, names, **options)
         if here.main:
             tell(scores, json_file, per_query)
 

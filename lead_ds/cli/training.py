@@ -1,4 +1,4 @@
-"""Commands that train: demo, distill, report."""
+"""Commands that train: demo, warmup, distill, report."""
 
 from __future__ import annotations
 
@@ -35,6 +35,35 @@ def distill(
     _say(f"student: {student}")
 
 
+def warmup(
+    config: Path = CONFIG,
+    overrides: list[str] | None = OVERRIDES,
+    of: str = typer.Option("student", "--of", help="Which model of the configuration: student or teacher."),
+    resume: bool = typer.Option(
+        False, "--resume", help="Continue the run in the output folder from its last good checkpoint."
+    ),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
+) -> None:
+    """Train one model on labels alone: a dual encoder, a ColBERT or a cross-encoder, alone or under any launcher.
+
+    The student:    lead-ds warmup run.yaml output=runs/student
+
+    The teacher:    deepspeed --num_gpus 8 --module lead_ds warmup run.yaml --of teacher output=runs/teacher
+
+    Then:           lead-ds distill run.yaml teacher.path=runs/teacher/model student.path=runs/student/model
+
+    The contrastive loss of the configuration, over in-batch and hard negatives; a cross-encoder's over the query's own
+    passages. A teacher brings its own lr and lengths. A cross-encoder made of a model without a scoring head is given a
+    new one. Writes model/ to the output folder, beside checkpoints/, metrics.jsonl, config.yaml, run.json and monitor/.
+    """
+    from lead_ds.config import load_config
+    from lead_ds.engine.warmup import warmup as run
+
+    settings = load_config(config, overrides or [])
+    model = run(settings, of, resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
+    _say(f"model: {model}")
+
+
 def report(
     run: Path = typer.Argument(..., help="The output folder of a run."),
     out: Path | None = typer.Option(None, "--out", help="Where to write; default: RUN/report."),
@@ -64,7 +93,7 @@ def demo(
 
 def add_commands(app: typer.Typer) -> None:
     """Register this file's commands."""
-    for command in (demo, distill, report):
+    for command in (demo, warmup, distill, report):
         app.command()(command)
 
 

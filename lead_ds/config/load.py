@@ -7,13 +7,15 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lead_ds.config.schema import Config
+from lead_ds.config.schema import Config, Section
 from lead_ds.errors import InputError
+
+S = TypeVar("S", bound=Section)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -46,13 +48,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: dict[str, Any], where: str | Path) -> Config:
     """The checked configuration of a plain tree; `where` names its source in errors."""
+    return parse_section(Config, tree, where)
+
+
+def parse_section(section: type[S], tree: dict[str, Any], where: str | Path) -> S:
+    """One checked section of a plain tree; `where` names its source in errors."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         # One mistake a line would break "one line"; the first is told, and the count of the others.
         first, *others = error.errors(include_url=False)
         key = ".".join(str(part) for part in first["loc"]) or "configuration"
-        what, remedy = _describe(first)
+        what, remedy = _describe(first, section)
         if others:
             remedy += f"; {len(others)} more such error{'s' if len(others) > 1 else ''} after this one"
         raise InputError(f"{where}: {key}", what, remedy) from None
@@ -94,11 +101,11 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _describe(error: Any) -> tuple[str, str]:
+def _describe(error: Any, section: type[Section]) -> tuple[str, str]:
     """What is wrong and what to do, of one pydantic error."""
     location = [part for part in error["loc"] if isinstance(part, str)]
     if error["type"] == "extra_forbidden":
-        names = _valid_names(location[:-1])
+        names = _valid_names(location[:-1], section)
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
         return "unknown key", f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
     if error["type"] == "missing":
@@ -108,9 +115,9 @@ def _describe(error: Any) -> tuple[str, str]:
     return message[:1].lower() + message[1:] + given, "correct the value"
 
 
-def _valid_names(location: Sequence[str]) -> list[str]:
-    """The keys valid in the section that `location` leads to."""
-    model: type[BaseModel] = Config
+def _valid_names(location: Sequence[str], root: type[Section]) -> list[str]:
+    """The keys valid in the section that `location` leads to from `root`."""
+    model: type[BaseModel] = root
     for part in location:
         field = model.model_fields.get(part)
         found = _section_of(field.annotation) if field else None

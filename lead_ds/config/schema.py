@@ -43,8 +43,12 @@ class ModelConfig(Section):
         "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
         "model once, not twice; 2 to 4 save padding. null: one for queries, one for passages (or one for pairs)",
     )
-    query_expansion: bool = Field(False, description="colbert: pad queries to query_length with mask tokens that count")
-    mask_punctuation: bool = Field(False, description="colbert: punctuation tokens of a passage never match")
+    query_expansion: bool | None = Field(
+        None, description="colbert: pad queries to query_length with mask tokens that count; null: as its files say"
+    )
+    mask_punctuation: bool | None = Field(
+        None, description="colbert: punctuation tokens of a passage never match; null: as its files say"
+    )
     token_dim: Positive | None = Field(None, description="colbert: width of a new token projection; null: none")
     allow_pickle: bool = Field(False, description="allow weights that come as pickle (pytorch_model.bin) only")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model: only if you read it")
@@ -238,13 +242,17 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Exact search over the corpus, during training and after it."""
+    """During training: of a dual encoder by exact search over the corpus, of others by reranking candidates."""
 
     split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or a split that is absent: no evaluation")
     metric: str = Field("nDCG@10", description="decides which checkpoint is best; ir-measures' names")
     measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"])
     queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
     batch_size: Positive = 64
+    run: str | None = Field(
+        None, description="colbert, cross_encoder: a TREC run whose passages are reranked; null: BM25's, found at start"
+    )
+    depth: Positive = Field(100, description="colbert, cross_encoder: passages of each query that are reranked")
 
 
 class MonitorConfig(Section):
@@ -302,6 +310,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        contrastive = self.losses.contrastive
+        in_group = self.student.kind == "cross_encoder" or contrastive.scope == "group"
+        if in_group and contrastive.weight > 0 and self.data.negatives == 0:
+            raise ValueError(
+                "data.negatives is 0: the contrastive loss of a cross_encoder, and of scope: group, compares a query's own "
+                "passages, and there is but one"
+            )
         if self.losses.needs_teacher and self.teacher is None:
             raise ValueError("a teacher section is missing: response, margin_mse, layer and attention losses read one")
         if self.losses.attention.weight > 0:

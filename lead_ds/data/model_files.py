@@ -12,6 +12,7 @@ from lead_ds.errors import InputError
 # Absolute positions of these families start after the padding index: two fewer tokens fit than the table has rows.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text")
 _COLBERT_QUERY, _COLBERT_PASSAGE = "query_prefix", "document_prefix"  # PyLate's names
+RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale, prompts of pairs
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class ReadingFacts:
     last_pooling: bool = False  # by modules.json, else a decoder
     token_types: bool | None = None  # whether the model tells the two texts of a pair apart by them
     positions: int | None = None
+    query_expansion: bool = False  # PyLate's do_query_expansion
+    mask_punctuation: bool = False  # PyLate's skiplist_words
 
 
 def reading_facts(path: str, trust_remote_code: bool = False) -> ReadingFacts:
     """Read the facts from a local directory or a hub repository. Raises InputError for JSON that cannot be read."""
     own = _json(path, "config_sentence_transformers.json") or {}
-    prompts = own.get("prompts") or {}
+    prompts = own.get("prompts") or (_json(path, RECORD) or {}).get("prompts") or {}
     subfolder, pooling = _modules(path)
     config = _model_config(path, subfolder, trust_remote_code)
     positions = getattr(config, "max_position_embeddings", None)
@@ -42,6 +45,8 @@ def reading_facts(path: str, trust_remote_code: bool = False) -> ReadingFacts:
         last_pooling=pooling == "last" if pooling else _is_decoder(config),
         token_types=None if config is None else (getattr(config, "type_vocab_size", 0) or 0) > 1,
         positions=positions if isinstance(positions, int) and positions > 0 else None,
+        query_expansion=bool(own.get("do_query_expansion")),
+        mask_punctuation=bool(own.get("skiplist_words")),
     )
 
 

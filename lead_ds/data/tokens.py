@@ -80,9 +80,11 @@ class TextEncoder:
         ]
         if kind == "dual_encoder" and (config.pooling == "last" or (config.pooling == "auto" and facts.last_pooling)):
             _end_with_eos(tokenizer)
+        expansion = facts.query_expansion if config.query_expansion is None else config.query_expansion
+        punctuation = facts.mask_punctuation if config.mask_punctuation is None else config.mask_punctuation
         if kind == "colbert":
             _keep_markers_whole(tokenizer, prompts)
-            if config.query_expansion and tokenizer.mask_token_id is None:
+            if expansion and tokenizer.mask_token_id is None:
                 raise InputError(config.path, "its tokenizer has no mask token", "set query_expansion: false")
         if kind == "llm_reranker" and not tokenizer.is_fast:
             raise InputError(config.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
@@ -97,8 +99,8 @@ class TextEncoder:
             passage_length=config.passage_length,
             max_length=max_length,
             token_types=types if facts.token_types is None else types and facts.token_types,
-            query_expansion=kind == "colbert" and config.query_expansion,
-            skip_tokens=_punctuation(tokenizer) if kind == "colbert" and config.mask_punctuation else frozenset(),
+            query_expansion=kind == "colbert" and expansion,
+            skip_tokens=_punctuation(tokenizer) if kind == "colbert" and punctuation else frozenset(),
             template=str(getattr(config, "template", "")),
             instruction=str(getattr(config, "instruction", "")),
             leading=_leading_tokens(tokenizer),

@@ -20,7 +20,15 @@ from lead_ds.errors import InputError, LeadError
 T = TypeVar("T")
 
 # Where the same files lie may differ between machines; what is in them may not.
-PLACES = ("data.path", "teacher.path", "teacher.offload_path", "student.path", "deepspeed.student", "deepspeed.teacher")
+PLACES = (
+    "data.path",
+    "evaluation.run",
+    "teacher.path",
+    "teacher.offload_path",
+    "student.path",
+    "deepspeed.student",
+    "deepspeed.teacher",
+)
 WHOLE, SAMPLES, SAMPLE = 1 << 26, 64, 1 << 16  # bytes: files up to WHOLE are read whole, of others SAMPLES pieces
 VISIBLE = 15.0  # seconds in which a network file system must show a new file
 

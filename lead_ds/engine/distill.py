@@ -1,4 +1,4 @@
-"""`distill`: from a configuration to a student directory. Reads as the table of contents of a run."""
+"""`distill`: from a configuration to a student directory. `train` reads as the table of contents of a run."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
 
     Every process of the run calls this. Raises InputError before anything is written where the input cannot work, and
     RunError, with the last checkpoint intact, where the work fails.
+    """
+    return train(config, "student", resume=resume, command=command, quiet=quiet)
+
+
+def train(config: Config, product: str, *, resume: bool, command: Sequence[str], quiet: bool) -> Path:
+    """Train the configuration's student by its losses, with a teacher or without; the directory OUTPUT/`product`.
+
+    Called, and raises, as `distill`.
     """
     output = Path(config.output)
     minutes, signals = config.train.watchdog_minutes, Signals()
@@ -105,7 +113,7 @@ def distill(config: Config, *, resume: bool = False, command: Sequence[str] = ()
             finally:
                 recorder.close()
         watchdog.at("export")
-        return export(config, output, engine, checkpoints, training, best, student_text, ranks)
+        return export(config, output / product, engine, checkpoints, training, best, student_text, ranks)
 
 
 @contextmanager
@@ -280,7 +288,8 @@ def describe(
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
     run = f"{groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
-    lines = [f"student {config.student.path}: {depth}; {run}"]
+    role = "student" if config.teacher else config.student.kind.replace("_", " ")
+    lines = [f"{role} {config.student.path}: {depth}; {run}"]
     if isinstance(teacher, CachedTeacher):
         lines.append(teacher.describe())
     elif teacher is not None and config.teacher is not None:
@@ -294,7 +303,7 @@ def describe(
 
 def export(
     config: Config,
-    output: Path,
+    folder: Path,
     engine: Any,
     checkpoints: Checkpoints,
     training: Training,
@@ -302,7 +311,7 @@ def export(
     encoder: TextEncoder,
     ranks: Ranks,
 ) -> Path:
-    """Write the student's directory: of the best checkpoint where an evaluation chose one, else of the last step."""
+    """Write the trained model's directory: of the best checkpoint where an evaluation chose one, else of the last step."""
     if best is not None and best["step"] != training.step:
         try:
             checkpoints.load(engine, checkpoints.folder / best["checkpoint"])
@@ -311,8 +320,7 @@ def export(
                 print(f"the best checkpoint is lost, the last step is exported: {error}", file=sys.stderr, flush=True)
     student = engine.module.student
     state = gathered_state_dict(student, ranks)
-    folder = output / "student"
     if ranks.main:
-        save_student(student, encoder, folder, state_dict=state, card=model_card(config, output))
+        save_student(student, encoder, folder, state_dict=state, card=model_card(config, folder.parent))
     ranks.barrier()
     return folder

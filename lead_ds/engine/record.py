@@ -173,7 +173,7 @@ class _Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(
-                TextColumn("distilling"),
+                TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),

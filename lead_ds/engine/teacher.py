@@ -16,11 +16,9 @@ from lead_ds.data.batches import ModelBatch
 from lead_ds.data.tokens import Tokens
 from lead_ds.engine.deepspeed_config import teacher_deepspeed_config
 from lead_ds.engine.ranks import Ranks, local_world
-from lead_ds.models.load import load_teacher, read_model_config
+from lead_ds.models.load import DTYPES, load_teacher, read_model_config
 from lead_ds.models.scorer import Output, Scorer
 from lead_ds.relevance import Features, merge
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from lead_ds.config import Config, ModelConfig
 from lead_ds.data.batches import ModelBatch
 from lead_ds.engine.deepspeed_config import student_deepspeed_config
 from lead_ds.engine.ranks import Ranks
+from lead_ds.models.load import DTYPES
 from lead_ds.models.scorer import Output, Scorer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainee(nn.Module):

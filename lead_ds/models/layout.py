@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lead_ds.data.hub import find_file
+from lead_ds.data.model_files import RECORD
 from lead_ds.errors import InputError
 
 PoolingMode = Literal["cls", "mean", "last"]
 
-RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale
+__all__ = ["RECORD", "Layout", "read_json", "read_layout", "serving_length"]
 
 _POOLING: dict[str, PoolingMode] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _LEGACY_POOLING = {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lead_ds.config import ModelConfig, StudentConfig, TeacherConfig
+from lead_ds.config.load import apply_override, parse_section
 from lead_ds.data.hub import find_file
 from lead_ds.errors import InputError
-from lead_ds.models.backbone import is_decoder, keep_layers, load_model, read_model_config
+from lead_ds.models.backbone import has_classifier, is_decoder, keep_layers, load_model, read_model_config
 from lead_ds.models.colbert import ColBERT
 from lead_ds.models.cross_encoder import CrossEncoder
 from lead_ds.models.dense import Dense, colbert_linear, load_dense
@@ -21,7 +23,10 @@ from lead_ds.models.scorer import Scorer
 if TYPE_CHECKING:
     from lead_ds.data.tokens import TextEncoder
 
-__all__ = ["load_encoder", "load_student", "load_teacher", "read_model_config"]
+__all__ = ["load_encoder", "load_scorer", "load_student", "load_teacher", "read_model_config"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LENGTHS = ("query_length", "passage_length", "max_length")
 
 
 def load_teacher(config: TeacherConfig, dtype: torch.dtype) -> Scorer:
@@ -58,6 +63,52 @@ def load_encoder(path: str, dtype: torch.dtype = torch.float32, **overrides: Any
     scorer = _load(config, "dual_encoder", dtype)
     assert isinstance(scorer, DualEncoder)
     return scorer, TextEncoder.from_config(config).serving()
+
+
+def load_scorer(
+    path: str, kind: str | None = None, settings: Sequence[str] = (), device: torch.device | str = "cpu"
+) -> tuple[Scorer, TextEncoder]:
+    """A model of any kind in evaluation mode (not yet on `device`), and its tokenisation as it was saved.
+
+    kind: dual_encoder, colbert, cross_encoder or llm_reranker; None: what its files say. settings: `key=value` of a teacher's
+    section, which win over the files (of a dual encoder: a student's). Weights are float32 unless `dtype` says otherwise,
+    an llm_reranker's on CUDA float16.
+    Raises InputError for a directory that holds another kind of model, and for a setting that is none.
+    """
+    from lead_ds.data.tokens import TextEncoder
+
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        apply_override(tree, setting)
+    record = _record(path)
+    kind = kind or kind_of(path)
+    if record.get("kind", kind) != kind:
+        raise InputError(path, f"holds a {record['kind']}", f"it cannot be read as a {kind}")
+    lengths = {name: record[name] for name in _LENGTHS if name in record}
+    if kind == "dual_encoder":
+        student = parse_section(StudentConfig, {"path": path, **tree}, path)
+        dtype = DTYPES.get(student.dtype, torch.float32)
+        return load_encoder(path, dtype, **{name: getattr(student, name) for name in tree if name != "path"})
+    config = parse_section(TeacherConfig, {"path": path, "kind": kind, **lengths, **tree}, path)
+    half = kind == "llm_reranker" and torch.device(device).type == "cuda"
+    dtype = DTYPES.get(config.dtype, torch.float16 if half else torch.float32)
+    return load_teacher(config, dtype), TextEncoder.from_config(config)
+
+
+def kind_of(path: str) -> str:
+    """The kind of a model, by its record, its modules or its architecture; a dual encoder where these tell nothing else."""
+    kind = _record(path).get("kind")
+    if kind is not None:
+        return str(kind)
+    layout = read_layout(path, late_interaction=True)
+    if layout.late_interaction:
+        return "colbert"
+    if layout.pooling is not None:
+        return "dual_encoder"
+    shape = read_model_config(StudentConfig(path=path))
+    if any("ColBERT" in str(name) for name in shape.architectures or ()):
+        return "colbert"
+    return "cross_encoder" if has_classifier(shape) else "dual_encoder"
 
 
 def _load(config: ModelConfig, kind: str, dtype: torch.dtype) -> Scorer:

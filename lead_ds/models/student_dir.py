@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import string
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lead_ds.models.dense import Dense
 from lead_ds.models.dual_encoder import DualEncoder
 from lead_ds.models.layout import RECORD
 from lead_ds.models.scorer import Scorer
+from lead_ds.report.card import USES, front_matter
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens import TextEncoder
@@ -79,6 +81,7 @@ def write_student(
     record: dict[str, Any] = {"kind": scorer.kind, "scale": scorer.config.scale}
     if isinstance(scorer, CrossEncoder):
         record["max_length"] = encoder.max_length
+        record["prompts"] = {"query": encoder.query_prompt, "document": encoder.passage_prompt}
     else:
         record |= {"query_length": encoder.query_length, "passage_length": encoder.passage_length}
         record["normalize"] = scorer.normalize
@@ -144,8 +147,9 @@ def _pylate(
             "document_prefix": encoder.passage_prompt,
             "query_length": encoder.query_length,
             "document_length": encoder.passage_length,
-            "do_query_expansion": scorer.config.query_expansion,
+            "do_query_expansion": encoder.query_expansion,
             "attend_to_expansion_tokens": False,
+            "skiplist_words": list(string.punctuation) if encoder.skip_tokens else [],
         },
     )
 
@@ -169,21 +173,7 @@ def _lengths(folder: Path, encoder: TextEncoder) -> None:
 
 
 def _card(scorer: DualEncoder | ColBERT | CrossEncoder, encoder: TextEncoder) -> str:
-    tags, example = {
-        "dual_encoder": (
-            ["sentence-transformers", "sentence-similarity"],
-            "from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer(FOLDER)\n"
-            'queries = model.encode(["..."], prompt_name="query")\n'
-            'passages = model.encode(["..."], prompt_name="document")\n'
-            "scores = model.similarity(queries, passages)",
-        ),
-        "colbert": (["ColBERT", "late-interaction"], 'StudentConfig(kind="colbert", path=FOLDER)'),
-        "cross_encoder": (
-            ["sentence-transformers", "cross-encoder", "reranker"],
-            "from sentence_transformers import CrossEncoder\n\n"
-            'scores = CrossEncoder(FOLDER).predict([("query", "passage")])',
-        ),
-    }[scorer.kind]
+    use = USES[scorer.kind]
     facts = [f"layers: {scorer.num_layers}", f"hidden size: {scorer.width}"]
     if isinstance(scorer, DualEncoder):
         facts += [f"pooling: {scorer.pooling}", f"vector width: {scorer.vector_width}"]
@@ -192,10 +182,8 @@ def _card(scorer: DualEncoder | ColBERT | CrossEncoder, encoder: TextEncoder) ->
     else:
         facts.append(f"unit-length vectors: {'yes' if scorer.normalize else 'no'}")
         facts.append(f"longest query: {encoder.query_length} tokens; longest passage: {encoder.passage_length}")
-    header = "\n".join(["---", "tags:", *(f"- {tag}" for tag in [*tags, "lead-ds"]), "---"])
-    title = scorer.kind.replace("_", " ").replace("colbert", "ColBERT")
-    listed = "\n".join(f"- {fact}" for fact in facts)
-    return f"{header}\n\n# A {title} trained with lead-ds\n\n{listed}\n\n```python\n{example}\n```\n"
+    lines = [*front_matter(scorer.kind), f"# A {use.name} trained with lead-ds", "", *(f"- {fact}" for fact in facts)]
+    return "\n".join([*lines, "", "```python", use.example, "```", ""])
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 
 from lead_ds.config import ModelConfig, StudentConfig
 from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import Qrels, Run, read_qrels, read_run
+from lead_ds.data.qrels import Qrels, Run, read_qrels, read_run, write_run
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.dual_encoder import DualEncoder
@@ -76,12 +76,13 @@ def evaluate_model(
     embed: Embed | None = None,
     peers: Peers = ALONE,
     quiet: bool = False,
+    out: str | Path | None = None,
 ) -> Scores:
     """Exact search of a split's judged queries over the whole corpus, and its metrics, equal on every process.
 
     Every process calls this, encodes its share of the corpus and searches in it; only the best results travel. queries: at
-    most so many, drawn by `seed`; 0: all. embed: how the model is run, where it is wrapped by an engine. The model is
-    in evaluation mode meanwhile. Raises InputError as `Dataset.qrels` and `score_run`.
+    most so many, drawn by `seed`; 0: all. embed: how the model is run, where it is wrapped by an engine. out: a TREC run to
+    write. The model is in evaluation mode meanwhile. Raises InputError as `Dataset.qrels` and `score_run`.
     """
     scorer = dual_encoder(scorer)
     for name in measures:
@@ -103,6 +104,8 @@ def evaluate_model(
         )
     finally:
         scorer.train(was_training)
+    if peers.rank == 0 and out is not None:
+        write_run(out, run)
     return peers.from_main(score_run(run, qrels, measures, relevance_level) if peers.rank == 0 else Scores({}, {}))
 
 

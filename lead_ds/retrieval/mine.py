@@ -108,12 +108,18 @@ def mine(
     return Mined(len(positives), negatives, counts, short)
 
 
-def bm25_run(dataset: Dataset, query_ids: Sequence[str], k: int, *, quiet: bool = False) -> Run:
-    """The k best passages of every query by BM25 (bm25s: lower case, English stop words). InputError without bm25s."""
+def bm25_package() -> Any:
+    """The package that computes BM25. Raises InputError without it."""
     try:
         import bm25s
     except ImportError:
         raise InputError("bm25", "the package bm25s is not installed", "pip install bm25s") from None
+    return bm25s
+
+
+def bm25_run(dataset: Dataset, query_ids: Sequence[str], k: int, *, quiet: bool = False) -> Run:
+    """The k best passages of every query by BM25 (bm25s: lower case, English stop words). InputError without bm25s."""
+    bm25s = bm25_package()
     corpus, queries = dataset.corpus, dataset.queries
     shown = not quiet and sys.stderr.isatty()
     retriever = bm25s.BM25()
@@ -137,11 +143,15 @@ def _candidates(
 ) -> Run:
     """The source's candidates, with its scores of the positives wherever it can tell them."""
     if isinstance(source, Mapping):
-        return _known({query: dict(found) for query, found in source.items() if query in positives}, dataset, "run")
+        return known_passages(
+            {query: dict(found) for query, found in source.items() if query in positives}, dataset, "run"
+        )
     if source == "bm25":
         return bm25_run(dataset, list(positives), depth, quiet=quiet)
     if not isinstance(source, StudentConfig) and Path(source).is_file():
-        return _known({q: found for q, found in read_run(source).items() if q in positives}, dataset, str(source))
+        return known_passages(
+            {q: found for q, found in read_run(source).items() if q in positives}, dataset, str(source)
+        )
     scorer, encoder = open_encoder(source)
     device = next(scorer.parameters()).device
     queries = list(positives)
@@ -163,7 +173,7 @@ def _candidates(
     return run
 
 
-def _known(run: Run, dataset: Dataset, where: str) -> Run:
+def known_passages(run: Run, dataset: Dataset, where: str) -> Run:
     """`run`, every passage of which the corpus has."""
     for query, found in run.items():
         names = list(found)

@@ -18,6 +18,7 @@ from lead_ds.engine.distill import distill
 from lead_ds.engine.ranks import ranks
 from lead_ds.engine.teach import teach
 from lead_ds.engine.teacher import build_teacher, resident_parameters
+from lead_ds.engine.warmup import warmup
 from lead_ds.errors import LeadError
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
 
@@ -36,6 +37,20 @@ def distil_each(configs: list[str]) -> list[Any]:
             config = load_config(path)
             try:
                 distill(config, quiet=True)
+                results.append(losses_of(Path(config.output)))
+            except LeadError as error:
+                results.append(str(error))
+    return results
+
+
+def warm_each(cases: list[tuple[str, str]]) -> list[Any]:
+    """Warm up the model of each (configuration, section) in turn: the losses, or the error that ended it."""
+    results: list[Any] = []
+    with ranks():
+        for path, of in cases:
+            try:
+                config = load_config(path)
+                warmup(config, of, quiet=True)
                 results.append(losses_of(Path(config.output)))
             except LeadError as error:
                 results.append(str(error))

@@ -1,0 +1,353 @@
+"""Rerank: read the passages that a first retriever found with a model of any kind, and order them by what it says.
+
+Dimensions: C candidates (a query with a passage), B texts or pairs of a forward, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lead_ds.data.dataset import Dataset
+from lead_ds.data.qrels import Run, read_run, write_run
+from lead_ds.data.tokens import TextEncoder, Tokens
+from lead_ds.errors import InputError, RunError
+from lead_ds.models.colbert import score_mask
+from lead_ds.models.scorer import Scorer
+from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
+from lead_ds.retrieval.encode import AHEAD, SORTED_BATCHES, ahead
+from lead_ds.retrieval.evaluate import MEASURES, draw_queries
+from lead_ds.retrieval.files import checksum
+from lead_ds.retrieval.metrics import Scores, parse_measure, score_run
+from lead_ds.retrieval.mine import bm25_run, known_passages
+from lead_ds.retrieval.peers import ALONE, Peers, share
+from lead_ds.retrieval.progress import Progress, progress
+
+T = TypeVar("T")
+TextsOf = Callable[[Sequence[int]], list[str]]
+"""Rows -> their texts."""
+
+DEPTH = 100  # candidates of a query
+COMPARED_AT_ONCE = 64  # candidates whose tokens late interaction holds at once
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """A model of any kind with its own tokenisation: a dual encoder, a ColBERT, a cross-encoder or a decoder reranker."""
+
+    scorer: Scorer
+    encoder: TextEncoder
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        kind: str | None = None,
+        settings: Sequence[str] = (),
+        device: torch.device | str | None = None,
+    ) -> Reranker:
+        """The model of a directory or hub name, in evaluation mode on `device` (default: CUDA where there is one).
+
+        kind: of a teacher's section (None: as its files say); settings: `key=value` of that section, such as
+        max_length=512. Raises InputError as `lead_ds.models.load.load_scorer`.
+        """
+        from lead_ds.models.load import load_scorer
+
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        scorer, encoder = load_scorer(str(model), kind, settings, device)
+        return cls(scorer.to(device).eval(), encoder)
+
+    def scores(self, query: str, passages: Sequence[str], batch_size: int = 64) -> list[float]:
+        """The relevance of each passage to the query."""
+        if not passages:
+            return []
+        pairs_C2 = np.stack([np.zeros(len(passages), np.int64), np.arange(len(passages))], 1)
+
+        def texts(rows: Sequence[int]) -> list[str]:
+            return [passages[row] for row in rows]
+
+        found = score_pairs(self.scorer, self.encoder, lambda rows: [query for _ in rows], texts, pairs_C2, batch_size)
+        return found.tolist()
+
+
+def evaluate_reranked(
+    scorer: Scorer,
+    encoder: TextEncoder,
+    dataset: Dataset,
+    split: str,
+    candidates: Mapping[str, Mapping[str, float]],
+    measures: Sequence[str] = MEASURES,
+    *,
+    relevance_level: int = 1,
+    queries: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+    peers: Peers = ALONE,
+    quiet: bool = False,
+    out: str | Path | None = None,
+) -> Scores:
+    """Metrics of a split's candidates in the model's order, equal on every process; arguments as `evaluate_model`.
+
+    Every process calls this with the same candidates. A judged query without candidates counts 0. out: a TREC run to write.
+    """
+    for name in measures:
+        parse_measure(name, relevance_level)
+    qrels = draw_queries(dataset.qrels(split), queries, seed)
+    wanted = {query: candidates[query] for query in qrels if query in candidates}
+    run = rerank(scorer, encoder, dataset, wanted, batch_size=batch_size, peers=peers, quiet=quiet)
+    if peers.rank == 0 and out is not None:
+        write_run(out, run)
+    return peers.from_main(score_run(run, qrels, measures, relevance_level) if peers.rank == 0 else Scores({}, {}))
+
+
+def rerank(
+    scorer: Scorer,
+    encoder: TextEncoder,
+    dataset: Dataset,
+    candidates: Mapping[str, Mapping[str, float]],
+    *,
+    batch_size: int = 64,
+    peers: Peers = ALONE,
+    quiet: bool = False,
+) -> Run:
+    """The candidates of every query with the model's scores, best first, on every process.
+
+    Every process calls this with the same candidates and scores its share of them, running the model as often as the others
+    do (so that ZeRO-3 may shard it), in evaluation mode. candidates: query id -> passage id -> a score, which is not read.
+    Raises RunError for scores that are not finite.
+    """
+    names = [(query, passage) for query, found in candidates.items() for passage in found]
+    pairs_C2 = np.stack(
+        [
+            dataset.queries.rows([query for query, _ in names]),
+            dataset.corpus.rows([passage for _, passage in names]),
+        ],
+        1,
+    )
+    was_training = scorer.training
+    scorer.eval()
+    try:
+        scores_C = score_pairs(
+            scorer,
+            encoder,
+            dataset.queries.texts,
+            dataset.corpus.texts,
+            pairs_C2,
+            batch_size,
+            peers=peers,
+            quiet=quiet,
+        )
+    finally:
+        scorer.train(was_training)
+    run: Run = {query: {} for query in candidates}
+    for (query, passage), score in zip(names, scores_C.tolist(), strict=True):
+        run[query][passage] = score
+    return {query: dict(sorted(found.items(), key=lambda item: -item[1])) for query, found in run.items()}
+
+
+def find_candidates(
+    dataset: Dataset,
+    query_ids: Sequence[str],
+    depth: int = DEPTH,
+    run: str | Path | None = None,
+    cache: Path | None = None,
+    *,
+    quiet: bool = False,
+) -> Run:
+    """The `depth` best passages of every query: of a TREC run, or BM25's.
+
+    cache: a folder in which BM25's are kept, under a name that tells corpus, queries and depth apart. Raises InputError
+    for a run that cannot be used with the dataset, and without bm25s.
+    """
+    if run is not None:
+        wanted = set(query_ids)
+        found = {query: passages for query, passages in read_run(run).items() if query in wanted}
+        if not found:
+            raise InputError(run, f"has none of the {len(wanted)} judged queries", "use a run of this split's queries")
+        best = {
+            name: dict(sorted(passages.items(), key=lambda item: -item[1])[:depth]) for name, passages in found.items()
+        }
+        return known_passages(best, dataset, str(run))
+    if cache is None:
+        return bm25_run(dataset, query_ids, depth, quiet=quiet)
+    facts = [checksum([dataset.corpus.path, dataset.queries.path]), sorted(query_ids), depth]
+    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=6).hexdigest()
+    path = cache / f"candidates-{digest}.trec.gz"
+    if path.exists():
+        return read_run(path)
+    candidates = bm25_run(dataset, query_ids, depth, quiet=quiet)
+    write_run(path, candidates, "bm25")
+    return candidates
+
+
+def score_pairs(
+    scorer: Scorer,
+    encoder: TextEncoder,
+    queries: TextsOf,
+    passages: TextsOf,
+    pairs_C2: np.ndarray,
+    batch_size: int = 64,
+    *,
+    peers: Peers = ALONE,
+    quiet: bool = True,
+) -> np.ndarray:
+    """float32 [C]: the score of each pair (row of a query, row of a passage), on every process, which scores its share.
+
+    A cross-encoder or decoder reranker reads pairs; of others, every text is read once. Raises RunError for scores that are
+    not finite.
+    """
+    reader = _Reader(scorer, encoder, batch_size, peers)
+    score = _by_pairs if scorer.scope == "group" else _by_texts
+    places, scores = score(reader, queries, passages, pairs_C2, peers.rank == 0 and not quiet)
+    out_C = np.empty(len(pairs_C2), np.float32)
+    for some, values in peers.all((places, scores)):
+        out_C[some] = values
+    if not np.isfinite(out_C).all():
+        count = int((~np.isfinite(out_C)).sum())
+        raise RunError(scorer.config.path, f"{count} of {len(out_C)} scores are not finite", "try dtype=fp32")
+    return out_C
+
+
+class _Reader:
+    """A model that reads items in batches of about equal length, tokenised ahead."""
+
+    def __init__(self, scorer: Scorer, encoder: TextEncoder, batch_size: int, peers: Peers) -> None:
+        self.scorer, self.encoder, self.batch_size, self.peers = scorer, encoder, batch_size, peers
+        self.device = next(scorer.parameters()).device
+
+    def run(
+        self,
+        count: int,
+        read: Callable[[range], list[T]],
+        size: Callable[[T], int],
+        tokenize: Callable[[list[T]], Tokens],
+        filler: T,
+    ) -> Iterator[tuple[list[int], Tokens, Tensor]]:
+        """(positions below count, their tokens, what the model says of them), batch after batch.
+
+        read: positions -> items. As many forwards as the process with most items makes: those that it lacks read `filler`.
+        """
+
+        def ordered() -> Iterator[tuple[list[int], list[T]]]:
+            stretch = self.batch_size * SORTED_BATCHES
+            for start in range(0, count, stretch):
+                items = read(range(start, min(start + stretch, count)))
+                order = sorted(range(len(items)), key=lambda i: -size(items[i]))
+                for first in range(0, len(order), self.batch_size):
+                    chosen = order[first : first + self.batch_size]
+                    yield [start + i for i in chosen], [items[i] for i in chosen]
+
+        def tokens(batch: tuple[list[int], list[T]]) -> tuple[list[int], Tokens]:
+            return batch[0], tokenize(batch[1])
+
+        own = -(-count // self.batch_size)
+        forwards = max(self.peers.all(own))
+        with ThreadPoolExecutor(1) as pool, torch.no_grad():
+            for positions, batch in ahead(pool, tokens, ordered(), AHEAD):
+                moved = self._moved(batch)
+                yield positions, moved, self.scorer(tokens=moved)
+            for _ in range(forwards - own):
+                self.scorer(tokens=self._moved(tokenize([filler])))
+
+    def _moved(self, tokens: Tokens) -> Tokens:
+        return {name: x.to(self.device) for name, x in tokens.items()}
+
+
+def _by_pairs(
+    reader: _Reader, queries: TextsOf, passages: TextsOf, pairs_C2: np.ndarray, shown: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places and scores of this process's share of the pairs, read as pairs."""
+    own = share(len(pairs_C2), reader.peers)
+    mine_C2 = pairs_C2[own.start : own.stop]
+
+    def read(places: range) -> list[tuple[str, str]]:
+        rows = mine_C2[places.start : places.stop]
+        return list(zip(queries(rows[:, 0].tolist()), passages(rows[:, 1].tolist()), strict=True))
+
+    def tokenize(texts: list[tuple[str, str]]) -> Tokens:
+        return reader.encoder.pairs([query for query, _ in texts], [passage for _, passage in texts])
+
+    scores_C = np.empty(len(own), np.float32)
+    with progress("reranking", len(own), "pairs", shown=shown) as meter:
+        for places, _, scores_B in reader.run(
+            len(own), read, lambda pair: len(pair[0]) + len(pair[1]), tokenize, ("a", "a")
+        ):
+            scores_C[places] = scores_B.float().cpu().numpy()
+            meter.advance(len(places))
+    return np.arange(own.start, own.stop), scores_C
+
+
+def _by_texts(
+    reader: _Reader, queries: TextsOf, passages: TextsOf, pairs_C2: np.ndarray, shown: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places and scores of the pairs whose passages fall to this process: vectors of passages are never all kept."""
+    rows_P, passage_of_C = np.unique(pairs_C2[:, 1], return_inverse=True)
+    own = share(len(rows_P), reader.peers)
+    mine_C = np.flatnonzero((passage_of_C >= own.start) & (passage_of_C < own.stop))
+    mine_C = mine_C[np.argsort(passage_of_C[mine_C], kind="stable")]
+    bounds_P = np.searchsorted(passage_of_C[mine_C], np.arange(own.start, own.stop + 1))
+    rows_Q, query_of_C = np.unique(pairs_C2[mine_C, 0], return_inverse=True)
+    scores_C = np.empty(len(mine_C), np.float32)
+    with progress("reranking", len(rows_Q) + len(own), "texts", shown=shown) as meter:
+        states, mask_QL = _read_queries(reader, queries, rows_Q, meter)
+
+        def read(places: range) -> list[str]:
+            return passages(rows_P[own.start + places.start : own.start + places.stop].tolist())
+
+        for places, tokens, said in reader.run(len(own), read, len, reader.encoder.passages, "a"):
+            slots = [np.arange(bounds_P[place], bounds_P[place + 1]) for place in places]
+            slots_C, in_batch_C = np.concatenate(slots), np.repeat(np.arange(len(places)), [len(s) for s in slots])
+            for first in range(0, len(slots_C), COMPARED_AT_ONCE):
+                some = slots_C[first : first + COMPARED_AT_ONCE]
+                q, p = torch.from_numpy(query_of_C[some]), torch.from_numpy(in_batch_C[first : first + len(some)])
+                q, p = q.to(said.device), p.to(said.device)
+                features: VectorFeatures | TokenFeatures
+                if mask_QL is None:
+                    features = VectorFeatures(states[None, q], said[None, p], _scale(reader.scorer))
+                else:
+                    mask_PL = score_mask(tokens)[p]
+                    features = TokenFeatures(states[None, q], mask_QL[q], said[None, p], mask_PL, _scale(reader.scorer))
+                scores_C[some] = features.group_relevance(1).logits.flatten().cpu().numpy()
+            meter.advance(len(places))
+    return mine_C, scores_C
+
+
+def _read_queries(reader: _Reader, texts: TextsOf, rows: np.ndarray, meter: Progress) -> tuple[Tensor, Tensor | None]:
+    """Vectors [Q, D] and None; or token vectors [Q, L, D] and which of them count [Q, L]."""
+    order: list[int] = []
+    states: list[Tensor] = []
+    masks: list[Tensor] = []
+
+    def read(places: range) -> list[str]:
+        return texts(rows[places.start : places.stop].tolist())
+
+    for places, tokens, said in reader.run(len(rows), read, len, reader.encoder.queries, "a"):
+        order += places
+        states.append(said)
+        if said.ndim == 3:
+            masks.append(score_mask(tokens))
+        meter.advance(len(places))
+    if not states:  # more processes than passages
+        return torch.empty(0), None
+    longest = max(state.shape[1] for state in states)
+    back = torch.from_numpy(np.argsort(order)).to(states[0].device)
+    if not masks:
+        return torch.cat(states)[back], None
+    return (
+        torch.cat([pad_tokens(state, 1, longest) for state in states])[back],
+        torch.cat([pad_tokens(mask, 1, longest) for mask in masks])[back],
+    )
+
+
+def _scale(scorer: Scorer) -> Scale:
+    """Cosines where the model's relevance is read by them; z-scores over a query's passages leave their order alone."""
+    return "cosine" if scorer.final_scale == "cosine" else "none"
