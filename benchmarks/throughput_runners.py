@@ -1,0 +1,371 @@
+"""The providers of `benchmarks.throughput`: each builds what it trains with, and runs steps under a clock."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import LOOPS, LeadLoop, Loop, Settings
+from benchmarks.throughput_inputs import Inputs, Work
+from benchmarks.throughput_memory import PeakMemory, allocated, settle
+from lead_ds.config import Config
+from lead_ds.engine.cached import CachedTeacher, with_cached_settings
+from lead_ds.engine.checkpoint import Checkpoints
+from lead_ds.engine.distill import open_inputs, open_teacher
+from lead_ds.engine.loop import Training
+from lead_ds.engine.parts import Part, Parts, PartsClock
+from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.record import Recorder
+from lead_ds.engine.signals import Signals, Stop
+from lead_ds.engine.teach import teach
+from lead_ds.engine.teacher import FrozenTeacher, build_teacher, teacher_dtype
+from lead_ds.engine.trainee import Trainee, build_engine, student_dtype
+from lead_ds.engine.watchdog import Watchdog
+from lead_ds.models.backbone import load_model
+from lead_ds.models.layout import read_layout
+from lead_ds.models.llm_reranker import LLMReranker, answer_tokens
+from lead_ds.models.load import load_student
+
+Tokens = dict[str, Tensor]
+
+
+class ProcessorClock(PartsClock):
+    """Counts the process's own time, all its threads': what else a shared CPU does disturbs it less."""
+
+    def _now(self) -> float:
+        return time.process_time()
+
+
+class Relay(Parts):
+    """Tells whoever listens now."""
+
+    def __init__(self) -> None:
+        self.to = Parts()
+
+    def at(self, part: Part) -> None:
+        self.to.at(part)
+
+    def inside(self, part: Part) -> AbstractContextManager[None]:
+        return self.to.inside(part)
+
+    def end_step(self) -> None:
+        self.to.end_step()
+
+
+class Runner(ABC):
+    """One provider. held: bytes that building it and warming it up left behind."""
+
+    name: str
+    talks = False  # whether it communicates
+    reads_teacher = True
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        settle(ranks.device)
+        self.before, self.held = allocated(ranks.device), 0.0
+
+    @abstractmethod
+    def run(self, first: int, count: int, parts: Parts) -> None:
+        """Steps `first` to `first + count - 1` of the run, told to `parts`."""
+
+    @property
+    @abstractmethod
+    def work(self) -> Work:
+        """Of an average step."""
+
+    clock: type[PartsClock] = PartsClock
+    teacher_dtype = torch.float32
+    student_dtype = torch.float32
+
+    def warm_up(self, steps: int) -> None:
+        """Steps that nobody times."""
+        self.run(0, steps, Parts())
+        settle(self.ranks.device)
+        self.held = max(0.0, allocated(self.ranks.device) - self.before)
+
+    def timed(self, first: int, count: int) -> list[dict[str, float]]:
+        """Seconds of each part of each step."""
+        clock = self.clock(self.ranks.device)
+        self.run(first, count, clock)
+        return clock.seconds()
+
+    def peaks(self, first: int) -> dict[str, float]:
+        """Bytes above `held` at the peak of each part of a step."""
+        memory = PeakMemory(self.ranks.device)
+        self.run(first, 1, memory)
+        return memory.peaks
+
+    def now(self) -> float:
+        """Bytes in use, with the caches of the allocator emptied."""
+        settle(self.ranks.device)
+        return allocated(self.ranks.device)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.__dict__ = {"name": self.name, "held": self.held}
+        gc.collect()
+
+
+class LeadDS(Runner):
+    """The engine's training loop, assembled as `lead-ds distill` does."""
+
+    talks = True
+
+    def __init__(self, name: str, config: Config, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.name = name
+        config = self.config = with_cached_settings(config)
+        self.reads_teacher = uses_teacher = config.losses.needs_teacher
+        _, _, batches, _ = open_inputs(config, uses_teacher, ranks)
+        torch.manual_seed(config.seed)
+        self.student_dtype = student_dtype(config.student, ranks.device)
+        student = load_student(config.student, self.student_dtype)
+        engine = build_engine(Trainee(student).to(ranks.device), config, self.student_dtype, ranks)
+        self.teacher: FrozenTeacher | CachedTeacher | None = None
+        if uses_teacher:
+            with _made_on(ranks.device, config):
+                self.teacher = open_teacher(config, batches, ranks)
+        if isinstance(self.teacher, FrozenTeacher):
+            assert config.teacher is not None
+            self.teacher_dtype = teacher_dtype(config.teacher, ranks.device)
+        else:
+            self.reads_teacher = False
+        output = Path(config.output).with_name(f"run-{name.replace(' ', '-')}")
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        self.relay = Relay()
+        self.training = Training(
+            config=config,
+            ranks=ranks,
+            engine=engine,
+            teacher=self.teacher,
+            batches=batches,
+            checkpoints=Checkpoints(output / "checkpoints", ranks, config.train.keep),
+            recorder=Recorder(
+                output,
+                ranks,
+                engine,
+                stop=Stop(Signals(), ranks),
+                log_every=config.train.log_every,
+                steps=config.train.steps,
+                start=0,
+                quiet=True,
+            ),
+            evaluator=None,
+            watchdog=Watchdog(ranks, 0, output, Signals()),
+            state={},
+            parts=self.relay,
+        )
+        self.output = output
+
+    def run(self, first: int, count: int, parts: Parts) -> None:
+        training, self.relay.to = self.training, parts
+        training.step = first
+        parts.at("waiting for data")
+        # A pipeline of its own for each turn: nothing is prepared while others have theirs.
+        with contextlib.closing(training.batches.windows(first, first + count)) as windows:  # type: ignore[type-var]
+            for window in windows:
+                training.optimize(window)
+                training.step += 1
+                parts.at("waiting for data")
+                parts.end_step()
+
+    @property
+    def work(self) -> Work:
+        # By the same texts as the others': only a teacher that is here reads any.
+        teacher = self.teacher.scorer if isinstance(self.teacher, FrozenTeacher) else None
+        config = self.config if teacher is not None else self.config.model_copy(update={"teacher": None})
+        inputs = Inputs(config, self.ranks)
+        inputs.step(0)
+        return inputs.work(self.training.engine.module.student, teacher)
+
+
+class Bare(Runner):
+    """The teacher's forward, where it was placed, and a student's forward and backward; on padded batches prepared before."""
+
+    name = "bare"
+
+    def __init__(self, config: Config, ranks: Ranks, teacher: FrozenTeacher | None = None) -> None:
+        super().__init__(config, ranks)
+        self.inputs = Inputs(config, ranks)
+        self.student_dtype = student_dtype(config.student, ranks.device)
+        self.student = load_student(config.student, self.student_dtype).to(ranks.device)
+        if teacher is None:
+            with _made_on(ranks.device, config):
+                teacher = build_teacher(config, ranks)
+        self.teacher = teacher
+        assert config.teacher is not None
+        self.teacher_dtype = teacher_dtype(config.teacher, ranks.device)
+
+    def run(self, first: int, count: int, parts: Parts) -> None:
+        for step in range(first, first + count):
+            batches = self.inputs.step(step)
+            parts.at("teacher forward")
+            with torch.no_grad():
+                for texts in batches:
+                    for tokens in (texts.teacher_queries, texts.teacher_passages, texts.teacher_pairs):
+                        if tokens is not None:
+                            self._teach(self._moved(tokens))
+            for texts in batches:
+                parts.at("student forward")
+                states = [
+                    self.student.backbone(**self.student._inputs(self._moved(tokens))).last_hidden_state
+                    for tokens in (texts.student_queries, texts.student_passages)
+                ]
+                parts.at("backward")
+                torch.stack([state[:, 0].float().sum() for state in states]).sum().backward()
+            self.student.zero_grad()
+            parts.at("waiting for data")
+            parts.end_step()
+
+    def _teach(self, tokens: Tokens) -> None:
+        if self.teacher.engine is not None:
+            self.teacher.engine(tokens=tokens)  # ZeRO-3 gathers for a forward from the top
+        else:
+            self.teacher.scorer.backbone(**self.teacher.scorer._inputs(tokens))
+
+    def _moved(self, tokens: Tokens) -> Tokens:
+        return {name: x.to(self.ranks.device, non_blocking=True) for name, x in tokens.items()}
+
+    @property
+    def work(self) -> Work:
+        return self.inputs.work(self.student, self.teacher.scorer)
+
+
+class LoopRunner(Runner):
+    """A baseline."""
+
+    def __init__(self, name: str, config: Config, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.name = name
+        kind = LOOPS[name]
+        self.inputs = Inputs(config, ranks, pads_to_maximum=kind.pads_to_maximum)
+        self.loop = build_loop(kind, config, ranks.device)
+        self.teacher_dtype = next(self.loop.teacher.parameters()).dtype
+        mixed = kind is not LeadLoop and ranks.device.type == "cuda"
+        self.student_dtype = torch.bfloat16 if mixed else torch.float32
+
+    def run(self, first: int, count: int, parts: Parts) -> None:
+        for step in range(first, first + count):
+            self.loop.step(self.inputs.step(step), self.inputs.layers(step), parts.at)
+            parts.at("waiting for data")
+            parts.end_step()
+
+    @property
+    def work(self) -> Work:
+        return self.inputs.work(self.loop.student, self.loop.teacher)
+
+
+def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
+    """A baseline's models, as its users would load them: LEAD's with the attention that its code knew."""
+    assert config.teacher is not None
+    assert config.student is not None
+    lead = kind is LeadLoop
+    old = {"attention": "eager", "dtype": "fp32"} if lead else {}
+    teacher_config = config.teacher.model_copy(update=old)
+    student_config = config.student.model_copy(update=old)
+    dtype = torch.float32 if lead else teacher_dtype(teacher_config, device)
+    reranker = config.teacher.kind == "llm_reranker"
+    torch.manual_seed(config.seed)
+    with _made_on(device, config):
+        teacher = load_model(teacher_config, "causal" if reranker else "base", dtype).to(device)
+        student = load_model(student_config, "base", torch.float32).to(device)
+    losses = config.losses
+    answers = None
+    if reranker:
+        from lead_ds.data.tokens import load_tokenizer
+
+        tokenizer = load_tokenizer(config.teacher.path, read_layout(config.teacher.path).subfolder, False)
+        answers = answer_tokens(tokenizer, config.teacher)
+    settings = Settings(
+        group=1 + config.data.negatives,
+        teacher_temperature=losses.response.teacher_temperature,
+        layer_teacher_temperature=losses.layer.teacher_temperature,
+        layer_temperature=losses.layer.layer_temperature,
+        clip=config.train.clip,
+        teacher_pooling="cls" if config.teacher.pooling == "cls" else "last",
+        teacher_cosine=config.teacher.scale == "cosine",
+        lr=config.train.lr,
+        reranker=answers,
+    )
+    return kind(teacher, student, settings, device)
+
+
+def _made_on(device: torch.device, config: Config) -> AbstractContextManager[Any]:
+    """Random weights of billions are drawn where they will live."""
+    random = config.teacher is not None and config.teacher.weights == "random"
+    return torch.device(device) if random and device.type == "cuda" else nullcontext()
+
+
+def build_runner(name: str, config: Config, ranks: Ranks, others: Sequence[Runner] = ()) -> Runner:
+    """A provider by its name; it may share the teacher of `others`."""
+    assert config.teacher is not None
+    if name == "bare":
+        placed = (other.teacher for other in others if isinstance(other, LeadDS))
+        return Bare(config, ranks, next((teacher for teacher in placed if isinstance(teacher, FrozenTeacher)), None))
+    if name in LOOPS:
+        return LoopRunner(name, config, ranks)
+    if name == "cached teacher":
+        cache = Path(config.output).with_name("cache")
+        if not cache.exists():
+            teach(config, cache, quiet=True)
+        tree = config.teacher.model_dump() | {"kind": "cached", "path": str(cache)}
+        given = {"kind", "path"}
+        cached = type(config.teacher).model_construct(_fields_set=given, **tree)
+        return LeadDS(name, config.model_copy(update={"teacher": cached}), ranks)
+    if name == "labels alone":
+        off = {part: {"weight": 0.0} for part in ("response", "layer", "margin_mse", "attention")}
+        tree = config.model_dump()
+        for part, change in off.items():
+            tree["losses"][part] |= change
+        return LeadDS(name, Config.model_validate(tree), ranks)
+    if name == "lead-ds":
+        return LeadDS(name, config, ranks)
+    raise SystemExit(
+        f"error: no provider {name} (one of lead-ds, bare, cached teacher, labels alone, {', '.join(LOOPS)})"
+    )
+
+
+def same_losses(config: Config, ranks: Ranks, kind: type[Loop] = LeadLoop) -> tuple[dict[str, float], dict[str, float]]:
+    """The losses of lead-ds and of a baseline by name, on the same first batch and weights: float32, without dropout."""
+    assert config.teacher is not None
+    models = {
+        "teacher": config.teacher.model_copy(update={"dtype": "fp32"}),
+        "student": config.student.model_copy(update={"dtype": "fp32"}),
+    }
+    exact = config.model_copy(update={**models, "train": config.train.model_copy(update={"accumulation": 1})})
+    ours = LeadDS("exact", exact, ranks)
+    assert isinstance(ours.teacher, FrozenTeacher)
+    scorer: Any = ours.training.engine.module.student
+    loop = build_loop(kind, exact, ranks.device)
+    copied: Any = loop.teacher.base_model
+    copied.load_state_dict(ours.teacher.scorer.model.base_model.state_dict())
+    if isinstance(ours.teacher.scorer, LLMReranker) and loop.settings.reranker is not None:
+        causal: Any = loop.teacher
+        head = causal.get_output_embeddings()
+        with torch.no_grad():
+            head.weight[list(loop.settings.reranker)] = ours.teacher.scorer.rows_2D
+    loop.student.load_state_dict(scorer.model.state_dict())
+    loop.student.eval()
+    scorer.eval()
+    inputs = Inputs(exact, ranks, pads_to_maximum=kind.pads_to_maximum)
+    theirs = loop.step(inputs.step(0), inputs.layers(0), lambda part: None)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ours.run(0, 1, Parts())
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    ours.training.recorder.flush()
+    row = json.loads((ours.output / "metrics.jsonl").read_text().splitlines()[0])
+    ours.close()
+    return row["parts"], theirs
