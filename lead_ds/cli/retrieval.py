@@ -58,17 +58,25 @@ def index(
     ),
     gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs to train and fill it on."),
     layout: str = typer.Option("shard", "--layout", help="shard or replicate, over several GPUs."),
+    data: Path | None = typer.Option(None, "--data", help="Check that the vectors are of this dataset as it is now."),
 ) -> None:
     """Build a FAISS index from encoded vectors. Vectors are added in chunks, so that they need not fit in memory.
 
     lead-ds index --vectors vectors --out index --factory IVF4096,Flat
     """
     choice("--layout", layout, "shard", "replicate")
-    from lead_ds.retrieval.encode import Vectors
+    from lead_ds.data.dataset import Dataset
+    from lead_ds.retrieval.encode import Vectors, check_texts
     from lead_ds.retrieval.index import build_index
 
-    built: Any = build_index(Vectors.open(vectors), out, factory, gpus=gpus, layout=layout)  # type: ignore[arg-type]
-    print(f"{factory}: {len(Vectors.open(vectors))} vectors: {built or out}")
+    opened = Vectors.open(vectors)
+    if data is not None:
+        dataset = Dataset.open(data)
+        check_texts(
+            opened.manifest, dataset.corpus if opened.manifest["kind"] == "corpus" else dataset.queries, vectors
+        )
+    built: Any = build_index(opened, out, factory, gpus=gpus, layout=layout)  # type: ignore[arg-type]
+    print(f"{factory}: {len(opened)} vectors: {built or out}")
 
 
 def search(
@@ -80,7 +88,9 @@ def search(
         None, "--data", help="Searched directly where there is no --index; shows texts of hits."
     ),
     index: Path | None = typer.Option(None, "--index", help="What `lead-ds index` wrote."),
-    k: int = typer.Option(10, "-k", min=1, help="Passages for each query."),
+    k: int | None = typer.Option(
+        None, "-k", min=1, help="Passages for each query; 10 are shown and 1000 written by default."
+    ),
     split: str | None = typer.Option(None, "--split", help="Only the queries that are judged in qrels/SPLIT.tsv."),
     out: Path | None = typer.Option(None, "--out", help="Write a TREC run instead of showing hits."),
     tag: str = typer.Option("lead-ds", "--tag", help="The run's name in the TREC file."),
@@ -135,7 +145,7 @@ def mine(
     run: Path | None = typer.Option(None, "--run", help="Negatives from this TREC run; neither: BM25."),
     split: str = typer.Option("train", "--split", help="The judged queries to mine for."),
     number: int = typer.Option(30, "--number", min=1, help="Negatives of each query."),
-    depth: int = typer.Option(200, "--depth", min=1, help="Candidates read of each query."),
+    depth: int | None = typer.Option(None, "--depth", min=1, help="Candidates read of each query; default: 200."),
     skip: int = typer.Option(0, "--skip", min=0, help="Leave out the first so many ranks."),
     margin: float | None = typer.Option(
         None, "--margin", help="A negative scores at least this much below the positive."
@@ -157,12 +167,18 @@ def mine(
     if model is not None and run is not None:
         raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
     from lead_ds.data.dataset import Dataset
+    from lead_ds.retrieval.index import check_k
     from lead_ds.retrieval.mine import MineSettings
     from lead_ds.retrieval.mine import mine as run_mine
 
+    dataset = Dataset.open(data)
+    if depth is None:
+        depth = max(200, number + skip)
+    else:
+        check_k(depth, len(dataset.corpus), "--depth")
     options: dict[str, Any] = {"number": number, "depth": depth, "skip": skip, "margin": margin, "ratio": ratio}
     options |= {"similar": similar, "sample": sample, "seed": seed}
-    mined = run_mine(model or run or "bm25", Dataset.open(data), out, split, MineSettings(**options))
+    mined = run_mine(model or run or "bm25", dataset, out, split, MineSettings(**options))
     left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)
     print(
         f"{mined.queries} queries, {mined.negatives} negatives: {out}" + (f"; left out: {left_out}" if left_out else "")

@@ -62,13 +62,17 @@ def read_qrels(path: str | Path) -> Qrels:
 
 
 def read_run(path: str | Path) -> Run:
-    """query id -> passage id -> score of a TREC run. Raises InputError naming file and line."""
+    """query id -> passage id -> score of a TREC run. Raises InputError naming file and line.
+
+    Scores decide the order, as in trec_eval; ranks are only checked: one that a query has twice tells of two runs in a file.
+    """
     run: Run = {}
+    ranks: dict[str, set[int]] = {}
     for number, line in read_lines(path):
         fields = line.split()
         try:
-            query, _, passage, _, score = fields[:5]
-            value = float(score)
+            query, _, passage, rank, score = fields[:5]
+            value, place = float(score), int(rank)
         except ValueError:
             value = math.nan
         if len(fields) != 6 or not math.isfinite(value):
@@ -76,6 +80,10 @@ def read_run(path: str | Path) -> Run:
         ranking = run.setdefault(query, {})
         if passage in ranking:
             raise InputError(f"{path}:{number}", f"{passage!r} is listed twice for query {query!r}", "list it once")
+        if place in ranks.setdefault(query, set()):
+            what = f"rank {place} of query {query!r} is given twice"
+            raise InputError(f"{path}:{number}", what, "is it two runs in one file? number each query's results")
+        ranks[query].add(place)
         ranking[passage] = value
     if not run:
         raise InputError(path, "holds no results", "each line is query Q0 passage rank score tag")

@@ -187,7 +187,8 @@ def _check_path(config: ModelConfig) -> None:
     folder = Path(config.path).expanduser()
     if folder.is_dir():
         if find_file(config.path, "config.json") is None and find_file(config.path, "modules.json") is None:
-            raise InputError(config.path, "not a model: it has no config.json")
+            what = "not a model: it has no config.json"
+            raise InputError(config.path, what, "name a directory that transformers or sentence-transformers saved")
     elif folder.exists():
         raise InputError(config.path, "not a model directory but a file")
     elif folder.is_absolute() or config.path.startswith((".", "~")) or len(folder.parts) > 2 or not config.path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lead_ds.data.texts import Texts
 from lead_ds.data.tokens import TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
-from lead_ds.retrieval.files import atomic, checksum, read_json, write_json
+from lead_ds.retrieval.files import atomic, data_checksum, read_json, write_json
 from lead_ds.retrieval.peers import ALONE, Peers
 from lead_ds.retrieval.progress import Progress, progress
 
@@ -154,6 +154,13 @@ class Vectors:
         return (self.folder / IDS).read_text(encoding="utf-8").split("\n")[:-1]
 
 
+def check_texts(facts: dict[str, Any], texts: Texts, where: object) -> None:
+    """Raise InputError unless `texts` are those that vectors were made of; facts: their manifest, or an index's."""
+    if facts["kind"] == texts.kind and (facts["count"] != len(texts) or facts["data"] != data_checksum(texts.path)):
+        what = f"holds vectors of another {texts.path.name} than {texts.path}, or of what it was before"
+        raise InputError(where, what, "encode and index it again, or name the dataset it was made of")
+
+
 def encode_to(
     folder: str | Path,
     embed: Embed,
@@ -187,7 +194,7 @@ def encode_to(
             "shard_rows": shard_rows,
         }
         try:
-            agreed = _agree(folder, {**facts, "data": checksum([texts.path])}, texts)
+            agreed = _agree(folder, {**facts, "data": data_checksum(texts.path)}, texts)
         except LeadError as error:
             agreed = error
     agreed = peers.from_main(agreed)

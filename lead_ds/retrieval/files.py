@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lead_ds.data.cache import cached_arrays, signature
 from lead_ds.errors import InputError, RunError
 
 # What decides a model's vectors, in a Hugging Face or sentence-transformers directory.
@@ -72,6 +75,16 @@ def checksum(paths: Iterable[Path], name: Callable[[Path], str] = lambda path: p
         except OSError as error:
             raise InputError(path, f"cannot be read: {error}", "check its permissions") from None
     return digest.hexdigest()
+
+
+def data_checksum(path: Path) -> str:
+    """`checksum` of one file of texts, remembered beside it as long as its size and time of change stay the same."""
+    key = {"version": 1, **signature(path)}
+
+    def build() -> dict[str, np.ndarray]:
+        return {"digest": np.frombuffer(bytes.fromhex(checksum([path])), np.uint8)}
+
+    return cached_arrays(path, "checksum", key, build)["digest"].tobytes().hex()
 
 
 def model_checksum(path: str | Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lead_ds.errors import InputError, RunError
-from lead_ds.retrieval.encode import IDS, Vectors
+from lead_ds.retrieval.encode import IDS, Side, Vectors
 from lead_ds.retrieval.files import atomic, read_json, write_json
 from lead_ds.retrieval.progress import progress
 
@@ -138,16 +138,28 @@ class Index:
             told = ", ".join(f"{key} {made[key]}, here {model.get(key)}" for key in changed)
             raise InputError(self.folder, f"was made by another model: {told}", "use that model, or build it again")
 
+    def check_side(self, side: Side) -> None:
+        """Raise InputError when the model now reads such texts with another prompt than the index was made with."""
+        if side.kind == self.meta["kind"] and side.prompt != self.meta["prompt"]:
+            what = f"was made with the prompt {self.meta['prompt']!r}, the model now has {side.prompt!r}"
+            raise InputError(self.folder, what, "use the model as it was, or encode and index again")
+
     def search(self, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 [Q, k] and rows int64 [Q, k], best first; row -1 where the index found fewer.
 
-        k is cut to the size of the index. Raises InputError for a k that FAISS cannot return.
+        Raises InputError for a k beyond the index, or that FAISS cannot return.
         """
-        k = min(k, len(self))
+        check_k(k, len(self))
         if k < 1 or (self._gpus and k > GPU_K):
             limit = f"at most {GPU_K} on GPUs" if k > 0 else "at least 1"
             raise InputError("k", f"{k} results cannot be searched for", f"use {limit}")
         return self._index.search(np.ascontiguousarray(queries_QD, np.float32), k)
+
+
+def check_k(k: int, passages: int, where: str = "k") -> None:
+    """Raise InputError when more results are asked for than there are passages."""
+    if k > passages:
+        raise InputError(where, f"{k} results asked of {passages} passages", f"use at most {passages}")
 
 
 def _to_gpus(index: Any, gpus: int, layout: GpuLayout, *, half: bool) -> Any:

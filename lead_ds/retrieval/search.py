@@ -18,11 +18,11 @@ from lead_ds.data.texts import Texts
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.dual_encoder import DualEncoder
-from lead_ds.retrieval.encode import encode_share
+from lead_ds.retrieval.encode import Side, check_texts, encode_share
 from lead_ds.retrieval.evaluate import make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.files import model_checksum
-from lead_ds.retrieval.index import Index
+from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.progress import progress
 
 
@@ -74,7 +74,7 @@ class Searcher:
         """Load a model with an index (`index_settings` of `Index.open`), or encode the corpus of `data` now.
 
         With an index, `data` gives the hits their texts. Raises InputError when neither is given, and when the index was
-        made by another model.
+        made by another model, with another prompt, or of other texts.
         """
         if data is None and index is None:
             raise InputError("search", "needs an index or a dataset", "give one of them")
@@ -83,6 +83,9 @@ class Searcher:
         if index is not None:
             opened = Index.open(index, **index_settings)
             opened.check_model(model_facts(model.path if isinstance(model, StudentConfig) else model, scorer))
+            opened.check_side(Side.of(encoder, "corpus"))
+            if corpus is not None:
+                check_texts(opened.meta, corpus, index)
             return cls(scorer, encoder, opened, opened.ids, corpus)
         assert corpus is not None
         with progress("encoding the corpus", len(corpus), "texts", shown=not quiet) as meter:
@@ -98,9 +101,9 @@ class Searcher:
             )
         return cls(scorer, encoder, vectors_PD, corpus.ids, corpus)
 
-    def search(self, query: str, k: int = 10) -> list[Hit]:
-        """The k best passages for one query, best first; fewer where there are fewer."""
-        run = self.run(["query"], [query], k)["query"]
+    def search(self, query: str, k: int | None = None) -> list[Hit]:
+        """The k best passages for one query, best first. k: 10 by default, or all where there are fewer."""
+        run = self.run(["query"], [query], min(10, len(self.ids)) if k is None else k)["query"]
         if self.corpus is None:
             return [Hit(name, score, "") for name, score in run.items()]
         rows = self.corpus.rows(list(run))
@@ -111,14 +114,19 @@ class Searcher:
         self,
         query_ids: Sequence[str],
         queries: Sequence[str],
-        k: int = 1000,
+        k: int | None = None,
         *,
         batch_size: int = 64,
         quiet: bool = True,
     ) -> Run:
-        """The k best passages of every query: query id -> passage id -> score, best first."""
+        """The k best passages of every query: query id -> passage id -> score, best first.
+
+        k: 1000 by default, or all where there are fewer. Raises InputError for a k below 1 or beyond the passages.
+        """
+        k = min(1000, len(self.ids)) if k is None else k
         if k < 1:
             raise InputError("k", f"{k} results cannot be searched for", "use at least 1")
+        check_k(k, len(self.ids))
 
         def texts(rows: Sequence[int]) -> list[str]:
             return [queries[row] for row in rows]

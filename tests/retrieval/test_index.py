@@ -40,7 +40,9 @@ def test_flat_is_exact(vectors: Vectors, flat: Path) -> None:
     expected = np.argsort(-(queries @ whole.T), axis=1)[:, :7]
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ whole.T, expected, 1), rtol=1e-4, atol=1e-5)
-    assert index.search(queries, 1000)[1].shape == (5, 60)
+    assert index.search(queries, 60)[1].shape == (5, 60)
+    with pytest.raises(InputError, match="k: 61 results asked of 60 passages"):
+        index.search(queries, 61)
     with pytest.raises(InputError, match="use at least 1"):
         index.search(queries, 0)
 
@@ -99,14 +101,17 @@ def test_search_with_and_without_an_index(model: Path, data: Path, flat: Path) -
     corpus = Dataset.open(data).corpus
     assert [hit.text for hit in hits] == [corpus.text(corpus.row(hit.id)) for hit in hits]
     assert Searcher.open(model, index=flat, device="cpu").search("x", k=2)[0].text == ""
-    assert len(exact.search("x", k=1000)) == 60
+    for searcher in (exact, indexed):
+        assert len(searcher.search("x", k=60)) == len(searcher.run(["q"], ["x"])["q"]) == 60
+        with pytest.raises(InputError, match="k: 1000 results asked of 60 passages"):
+            searcher.search("x", k=1000)
 
 
 def test_a_run_through_an_index_evaluates_like_the_model(model: Path, data: Path, flat: Path) -> None:
     dataset = Dataset.open(data)
     qrels = dataset.qrels("test")
     queries = dataset.queries.texts(dataset.queries.rows(list(qrels)))
-    run = Searcher.open(model, index=flat, device="cpu").run(list(qrels), queries, 100)
+    run = Searcher.open(model, index=flat, device="cpu").run(list(qrels), queries)
     measures = ["nDCG@10", "R@100"]
     expected = evaluate_path(model, data, "test", measures, quiet=True)
     assert evaluate_run(run, qrels, measures).mean == pytest.approx(expected)
