@@ -36,7 +36,11 @@ class ModelConfig(Section):
     passage_prompt: str | None = None
     query_length: Positive = 32
     passage_length: Positive = 128
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="auto: sdpa; on a GPU with flash-attn installed and a 16-bit dtype, the faster of sdpa and "
+        "flash_attention_2, measured on the run's first batch",
+    )
     passes: Positive | None = Field(
         None,
         description="forwards per micro-batch of the student, per window of the teacher: texts are sorted by length, so that "
@@ -67,6 +71,14 @@ class TeacherConfig(ModelConfig):
     batch_size: Positive | None = Field(
         None, description="texts or pairs per teacher forward; null: the whole accumulation window at once"
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile the teacher; placement: replicate only, for ZeRO-3's gathers cannot be compiled",
+    )
+    truncate: bool = Field(
+        True,
+        description="do not load layers above the highest one that the losses read (select: given, no final relevance)",
+    )
     train: bool = Field(False, description="co-train the teacher, as LEAD's paper does")
     lr: float | None = Field(None, gt=0, description="learning rate of a co-trained teacher; null: train.lr")
     instruction: str = Field(
@@ -84,6 +96,8 @@ class TeacherConfig(ModelConfig):
     def _check(self) -> TeacherConfig:
         if self.offload != "none" and self.placement == "replicate":
             raise ValueError("offload needs placement: zero3")
+        if self.compile and (self.placement == "zero3" or self.offload != "none"):
+            raise ValueError("compile needs placement: replicate")
         if self.offload == "nvme" and not self.offload_path:
             raise ValueError("offload: nvme needs offload_path, a folder on a local disk")
         if self.kind == "cached" and self.train:
@@ -113,6 +127,12 @@ class DataConfig(Section):
     negatives: NonNegative = 7
     mask_duplicates: bool = Field(
         True, description="an in-batch passage that is also a positive of the query is left out of its distribution"
+    )
+    token_cache: bool | str = Field(
+        False,
+        description="keep every text's tokens on disk, made once, and put batches together from them: true, or a folder. For "
+        "slow tokenizers or few cores; groups of ids only; a model that reads pairs otherwise than text by text goes on "
+        "tokenising",
     )
     workers: NonNegative = Field(0, description="data-loader processes per rank; 0: a thread of the rank itself")
 
@@ -228,6 +248,11 @@ class TrainConfig(Section):
         "Same loss and gradient, for one more forward of the student. null: off, every activation is kept",
     )
     compile: bool = Field(False, description="torch.compile the student")
+    overlap: bool = Field(
+        False,
+        description="the teacher of the next window runs beside the student of this one, on a CUDA stream of its own; needs "
+        "teacher.placement: replicate, and a second window in memory. Same losses. On a CPU there is nothing to gain",
+    )
     log_every: Positive = 10
     save_every: Positive = 1000
     evaluate_every: NonNegative = Field(1000, description="0: only at the end")
@@ -324,9 +349,11 @@ class Config(Section):
                 ("train.grad_cache", self.train.grad_cache),
                 ("student.passes", self.student.passes),
                 ("teacher.passes", self.teacher.passes if self.teacher else None),
+                ("train.overlap", self.train.overlap or None),
             ):
                 if value is not None:
-                    raise ValueError(f"{key} has no attention maps: set it to null, or losses.attention.weight: 0")
+                    off = "false" if value is True else "null"
+                    raise ValueError(f"{key} has no attention maps: set it to {off}, or losses.attention.weight: 0")
         if self.teacher is not None and self.teacher.kind == "cached" and self.losses.attention.weight > 0:
             raise ValueError(
                 "a cached teacher has no attention maps: set losses.attention.weight: 0, or name the model itself"

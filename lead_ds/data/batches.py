@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.alignment import UNGROUPED, token_groups
 from lead_ds.data.groups import Group, Groups
+from lead_ds.data.id_groups import IdGroups
 from lead_ds.data.passes import Cuts, Passes, even, in_passes, least_padding
 from lead_ds.data.teacher_cache import TeacherCache
+from lead_ds.data.token_cache import TokenCache
 from lead_ds.data.tokens import TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
 
@@ -109,7 +111,7 @@ class Batches:
         rank: int,
         world: int,
     ) -> None:
-        """Raises InputError when the groups are fewer than one step takes."""
+        """Raises InputError when the groups are fewer than one step takes, or when their tokens cannot be kept."""
         self.groups, self.student, self.teacher = groups, student, teacher
         self.rank, self.world, self.seed = rank, world, config.seed
         self.batch_size, self.accumulation = config.train.batch_size, config.train.accumulation
@@ -139,6 +141,21 @@ class Batches:
                 "lower train.batch_size, train.accumulation or the number of processes",
             )
 
+        self._tokens: dict[int, TokenCache] = {}
+        self._draw: Callable[[int, int, int], Group] = groups.draw
+        if config.data.token_cache:
+            self._keep_tokens(config.data.token_cache)
+
+    def _keep_tokens(self, place: bool | str) -> None:
+        """Read tokens instead of texts, of every model for which that is the same."""
+        encoders = {i: x for i, x in enumerate((self.student, self.teacher)) if isinstance(x, TextEncoder)}
+        for model, encoder in encoders.items():
+            cache = TokenCache.open(place, self.groups, encoder, rank=self.rank)
+            if cache is not None:
+                self._tokens[model] = cache
+        if len(self._tokens) == len(encoders) and not self.align and isinstance(self.groups, IdGroups):
+            self._draw = partial(self.groups.draw, texts=False)
+
     def __iter__(self) -> Iterator[Window]:
         """The first epoch."""
         return self.windows(0, self.steps_per_epoch)
@@ -154,7 +171,7 @@ class Batches:
         """Draw and tokenise one window."""
         epoch = step // self.steps_per_epoch
         rows = self.rows(step)
-        groups = [self.groups.draw(int(row), self.seed, epoch) for row in rows]
+        groups = [self._draw(int(row), self.seed, epoch) for row in rows]
         width = max(len(group.positive_keys) for group in groups)
         positive_keys = np.full((len(groups), width), -1, np.int64)
         for row, group in enumerate(groups):
@@ -185,7 +202,8 @@ class Batches:
 
     def _read(self, encoder: TextEncoder, groups: Sequence[Group], model: int) -> ModelBatch:
         """What the student (0) or the teacher (1) reads of some groups, in the passes that the configuration asks for."""
-        batch, queries = read(encoder, groups), self._grad_cache[model]
+        tokens, queries = self._tokens.get(model), self._grad_cache[model]
+        batch = read(encoder, groups) if tokens is None else ModelBatch(self.group, **tokens.read(groups))
         if queries is not None:
             return split(batch, encoder, -(-len(groups) // queries), even)
         passes = self._passes[model]

@@ -79,7 +79,7 @@ def cached_arrays(source: Path, name: str, key: Signature, build: Callable[[], A
         found = read_arrays(place, key)
         if found is not None:
             return found
-    with _lock(places[1]):
+    with locked(places[1]):
         for place in places:
             found = read_arrays(place, key)  # another process may have built it while this one waited
             if found is not None:
@@ -116,7 +116,7 @@ def write_arrays(path: Path, key: Signature, arrays: Arrays) -> None:
             file.flush()
             os.fsync(file.fileno())
 
-    _replace(path, write)
+    replaced(path, write)
 
 
 def read_arrays(path: Path, key: Signature) -> Arrays | None:
@@ -149,7 +149,7 @@ def _decompressed(path: Path) -> Path:
     target = cache_dir() / "texts" / f"{prefix}{hashlib.sha256(key).hexdigest()[:16]}-{path.stem}"
     if target.is_file():
         return target
-    with _lock(target):
+    with locked(target):
         if target.is_file():
             return target
 
@@ -171,14 +171,14 @@ def _decompressed(path: Path) -> Path:
             raise RunError(
                 target.parent, f"cannot be made: {error}", "set LEAD_DS_CACHE to a writable folder"
             ) from None
-        _replace(target, write)
+        replaced(target, write)
         for old in target.parent.glob(f"{prefix}*"):
             if old != target:
                 old.unlink(missing_ok=True)
     return target
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def replaced(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name.lstrip('.')}.", suffix=".tmp")
     os.close(handle)
@@ -193,7 +193,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _lock(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
     """One process of this machine at a time; without a usable lock everybody builds, which is only slower."""
     try:
         import fcntl

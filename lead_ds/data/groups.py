@@ -28,6 +28,7 @@ class Group:
     passages: list[str]
     keys: np.ndarray  # int64 [N]; equal keys are the same passage
     positive_keys: np.ndarray  # int64; every known positive of the query
+    query_key: int = -1  # groups of ids: the query's row; -1: its tokens are kept nowhere
     scores: np.ndarray | None = None  # float32 [N] teacher scores, NaN where absent
 
 

@@ -35,17 +35,17 @@ class IdGroups:
 
     def __init__(self, config: DataConfig, path: Path, dataset: Dataset, arrays: Arrays) -> None:
         self.path, self._config = path, config
-        self._corpus, self._queries = dataset.corpus, dataset.queries
-        self.sources = {"train": path, "corpus": self._corpus.path, "queries": self._queries.path}
+        self.corpus, self.queries = dataset.corpus, dataset.queries
+        self.sources = {"train": path, "corpus": self.corpus.path, "queries": self.queries.path}
         self._query, self._scores = arrays["query"], arrays["scores"]
         self._positives, self._positive_starts = arrays["positives"], arrays["positive_starts"]
         self._negatives, self._negative_starts = arrays["negatives"], arrays["negative_starts"]
         self.has_scores = len(self._scores) > 0
         self._known = KnownPositives(self._query, self._positive_starts, self._positives)
-        if not self._known.leave(len(self._corpus), config.negatives):
+        if not self._known.leave(len(self.corpus), config.negatives):
             raise InputError(
-                self._corpus.path,
-                f"{len(self._corpus)} passages are too few for {config.negatives} negatives of every query",
+                self.corpus.path,
+                f"{len(self.corpus)} passages are too few for {config.negatives} negatives of every query",
                 "lower data.negatives",
             )
 
@@ -65,8 +65,11 @@ class IdGroups:
     def __len__(self) -> int:
         return len(self._query)
 
-    def draw(self, row: int, seed: int, epoch: int) -> Group:
-        """See `Groups.draw`. Negatives come from the line's list, then from the corpus at random; none is a positive."""
+    def draw(self, row: int, seed: int, epoch: int, *, texts: bool = True) -> Group:
+        """See `Groups.draw`. Negatives come from the line's list, then from the corpus at random; none is a positive.
+
+        texts: false leaves the texts themselves unread and empty.
+        """
         draw, wanted = Draw(seed, epoch, row), self._config.negatives
         first, last = int(self._positive_starts[row]), int(self._positive_starts[row + 1])
         chosen = [first + draw.below(last - first)]
@@ -82,18 +85,19 @@ class IdGroups:
                 rows.append(candidate)
                 chosen.append(start + i)
         while len(rows) <= wanted:
-            candidate = draw.below(len(self._corpus))
+            candidate = draw.below(len(self.corpus))
             if candidate not in taken:
                 taken.add(candidate)
                 rows.append(candidate)
         query = int(self._query[row])
         return Group(
-            query_id=self._queries.ids[query],
-            query=self._queries.text(query),
-            passage_ids=[self._corpus.ids[i] for i in rows],
-            passages=self._corpus.texts(rows),
+            query_id=self.queries.ids[query],
+            query=self.queries.text(query) if texts else "",
+            passage_ids=[self.corpus.ids[i] for i in rows],
+            passages=self.corpus.texts(rows) if texts else [""] * len(rows),
             keys=np.array(rows, np.int64),
             positive_keys=known,
+            query_key=query,
             scores=self._scores_of(chosen, len(rows)) if self.has_scores else None,
         )
 
@@ -101,7 +105,7 @@ class IdGroups:
         """See `Groups.pool`."""
         first, last = int(self._positive_starts[row]), int(self._positive_starts[row + 1])
         keys = np.concatenate([np.unique(self._positives[first:last]), self._offered(row)]).astype(np.int64)
-        return Pool(self._queries.text(int(self._query[row])), keys, self._corpus.texts(keys))
+        return Pool(self.queries.text(int(self._query[row])), keys, self.corpus.texts(keys))
 
     def offered(self, row: int) -> int:
         """See `Groups.offered`."""

@@ -5,11 +5,13 @@ Dimensions: B texts or pairs, L tokens of the longest of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 Tokens = dict[str, Tensor]
 """input_ids, attention_mask, where the model uses them token_type_ids, and for ColBERT score_mask: int64 [B, L]."""
 
-Rows = list[list[int]]
+Rows = Sequence[Sequence[int] | np.ndarray]
 
 _TOKENIZER_FILE = re.compile(r".*token.*\.(json|model)$|vocab|.*\.model$|tekken")
 
@@ -120,9 +122,12 @@ class TextEncoder:
         ColBERT: `score_mask` marks the tokens that count. With query expansion every row is filled up to `length` with mask
         tokens, which count in the score and are not attended to.
         """
-        length = length or self.query_length
-        rows, types = self._encode([self.query_prompt + text for text in texts], None, length)
-        tokens = self._padded(rows, types, length if self.query_expansion else 0)
+        rows, types = self._encode([self.query_prompt + text for text in texts], None, length or self.query_length)
+        return self.query_tokens(rows, types, length)
+
+    def query_tokens(self, rows: Rows, types: Rows | None = None, length: int | None = None) -> Tokens:
+        """`queries`, of their tokens."""
+        tokens = self.padded(rows, types, (length or self.query_length) if self.query_expansion else 0)
         if self.kind == "colbert":
             tokens["score_mask"] = tokens["attention_mask"].clone()
             if self.query_expansion:
@@ -136,7 +141,11 @@ class TextEncoder:
         ColBERT: `score_mask` marks the tokens that count: all real ones, without punctuation where that is masked.
         """
         rows, types = self._encode([self.passage_prompt + text for text in texts], None, length or self.passage_length)
-        tokens = self._padded(rows, types)
+        return self.passage_tokens(rows, types)
+
+    def passage_tokens(self, rows: Rows, types: Rows | None = None) -> Tokens:
+        """`passages`, of their tokens."""
+        tokens = self.padded(rows, types)
         if self.kind == "colbert":
             skip = torch.tensor(sorted(self.skip_tokens), dtype=torch.int64)
             tokens["score_mask"] = tokens["attention_mask"] * (~torch.isin(tokens["input_ids"], skip)).long()
@@ -180,11 +189,42 @@ class TextEncoder:
         cut; the question and the end of the prompt never are, so that only a question that alone is longer than max_length
         makes a longer row.
         """
+        return self.padded(*self.pair_rows(queries, passages))
+
+    def pair_rows(self, queries: Sequence[str], passages: Sequence[str]) -> tuple[Rows, Rows | None]:
+        """The tokens and types of `pairs`, before they are padded."""
         if self.kind == "llm_reranker":
-            return self._padded(self._prompts(queries, passages), None)
+            return self._prompts(queries, passages), None
         first = [self.query_prompt + text for text in queries]
-        rows, types = self._encode(first, [self.passage_prompt + text for text in passages], self.max_length)
-        return self._padded(rows, types)
+        return self._encode(first, [self.passage_prompt + text for text in passages], self.max_length)
+
+    def ids(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
+        """The tokens of texts as they are, each read alone and cut to `length`; None: as part of a pair, whole.
+
+        Raises InputError where a text alone has types that are not all 0: those would be lost.
+        """
+        alone = length is not None
+        with self._lock:
+            encoded = self.tokenizer(
+                list(texts),
+                truncation=alone,
+                max_length=length,
+                add_special_tokens=alone,
+                return_attention_mask=False,
+                return_token_type_ids=self.token_types,
+                verbose=False,  # what is whole may be longer than the model reads
+            )
+            self._forget_truncation()
+        if alone and self.token_types and any(map(any, encoded["token_type_ids"])):
+            what = "its tokenizer gives a text alone other types than 0"
+            raise InputError(self.path, what, "set data.token_cache: false")
+        return encoded["input_ids"]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The tokenizer, for a call of its own."""
+        with self._lock:
+            yield
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -244,10 +284,11 @@ class TextEncoder:
             rows.append(start + ids)
         return rows
 
-    def _padded(self, rows: Rows, types: Rows | None, length: int = 0) -> Tokens:
+    def padded(self, rows: Rows, types: Rows | None, length: int = 0) -> Tokens:
+        """Rows of tokens and of types, padded to the longest, or to `length`."""
         pad = self.tokenizer.pad_token_id
         # An empty text of a tokenizer that adds nothing: one token to attend to, or a softmax over nothing is NaN.
-        rows = [row or [pad] for row in rows]
+        rows = [row if len(row) else [pad] for row in rows]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         width = max(int(lengths.max()), length)
         mask = np.arange(width) < lengths[:, None]
@@ -256,8 +297,8 @@ class TextEncoder:
         tokens = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
         if self.token_types:
             table = np.zeros((len(rows), width), np.int64)
-            if types is not None and any(types):
-                table[mask] = np.concatenate([row or [0] for row in types])
+            if types is not None and any(len(row) for row in types):
+                table[mask] = np.concatenate([row if len(row) else [0] for row in types])
             tokens["token_type_ids"] = torch.from_numpy(table)
         return tokens
 
@@ -265,6 +306,13 @@ class TextEncoder:
         # The tokenizer keeps the last call's truncation and would save it into the student's tokenizer.json.
         if self.tokenizer.is_fast:
             self.tokenizer.backend_tokenizer.no_truncation()
+
+
+def tokenizer_checksum(encoder: TextEncoder) -> str:
+    """A hash of what a tokenizer does: of all its state, or of a slow one's vocabulary."""
+    tokenizer = encoder.tokenizer
+    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
 
 
 def load_tokenizer(path: str, subfolder: str = "", trust_remote_code: bool = False) -> Any:

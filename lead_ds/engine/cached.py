@@ -5,8 +5,6 @@ Dimensions: A micro-batches of B queries, N passages of each, T layers of the te
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.batches import ModelBatch
 from lead_ds.data.groups import Groups
 from lead_ds.data.teacher_cache import TeacherCache, read_manifest
-from lead_ds.data.tokens import TextEncoder
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.teacher import TeacherView
 from lead_ds.errors import InputError
@@ -27,7 +24,7 @@ from lead_ds.retrieval.files import checksum
 
 # Settings of a teacher that do not change what it says.
 _FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
-_FREE |= {"allow_pickle", "trust_remote_code", "passes"}
+_FREE |= {"allow_pickle", "trust_remote_code", "passes", "truncate", "compile"}
 _ANEW = "run lead-ds teach with this configuration, in a new folder"
 
 
@@ -167,10 +164,3 @@ def stored_scale(kind: str, scale: str) -> Scale:
     A model of pairs gives scores, which have no cosine.
     """
     return "cosine" if scale == "cosine" and kind in ("dual_encoder", "colbert") else "none"
-
-
-def tokenizer_checksum(encoder: TextEncoder) -> str:
-    """A hash of what a tokenizer does: of all its state, or of a slow one's vocabulary."""
-    tokenizer = encoder.tokenizer
-    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
-    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()

@@ -31,9 +31,9 @@ from lead_ds.data.teacher_cache import (
     shard_arrays,
     shard_path,
 )
-from lead_ds.data.tokens import TextEncoder, Tokens
+from lead_ds.data.tokens import TextEncoder, Tokens, tokenizer_checksum
 from lead_ds.engine.agreement import agreed, check_agreement, check_shared, flat
-from lead_ds.engine.cached import data_facts, deciding_settings, epochs_of, stored_scale, tokenizer_checksum
+from lead_ds.engine.cached import data_facts, deciding_settings, epochs_of, stored_scale
 from lead_ds.engine.distill import closed_to_others
 from lead_ds.engine.provenance import provenance
 from lead_ds.engine.ranks import Ranks
