@@ -17,6 +17,7 @@ from lead_ds.data.groups import Groups, open_groups
 from lead_ds.data.teacher_cache import TeacherCache
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.engine.agreement import agreed, check_agreement, check_shared
+from lead_ds.engine.attention import candidates, choose_attention
 from lead_ds.engine.cached import CachedTeacher, open_cache, reads_cache, with_cached_settings
 from lead_ds.engine.checkpoint import Checkpoints, write_json
 from lead_ds.engine.evaluation import Evaluator
@@ -27,7 +28,7 @@ from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.ranks import ranks as joined_ranks
 from lead_ds.engine.record import Recorder
 from lead_ds.engine.signals import Signals, Stop
-from lead_ds.engine.teacher import FrozenTeacher, build_teacher, teacher_dtype
+from lead_ds.engine.teacher import FrozenTeacher, build_teacher, depth_needed, teacher_dtype
 from lead_ds.engine.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.engine.watchdog import Watchdog
 from lead_ds.errors import InputError, RunError
@@ -74,7 +75,9 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
         if uses_teacher and config.teacher and config.teacher.train:
             teacher_settings = config.teacher
             cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
-        engine = build_engine(Trainee(student, cotrained).to(ranks.device), config, dtype, ranks)
+        trainee = Trainee(student, cotrained).to(ranks.device)
+        fit_attention(trainee, config, batches, dtype, ranks)
+        engine = build_engine(trainee, config, dtype, ranks)
         teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
         check_layers(config, student.num_layers, teacher or cotrained)
 
@@ -146,7 +149,28 @@ def open_teacher(config: Config, batches: Batches, ranks: Ranks) -> FrozenTeache
     """The teacher that is not trained: its cache, or the model itself."""
     if isinstance(batches.teacher, TeacherCache) and config.teacher is not None:
         return CachedTeacher(batches.teacher, config.teacher, ranks.device)
-    return build_teacher(config, ranks)
+    teacher = build_teacher(config, ranks, depth_needed(config))
+    assert config.teacher is not None
+    backends = candidates(config.teacher, teacher_dtype(config.teacher, ranks.device), ranks.device)
+    if backends:
+        sample = batches.window(0).teacher
+        choose_attention(teacher.scorer, backends, lambda: teacher.window(sample, []), ranks)
+    return teacher
+
+
+def fit_attention(trainee: Trainee, config: Config, batches: Batches, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Give the student the attention backend that is the fastest for it, forward and backward."""
+    backends = candidates(config.student, dtype, ranks.device)
+    if not backends:
+        return
+    sample = batches.window(0).student[0].to(ranks.device)
+
+    def run() -> None:
+        final = trainee.student(sample).final
+        final.group_relevance(batches.group).logits.sum().backward()
+
+    choose_attention(trainee.student, backends, run, ranks)
+    trainee.zero_grad(set_to_none=True)
 
 
 def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
@@ -266,6 +290,7 @@ def write_facts(
         held, whole = teacher.parameter_bytes()
         facts["teacher"] = {
             "placement": teacher.placement,
+            "attention": teacher.scorer.backbone.config._attn_implementation,
             "dtype": str(teacher_dtype(config.teacher, ranks.device)),
             "parameter_bytes": whole,
             "parameter_bytes_per_rank": held,

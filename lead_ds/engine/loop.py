@@ -10,6 +10,7 @@ import torch
 
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches, Window
+from lead_ds.engine.ahead import AheadTeacher, with_next
 from lead_ds.engine.cached import CachedTeacher
 from lead_ds.engine.checkpoint import Checkpoints
 from lead_ds.engine.evaluation import Evaluator
@@ -57,6 +58,8 @@ class Training:
         self.objective = Objective(
             config.losses, impl=config.kernels, cotrain=cotrained is not None, mean=self.scope.mean
         )
+        frozen = teacher if isinstance(teacher, FrozenTeacher) else None
+        self.ahead = AheadTeacher(frozen) if config.train.overlap and frozen is not None else None
         taught_by = teacher if teacher is not None else cotrained
         self.teacher_depth = taught_by.num_layers if taught_by is not None else 0
         self.student_depth = engine.module.student.num_layers
@@ -73,8 +76,8 @@ class Training:
         if train.patience and self.worse >= train.patience:
             return self.best
         with self.windows() as windows:
-            for window in windows:
-                self.optimize(window)
+            for window, following in with_next(windows) if self.ahead else ((window, None) for window in windows):
+                self.optimize(window, following)
                 self.step += 1
                 last = self.step == train.steps
                 due = last or (train.evaluate_every > 0 and self.step % train.evaluate_every == 0)
@@ -109,8 +112,11 @@ class Training:
             if hasattr(windows, "close"):
                 windows.close()
 
-    def optimize(self, window: Window) -> None:
-        """One optimizer step: the teacher's one forward for the window, then the student's micro-batches."""
+    def optimize(self, window: Window, following: Window | None = None) -> None:
+        """One optimizer step: the teacher's one forward for the window, then the student's micro-batches.
+
+        following: the next step's window, where the teacher runs ahead.
+        """
         config, step = self.config, self.step
         # Dropout depends on (seed, step, rank) only: a resumed run has no generator to restore.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + self.ranks.rank)
@@ -118,7 +124,12 @@ class Training:
         teacher_layers, student_layers = self._layers("layer", step)
         teacher_taps, student_taps = self._layers("attention", step)
         self._at("teacher forward")
-        view = self.teacher.window(window.teacher, teacher_layers, teacher_taps) if self.teacher else None
+        if self.ahead is not None:
+            view: TeacherView | None = self.ahead.take(window, teacher_layers)
+            if following is not None:
+                self.ahead.begin(following, self._layers("layer", step + 1)[0])
+        else:
+            view = self.teacher.window(window.teacher, teacher_layers, teacher_taps) if self.teacher else None
         sums = StepSums()
         done = 0
         for index, batch in enumerate(window.student):

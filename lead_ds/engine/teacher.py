@@ -16,6 +16,9 @@ from lead_ds.data.batches import ModelBatch
 from lead_ds.data.tokens import Tokens
 from lead_ds.engine.deepspeed_config import teacher_deepspeed_config
 from lead_ds.engine.ranks import Ranks, local_world
+from lead_ds.errors import InputError
+from lead_ds.losses.selection import teacher_layers_needed
+from lead_ds.models.backbone import cut_shape
 from lead_ds.models.load import DTYPES, load_teacher, read_model_config
 from lead_ds.models.scorer import Output, Scorer
 from lead_ds.relevance import Features, merge
@@ -78,14 +81,19 @@ class FrozenTeacher:
         return held, whole
 
 
-def build_teacher(config: Config, ranks: Ranks) -> FrozenTeacher:
-    """Load, place and freeze the teacher of a configuration."""
+def build_teacher(config: Config, ranks: Ranks, depth: int | None = None) -> FrozenTeacher:
+    """Load, place and freeze the teacher of a configuration; with `depth`, its first layers only."""
     assert config.teacher is not None
     settings = config.teacher
     dtype = teacher_dtype(settings, ranks.device)
-    placement = choose_placement(settings, dtype, ranks)
+    placement = choose_placement(settings, dtype, ranks, depth)
+    if settings.compile and placement != "replicate":
+        what = f"the teacher's placement is {placement}, whose gathers cannot be compiled"
+        raise InputError("teacher.compile", what, "set it to false, or teacher.placement=replicate")
     if placement == "replicate":
-        scorer = _frozen(load_teacher(settings, dtype)).to(ranks.device)
+        scorer = _frozen(load_teacher(settings, dtype, depth)).to(ranks.device)
+        if settings.compile:
+            scorer.compile_layers()
         return FrozenTeacher(scorer, None, placement, ranks.device)
     import deepspeed
 
@@ -99,7 +107,7 @@ def build_teacher(config: Config, ranks: Ranks) -> FrozenTeacher:
         offload_path=settings.offload_path,
     )
     with _sharded_loading(tree):
-        scorer = load_teacher(settings, dtype)
+        scorer = load_teacher(settings, dtype, depth)
     engine = deepspeed.initialize(model=_frozen(scorer), config=tree)[0]
     engine.eval()
     return FrozenTeacher(scorer, engine, placement, ranks.device)
@@ -112,13 +120,23 @@ def teacher_dtype(settings: TeacherConfig, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-def choose_placement(settings: TeacherConfig, dtype: torch.dtype, ranks: Ranks) -> str:
+def depth_needed(config: Config) -> int | None:
+    """How many of the teacher's layers a distillation needs; None: all of them."""
+    assert config.teacher is not None
+    if not config.teacher.truncate:
+        return None
+    whole = int(read_model_config(config.teacher).get_text_config().num_hidden_layers)
+    needed = teacher_layers_needed(config.losses, whole)
+    return needed if needed < whole else None
+
+
+def choose_placement(settings: TeacherConfig, dtype: torch.dtype, ranks: Ranks, depth: int | None = None) -> str:
     """`auto`: a copy per rank where it takes less than a third of the memory there is, else shards."""
     if settings.placement != "auto" or settings.offload != "none":
         return "replicate" if settings.placement == "replicate" else "zero3"
     if ranks.world == 1:
         return "replicate"
-    needed = count_parameters(settings) * dtype.itemsize
+    needed = count_parameters(settings, depth) * dtype.itemsize
     if ranks.device.type == "cuda":
         room = torch.cuda.mem_get_info(ranks.device)[0]
     else:
@@ -127,12 +145,15 @@ def choose_placement(settings: TeacherConfig, dtype: torch.dtype, ranks: Ranks) 
     return "replicate" if needed * 3 < min(ranks.all(room)) else "zero3"
 
 
-def count_parameters(settings: TeacherConfig) -> int:
-    """Parameters of the backbone, from its configuration alone."""
+def count_parameters(settings: TeacherConfig, depth: int | None = None) -> int:
+    """Parameters of the backbone, or of its first layers, from its configuration alone."""
     from transformers import AutoModel
 
+    shape = read_model_config(settings)
+    if depth is not None:
+        cut_shape(shape, range(depth))
     with torch.device("meta"):
-        model = AutoModel.from_config(read_model_config(settings), trust_remote_code=settings.trust_remote_code)
+        model = AutoModel.from_config(shape, trust_remote_code=settings.trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

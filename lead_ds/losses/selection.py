@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from lead_ds.config import AttentionLoss, LayerLoss
+from lead_ds.config import AttentionLoss, LayerLoss, LossesConfig
 from lead_ds.errors import InputError
 
 
@@ -32,6 +32,14 @@ def select_layers(
     draw = step // config.every
     teacher = _select(config.select, config.k, teacher_layers, f"{key} {seed} {draw} teacher")
     return teacher, _select(config.select, config.k, student_layers, f"{key} {seed} {draw} student")
+
+
+def teacher_layers_needed(losses: LossesConfig, teacher_layers: int) -> int:
+    """How many of a frozen teacher's first layers decide the losses: fewer than all where only given ones are compared."""
+    compared = [loss for loss in (losses.layer, losses.attention) if loss.weight > 0]
+    if losses.response.weight > 0 or losses.margin_mse.weight > 0 or any(loss.select != "given" for loss in compared):
+        return teacher_layers
+    return min(teacher_layers, 1 + max((i for loss in compared for i in loss.teacher_layers or []), default=0))
 
 
 def _select(how: str, k: int, count: int, seed: str) -> list[int]:

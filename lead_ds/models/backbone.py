@@ -45,8 +45,10 @@ def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
     return shape
 
 
-def load_model(config: ModelConfig, family: Family, dtype: torch.dtype, subfolder: str = "") -> Any:
-    """A transformers model, in evaluation mode, its weights in `dtype`.
+def load_model(
+    config: ModelConfig, family: Family, dtype: torch.dtype, subfolder: str = "", depth: int | None = None
+) -> Any:
+    """A transformers model, in evaluation mode, its weights in `dtype`; with `depth`, of its first layers only.
 
     family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification) or "causal" (AutoModelForCausalLM).
     A student's missing classification head is initialised; every other missing weight is an InputError, as is a path that
@@ -55,6 +57,8 @@ def load_model(config: ModelConfig, family: Family, dtype: torch.dtype, subfolde
     import transformers
 
     shape = read_model_config(config, subfolder)
+    if depth is not None:
+        cut_shape(shape, range(min(depth, shape.get_text_config().num_hidden_layers)))
     may_lack_head = family == "classifier" and not isinstance(config, TeacherConfig)
     if family == "classifier" and not has_classifier(shape):
         if not may_lack_head and config.weights == "pretrained":
@@ -122,13 +126,18 @@ def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
         for child in layer.modules():
             if hasattr(child, "layer_idx"):
                 setattr(child, "layer_idx", i)  # noqa: B010 - the type says Tensor or Module
-    shape = model.config.get_text_config()
-    for key, value in list(vars(shape).items()):
-        if "layer" in key and isinstance(value, (list, tuple)) and len(value) == total:
-            setattr(shape, key, type(value)(value[i] for i in layers))
-    shape.num_hidden_layers = len(kept)
+    cut_shape(model.config, layers)
     if hasattr(owner, "n_layers"):  # DistilBERT
         owner.n_layers = len(kept)
+
+
+def cut_shape(config: Any, layers: Sequence[int]) -> None:
+    """Let a model's configuration have `layers` only, its per-layer lists cut alongside. In place."""
+    shape = config.get_text_config()
+    for key, value in list(vars(shape).items()):
+        if "layer" in key and isinstance(value, (list, tuple)) and len(value) == shape.num_hidden_layers:
+            setattr(shape, key, type(value)(value[i] for i in layers))
+    shape.num_hidden_layers = len(layers)
 
 
 def find_layers(model: Any) -> tuple[str, nn.ModuleList]:

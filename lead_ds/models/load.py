@@ -29,12 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LENGTHS = ("query_length", "passage_length", "max_length")
 
 
-def load_teacher(config: TeacherConfig, dtype: torch.dtype) -> Scorer:
+def load_teacher(config: TeacherConfig, dtype: torch.dtype, depth: int | None = None) -> Scorer:
     """The scorer of a teacher's configuration, in evaluation mode; sharded where an HfDeepSpeedConfig is active.
+
+    depth: build its first layers only. They say what they say in the whole model; the final state is another one.
 
     Raises InputError: see `lead_ds.models.backbone.load_model`; also a cross-encoder without a trained head.
     """
-    return _load(config, config.kind, dtype)
+    return _load(config, config.kind, dtype, depth)
 
 
 def load_student(config: StudentConfig, dtype: torch.dtype) -> Scorer:
@@ -111,10 +113,10 @@ def kind_of(path: str) -> str:
     return "cross_encoder" if has_classifier(shape) else "dual_encoder"
 
 
-def _load(config: ModelConfig, kind: str, dtype: torch.dtype) -> Scorer:
+def _load(config: ModelConfig, kind: str, dtype: torch.dtype, depth: int | None = None) -> Scorer:
     layout = read_layout(config.path, late_interaction=kind != "dual_encoder")
     if kind == "dual_encoder":
-        model = _cut(load_model(config, "base", dtype, layout.subfolder), config)
+        model = _cut(load_model(config, "base", dtype, layout.subfolder, depth), config)
         pooling = layout.pooling or ("last" if is_decoder(model.config) else "cls")
         if config.pooling != "auto":
             pooling = config.pooling
@@ -122,7 +124,7 @@ def _load(config: ModelConfig, kind: str, dtype: torch.dtype) -> Scorer:
         dense = _dense(config, layout, model, config.projection, "projection", dtype)
         return DualEncoder(model, config, pooling, dense, normalize).eval()
     if kind == "colbert":
-        model = _cut(load_model(config, "base", dtype, layout.subfolder), config)
+        model = _cut(load_model(config, "base", dtype, layout.subfolder, depth), config)
         tokens = layout if layout.late_interaction else Layout()  # Dense on a pooled vector is no token projection
         dense = _dense(config, tokens, model, config.token_dim, "token_dim", dtype)
         normalize = bool(_record(config.path).get("normalize", tokens.normalize))
@@ -132,13 +134,15 @@ def _load(config: ModelConfig, kind: str, dtype: torch.dtype) -> Scorer:
                 dense, normalize = [published], True
         return ColBERT(model, config, dense, normalize if config.normalize is None else config.normalize).eval()
     if kind == "cross_encoder":
-        return CrossEncoder(_cut(load_model(config, "classifier", dtype, layout.subfolder), config), config).eval()
+        return CrossEncoder(
+            _cut(load_model(config, "classifier", dtype, layout.subfolder, depth), config), config
+        ).eval()
     assert isinstance(config, TeacherConfig)
     from lead_ds.data.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(config.path, layout.subfolder, config.trust_remote_code)
     yes, no = answer_tokens(tokenizer, config)
-    return LLMReranker(load_model(config, "causal", dtype, layout.subfolder), config, yes, no).eval()
+    return LLMReranker(load_model(config, "causal", dtype, layout.subfolder, depth), config, yes, no).eval()
 
 
 def _record(path: str) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""A teacher that runs ahead, or is compiled, or has its attention chosen by measurement, says the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.engine.ahead import with_next
+from lead_ds.engine.attention import candidates, choose_attention
+from lead_ds.engine.ranks import Ranks
+from lead_ds.models.load import load_teacher
+from tests.helpers.launch import launch
+from tests.models.zero3_jobs import tokens_of
+
+HERE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def test_overlap_changes_no_loss_and_refuses_a_sharded_teacher(configure: Callable[..., Path]) -> None:
+    # Dropout in the student and random layers in the teacher: whatever ran out of turn would show.
+    sections: dict[str, Any] = {"student": {"path": "dropout"}}
+    train = {"batch_size": 2, "accumulation": 2}
+    paths = [
+        configure(f"overlap-{on}", train=train | {"overlap": on}, extra_teacher={"placement": "replicate"}, **sections)
+        for on in (False, True)
+    ]
+    paths.append(configure("sharded", train=train | {"overlap": True}, extra_teacher={"placement": "zero3"}))
+    for results in launch("tests.engine.jobs:distil_each", 2, configs=[str(path) for path in paths]):
+        assert results[1] == results[0]
+        assert len(set(results[0])) == 6
+        assert "train.overlap" in results[2]
+        assert "teacher.placement=replicate" in results[2]
+
+
+def test_each_with_the_next() -> None:
+    assert list(with_next(iter("abc"))) == [("a", "b"), ("b", "c"), ("c", None)]
+    assert list(with_next(iter(""))) == []
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "student": {"path": "-"},
+        "data": {"path": "-"},
+        "teacher": {"kind": "dual_encoder", "path": "-"},
+    }
+    return {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
+
+
+def test_what_cannot_be_together_is_refused() -> None:
+    with pytest.raises(ValueError, match="compile needs placement: replicate"):
+        Config.model_validate(tree(teacher={"compile": True, "placement": "zero3"}))
+    with pytest.raises(ValueError, match=r"train\.overlap has no attention maps: set it to false"):
+        Config.model_validate(tree(train={"overlap": True}, losses={"attention": {"weight": 1.0}}))
+
+
+def test_the_faster_attention_is_taken(rooms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TeacherConfig(kind="dual_encoder", path=str(rooms / "bert"))
+    teacher, tokens = load_teacher(config, torch.float32), tokens_of((9, 4))
+    assert candidates(config, torch.float32, HERE.device) == [], "a CPU has no choice"
+    said = teacher(tokens=tokens)
+
+    def slow_if(backend: str) -> Callable[[], None]:
+        def run() -> None:
+            teacher(tokens=tokens)
+            if teacher.backbone.config._attn_implementation == backend:
+                time.sleep(0.2)
+
+        return run
+
+    for slow, fast in (("sdpa", "eager"), ("eager", "sdpa")):
+        seconds = choose_attention(teacher, ["sdpa", "eager", "flash_attention_2"], slow_if(slow), HERE)
+        assert seconds.keys() == {"sdpa", "eager"}, "what the machine lacks is passed over"
+        assert teacher.backbone.config._attn_implementation == fast
+        torch.testing.assert_close(teacher(tokens=tokens), said, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_says_the_same(configure: Callable[..., Path]) -> None:
+    paths = [
+        configure(f"compile-{on}", extra_teacher={"placement": "replicate", "compile": on}) for on in (False, True)
+    ]
+    [results] = launch("tests.engine.jobs:distil_each", 1, timeout=900, configs=[str(path) for path in paths])
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
