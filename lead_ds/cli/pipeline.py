@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import typer
 
 from lead_ds.cli.training import OVERRIDES
+from lead_ds.errors import InputError
 
 RECIPE = typer.Argument(..., help="A YAML configuration; see ds_configs/recipes/.", metavar="RECIPE")
 
@@ -43,13 +45,17 @@ def pipeline(
 
     Eight GPUs:     lead-ds pipeline run.yaml --launcher "deepspeed --num_gpus 8 --module lead_ds"
 
-    SLURM:          lead-ds pipeline run.yaml --launcher "launch/local.sh"
+    By a script:    lead-ds pipeline run.yaml --launcher launch/local.sh
 
     The section `pipeline:` of the file chooses the stages and what each of them has otherwise than the rest of it. Writes
     to the configured output folder: stages/ (one folder for each, named after what decides it), student, results.json,
     results.md and results.html.
     """
     from lead_ds.pipeline.run import run_pipeline
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = "was itself started by a launcher"
+        raise InputError("pipeline", what, "start it alone, and name the launcher of its stages: --launcher")
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)

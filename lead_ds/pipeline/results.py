@@ -5,30 +5,32 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from lead_ds.pipeline.stage import Records
 from lead_ds.report.page import html_page, html_table
 from lead_ds.report.summary import Table, aligned
 from lead_ds.retrieval.files import atomic, read_json, write_json
 from lead_ds.retrieval.metrics import Scores
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lead_ds.pipeline.plan import Recipe
 
 MAIN = "distilled"
 SAMPLES = 10_000  # sign flips of a significance test
 
 
-def collect(recipe: Recipe, records: Records) -> dict[str, Any]:
-    """The results of the evaluations that are complete, and what distillation changed where another model was measured too.
+def collect(recipe: Recipe, done: Collection[str]) -> dict[str, Any]:
+    """The results of the evaluations that are `done`, and what distillation changed where another model was measured too.
 
     {"student", "results": [{model, data, split, relevance_level, queries, measures}], "differences": [{model, data, split,
-    measure, model_value, distilled, difference, p_value, test}]}.
+    measure, model_value, distilled, difference, low, high, p_value, test}]}: low and high of a 95% bootstrap interval, p_value of
+    a paired randomisation test.
     """
     results: list[dict[str, Any]] = []
     scores: dict[tuple[str, str, str], Scores] = {}
     for evaluation in recipe.evaluations:
         stage = recipe.stages[evaluation.stage]
-        if records.product(stage) is None:
+        if evaluation.stage not in done:
             continue
         tree = read_json(stage.folder / "scores.json", "run the pipeline again")
         queries = len(next(iter(tree["per_query"].values())))
@@ -37,13 +39,12 @@ def collect(recipe: Recipe, records: Records) -> dict[str, Any]:
         row: dict[str, Any] = {"model": evaluation.model, "data": data, "split": split}
         row |= {"relevance_level": evaluation.item.relevance_level, "queries": queries, "measures": tree["mean"]}
         results.append(row)
-    distilled = recipe.stages["distill"]
-    student = None if records.product(distilled) is None else str(distilled.folder / "run" / "student")
+    student = str(recipe.stages["distill"].folder / "run" / "student") if "distill" in done else None
     return {"student": student, "results": results, "differences": differences(scores)}
 
 
 def differences(scores: dict[tuple[str, str, str], Scores]) -> list[dict[str, Any]]:
-    """The distilled student against every other model on the same queries: means, and p of a paired randomisation test."""
+    """The distilled student against every other model on the same queries."""
     from lead_ds.retrieval.evaluate import compare
 
     rows = []
@@ -54,7 +55,8 @@ def differences(scores: dict[tuple[str, str, str], Scores]) -> list[dict[str, An
         for measure in other.mean:
             found = compare(other, distilled, measure, samples=SAMPLES)
             row = {"model": model, "data": data, "split": split, "measure": measure, "model_value": found.a}
-            row |= {"distilled": found.b, "difference": found.difference, "p_value": found.p_value, "test": found.test}
+            row |= {"distilled": found.b, "difference": found.difference, "low": found.low, "high": found.high}
+            row |= {"p_value": found.p_value, "test": found.test}
             rows.append(row)
     return rows
 
@@ -72,9 +74,12 @@ def result_table(results: list[dict[str, Any]]) -> Table:
 
 def difference_table(rows: list[dict[str, Any]]) -> Table:
     """The distilled student against other models."""
-    table: Table = [["distilled against", "data", "split", "measure", "it has", "distilled", "difference", "p"]]
+    table: Table = [
+        ["distilled against", "data", "split", "measure", "it has", "distilled", "difference", "95% interval", "p"]
+    ]
     for row in rows:
         values = [f"{row['model_value']:.4f}", f"{row['distilled']:.4f}", f"{row['difference']:+.4f}"]
+        values.append(f"[{row['low']:+.4f}, {row['high']:+.4f}]")
         table.append([row["model"], row["data"], row["split"], row["measure"], *values, f"{row['p_value']:.4f}"])
     return table
 

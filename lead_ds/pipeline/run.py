@@ -74,9 +74,11 @@ def run_pipeline(
                 work(stage, finding, recipe, records, launching, place, tell, run, lock)
                 anew.discard(name)
         recipe.fingerprints.save()
-        tree = {"recipe": str(path), "stages": facts(recipe, records, look(recipe, records, set()), launching)}
-        tree |= collect(recipe, records)
-        link(recipe, records, tell)
+        found = look(recipe, records, set())
+        tree: dict[str, Any] = {"recipe": str(path), "stages": facts(recipe, records, found, launching)}
+        tree |= collect(recipe, {name for name, finding in found.items() if finding.state == "done"})
+        if tree["student"]:
+            link(recipe.output / "student", Path(tree["student"]), tell)
         tell("\n" + write_results(recipe, tree))
         tell(f"student: {tree['student'] or 'not distilled yet'}; results: {recipe.output / 'results.html'}")
         return tree
@@ -227,18 +229,17 @@ def facts(recipe: Recipe, records: Records, found: dict[str, Finding], launcher:
     ]
 
 
-def link(recipe: Recipe, records: Records, tell: Tell) -> None:
-    """Let OUTPUT/student lead to the distilled student, if it is complete and nothing else has that name."""
-    stage, place = recipe.stages["distill"], recipe.output / "student"
-    if records.product(stage) is None or (place.exists() and not place.is_symlink()):
+def link(place: Path, student: Path, tell: Tell) -> None:
+    """Let OUTPUT/student lead to the distilled student, unless something else has that name."""
+    if place.exists() and not place.is_symlink():
         return
-    fresh = place.with_name(".student.new")
+    fresh = place.with_name(f".{place.name}.new")
     try:
         fresh.unlink(missing_ok=True)
-        fresh.symlink_to(os.path.relpath(stage.folder / "run" / "student", recipe.output))
+        fresh.symlink_to(os.path.relpath(student, place.parent))
         fresh.replace(place)
     except OSError as error:  # a file system without links: the folder has a name as well
-        tell(f"{place} cannot be made ({error}): the student is in {stage.folder / 'run' / 'student'}")
+        tell(f"{place} cannot be made ({error}): the student is in {student}")
 
 
 @contextmanager

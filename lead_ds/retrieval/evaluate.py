@@ -245,6 +245,9 @@ def compare_runs(
 def _interval(differences: np.ndarray, seed: int, resamples: int = 10_000) -> tuple[float, float]:
     """95% percentile bootstrap interval of the mean."""
     generator = np.random.default_rng(seed)
-    means = [differences[generator.integers(0, len(differences), len(differences))].mean() for _ in range(resamples)]
+    block = max(1, 1_000_000 // len(differences))  # resamples drawn at once
+    draws = [min(block, resamples - start) for start in range(0, resamples, block)]
+    shapes = [(count, len(differences)) for count in draws]
+    means = np.concatenate([differences[generator.integers(0, len(differences), shape)].mean(1) for shape in shapes])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -207,6 +207,15 @@ def test_an_output_that_is_lost_is_made_again(place: Place) -> None:
     assert sum(path.name.endswith(".old-1") for path in (place.output / "stages").iterdir()) == len(after) - 1
 
 
+def test_results_of_what_was_made_anew_since_are_not_told(place: Place) -> None:
+    place.run()
+    place.commands.salt = "other"
+    assert place.run(again=["distill"], until="distill") == ["distill"]
+    assert {row["model"] for row in place.tree["results"]} == {"first"}
+    place.run()
+    assert {row["model"] for row in place.tree["results"]} == {"first", "distilled"}
+
+
 def test_again(place: Place) -> None:
     place.run()
     assert place.run(again=["search"]) == [name for name in STAGES if name.startswith("search")]
