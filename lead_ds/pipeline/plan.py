@@ -15,33 +15,28 @@ from lead_ds.engine.deepspeed_config import read_deepspeed_config
 from lead_ds.errors import InputError
 from lead_ds.pipeline.fingerprints import Fingerprints, digest
 from lead_ds.pipeline.stage import Stage
-from lead_ds.retrieval.metrics import depth, parse_measure
+from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
 
 VERSION = 1  # of what decides a stage's output
 MAIN = "distilled"
 
 # What may change without a stage's output changing: where things lie (their content counts), how often a run speaks and
-# saves, where a frozen teacher lives, and on how many processes something was made.
+# saves, where and how fast the same is computed, and on how many processes something was made.
 FREE = {
-    "output",
-    "pipeline",
-    "profile",
-    "monitor",
-    "kernels",
-    "train.save_every",
-    "train.log_every",
-    "train.keep",
-    "train.watchdog_minutes",
-    "data.path",
-    "data.train",
-    "data.workers",
-    "student.path",
-    "teacher.path",
-    "teacher.placement",
-    "teacher.offload",
-    "teacher.offload_path",
-    "teacher.lens_path",
-    "evaluation.batch_size",
+    *("output", "pipeline", "profile", "monitor", "kernels", "evaluation.batch_size"),
+    *("train.save_every", "train.log_every", "train.keep", "train.watchdog_minutes"),
+    *("train.compile", "train.overlap", "train.grad_cache", "train.gradient_checkpointing"),
+    *("data.path", "data.train", "data.workers", "data.token_cache"),
+    *("student.path", "student.passes", "student.attention"),
+    *(
+        "teacher.path",
+        "teacher.passes",
+        "teacher.attention",
+        "teacher.placement",
+        "teacher.offload",
+        "teacher.offload_path",
+    ),
+    *("teacher.batch_size", "teacher.compile", "teacher.truncate", "teacher.lens_path"),
 }
 
 
@@ -288,7 +283,11 @@ class Recipe:
         if search in self.stages:
             where = f"{self.path}: pipeline.evaluate"
             raise InputError(where, f"split {item.split!r} is given twice", "list all measures of a split together")
-        options = {"split": item.split, "k": depth(item.measures)}
+        options: dict[str, Any] = {"split": item.split}
+        if (
+            depth(item.measures) > DEFAULT_DEPTH
+        ):  # else as many as measures without a cutoff read, or all that there are
+            options["k"] = depth(item.measures)
         options |= settings.model_dump(include={"gpus", "nprobe", "ef_search"}, exclude_defaults=True)
         qrels = f"qrels/{item.split}.tsv"
         index = self.stages[needs[-1]].folder / "index"
