@@ -105,10 +105,11 @@ def requirements(config: Config) -> Any:
 
     @cache
     def student_activations(checkpointing: bool, length: int | None = None) -> int:
-        rows = texts(config.student, batch, length)
+        part = min(batch, config.train.grad_cache or batch)  # GradCache keeps the activations of so many queries
+        rows = texts(config.student, part, length)
         total = forward_bytes(student, rows, training=True, checkpointing=checkpointing)
         if config.teacher is not None and config.teacher.train:
-            total += forward_bytes(teacher, texts(config.teacher, batch), training=True, checkpointing=checkpointing)
+            total += forward_bytes(teacher, texts(config.teacher, part), training=True, checkpointing=checkpointing)
         return total
 
     @cache

@@ -46,19 +46,14 @@ class PairForm:
         before, between, behind = (np.array(ids, np.int64) for ids in self.added)
         room = self.length - sum(map(len, self.added))
         rows, types = [], []
+        kinds = [np.array(ids, np.int64) for ids in self.types or ()]
         for first, second in zip(firsts, seconds, strict=True):
             a, b = longest_first(len(first), len(second), room)
             rows.append(np.concatenate([before, first[:a], between, second[:b], behind]))
-            if self.types is not None:
-                parts = (
-                    self.types[0],
-                    (self.text_types[0],) * a,
-                    self.types[1],
-                    (self.text_types[1],) * b,
-                    self.types[2],
-                )
-                types.append(np.array([kind for part in parts for kind in part], np.int64))
-        return rows, types if self.types is not None else None
+            if kinds:
+                mine = (np.full(count, kind) for count, kind in zip((a, b), self.text_types, strict=True))
+                types.append(np.concatenate([kinds[0], next(mine), kinds[1], next(mine), kinds[2]]))
+        return rows, types if kinds else None
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

@@ -21,20 +21,36 @@ from tests.models.zero3_jobs import tokens_of
 HERE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def test_overlap_changes_no_loss_and_refuses_a_sharded_teacher(configure: Callable[..., Path]) -> None:
-    # Dropout in the student and random layers in the teacher: whatever ran out of turn would show.
-    sections: dict[str, Any] = {"student": {"path": "dropout"}}
+def test_two_ranks_lose_nothing_to_overlap_passes_or_kept_tokens(
+    configure: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Dropout in the student and layers drawn anew: whatever ran out of turn would show.
+    dropout: dict[str, Any] = {"student": {"path": "dropout"}, "extra_teacher": {"placement": "replicate"}}
     train = {"batch_size": 2, "accumulation": 2}
-    paths = [
-        configure(f"overlap-{on}", train=train | {"overlap": on}, extra_teacher={"placement": "replicate"}, **sections)
-        for on in (False, True)
+    overlap = [configure(f"overlap-{on}", train=train | {"overlap": on}, **dropout) for on in (False, True)]
+    # A sharded ColBERT: its queries and passages in one forward, and in two sorted ones; the student's alike.
+    passes = [
+        configure(
+            f"passes-{teacher}",
+            "colbert",
+            extra_teacher={"placement": "zero3", "passes": teacher},
+            student={"passes": student},
+            train=train,
+        )
+        for teacher, student in ((None, None), (1, None), (2, 2))
     ]
-    paths.append(configure("sharded", train=train | {"overlap": True}, extra_teacher={"placement": "zero3"}))
+    kept = configure("kept", train=train, **dropout, data={"token_cache": str(tmp_path / "tokens")})
+    refused = configure("sharded", train=train | {"overlap": True}, extra_teacher={"placement": "zero3"})
+    paths = [*overlap, *passes, kept, refused]
     for results in launch("tests.engine.jobs:distil_each", 2, configs=[str(path) for path in paths]):
-        assert results[1] == results[0]
-        assert len(set(results[0])) == 6
-        assert "train.overlap" in results[2]
-        assert "teacher.placement=replicate" in results[2]
+        plain, ahead, unsorted, one, two, tokens, told = results
+        assert len(set(plain)) == 6
+        assert ahead == plain
+        assert tokens == plain
+        assert one == pytest.approx(unsorted, rel=1e-5)
+        assert two == pytest.approx(unsorted, rel=1e-5)
+        assert "train.overlap" in told
+        assert "teacher.placement=replicate" in told
 
 
 def test_each_with_the_next() -> None:

@@ -51,6 +51,9 @@ TINY_MISTRAL = {**MISTRAL_7B, "hidden_size": 24, "intermediate_size": 40, "num_a
 TINY_MISTRAL |= {"num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
+NO_TEACHER = {"losses": {"response": {"weight": 0.0}, "layer": {"weight": 0.0}}}
+
+
 def shaped(folder: Path, config: dict[str, Any]) -> str:
     """A model folder that holds a config.json and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,6 +201,16 @@ def test_activations_without_data_are_those_with(bert: str) -> None:
     assert forward_bytes(backbone, [(40, 16)], training=True) == pytest.approx(10 * planned, rel=0.01)
     checkpointed = forward_bytes(backbone, [(4, 16)], training=True, checkpointing=True)
     assert forward_bytes(backbone, [(4, 16)], training=False) < checkpointed < planned
+
+
+def test_grad_cache_keeps_the_activations_of_its_queries(bert: str) -> None:
+    student = {"path": bert, "query_length": 9, "passage_length": 33}
+
+    def activations(**train: int) -> int:
+        config = Config.model_validate({"student": student, "data": {"path": "-"}, "train": train} | NO_TEACHER)
+        return operations.requirements(config).student_activations(False)
+
+    assert activations(batch_size=64, grad_cache=2) == activations(batch_size=2) < activations(batch_size=64) / 20
 
 
 def test_recommendation_follows_the_memory(tmp_path: Path, bert: str) -> None:
