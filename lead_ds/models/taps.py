@@ -203,9 +203,9 @@ def _install(name: str) -> None:
         original, users = _REPLACED[name]
         _REPLACED[name] = (original, users + 1)
         return
-    original = AttentionInterface._global_mapping.get(name)
-    _REPLACED[name] = (original, 1)
-    AttentionInterface.register(name, _recorder(original))
+    entry: Any = AttentionInterface._global_mapping.get(name)
+    _REPLACED[name] = (entry, 1)
+    AttentionInterface.register(name, _recorder(entry))
 
 
 def _remove(name: str) -> None:
