@@ -230,6 +230,6 @@ def test_debug_shows_the_traceback() -> None:
 def test_help_teaches() -> None:
     done = lead_ds("--help")
     assert done.returncode == 0
-    for command in ("demo", "distill", "report"):
+    for command in ("demo", "warmup", "distill", "report"):
         assert command in done.stdout
     assert "deepspeed" in lead_ds("distill", "--help").stdout

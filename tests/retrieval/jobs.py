@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from lead_ds.data.dataset import Dataset
+from lead_ds.data.qrels import read_run
 from lead_ds.engine.ranks import Ranks
 from lead_ds.errors import LeadError
 from lead_ds.retrieval.encode import encode_to
 from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
+from lead_ds.retrieval.rerank import Reranker, rerank
 
 
 @contextmanager
@@ -63,6 +65,23 @@ def evaluate(model: str, data: str, batch_size: int) -> dict[str, Any]:
             scorer, encoder, Dataset.open(data), "test", batch_size=batch_size, embed=embed, peers=here, quiet=True
         )
         return {"mean": scores.mean, "per_query": scores.per_query, "forwards": forwards}
+
+
+def rerank_each(models: list[list[str]], data: str, runs: list[str], batch_size: int) -> list[dict[str, Any]]:
+    """Rerank each run with each (kind, path): the scores, and how often this process ran the model."""
+    results = []
+    with ranks() as here:
+        dataset = Dataset.open(data)
+        for kind, path, *settings in models:
+            model, forwards = Reranker.open(path, kind, settings, "cpu"), []
+            model.scorer.register_forward_hook(lambda *_, seen=forwards: seen.append(1))  # type: ignore[misc]
+            for run in runs:
+                forwards.clear()
+                found = rerank(
+                    model.scorer, model.encoder, dataset, read_run(run), batch_size=batch_size, peers=here, quiet=True
+                )
+                results.append({"run": found, "forwards": len(forwards)})
+    return results
 
 
 def encode_and_die(model: str, data: str, out: str, batch_size: int, shard_rows: int, forwards: int) -> None:
