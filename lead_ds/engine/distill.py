@@ -242,7 +242,8 @@ def compared(config: Config, processes: int) -> int:
     return config.train.batch_size * (processes if config.train.in_batch == "global" else 1)
 
 
-# What may differ between a run and its continuation: how often it speaks and saves, and where the same data lie now.
+# What may differ between a run and its continuation: how often it speaks and saves, where the same data lie now, and what is
+# bit for bit the same.
 FREE_TO_CHANGE = {
     "output",
     "train.save_every",
@@ -254,7 +255,10 @@ FREE_TO_CHANGE = {
     "pipeline",
     "data.path",
     "data.workers",
+    "data.token_cache",
+    "train.overlap",
     "teacher.path",
+    "teacher.truncate",
 }
 
 

@@ -1,0 +1,216 @@
+"""What each gain is worth on real texts and models, against the same run without it, in turns (A B A B ...), medians.
+
+    python -m benchmarks.gains --data DATA --models MODELS [--only GAIN ...] [--rounds 5]
+
+DATA holds training groups in the canonical layout, or qrels/train.tsv; MODELS the Hugging Face directories minilm-l3,
+minilm-l6 and reranker-l12. One process, float32 on CPU; processor time, so that a busy machine may be measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lead_ds.config import Config
+from lead_ds.data.batches import Batches, Window
+from lead_ds.data.groups import open_groups
+from lead_ds.data.tokens import TextEncoder
+from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.teacher import FrozenTeacher, build_teacher, depth_needed
+from lead_ds.models.load import load_student
+from lead_ds.models.scorer import Scorer
+from lead_ds.plan.activations import Ledger
+from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
+
+HERE = Ranks(0, 0, 1, torch.device("cpu"))
+Timed = Callable[[int], Any]
+
+
+def config_of(arguments: argparse.Namespace, name: str = "minilm-l6", /, **sections: Any) -> Config:
+    """A run over the data, with a teacher of 256 and a student of 128 tokens."""
+    models, data = Path(arguments.models), Path(arguments.data)
+    kind = "cross_encoder" if "reranker" in name else "dual_encoder"
+    tree: dict[str, Any] = {
+        "teacher": {"kind": kind, "path": str(models / name), "dtype": "fp32", "passage_length": 256},
+        "student": {"path": str(models / "minilm-l3"), "passage_length": 128},
+        "data": {"path": str(data), "negatives": 7},
+        "train": {"batch_size": arguments.batch_size},
+    }
+    tree["data"]["train"] = "train.jsonl" if (data / "train.jsonl").exists() else "qrels/train.tsv"
+    for key, section in sections.items():
+        tree[key] = {**tree.get(key, {}), **section}
+    return Config.model_validate(tree)
+
+
+def batches_of(config: Config) -> Batches:
+    """Its windows."""
+    assert config.teacher is not None
+    encoders = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
+    return Batches(open_groups(config.data), *encoders, config, rank=0, world=1)
+
+
+def in_turns(cases: dict[str, Timed], rounds: int) -> dict[str, float]:
+    """Median seconds of this process on its processors, of each case, all of them once per round; the first warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds + 1):
+        for name, run in cases.items():
+            start = time.process_time()
+            run(turn)
+            if turn:
+                seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def tell(what: str, seconds: dict[str, float], **more: dict[str, Any]) -> None:
+    """One JSON line per case, with how many times faster than the first it is."""
+    first = next(iter(seconds.values()))
+    for name, value in seconds.items():
+        row = {"gain": what, "case": name, "seconds": round(value, 4), "times faster": round(first / value, 3)}
+        row |= {key: values[name] for key, values in more.items()}
+        print(json.dumps(row), flush=True)
+
+
+def tokens_run(window: Window, model: str) -> int:
+    """Tokens, padding included, that a model runs over."""
+    total = 0
+    for batch in getattr(window, model):
+        tables = batch.passes.tokens if batch.passes else [t for t in (batch.queries, batch.passages, batch.pairs) if t]
+        total += sum(table["input_ids"].numel() for table in tables)
+    return total
+
+
+def padding(arguments: argparse.Namespace) -> None:
+    """Tokens, padding included, that a model runs over in a window of 32 queries; of real tokens, and the forwards."""
+    for name in ("minilm-l6", "reranker-l12"):
+        for n in (None, 1, 2, 3, 4):
+            config = config_of(arguments, name, teacher={"passes": n}, train={"batch_size": 32})
+            windows = [batches_of(config).window(turn) for turn in range(arguments.rounds)]
+            tables = [
+                t for w in windows for t in (w.teacher[0].queries, w.teacher[0].passages, w.teacher[0].pairs) if t
+            ]
+            real = sum(int(table["attention_mask"].sum()) for table in tables)
+            run = sum(tokens_run(window, "teacher") for window in windows)
+            row = {
+                "gain": f"padding of teacher.passes, {name}",
+                "case": str(n),
+                "tokens run / real": round(run / real, 3),
+            }
+            print(json.dumps(row), flush=True)
+
+
+def passes(arguments: argparse.Namespace) -> None:
+    """A teacher's window in length-sorted passes; the largest difference from the unsorted features."""
+    for name in ("minilm-l6", "reranker-l12"):
+        settings = {str(n): config_of(arguments, name, teacher={"passes": n}) for n in (None, 1, 2, 4)}
+        teacher = build_teacher(next(iter(settings.values())), HERE)
+        windows = {n: [batches_of(c).window(t) for t in range(arguments.rounds + 1)] for n, c in settings.items()}
+
+        def run(n: str, turn: int, teacher: FrozenTeacher = teacher, windows: Any = windows) -> Any:
+            return teacher.window(windows[n][turn].teacher, [1, 3])
+
+        plain = [tensor for x in (run("None", 0).final, run("None", 0).layers) for tensor in tensors(x)]
+        difference = {}
+        for n in settings:
+            found = [tensor for x in (run(n, 0).final, run(n, 0).layers) for tensor in tensors(x)]
+            difference[n] = max(
+                (a - b).abs().max().item() / a.abs().max().item() for a, b in zip(plain, found, strict=True)
+            )
+        seconds = in_turns({n: lambda turn, n=n, run=run: run(n, turn) for n in settings}, arguments.rounds)
+        counts = {n: statistics.mean(tokens_run(w, "teacher") for w in found) for n, found in windows.items()}
+        tell(f"teacher.passes, {name}", seconds, tokens=counts, relative_difference=difference)
+
+
+def grad_cache(arguments: argparse.Namespace) -> None:
+    """A student's forward and backward: seconds, and bytes of tensors alive at most."""
+    b = arguments.batch_size
+    sections: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "student.passes 2": {"student": {"passes": 2}},
+        "gradient_checkpointing": {},
+        **{f"grad_cache {n}": {"train": {"batch_size": b, "grad_cache": n}} for n in {max(1, b // 4), max(1, b // 16)}},
+    }
+    cases, peaks, students = {}, {}, {}
+    for name, section in sections.items():
+        config = config_of(arguments, **section)
+        student = load_student(config.student, torch.float32)
+        student.recompute = config.train.grad_cache is not None
+        if name == "gradient_checkpointing":
+            student.gradient_checkpointing_enable()
+        found = [batches_of(config).window(turn) for turn in range(arguments.rounds + 1)]
+        students[name] = student
+
+        def run(turn: int, student: Scorer = student, found: list[Window] = found) -> None:
+            output = student(found[turn].student[0], layers=[0, 2])
+            student.zero_grad()
+            loss = sum(features.relevance().logits.logsumexp(-1).mean() for features in (output.final, output.layers))
+            loss.backward()
+
+        cases[name] = run
+        ledger = Ledger({x.untyped_storage()._cdata for x in student.parameters()})
+        with ledger:
+            run(0)
+        peaks[name] = ledger.peak >> 20
+    tell("train.grad_cache, minilm-l3", in_turns(cases, arguments.rounds), peak_mib=peaks)
+
+
+def truncate(arguments: argparse.Namespace) -> None:
+    """A teacher of which layers 1 and 3 are read, whole and cut."""
+    layer = {"select": "given", "teacher_layers": [1, 3], "student_layers": [0, 2]}
+    config = config_of(arguments, "reranker-l12", losses={"response": {"weight": 0.0}, "layer": layer})
+    windows = [batches_of(config).window(turn) for turn in range(arguments.rounds + 1)]
+    teachers = {"whole": build_teacher(config, HERE), "truncated": build_teacher(config, HERE, depth_needed(config))}
+    equal = [t.window(windows[0].teacher, [1, 3]).layers.s_KQN for t in teachers.values()]
+    cases = {n: lambda turn, t=t: t.window(windows[turn].teacher, [1, 3]) for n, t in teachers.items()}
+    same = dict.fromkeys(teachers, torch.equal(*equal))
+    megabytes = {n: t.parameter_bytes()[0] >> 20 for n, t in teachers.items()}
+    tell(
+        "teacher.truncate, reranker-l12, layers 1 and 3",
+        in_turns(cases, arguments.rounds),
+        bit_equal=same,
+        mib=megabytes,
+    )
+
+
+def tokens(arguments: argparse.Namespace) -> None:
+    """Preparing a window: read and tokenise its texts, or read their tokens."""
+    for name in ("minilm-l6", "reranker-l12"):
+        read = {
+            str(cache): batches_of(config_of(arguments, name, data={"token_cache": cache}))
+            for cache in (False, arguments.tokens)
+        }
+        cases = {n: lambda turn, b=b: b.window(turn) for n, b in read.items()}
+        tell(f"data.token_cache, teacher {name}", in_turns(cases, arguments.rounds * 4))
+
+
+def tensors(features: Features | None) -> list[torch.Tensor]:
+    """Features as tensors."""
+    assert features is not None
+    if isinstance(features, ScoreFeatures):
+        return [features.s_KQN]
+    assert not isinstance(features, TokenFeatures)
+    return [features.q_KQD, features.p_KPD]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gains = {gain.__name__: gain for gain in (padding, passes, grad_cache, truncate, tokens)}
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--models", required=True)
+    parser.add_argument("--tokens", default="runs/tokens", help="where kept tokens go")
+    parser.add_argument("--only", nargs="*", choices=list(gains), default=list(gains))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=16)
+    arguments = parser.parse_args()
+    for name in arguments.only:
+        gains[name](arguments)
+
+
+if __name__ == "__main__":
+    main()
