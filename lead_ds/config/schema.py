@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from lead_ds.config.base import Fraction, NonNegative, Positive, Section, Temperature, Weight
 from lead_ds.config.pipeline import PipelineConfig
 
-Selection = Literal["random", "last", "skip", "given"]
+Selection = Literal["random", "last", "skip", "given", "informative"]
 Impl = Literal["auto", "triton", "torch"]
 
 
@@ -91,6 +91,12 @@ class TeacherConfig(ModelConfig):
     )
     yes_token: str = " yes"
     no_token: str = " no"
+    lens: Literal["head", "tuned"] = Field(
+        "head",
+        description="what layers are read through: the model's own head or vector space, or read-outs of their own, which "
+        "`lead-ds teach CONFIG --fit-lens` fits; not colbert",
+    )
+    lens_path: str | None = Field(None, description="the folder of a tuned lens; null: OUTPUT/lens")
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
@@ -102,6 +108,10 @@ class TeacherConfig(ModelConfig):
             raise ValueError("offload: nvme needs offload_path, a folder on a local disk")
         if self.kind == "cached" and self.train:
             raise ValueError("a cached teacher cannot be trained: name the model itself, or set train: false")
+        if self.lens == "tuned" and self.train:
+            raise ValueError("a tuned lens is fitted to a frozen teacher: set train: false, or lens: head")
+        if self.lens == "tuned" and self.kind == "colbert":
+            raise ValueError("a tuned lens reads one state per text, colbert has one per token: set lens: head")
         missing = [name for name in ("{query}", "{passage}") if name not in self.template]
         if missing:
             raise ValueError(f"template lacks {' and '.join(missing)}")
@@ -166,9 +176,16 @@ class LayerLoss(Section):
     """L_lyr: LEAD's layer relevance KL."""
 
     weight: Weight = 1.0
-    select: Selection = "random"
+    select: Selection = Field(
+        "random",
+        description="random; last; skip: evenly spaced; given; informative: random, of the teacher's layers whose own NLL of "
+        "the positive is below chance (as its tuned lens was measured, else measured at start)",
+    )
+    informative_margin: float = Field(
+        0.1, ge=0, allow_inf_nan=False, description="select: informative; nats by which the NLL is below chance, log N"
+    )
     k: Positive = 5
-    every: Positive = Field(10, description="steps between two draws of select: random")
+    every: Positive = Field(10, description="steps between two draws of select: random or informative")
     teacher_layers: list[NonNegative] | None = Field(None, description="select: given")
     student_layers: list[NonNegative] | None = Field(None, description="select: given")
     teacher_temperature: Temperature = 1.0
@@ -326,6 +343,12 @@ class Config(Section):
     def _profile(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
 
+    @property
+    def lens_folder(self) -> Path:
+        """Where the teacher's tuned lens is, or will be."""
+        named = None if self.teacher is None else self.teacher.lens_path
+        return Path(self.output) / "lens" if named is None else Path(named).expanduser()
+
     @field_validator("output")
     @classmethod
     def _output(cls, value: str) -> str:
@@ -354,6 +377,10 @@ class Config(Section):
                 if value is not None:
                     off = "false" if value is True else "null"
                     raise ValueError(f"{key} has no attention maps: set it to {off}, or losses.attention.weight: 0")
+        if self.teacher is not None and self.teacher.train and self.losses.layer.select == "informative":
+            raise ValueError(
+                "select: informative measures a frozen teacher once: set teacher.train: false, or another select"
+            )
         if self.teacher is not None and self.teacher.kind == "cached" and self.losses.attention.weight > 0:
             raise ValueError(
                 "a cached teacher has no attention maps: set losses.attention.weight: 0, or name the model itself"

@@ -24,6 +24,7 @@ PLACES = (
     "data.path",
     "evaluation.run",
     "teacher.path",
+    "teacher.lens_path",
     "teacher.offload_path",
     "student.path",
     "deepspeed.student",
@@ -97,7 +98,8 @@ def facts(config: Config) -> dict[str, str]:
                 content = summary(file)
                 if content is not None:
                     found[f"{model}: {file.relative_to(folder)}"] = content
-    return found
+    lens = summary(config.lens_folder / "lens.json")  # which holds the checksum of all of it
+    return found if lens is None else {**found, "tuned lens": lens}
 
 
 def flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,15 +16,13 @@ from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.batches import ModelBatch
 from lead_ds.data.groups import Groups
 from lead_ds.data.teacher_cache import TeacherCache, read_manifest
+from lead_ds.engine.identity import data_facts, stored_scale
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.teacher import TeacherView
 from lead_ds.errors import InputError
+from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Scale, ScoreFeatures
-from lead_ds.retrieval.files import checksum
 
-# Settings of a teacher that do not change what it says.
-_FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
-_FREE |= {"allow_pickle", "trust_remote_code", "passes", "truncate", "compile"}
 _ANEW = "run lead-ds teach with this configuration, in a new folder"
 
 
@@ -37,6 +35,7 @@ class CachedTeacher:
         self.cache, self.settings, self.device = cache, settings, device
         # Cosines were taken when the cache was made; z-scores depend on the passages drawn and are taken now.
         self.scale: Scale = "standard" if settings.scale == "standard" else "none"
+        self.lens_facts: dict[str, Any] | None = cache.manifest["facts"].get("lens")
 
     @property
     def num_layers(self) -> int:
@@ -70,6 +69,7 @@ class CachedTeacher:
             "path": self.cache.manifest["teacher_path"],
             "checksum": teacher["checksum"],
             "layers": self.num_layers,
+            "lens": self.lens_facts,
             "dtype": teacher["computed_in"],
             "parameter_bytes": 0,
             "parameter_bytes_per_rank": 0,
@@ -97,8 +97,8 @@ def with_cached_settings(config: Config) -> Config:
     teacher = config.teacher
     if teacher is None or not reads_cache(config):
         return config
-    manifest = read_manifest(Path(teacher.path).expanduser())
-    made, kind = manifest["facts"]["teacher"]["settings"], manifest["facts"]["teacher"]["kind"]
+    facts = read_manifest(Path(teacher.path).expanduser())["facts"]
+    made, kind = {"lens": "head"} | facts["teacher"]["settings"], facts["teacher"]["kind"]
     for name in sorted(teacher.model_fields_set & made.keys()):
         value = getattr(teacher, name)
         same = value == made[name]
@@ -107,6 +107,10 @@ def with_cached_settings(config: Config) -> Config:
         if not same:
             what = f"is {value!r}, {teacher.path} was made with {made[name]!r}"
             raise InputError(f"teacher.{name}", what, f"take the key out, or {_ANEW}")
+    if teacher.lens_path is not None:
+        _, record = load_lens(Path(teacher.lens_path).expanduser(), "take teacher.lens_path out")
+        if record["checksum"] != (facts.get("lens") or {}).get("checksum"):
+            raise InputError(teacher.path, f"was not made through the lens in {teacher.lens_path}", _ANEW)
     known = {name: value for name, value in made.items() if name not in teacher.model_fields_set}
     return config.model_copy(update={"teacher": teacher.model_copy(update=known)})
 
@@ -145,22 +149,3 @@ def epochs_of(config: Config, groups: int, ranks: Ranks) -> int:
     """Epochs that a run of the configuration begins."""
     step = ranks.world * config.train.batch_size * config.train.accumulation
     return -(-config.train.steps // max(1, groups // step))
-
-
-def data_facts(groups: Groups) -> dict[str, Any]:
-    """What decides the groups: checksums of their files, and their number."""
-    sums = {name: checksum([path], lambda _: "") for name, path in groups.sources.items()}
-    return {**sums, "groups": len(groups)}
-
-
-def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:
-    """The settings that decide what a teacher says of a text."""
-    return {name: value for name, value in teacher.model_dump(mode="json").items() if name not in _FREE}
-
-
-def stored_scale(kind: str, scale: str) -> Scale:
-    """In which scale relevance is stored: cosines as such; none and z-scores, which depend on the draw, as the model says.
-
-    A model of pairs gives scores, which have no cosine.
-    """
-    return "cosine" if scale == "cosine" and kind in ("dual_encoder", "colbert") else "none"

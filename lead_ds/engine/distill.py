@@ -21,6 +21,8 @@ from lead_ds.engine.attention import candidates, choose_attention
 from lead_ds.engine.cached import CachedTeacher, open_cache, reads_cache, with_cached_settings
 from lead_ds.engine.checkpoint import Checkpoints, write_json
 from lead_ds.engine.evaluation import Evaluator
+from lead_ds.engine.informative import informative
+from lead_ds.engine.lens import open_lens
 from lead_ds.engine.loop import Training
 from lead_ds.engine.profile import Profile
 from lead_ds.engine.provenance import provenance
@@ -79,10 +81,13 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
         fit_attention(trainee, config, batches, dtype, ranks)
         engine = build_engine(trainee, config, dtype, ranks)
         teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
-        check_layers(config, student.num_layers, teacher or cotrained)
 
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
+        check_lens(config, state, teacher)
+        if "informative" not in state:
+            state["informative"] = informative(config, teacher, batches, ranks)
+        check_layers(config, student.num_layers, teacher or cotrained, state["informative"])
         if ranks.main:
             write_facts(output, config, command, ranks, teacher)
         ranks.barrier()
@@ -97,6 +102,8 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
             quiet=quiet,
         )
         recorder.say(describe(config, ranks, student, teacher, len(groups)))
+        if state["informative"]:
+            recorder.say(f"informative layers of the teacher: {', '.join(map(str, state['informative']))}")
         training = Training(
             config=config,
             ranks=ranks,
@@ -141,6 +148,7 @@ def open_inputs(
         teacher = open_cache(config, groups, ranks)
     elif uses_teacher and config.teacher:
         teacher = TextEncoder.from_config(config.teacher)
+        open_lens(config, teacher)  # is told before any model is loaded
     batches = Batches(groups, student_text, teacher, in_chunks(config), rank=ranks.rank, world=ranks.world)
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
 
@@ -193,14 +201,22 @@ def in_chunks(config: Config) -> Config:
     return config.model_copy(update={"teacher": teacher.model_copy(update={"batch_size": texts})})
 
 
-def check_layers(config: Config, student_layers: int, teacher: Any) -> None:
+def check_lens(config: Config, state: dict[str, Any], teacher: FrozenTeacher | CachedTeacher | None) -> None:
+    """Refuse to go on through another lens than a checkpoint was trained through."""
+    now = None if teacher is None or teacher.lens_facts is None else teacher.lens_facts["checksum"]
+    if state and state.get("lens") != now:
+        raise InputError(config.lens_folder, "is not the lens that this run began with", "bring that one back")
+
+
+def check_layers(config: Config, student_layers: int, teacher: Any, informative_layers: Sequence[int]) -> None:
     """Draw once from each selection, so that a layer that does not exist is told at start."""
     if teacher is None:
         return
     for name in ("layer", "attention"):
         loss = getattr(config.losses, name)
         if loss.weight > 0:
-            select_layers(loss, teacher.num_layers, student_layers, seed=config.seed, step=0)
+            depth, seed = (teacher.num_layers, student_layers), config.seed
+            select_layers(loss, *depth, seed=seed, step=0, informative=informative_layers)
 
 
 def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ranks) -> dict[str, Any]:
@@ -259,6 +275,7 @@ FREE_TO_CHANGE = {
     "train.overlap",
     "teacher.path",
     "teacher.truncate",
+    "teacher.lens_path",
 }
 
 
@@ -298,6 +315,7 @@ def write_facts(
             "dtype": str(teacher_dtype(config.teacher, ranks.device)),
             "parameter_bytes": whole,
             "parameter_bytes_per_rank": held,
+            "lens": teacher.lens_facts,
         }
     write_json(output / "run.json", provenance(command, ranks.world, **facts))
     # Last: its presence is what marks the folder as holding a run.
@@ -326,6 +344,7 @@ def describe(
         lines.append(
             f"teacher {config.teacher.path}: {teacher.scorer.num_layers} layers, {teacher.placement}, "
             f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank"
+            + ("" if teacher.lens_facts is None else f", read through the lens in {config.lens_folder}")
         )
     return "\n".join(lines)
 

@@ -53,6 +53,7 @@ class Training:
         self.owed: bool = state.get("owed", False)
         self.best: dict[str, Any] | None = state.get("best")
         self.worse: int = state.get("worse", 0)
+        self.informative: list[int] = state.get("informative", [])
         self.scope = Scope.of(config, ranks, batches.group, self.parts)
         cotrained = engine.module.teacher
         self.objective = Objective(
@@ -188,11 +189,14 @@ class Training:
         self.recorder.flush()
         self.watchdog.at(f"step {self.step}, checkpoint")
         self.parts.at("checkpoint")
+        lens = self.teacher.lens_facts if self.teacher is not None else None
         state = {
             "step": self.step,
             "owed": self.owed,
             "best": self.best,
             "worse": self.worse,
+            "informative": self.informative,
+            "lens": lens["checksum"] if lens else None,
             "processes": self.ranks.world,
             "config": self.config.model_dump(mode="json"),
         }
@@ -212,7 +216,8 @@ class Training:
         loss = getattr(self.config.losses, name)
         if loss.weight == 0 or self.teacher_depth == 0:
             return [], []
-        return select_layers(loss, self.teacher_depth, self.student_depth, seed=self.config.seed, step=step)
+        depth, seed = (self.teacher_depth, self.student_depth), self.config.seed
+        return select_layers(loss, *depth, seed=seed, step=step, informative=self.informative)
 
     def _teacher_pair(
         self, view: TeacherView | None, cotrained: Output | None, start: int, queries: int

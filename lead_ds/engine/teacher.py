@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.batches import ModelBatch
 from lead_ds.data.tokens import Tokens
+from lead_ds.engine.agreement import agreed
 from lead_ds.engine.deepspeed_config import teacher_deepspeed_config
+from lead_ds.engine.lens import FittedLens, open_lens
 from lead_ds.engine.ranks import Ranks, local_world
 from lead_ds.errors import InputError
 from lead_ds.losses.selection import teacher_layers_needed
@@ -39,8 +41,13 @@ class FrozenTeacher:
     One large forward per window is what hides ZeRO-3's gathers: their cost does not depend on how many tokens pass.
     """
 
-    def __init__(self, scorer: Scorer, engine: Any, placement: str, device: torch.device) -> None:
+    def __init__(
+        self, scorer: Scorer, engine: Any, placement: str, device: torch.device, fitted: FittedLens | None = None
+    ) -> None:
         self.scorer, self.engine, self.placement, self.device = scorer, engine, placement, device
+        self.lens_facts = None if fitted is None else fitted.facts
+        if fitted is not None:
+            scorer.lens = fitted.lens.to(device)
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter the student's graph
     def window(
@@ -85,6 +92,7 @@ def build_teacher(config: Config, ranks: Ranks, depth: int | None = None) -> Fro
     """Load, place and freeze the teacher of a configuration; with `depth`, its first layers only."""
     assert config.teacher is not None
     settings = config.teacher
+    fitted = agreed(ranks, lambda: open_lens(config))
     dtype = teacher_dtype(settings, ranks.device)
     placement = choose_placement(settings, dtype, ranks, depth)
     if settings.compile and placement != "replicate":
@@ -94,7 +102,7 @@ def build_teacher(config: Config, ranks: Ranks, depth: int | None = None) -> Fro
         scorer = _frozen(load_teacher(settings, dtype, depth)).to(ranks.device)
         if settings.compile:
             scorer.compile_layers()
-        return FrozenTeacher(scorer, None, placement, ranks.device)
+        return FrozenTeacher(scorer, None, placement, ranks.device, fitted)
     import deepspeed
 
     shape = read_model_config(settings)
@@ -110,7 +118,7 @@ def build_teacher(config: Config, ranks: Ranks, depth: int | None = None) -> Fro
         scorer = load_teacher(settings, dtype, depth)
     engine = deepspeed.initialize(model=_frozen(scorer), config=tree)[0]
     engine.eval()
-    return FrozenTeacher(scorer, engine, placement, ranks.device)
+    return FrozenTeacher(scorer, engine, placement, ranks.device, fitted)
 
 
 def teacher_dtype(settings: TeacherConfig, device: torch.device) -> torch.dtype:

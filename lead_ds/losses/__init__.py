@@ -10,7 +10,7 @@ from lead_ds.losses.layer import LayerKLOutput, layer_relevance_kl
 from lead_ds.losses.margin import margin_mse
 from lead_ds.losses.objective import Objective, ObjectiveOutput, Views
 from lead_ds.losses.response import response_kl
-from lead_ds.losses.selection import select_layers
+from lead_ds.losses.selection import informative_layers, select_layers
 
 __all__ = [
     "LayerKLOutput",
@@ -21,6 +21,7 @@ __all__ = [
     "attention_loss",
     "contrastive_loss",
     "entropy",
+    "informative_layers",
     "layer_relevance_kl",
     "margin_mse",
     "pair_taps",

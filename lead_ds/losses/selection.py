@@ -10,15 +10,22 @@ from lead_ds.errors import InputError
 
 
 def select_layers(
-    config: LayerLoss | AttentionLoss, teacher_layers: int, student_layers: int, *, seed: int, step: int
+    config: LayerLoss | AttentionLoss,
+    teacher_layers: int,
+    student_layers: int,
+    *,
+    seed: int,
+    step: int,
+    informative: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
     """Indices of the teacher's and the student's layers, sorted and paired in order.
 
     random: k drawn without replacement from each model, again every `every` steps, from (seed, step) alone: equal on
     every rank and after a resume. last: the last k of each. skip: k evenly spaced ones of each, the last among them.
-    given: as configured. LEAD (arXiv 2212.05225), layer selection.
+    given: as configured. LEAD (arXiv 2212.05225), layer selection. informative: as random, with the teacher's layers drawn
+    from `informative` alone (see `informative_layers`).
 
-    Raises InputError when k or a given index exceeds a model's layers.
+    Raises InputError when k or a given index exceeds a model's layers, or k the informative ones.
     """
     key = "losses.layer" if isinstance(config, LayerLoss) else "losses.attention"
     if config.select == "given":
@@ -30,7 +37,15 @@ def select_layers(
         what = f"{config.k} layers are to be selected, the teacher has {teacher_layers}, the student {student_layers}"
         raise InputError(f"{key}.k", what, f"use at most {min(teacher_layers, student_layers)}")
     draw = step // config.every
-    teacher = _select(config.select, config.k, teacher_layers, f"{key} {seed} {draw} teacher")
+    if config.select == "informative":
+        if config.k > len(informative):
+            what = f"{config.k} layers are to be selected, {len(informative)} of the teacher's are informative"
+            remedy = f"lower it, or {key}.informative_margin, or fit a lens: lead-ds teach CONFIG --fit-lens"
+            raise InputError(f"{key}.k", what, remedy)
+        places = _select("random", config.k, len(informative), f"{key} {seed} {draw} teacher")
+        teacher = [informative[place] for place in places]
+    else:
+        teacher = _select(config.select, config.k, teacher_layers, f"{key} {seed} {draw} teacher")
     return teacher, _select(config.select, config.k, student_layers, f"{key} {seed} {draw} student")
 
 
@@ -40,6 +55,11 @@ def teacher_layers_needed(losses: LossesConfig, teacher_layers: int) -> int:
     if losses.response.weight > 0 or losses.margin_mse.weight > 0 or any(loss.select != "given" for loss in compared):
         return teacher_layers
     return min(teacher_layers, 1 + max((i for loss in compared for i in loss.teacher_layers or []), default=0))
+
+
+def informative_layers(nll: Sequence[float], chance: float, margin: float) -> list[int]:
+    """The layers whose NLL of the positive is below chance (log N, of N passages) by at least `margin` nats."""
+    return [layer for layer, value in enumerate(nll) if value <= chance - margin]
 
 
 def _select(how: str, k: int, count: int, seed: str) -> list[int]:

@@ -71,4 +71,5 @@ class CrossEncoder(Scorer):
         mask_BL, pooling = tokens["attention_mask"], head.pooling
         read = self.run(tokens, layers, lambda state: pool(state, mask_BL, pooling), through_norm=pooling == "mean")
         logits = head.logits(torch.cat(read))
-        return relevance_logit(logits).unflatten(0, (len(read), -1))
+        scores_KB = relevance_logit(logits).unflatten(0, (len(read), -1))
+        return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)

@@ -96,10 +96,19 @@ class DualEncoder(Scorer):
         read = self.run(
             tokens, layers, lambda state: pool(state, mask_BL, self.pooling), through_norm=self.pooling == "mean"
         )
-        return self.read_out(torch.stack(read))
+        vectors_KBD = self._dense(torch.stack(read))
+        if self.lens is not None:
+            vectors_KBD = self.lens(vectors_KBD, vectors_KBD.unbind(), layers)
+        return self._unit(vectors_KBD)
 
     def read_out(self, vectors: Tensor) -> Tensor:
         """Dense layers, then unit length if `normalize`: pooled states [..., width] -> vectors [..., vector_width]."""
+        return self._unit(self._dense(vectors))
+
+    def _dense(self, vectors: Tensor) -> Tensor:
         for dense in self.dense:
             vectors = dense(vectors)
+        return vectors
+
+    def _unit(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors

@@ -83,7 +83,8 @@ class LLMReranker(Scorer):
         logits_KB2 = logits_KB2 * self.logit_scale
         if self.softcap is not None:
             logits_KB2 = self.softcap * torch.tanh(logits_KB2 / self.softcap)
-        return logits_KB2[..., 0] - logits_KB2[..., 1]
+        scores_KB = logits_KB2[..., 0] - logits_KB2[..., 1]
+        return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)
 
 
 def answer_tokens(tokenizer: Any, config: TeacherConfig) -> tuple[int, int]:

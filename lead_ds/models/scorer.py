@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from lead_ds.data.tokens import Tokens
 
 
+LayerReading = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]
+"""What layers are read through, such as a tuned lens: (what the model's own read-out makes of K layers and of the final state,
+the K + 1 states that it read, the layers) -> what they say."""
+
+
 @dataclass
 class Output:
     """A scorer's answer for one batch."""
@@ -54,6 +59,7 @@ class Scorer(nn.Module):
         self._accepts = frozenset(parameters)
         self._decoder = is_decoder(self.backbone.config)
         self.recompute = False  # GradCache: keep no activations of a batch's passes
+        self.lens: LayerReading | None = None  # of a frozen teacher: what its layers are read through
 
     @property
     def backbone(self) -> Any:

@@ -31,7 +31,7 @@ def _losses(run: RunRecord) -> bytes | None:
         return None
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = _figure(4.2 * columns, 2.7 * rows)
+    figure = figure_of(4.2 * columns, 2.7 * rows)
     for i, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, i + 1)
         steps, values = run.series(name)
@@ -41,8 +41,8 @@ def _losses(run: RunRecord) -> bytes | None:
         axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
         if i >= len(names) - columns:
             axes.set_xlabel("step")
-        _tidy(axes)
-    return _png(figure)
+        tidy(axes)
+    return png(figure)
 
 
 def _layers(run: RunRecord) -> bytes | None:
@@ -51,7 +51,7 @@ def _layers(run: RunRecord) -> bytes | None:
     if not maps:
         return None
     layers = len(maps[0][0][0])
-    figure = _figure(9.0, (1.0 + 0.14 * max(layers, 6)) * len(maps))
+    figure = figure_of(9.0, (1.0 + 0.14 * max(layers, 6)) * len(maps))
     for i, ((values, edges), title, colours) in enumerate(maps):
         axes = figure.add_subplot(len(maps), 1, i + 1)
         axes.set_facecolor("#eceff2")  # a layer that was not selected
@@ -63,13 +63,13 @@ def _layers(run: RunRecord) -> bytes | None:
             axes.set_xlabel("step (grey: not selected)")
         axes.spines[:].set_visible(False)
         figure.colorbar(mesh, ax=axes, pad=0.01).outline.set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def _metrics(run: RunRecord) -> bytes | None:
     if not run.measures:
         return None
-    figure = _figure(7.0, 3.6)
+    figure = figure_of(7.0, 3.6)
     axes = figure.add_subplot()
     for i, name in enumerate(run.measures):
         rows = [row for row in run.evaluations if name in row["evaluation"]]
@@ -79,8 +79,8 @@ def _metrics(run: RunRecord) -> bytes | None:
     axes.set_xlabel("step")
     axes.set_ylabel("value")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    _tidy(axes)
-    return _png(figure)
+    tidy(axes)
+    return png(figure)
 
 
 def _smooth(values: list[float], window: int) -> np.ndarray:
@@ -89,21 +89,24 @@ def _smooth(values: list[float], window: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure, of inches."""
     # Figure without pyplot: no display, no global state, nothing to close.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Axes as all plots here have them."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e8ec", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

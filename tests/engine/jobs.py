@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from lead_ds.config import load_config
+from lead_ds.config import Config, load_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups import open_groups
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.engine.cached import CachedTeacher, open_cache, with_cached_settings
 from lead_ds.engine.distill import distill
-from lead_ds.engine.ranks import ranks
+from lead_ds.engine.fit_lens import Fit, fit_lens, save_lens
+from lead_ds.engine.ranks import Ranks, ranks
 from lead_ds.engine.teach import teach
 from lead_ds.engine.teacher import build_teacher, resident_parameters
 from lead_ds.engine.warmup import warmup
 from lead_ds.errors import LeadError
+from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
 
 
@@ -160,3 +162,59 @@ def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
                     ratio = max(ratio, (a - b).abs().max().item() / allowed)
             found.append({"ratio": ratio, "deviation": largest})
     return found
+
+
+def lenses(configs: list[str], sharded: bool) -> list[dict[str, Any]]:
+    """Of each configuration its fitted lens's layers. Then a random lens is put in its place, by whose record two layers
+    are informative; `sharded`: what the teacher says through it, replicated and sharded, and through its own head."""
+    found = []
+    with ranks() as here:
+        for path in configs:
+            config = load_config(path)
+            record = fit_lens(config, config.lens_folder, Fit(steps=40, held_out=0.2), quiet=True)
+            if here.main:
+                scramble(config.lens_folder, record)
+            here.barrier()
+            fact: dict[str, Any] = {"layers": record["layers"]}
+            if sharded:
+                tuned, shards, head = (
+                    first_window(config, here, lens=lens, placement=placement)
+                    for lens, placement in (("tuned", "replicate"), ("tuned", "zero3"), ("head", "replicate"))
+                )
+                fact["sharded"] = [torch.equal(a, b) for a, b in zip(tuned, shards, strict=True)]
+                final = len(tuned) // 2
+                fact["final"] = [torch.equal(a, b) for a, b in zip(tuned[:final], head[:final], strict=True)]
+                moved = zip(tuned[final:], head[final:], strict=True)
+                fact["moved"] = [float((a.float() - b.float()).abs().max()) for a, b in moved]
+            found.append(fact)
+    return found
+
+
+def scramble(folder: Path, record: dict[str, Any]) -> None:
+    """Put random numbers into a lens, and say that its layers 0 and 2 know something."""
+    lens, generator = load_lens(folder, "")[0], torch.Generator().manual_seed(5)
+    for tensor in lens.tensors.values():
+        tensor.add_(torch.randn(tensor.shape, generator=generator))
+    for row in record["layers"]:
+        row["after"] = {"nll": record["chance"]["nll"] - (0.5 if row["layer"] in (0, 2) else 0.05), "accuracy": 0.5}
+    save_lens(folder, lens, {**record, "checksum": lens.checksum(record["facts"])})
+
+
+def first_window(config: Config, here: Ranks, **settings: Any) -> list[torch.Tensor]:
+    """What a teacher so changed says of its first window: the final state's tensors, then as many of its layers."""
+    assert config.teacher is not None
+    placed = config.model_copy(update={"teacher": config.teacher.model_copy(update=settings)})
+    student, text = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
+    window = Batches(open_groups(config.data), student, text, config, rank=here.rank, world=here.world).window(0)
+    teacher = build_teacher(placed, here)
+    view = teacher.window(window.teacher, list(range(teacher.num_layers)))
+    return [*tensors(view.final), *tensors(view.layers)]
+
+
+def through_lenses(configs: list[str], cached: list[str], runs: list[str]) -> dict[str, Any]:
+    """Lenses of `configs` on one process; their caches against what the teacher says online; the losses of `runs`."""
+    with ranks():
+        layers = [fact["layers"] for fact in lenses(configs, sharded=False)]
+        taught = teach_each(configs)
+        distances = cached_and_online([[own, other] for own, other in zip(configs, cached, strict=True)])
+        return {"layers": layers, "taught": taught, "distances": distances, "losses": distil_each(runs)}

@@ -1,0 +1,54 @@
+"""What decides what a teacher says, and of which data: written beside everything that is made of it, compared before use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lead_ds.config import TeacherConfig
+from lead_ds.data.groups import Groups
+from lead_ds.data.tokens import TextEncoder, tokenizer_checksum
+from lead_ds.engine.agreement import flat
+from lead_ds.relevance import Scale
+from lead_ds.retrieval.files import checksum, model_checksum
+
+# Settings of a teacher that do not change what it says.
+_FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
+_FREE |= {"allow_pickle", "trust_remote_code", "passes", "truncate", "compile", "lens_path"}
+
+
+def teacher_facts(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> dict[str, Any]:
+    """A teacher, and how it reads. `seed`: of a teacher of random weights."""
+    return {
+        "kind": teacher.kind,
+        "checksum": model_checksum(teacher.path),
+        "settings": deciding_settings(teacher),
+        "tokenizer": tokenizer_checksum(encoder),
+        "query_prompt": encoder.query_prompt,
+        "passage_prompt": encoder.passage_prompt,
+        "seed": seed if teacher.weights == "random" else None,
+    }
+
+
+def differing(old: Any, new: Any) -> list[str]:
+    """The dotted keys in which two sets of facts differ."""
+    one, other = dict(flat(old)), dict(flat(new))
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+
+
+def data_facts(groups: Groups) -> dict[str, Any]:
+    """What decides the groups: checksums of their files, and their number."""
+    sums = {name: checksum([path], lambda _: "") for name, path in groups.sources.items()}
+    return {**sums, "groups": len(groups)}
+
+
+def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:
+    """The settings that decide what a teacher says of a text."""
+    return {name: value for name, value in teacher.model_dump(mode="json").items() if name not in _FREE}
+
+
+def stored_scale(kind: str, scale: str) -> Scale:
+    """In which scale relevance is stored: cosines as such; none and z-scores, which depend on the draw, as the model says.
+
+    A model of pairs gives scores, which have no cosine.
+    """
+    return "cosine" if scale == "cosine" and kind in ("dual_encoder", "colbert") else "none"
