@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,16 @@ def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
                     teacher.window(ours.window(step).teacher, layers),
                 )
                 for name in ("final", "layers"):
-                    a, b = (getattr(view, name).group_relevance(theirs.group).logits for view in views)
+                    a, b = (unscaled(getattr(view, name)).group_relevance(theirs.group).logits for view in views)
                     allowed = 2**-12 * 2 ** np.ceil(np.log2(largest)) + 1e-5 * b.abs().max().item()
                     ratio = max(ratio, (a - b).abs().max().item() / allowed)
             found.append({"ratio": ratio, "deviation": largest})
     return found
+
+
+def unscaled(features: Features) -> Features:
+    """Scores as they are stored: a z-score is taken when they are read, and would magnify what float16 rounds away."""
+    return replace(features, scale="none") if isinstance(features, ScoreFeatures) else features
 
 
 def lenses(configs: list[str], sharded: bool) -> list[dict[str, Any]]:

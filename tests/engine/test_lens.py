@@ -58,9 +58,9 @@ def fitted(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         cached.append(
             write(f"{kind}-cached", {**tree, "teacher": {"kind": "cached", "path": str(folder / kind / "cache")}})
         )
-    both = launch("tests.engine.jobs:lenses", 2, configs=sharded, sharded=True)
+    both = launch("tests.engine.jobs:lenses", 2, timeout=900, configs=sharded, sharded=True)
     runs = [path for path in (*own, *cached) if "cross_encoder" in path]
-    [alone] = launch("tests.engine.jobs:through_lenses", 1, configs=own, cached=cached, runs=runs)
+    [alone] = launch("tests.engine.jobs:through_lenses", 1, timeout=900, configs=own, cached=cached, runs=runs)
     return {"folder": folder, "both": [dict(zip(KINDS, rank, strict=True)) for rank in both], **alone}
 
 
