@@ -1,7 +1,7 @@
 """The configuration: one pydantic tree (`schema`), read from YAML with `key=value` overrides (`load`)."""
 
 from lead_ds.config.load import load_config, save_config
-from lead_ds.config.pipeline import EvaluateStage, Mining, PipelineConfig
+from lead_ds.config.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
 from lead_ds.config.schema import (
     AttentionLoss,
     Config,
@@ -30,6 +30,7 @@ __all__ = [
     "EvaluateStage",
     "EvaluationConfig",
     "LayerLoss",
+    "LensStage",
     "LossesConfig",
     "MarginMSELoss",
     "Mining",
@@ -39,6 +40,7 @@ __all__ = [
     "ProfileConfig",
     "ResponseLoss",
     "StudentConfig",
+    "TeachStage",
     "TeacherConfig",
     "TrainConfig",
     "load_config",

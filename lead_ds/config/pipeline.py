@@ -59,6 +59,24 @@ class MineStage(Mining):
     model: str | None = Field(None, description="a dual encoder; null: the first retriever that was trained")
 
 
+class LensStage(Section):
+    """`lead-ds teach --fit-lens`, with its options; null: their defaults."""
+
+    groups: Positive | None = Field(None, description="training groups to read")
+    held_out: Fraction | None = None
+    steps: Positive | None = None
+    lr: float | None = Field(None, gt=0)
+    rank: Positive | None = None
+    target: Literal["labels", "final"] | None = None
+
+
+class TeachStage(Section):
+    """`lead-ds teach`."""
+
+    epochs: Positive | None = Field(None, description="whose random negatives are included; null: those of train.steps")
+    shard_groups: Positive | None = None
+
+
 class EncodeStage(Section):
     """`lead-ds encode`."""
 
@@ -103,8 +121,8 @@ class PipelineConfig(Section):
     mine: MineStage | None = MineStage()
     teacher: Changes | None = Field(None, description="warm-up of the teacher; null: it is used as it comes")
     student: Changes | None = Field({}, description="warm-up of the student, on the mined negatives")
-    lens: Changes | None = Field(None, description="fit a tuned lens to the frozen teacher")
-    teach: Changes | None = Field(
+    lens: LensStage | None = Field(None, description="fit a tuned lens to the frozen teacher, and distil through it")
+    teach: TeachStage | None = Field(
         None, description="write the frozen teacher's relevance to a cache, and distil from it"
     )
     encode: EncodeStage = EncodeStage()

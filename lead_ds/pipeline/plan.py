@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lead_ds.config import Config, EvaluateStage, Mining, PipelineConfig, load_config
+from lead_ds.config import Config, EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage, load_config
 from lead_ds.engine.deepspeed_config import read_deepspeed_config
 from lead_ds.errors import InputError
 from lead_ds.pipeline.fingerprints import Fingerprints, digest
@@ -48,6 +48,14 @@ class Evaluation:
     data: str
     item: EvaluateStage
     stage: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command reads beside the output of stages: models by path, and what decides of them."""
+
+    models: tuple[str, ...]
+    tree: dict[str, str]
 
 
 class Recipe:
@@ -152,18 +160,13 @@ class Recipe:
             what = f"a {config.student.kind} cannot search for negatives"
             raise InputError(f"{self.path}: pipeline.first", what, "set pipeline.first.student.kind=dual_encoder")
         tree = deciding(config)
-        models = {"student": config.student.path} if of != "teacher" else {}
-        if config.teacher is not None and of != "student":
-            models["teacher"] = config.teacher.path
         if of:
             for part in ("student" if of == "teacher" else "teacher", "losses"):
                 tree.pop(part, None)
             tree |= {"contrastive": config.losses.contrastive.model_dump(exclude_defaults=True)}
             del tree["deepspeed"]["teacher"]
-        given = {role: path for role, path in models.items() if f"{role}.path" not in wiring}
-        if groups not in self.stages:
-            tree["groups"] = config.data.train
-        tree |= {f"{role} model": self.fingerprints.model(path) for role, path in given.items()}
+        given = self._given(config, wiring, groups, (of,) if of else ("student", "teacher"))
+        tree |= given.tree
         product = "student" if command == "distill" else "model"
         return self._add(
             name,
@@ -174,42 +177,61 @@ class Recipe:
             needs,
             self._training_files(config, groups),
             optional=self._files(f"qrels/{config.evaluation.split}.tsv") if config.evaluation.split else (),
-            models=tuple(given.values()),
+            models=given.models,
             distributed=True,
             resumes="run/config.yaml",
         )
 
-    def _teach(self, name: str, changes: Mapping[str, Any] | None, groups: str, teacher: str, lens: str = "") -> str:
+    def _teach(
+        self, name: str, settings: LensStage | TeachStage | None, groups: str, teacher: str, lens: str = ""
+    ) -> str:
         """Add the stage that reads the frozen teacher: a lens that is fitted to it, or a cache of what it says."""
-        if changes is None:
+        if settings is None:
             return ""
         wiring, needs = self._wiring(groups, teacher=teacher, lens=lens)
-        overrides, config = self._settings(name, {**flat(changes), **wiring})
+        overrides, config = self._settings(name, wiring)
         if config.teacher is None or config.teacher.train or config.teacher.kind == "cached":
             what = "reads a teacher that is there and stays as it is"
             raise InputError(
                 f"{self.path}: pipeline.{name}", what, "set teacher.train=false and name the teacher itself"
             )
-        tree = {key: value for key, value in deciding(config).items() if key in ("seed", "teacher", "data", "train")}
-        if groups not in self.stages:
-            tree["groups"] = config.data.train
-        models: tuple[str, ...] = ()
-        if "teacher.path" not in wiring:
-            models = (config.teacher.path,)
-            tree["teacher model"] = self.fingerprints.model(config.teacher.path)
         fits = name == "lens"
+        asked = settings.model_dump(exclude_none=True)
+        options = options_of(
+            {f"lens_{key}" if fits and key != "held_out" else key: value for key, value in asked.items()}
+        )
+        tree = {key: value for key, value in deciding(config).items() if key in ("seed", "teacher", "data", "train")}
+        tree |= {"options": asked, "temperature": config.losses.layer.teacher_temperature if fits else None}
+        given = self._given(config, wiring, groups, ("teacher",))
+        tree |= given.tree
         return self._add(
             name,
-            ["teach", self.path, *overrides, *(["--fit-lens"] if fits else []), "--out"],
+            ["teach", self.path, *overrides, *(["--fit-lens"] if fits else []), *options, "--out"],
             "lens" if fits else "cache",
             ("lens/*",) if fits else ("cache/*",),
             tree,
             needs,
             self._training_files(config, groups),
-            models=models,
+            models=given.models,
             distributed=True,
             repairs=True,
         )
+
+    def _given(self, config: Config, wiring: Mapping[str, Any], groups: str, roles: Sequence[str]) -> Given:
+        """The models, lens and groups that a command reads and no stage makes."""
+        sections = {"student": config.student, "teacher": config.teacher}
+        paths = {role: section.path for role in roles if (section := sections[role]) and f"{role}.path" not in wiring}
+        tree = {f"{role} model": self.fingerprints.model(path) for role, path in paths.items()}
+        if groups not in self.stages:
+            tree["groups"] = config.data.train
+        if (
+            "teacher" in roles
+            and config.teacher
+            and config.teacher.lens == "tuned"
+            and "teacher.lens_path" not in wiring
+        ):
+            tree["lens"] = self.fingerprints.model(str(config.lens_folder))
+        return Given(tuple(paths.values()), tree)
 
     def _evaluate(self, model: str, stage: str) -> None:
         """Add encode and index of every dataset, search and evaluate of every split, with one of the models."""

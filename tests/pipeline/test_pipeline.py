@@ -20,8 +20,8 @@ from tests.pipeline.commands import Forked
 from tests.pipeline.test_run import TINY
 
 # One model on one split: each further stage is one more process.
-FEWER = ["pipeline.models=[distilled]", "pipeline.evaluate=[{split: test}]"]
-STAGES = ["negatives", "first", "mine", "teacher", "student", "teach", "distill", "report"]
+FEWER = ["pipeline.models=[distilled]", "pipeline.evaluate=[{split: test}]", "pipeline.lens={steps: 20}"]
+STAGES = ["negatives", "first", "mine", "teacher", "student", "lens", "teach", "distill", "report"]
 STAGES += ["encode", "index", "search-test", "evaluate-test"]
 
 
@@ -53,24 +53,24 @@ def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(rooms: Path, tmp_pa
 
     # The stages before, moved to another folder, are still complete; the distillation is killed in the middle.
     stages = tmp_path / "killed" / "stages"
-    for name in STAGES[:6]:
+    for name in STAGES[:7]:
         [folder] = (tmp_path / "whole" / "stages").glob(f"{name}-*")
         shutil.copytree(folder, stages / folder.name)
     killed = Forked(harm=distilling)
     again = overrides(rooms, tmp_path / "killed")
     with pytest.raises(RunError, match=r"stage distill: was killed by signal 9 \(log: .*log\.txt; .* continues\)"):
         run_pipeline(TINY, again, run=killed, tell=told.append)
-    assert killed.ran[1:] == STAGES[6:7]
+    assert killed.ran[1:] == STAGES[7:8]
     [distill] = stages.glob("distill-*")
     assert not (distill / "run" / "student").exists()
 
     told.clear()
     continued = Forked()
     tree = run_pipeline(TINY, again, run=continued, tell=told.append)
-    assert continued.ran[1:] == STAGES[6:]
+    assert continued.ran[1:] == STAGES[7:]
     states = {line.split()[0]: line.split("  ")[1:] for line in told[0].splitlines()[1:]}
     assert "--resume" in next(line for line in told[0].splitlines() if line.startswith("distill"))
-    assert all("done" in "".join(states[name]) for name in STAGES[:6])
+    assert all("done" in "".join(states[name]) for name in STAGES[:7])
 
     # The same student, bit for bit, and so the same numbers.
     weights = [Path(one["student"]) / "model.safetensors" for one in (expected, tree)]
@@ -89,7 +89,7 @@ def test_the_command(rooms: Path, tmp_path: Path) -> None:
     commands = {one["stage"]: one["commands"][0] for one in json.loads(plan.stdout)["stages"]}
     assert list(commands) == STAGES
     for name, command in commands.items():
-        distributed = name in ("first", "teacher", "student", "teach", "distill", "encode")
+        distributed = name in ("first", "teacher", "student", "lens", "teach", "distill", "encode")
         assert command.startswith("deepspeed --num_gpus 2 --module lead_ds " if distributed else "lead-ds ")
         assert command in plan.stderr
     wrong = lead_ds(*arguments, "train.step=3")

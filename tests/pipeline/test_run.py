@@ -253,6 +253,25 @@ def test_mining_with_a_model_that_is_there(place: Place) -> None:
     assert ran[:4] == ["mine", "teacher", "student", "teach"]
 
 
+def test_a_lens_leads_to_what_reads_the_teacher(place: Place) -> None:
+    lens = ["pipeline.lens={groups: 20, target: final}"]
+    place.run(*lens, dry_run=True)
+    commands = {one["stage"]: one["commands"][0] for one in place.tree["stages"]}
+    assert "--fit-lens --lens-groups 20 --lens-target final --out" in commands["lens"]
+    folder = next(one["folder"] for one in place.tree["stages"] if one["stage"] == "lens")
+    assert f"teacher.lens=tuned teacher.lens_path={folder}/lens" in commands["teach"]
+    assert "teacher.lens" not in commands["distill"]  # the cache was made through it
+    place.run(*lens, "pipeline.teach=null", dry_run=True)
+    assert f"teacher.lens_path={folder}/lens" in place.tree["stages"][6]["commands"][0]
+    given = ["teacher.lens=tuned", f"teacher.lens_path={place.root / 'lens'}"]
+    digests = set()
+    for content in ("one", "another"):
+        write(place.root / "lens" / "lens.json", content)
+        place.run(*given, dry_run=True)
+        digests.add(next(one["digest"] for one in place.tree["stages"] if one["stage"] == "teach"))
+    assert len(digests) == 2
+
+
 def test_prepare(place: Place) -> None:
     prepare = "pipeline.prepare=[{kind: beir, src: x.zip, subset: y, drop_missing: true}]"
     tree = run_pipeline(place.recipe, [prepare], dry_run=True, tell=lambda _: None)
