@@ -81,9 +81,10 @@ def model_card(config: Config, run: Path) -> str:
         lines += [f"Distilled by lead-ds from `{Path(path).name}` ({kind.replace('_', ' ')}){how}.", ""]
     else:
         over = "its own passages" if in_group(config) else "every passage of the batch"
+        temperature = config.losses.contrastive.temperature
         lines += [
-            f"Trained by lead-ds on labels alone: the positive's likelihood among {over}, at temperature "
-            f"{config.losses.contrastive.temperature:g}.",
+            f"Trained by lead-ds on labels alone: the positive's likelihood among {over}, at temperature {temperature:g}"
+            f"{'' if temperature == 1 else f' (as a teacher: teacher_temperature: {temperature:g})'}.",
             "",
         ]
     lines += ["```python", use.example, "```", "", reads(student), ""]
