@@ -14,7 +14,7 @@ MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or H
 DATA = typer.Option(..., "--data", help="A folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (or .gz).")
 MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
 LEVEL = typer.Option(1, "--relevance-level", min=1, help="Judgements from here on count; nDCG is graded.")
-BATCH = typer.Option(64, "--batch-size", min=1, help="Texts per forward.")
+BATCH = typer.Option(64, "--batch-size", min=1, help="Texts of full length per forward; of shorter ones more.")
 
 
 def encode(
@@ -23,6 +23,9 @@ def encode(
     out: Path = typer.Option(..., "--out", help="Where the vectors go: memory-mapped .npy shards, ids, a manifest."),
     kind: str = typer.Option("corpus", "--kind", help="corpus or queries."),
     dtype: str = typer.Option("float32", "--dtype", help="float32 or float16, of the stored vectors."),
+    precision: str = typer.Option(
+        "fp32", "--precision", help="fp32, bf16 or fp16 (GPU), of the model's matrix products."
+    ),
     batch_size: int = BATCH,
 ) -> None:
     """Encode a corpus (or its queries). Run it again after a kill to finish; under a launcher, every rank does its share.
@@ -33,6 +36,7 @@ def encode(
     """
     choice("--kind", kind, "corpus", "queries")
     choice("--dtype", dtype, "float32", "float16")
+    choice("--precision", precision, "fp32", "bf16", "fp16")
     from lead_ds.data.dataset import Dataset
     from lead_ds.engine.ranks import ranks
     from lead_ds.retrieval.encode import encode_to
@@ -45,6 +49,7 @@ def encode(
         scorer, encoder = open_encoder(model, here.device)
         facts = model_facts(model, scorer)
         options: dict[str, Any] = {"batch_size": batch_size, "device": here.device, "dtype": dtype, "peers": here}
+        options["precision"] = precision
         vectors = encode_to(out, scorer.embed, encoder, texts, facts, **options)
         if here.main:
             print(f"{len(vectors)} vectors of {vectors.dimension} in {vectors.shards} shards: {out}")

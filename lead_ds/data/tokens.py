@@ -151,6 +151,17 @@ class TextEncoder:
             tokens["score_mask"] = tokens["attention_mask"] * (~torch.isin(tokens["input_ids"], skip)).long()
         return tokens
 
+    def rows(self, texts: Sequence[str], kind: Literal["queries", "passages"]) -> tuple[Rows, Rows | None]:
+        """Token ids, and token types where the model uses them, of each text as `queries` or `passages` cut it, without
+        padding: `padded` makes tokens of any of them."""
+        prompt = self.query_prompt if kind == "queries" else self.passage_prompt
+        length = self.query_length if kind == "queries" else self.passage_length
+        return self._encode([prompt + text for text in texts], None, length)
+
+    def padded(self, rows: Rows, types: Rows | None) -> Tokens:
+        """Tokens [B, L] of rows of `rows`, padded on the right to the longest."""
+        return self._padded(rows, types)
+
     def spans(
         self, texts: Sequence[str], kind: Literal["queries", "passages"]
     ) -> tuple[list[list[tuple[int, int]]], int]:

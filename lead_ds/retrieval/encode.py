@@ -25,9 +25,10 @@ from lead_ds.retrieval.progress import Progress, progress
 Embed = Callable[[Tokens], Tensor]
 """Tokens on the model's device -> final vectors [B, D]: `DualEncoder.embed`, or a sharded engine called with `tokens=`."""
 
-SORTED_BATCHES = 256  # texts of so many batches are sorted by length together: little padding, little memory
+STRETCH = 8192  # texts tokenised at once and sorted by length together: little padding, little memory
+SHORTER = 8  # a batch of short texts holds at most so many times more than one of full length
 SHARD_ROWS = 65_536
-AHEAD = 4  # batches tokenised ahead of the model
+Precision = Literal["fp32", "bf16", "fp16"]
 MANIFEST, IDS = "manifest.json", "ids.txt"
 
 
@@ -61,24 +62,35 @@ def encode_texts(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on `device`), a batch at a time, without gradient.
 
-    texts: rows -> their texts. Neighbouring texts are sorted by length before they are cut into batches. `forwards`: run
-    the model at least so many times, on a text of no interest once the rows are done: under ZeRO-3 every process must take
-    part in every forward of any of them.
+    texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
+    number of tokens. batch_size: texts of full length in a batch; of shorter ones as many as have no more tokens, padding
+    counted. `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size
+    texts in every batch: under ZeRO-3 every process must take part in every forward of any of them.
     """
-    tokenize = encoder.queries if kind == "queries" else encoder.passages
-    batches = list(_batches(rows, batch_size))
+    side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
+    length = encoder.query_length if kind == "queries" else encoder.passage_length
 
-    def tokens(ordered: tuple[list[int], list[str]]) -> tuple[list[int], Tokens]:
-        return ordered[0], tokenize(ordered[1])
+    def read(stretch: range) -> tuple[range, list[list[int]], list[list[int]] | None]:
+        return stretch, *encoder.rows(texts([rows[i] for i in stretch]), side)
 
+    done = 0
+    # Where batches are counted, a stretch is whole batches.
+    stretches = _batches(rows, -(-STRETCH // batch_size) * batch_size)
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
-        for positions, batch in ahead(pool, tokens, _ordered(texts, rows, batch_size), AHEAD):
-            vectors_BD = embed({name: x.to(device) for name, x in batch.items()}).float()
-            yield positions, vectors_BD
-            if meter is not None:
-                meter.advance(len(positions))
-        for _ in range(forwards - len(batches)):
-            embed({name: x.to(device) for name, x in tokenize(["a"]).items()})
+        for stretch, ids, types in ahead(pool, read, stretches, 1):
+            lengths = [len(row) for row in ids]
+            order = sorted(range(len(ids)), key=lambda i: -lengths[i])
+            for chosen in _cut(order, lengths, batch_size, None if forwards else batch_size * length):
+                batch = encoder.padded([ids[i] for i in chosen], None if types is None else [types[i] for i in chosen])
+                yield (
+                    [stretch[i] for i in chosen],
+                    embed({name: x.to(device) for name, x in batch.items()}).float(),
+                )
+                done += 1
+                if meter is not None:
+                    meter.advance(len(chosen))
+        for _ in range(forwards - done):
+            embed({name: x.to(device) for name, x in encoder.padded(*encoder.rows(["a"], side)).items()})
 
 
 def encode_share(
@@ -103,6 +115,26 @@ def encode_share(
             out = torch.empty(len(rows), vectors_BD.shape[1], dtype=dtype, device=vectors_BD.device)
         out[torch.tensor(positions, device=out.device)] = vectors_BD.to(dtype)
     return torch.empty(0, 0, dtype=dtype, device=device) if out is None else out
+
+
+def in_precision(embed: Embed, precision: Precision, device: torch.device | str) -> Embed:
+    """`embed` with its matrix products in `precision`; norms and softmax stay in float32 (torch.autocast).
+
+    Raises InputError where the device cannot.
+    """
+    if precision == "fp32":
+        return embed
+    kind, dtype = torch.device(device).type, torch.bfloat16 if precision == "bf16" else torch.float16
+    if kind == "cpu" and precision == "fp16":
+        raise InputError("precision", "fp16 is for GPUs", "use bf16 or fp32")
+    if kind == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("precision", "this GPU has no bf16", "use fp16 or fp32")
+
+    def embed_mixed(tokens: Tokens) -> Tensor:
+        with torch.autocast(kind, dtype):
+            return embed(tokens)
+
+    return embed_mixed
 
 
 class Vectors:
@@ -171,17 +203,21 @@ def encode_to(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     dtype: Literal["float32", "float16"] = "float32",
+    precision: Precision = "fp32",
     shard_rows: int | None = None,
+    lockstep: bool = False,
     peers: Peers = ALONE,
 ) -> Vectors:
     """Encode all of `texts` into a folder; call it again after a kill, on any number of processes, to finish the job.
 
     A shard is written whole or not at all; those that are there are kept. model: facts that identify the model (checksum,
-    pooling, normalize), kept in the manifest with prompt, length and a checksum of the texts. Every process calls this, on
-    a file system they share. Raises InputError when the folder holds vectors made otherwise, RunError when a file
-    cannot be written.
+    pooling, normalize), kept in the manifest with prompt, length and a checksum of the texts. precision: of the model's
+    matrix products. lockstep: the model is sharded over the processes, so that all must run it equally often. Every process
+    calls this, on a file system they share. Raises InputError when the folder holds vectors made otherwise, or the device
+    lacks the precision, RunError when a file cannot be written.
     """
     folder = Path(folder)
+    embed = in_precision(embed, precision, device)
     agreed: dict[str, Any] | LeadError = {}
     if peers.rank == 0:
         shard_rows = shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
@@ -190,6 +226,7 @@ def encode_to(
             "model": model,
             **asdict(Side.of(encoder, texts.kind)),
             "dtype": dtype,
+            "precision": precision,
             "count": len(texts),
             "shard_rows": shard_rows,
         }
@@ -208,7 +245,8 @@ def encode_to(
         for turn in range(-(-len(todo) // peers.world)):
             # The turn's largest share sets how often every process runs the model.
             turn_shards = todo[turn * peers.world : (turn + 1) * peers.world]
-            forwards = -(-max(len(vectors.rows(shard)) for shard in turn_shards) // batch_size)
+            most = max(len(vectors.rows(shard)) for shard in turn_shards)
+            forwards = -(-most // batch_size) if lockstep else 0
             rows = vectors.rows(mine[turn]) if turn < len(mine) else range(0)
             encoded = encode_share(
                 embed,
@@ -262,16 +300,15 @@ def _batches(rows: Sequence[int], batch_size: int) -> Iterator[range]:
     return (range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size))
 
 
-def _ordered(
-    texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int], batch_size: int
-) -> Iterator[tuple[list[int], list[str]]]:
-    """(positions in rows, texts) of each batch, long texts first in every stretch of SORTED_BATCHES batches."""
-    for stretch in _batches(rows, batch_size * SORTED_BATCHES):
-        read = texts([rows[i] for i in stretch])
-        order = sorted(range(len(read)), key=lambda i: -len(read[i]))
-        for batch in _batches(order, batch_size):
-            chosen = [order[i] for i in batch]
-            yield [stretch[i] for i in chosen], [read[i] for i in chosen]
+def _cut(order: list[int], lengths: list[int], batch_size: int, budget: int | None) -> Iterator[list[int]]:
+    """`order`, whose lengths fall, in batches of at most `budget` tokens with padding; None: of `batch_size` texts each."""
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if budget is not None:
+            size = min(max(budget // max(lengths[order[start]], 1), 1), batch_size * SHORTER)
+        yield order[start : start + size]
+        start += size
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterator[Any], count: int) -> Iterator[Any]:

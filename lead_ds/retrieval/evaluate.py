@@ -129,7 +129,8 @@ def search_exact(
     settings: dict[str, Any] = {"batch_size": batch_size, "device": device}
     with progress("encoding for evaluation", len(own_queries) + len(own_passages), "texts", shown=shown) as meter:
         settings["meter"] = meter
-        forwards = [-(-largest_share(count, peers) // batch_size) for count in (len(query_rows), len(corpus))]
+        counts = (len(query_rows), len(corpus)) if peers.world > 1 else (0, 0)
+        forwards = [-(-largest_share(count, peers) // batch_size) for count in counts]
         rows = [query_rows[i] for i in own_queries]
         queries_QD = encode_share(embed, encoder, "queries", texts.texts, rows, forwards=forwards[0], **settings)
         passages_PD = encode_share(

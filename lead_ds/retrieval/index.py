@@ -103,7 +103,7 @@ class Index:
         nprobe: int | None = None,
         ef_search: int | None = None,
     ) -> Index:
-        """Load an index; with `gpus` onto so many, in float16, sharded (each holds a part) or replicated.
+        """Map an index into memory, or load it onto `gpus`, in float16, sharded (each holds a part) or replicated.
 
         nprobe: cells that an IVF index looks into; ef_search: candidates that HNSW keeps. Raises InputError when the folder
         holds no index, or the index has no such parameter.
@@ -113,7 +113,11 @@ class Index:
         folder = Path(folder)
         meta = read_json(folder / META, "make it with lead-ds index")
         try:
-            index = faiss.read_index(str(folder / INDEX))
+            # Mapped, not read: an index larger than memory can be searched, its pages come when they are looked at.
+            mapped = getattr(
+                faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP
+            )  # the latter, of older FAISS: IVF lists only
+            index = faiss.read_index(str(folder / INDEX), 0 if gpus else mapped)
             ids = (folder / IDS).read_text(encoding="utf-8").split("\n")[:-1]
         except (RuntimeError, OSError) as error:
             raise InputError(folder, f"its index cannot be read: {_reason(error)}", "build it again") from None

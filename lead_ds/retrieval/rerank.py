@@ -24,7 +24,7 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.models.colbert import score_mask
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
-from lead_ds.retrieval.encode import AHEAD, SORTED_BATCHES, ahead
+from lead_ds.retrieval.encode import ahead
 from lead_ds.retrieval.evaluate import MEASURES, draw_queries
 from lead_ds.retrieval.files import checksum
 from lead_ds.retrieval.metrics import Scores, parse_measure, score_run
@@ -37,6 +37,8 @@ TextsOf = Callable[[Sequence[int]], list[str]]
 """Rows -> their texts."""
 
 DEPTH = 100  # candidates of a query
+SORTED_BATCHES = 256  # texts of so many batches are sorted by length together: little padding, little memory
+AHEAD = 4  # batches tokenised ahead of the model
 COMPARED_AT_ONCE = 64  # candidates whose tokens late interaction holds at once
 
 

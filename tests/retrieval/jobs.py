@@ -40,7 +40,10 @@ def encode(model: str, data: str, outs: list[str], batch_size: int, shard_rows: 
             forwards += 1
             return scorer.embed(tokens)
 
-        corpus, settings = Dataset.open(data).corpus, {"batch_size": batch_size, "shard_rows": shard_rows}
+        corpus, settings = (
+            Dataset.open(data).corpus,
+            {"batch_size": batch_size, "shard_rows": shard_rows, "lockstep": True},
+        )
         for out in outs:
             try:
                 encode_to(out, embed, encoder, corpus, {"checksum": "m"}, peers=here, **settings)
@@ -97,4 +100,5 @@ def encode_and_die(model: str, data: str, out: str, batch_size: int, shard_rows:
         return scorer.embed(tokens)
 
     corpus = Dataset.open(Path(data)).corpus
-    encode_to(out, embed, encoder, corpus, {"checksum": "m"}, batch_size=batch_size, shard_rows=shard_rows)
+    settings = {"batch_size": batch_size, "shard_rows": shard_rows, "lockstep": True}
+    encode_to(out, embed, encoder, corpus, {"checksum": "m"}, **settings)

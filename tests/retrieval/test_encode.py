@@ -139,3 +139,43 @@ def test_a_models_checksum_follows_its_weights(model: Path, tmp_path: Path) -> N
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert model_checksum(copy) != model_checksum(model)
+
+
+def test_short_texts_share_a_forward_and_no_batch_is_beyond_the_budget(model: Path) -> None:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    length, batch_size = encoder.passage_length, 4
+    texts = [" ".join(["octopus hunts crabs"] * n) for n in (1, 90, 1, 2, 90, 1, 3, 90, 90, 90, 1, 2, 1, 1)] * 3
+    shapes = []
+
+    def embed(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        shapes.append(tuple(tokens["input_ids"].shape))
+        return scorer.embed(tokens)
+
+    share = encode_share(
+        embed, encoder, "corpus", lambda rows: [texts[i] for i in rows], range(len(texts)), batch_size=4
+    )
+    with torch.no_grad():
+        expected = torch.cat([scorer.embed(encoder.passages([text])) for text in texts])
+    torch.testing.assert_close(share, expected, rtol=1e-4, atol=1e-5)
+    assert sum(rows for rows, _ in shapes) == len(texts)
+    assert all(rows * tokens <= batch_size * length for rows, tokens in shapes)
+    assert shapes[0] == (batch_size, length)
+    assert max(rows for rows, _ in shapes) > batch_size
+    # Sorted by tokens: next to no padding.
+    real = int(sum(encoder.passages([text])["attention_mask"].sum() for text in texts))
+    assert sum(rows * tokens for rows, tokens in shapes) < 1.25 * real
+
+
+def test_mixed_precision_is_close_and_part_of_what_vectors_are(model: Path, data: Path, tmp_path: Path) -> None:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    corpus = Dataset.open(data).corpus
+    vectors = encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL, precision="bf16")
+    close = torch.nn.functional.cosine_similarity(
+        torch.from_numpy(whole(vectors)), torch.from_numpy(one_by_one(model, data))
+    )
+    assert 0.99 < close.min() < 1 - 1e-6
+    with pytest.raises(InputError, match="holds vectors of another precision"):
+        encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL)
+    with pytest.raises(InputError, match="fp16 is for GPUs"):
+        encode_to(tmp_path / "w", scorer.embed, encoder, corpus, MODEL, precision="fp16")
+    assert not (tmp_path / "w").exists()

@@ -70,6 +70,29 @@ def test_factory_strings_that_faiss_refuses(vectors: Vectors, tmp_path: Path, fa
     assert not (tmp_path / "index").exists()
 
 
+def test_an_index_is_mapped_and_not_read(tmp_path: Path) -> None:
+    import faiss
+
+    def held() -> int:
+        [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")]
+        return int(line.split()[1]) * 1024
+
+    if not hasattr(faiss, "IO_FLAG_MMAP_IFC") or not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux and a FAISS that maps every kind of index")
+    count, width = 40_000, 256
+    index = faiss.IndexFlatIP(width)
+    index.add(np.zeros((count, width), np.float32))
+    faiss.write_index(index, str(tmp_path / "index.faiss"))
+    del index
+    (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(count)))
+    meta = {"factory": "Flat", "dimension": width, "count": count, "kind": "corpus", "prompt": "", "model": {}}
+    (tmp_path / "index.json").write_text(json.dumps(meta))
+    before = held()
+    opened = Index.open(tmp_path)
+    assert opened.search(np.ones((1, width), np.float32), 3)[1].shape == (1, 3)
+    assert held() - before < count * width * 4 / 2
+
+
 def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="make it with lead-ds index"):
         Index.open(tmp_path)

@@ -1,0 +1,125 @@
+"""lead-ds encode against SentenceTransformer.encode: the same model, texts, batch size and machine, in turns.
+
+    python -m benchmarks.encode --model MODEL --data DATA [--texts 600] [--batch-size 32] [--threads 1] [--device cuda]
+        [--precision bf16] [--out benchmarks/results/encode-cpu.json]
+
+Each round runs both, the first one alternating; the medians are compared. Two clocks: the wall's, and this process's processor
+time, which does not count what other programs on the machine take. Where both read in bf16, sentence-transformers runs
+under the same autocast. The vectors of both are compared, so that nobody is fast by doing less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.kernels import machine
+from lead_ds.data.dataset import Dataset
+from lead_ds.retrieval.encode import encode_share, in_precision
+from lead_ds.retrieval.evaluate import open_encoder
+
+
+def main() -> None:
+    """Measure, print a line, and append a row to --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--texts", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    row = measure(options)
+    print(
+        f"{row['model']} on {row['data']}, {row['texts']} texts, batch {row['batch_size']}, {row['precision']}: "
+        f"{row['ratio_processor']:.2f}x by processor time, {row['ratio_wall']:.2f}x by the wall's clock; "
+        f"vectors differ by {row['difference']:.1e}"
+    )
+    if options.out:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One row of results."""
+    from sentence_transformers import SentenceTransformer
+
+    device = torch.device(options.device)
+    corpus = Dataset.open(options.data).corpus
+    rows = np.sort(np.random.default_rng(0).choice(len(corpus), min(options.texts, len(corpus)), replace=False))
+    texts = corpus.texts(rows)
+    scorer, encoder = open_encoder(options.model, device)
+    theirs = SentenceTransformer(options.model, device=options.device)
+    theirs.max_seq_length = encoder.passage_length
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+    embed = in_precision(scorer.embed, options.precision, device)
+
+    def ours(texts: list[str]) -> np.ndarray:
+        def read(chosen: Any) -> list[str]:
+            return [texts[i] for i in chosen]
+
+        settings = {"batch_size": options.batch_size, "device": device}
+        return encode_share(embed, encoder, "corpus", read, range(len(texts)), **settings).cpu().numpy()
+
+    def sentence_transformers(texts: list[str]) -> np.ndarray:
+        with torch.autocast(device.type, dtype, enabled=options.precision != "fp32"):
+            return theirs.encode(
+                [encoder.passage_prompt + text for text in texts], batch_size=options.batch_size, prompt=""
+            )
+
+    systems: dict[str, Callable[[list[str]], np.ndarray]] = {"ours": ours, "theirs": sentence_transformers}
+    vectors, wall, processor = {}, {name: [] for name in systems}, {name: [] for name in systems}  # type: ignore[var-annotated]
+    for run in systems.values():
+        run(texts[:32])
+    for turn in range(options.rounds):
+        for name in sorted(systems, reverse=bool(turn % 2)):
+            starts = time.perf_counter(), time.process_time()
+            vectors[name] = systems[name](texts)
+            wall[name].append(time.perf_counter() - starts[0])
+            processor[name].append(time.process_time() - starts[1])
+    medians = {
+        clock: {name: statistics.median(times[name]) for name in systems}
+        for clock, times in (("wall", wall), ("processor", processor))
+    }
+    return {
+        "model": Path(options.model).name,
+        "data": options.data.name,
+        "texts": len(texts),
+        "tokens": int(sum(encoder.passages([text])["attention_mask"].sum() for text in texts)),
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+        "threads": options.threads,
+        "machine": machine(device),
+        "seconds": {"wall": wall, "processor": processor},
+        "ratio_wall": medians["wall"]["theirs"] / medians["wall"]["ours"],
+        "ratio_processor": medians["processor"]["theirs"] / medians["processor"]["ours"],
+        "difference": float(np.abs(vectors["ours"] - vectors["theirs"]).max()),
+        "versions": versions(),
+        "date": date.today().isoformat(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "sentence-transformers", "tokenizers", "faiss-cpu")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+if __name__ == "__main__":
+    main()
