@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -25,6 +26,7 @@ import torch
 
 from benchmarks.kernels import machine
 from lead_ds.data.dataset import Dataset
+from lead_ds.models.export import export_sentence_transformers
 from lead_ds.retrieval.encode import encode_share, in_precision
 from lead_ds.retrieval.evaluate import open_encoder
 
@@ -63,7 +65,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = np.sort(np.random.default_rng(0).choice(len(corpus), min(options.texts, len(corpus)), replace=False))
     texts = corpus.texts(rows)
     scorer, encoder = open_encoder(options.model, device)
-    theirs = SentenceTransformer(options.model, device=options.device)
+    with tempfile.TemporaryDirectory() as folder:  # pooling and prompts as ours, also where MODEL is a bare transformer
+        export_sentence_transformers(options.model, Path(folder) / "model")
+        theirs = SentenceTransformer(str(Path(folder) / "model"), device=options.device)
     theirs.max_seq_length = encoder.passage_length
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     embed = in_precision(scorer.embed, options.precision, device)

@@ -158,10 +158,6 @@ class TextEncoder:
         length = self.query_length if kind == "queries" else self.passage_length
         return self._encode([prompt + text for text in texts], None, length)
 
-    def padded(self, rows: Rows, types: Rows | None) -> Tokens:
-        """Tokens [B, L] of rows of `rows`, padded on the right to the longest."""
-        return self._padded(rows, types)
-
     def spans(
         self, texts: Sequence[str], kind: Literal["queries", "passages"]
     ) -> tuple[list[list[tuple[int, int]]], int]:

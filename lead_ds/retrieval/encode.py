@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.texts import Texts
-from lead_ds.data.tokens import TextEncoder, Tokens
+from lead_ds.data.tokens import Rows, TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.retrieval.files import atomic, data_checksum, read_json, write_json
 from lead_ds.retrieval.peers import ALONE, Peers
@@ -70,7 +70,7 @@ def encode_texts(
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
     length = encoder.query_length if kind == "queries" else encoder.passage_length
 
-    def read(stretch: range) -> tuple[range, list[list[int]], list[list[int]] | None]:
+    def read(stretch: range) -> tuple[range, Rows, Rows | None]:
         return stretch, *encoder.rows(texts([rows[i] for i in stretch]), side)
 
     done = 0
