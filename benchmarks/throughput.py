@@ -37,6 +37,7 @@ import torch
 import yaml
 
 from benchmarks.kernels import Row, machine
+from benchmarks.throughput_memory import return_freed
 from benchmarks.throughput_presets import PRESETS, Preset, configuration, write_data, write_model
 from benchmarks.throughput_runners import ProcessorClock, Runner, build_runner, same_losses
 from lead_ds.config import Config
@@ -234,6 +235,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def memory_over(config: Config, steps: int, ranks: Ranks, provider: str) -> list[Row]:
     """What lead-ds holds after each fifth of `steps`, and at its peak so far on CUDA."""
+    return_freed(ranks.device)
     runner = build_runner(provider, config, ranks)
     rows = []
     for fifth in range(5):

@@ -20,6 +20,7 @@ class PeakMemory(Parts):
         self.device = device
         self.part: Part = "waiting for data"
         self.peaks: dict[str, float] = {}
+        return_freed(device)
         settle(device)
         self.base = allocated(device)
         reset_peak(device)
@@ -56,15 +57,20 @@ def reset_peak(device: torch.device) -> None:
 
 
 def settle(device: torch.device) -> None:
-    """Give back what is free, so that the resident memory is what is used; from then on, blocks over 64 KiB at once."""
+    """Give back what is free, so that the resident memory is what is used."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
     with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-        library = ctypes.CDLL(None)
-        library.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-        library.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_freed(device: torch.device) -> None:
+    """From now on, blocks over 64 KiB go back to the system once freed. It costs time: not before a measurement of that."""
+    if device.type != "cuda":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
 
 
 def _status(field: str) -> float:

