@@ -34,13 +34,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from benchmarks.kernels import Row, machine
 from benchmarks.throughput_memory import return_freed
 from benchmarks.throughput_presets import PRESETS, Preset, configuration, write_data, write_model
 from benchmarks.throughput_runners import ProcessorClock, Runner, build_runner, same_losses
-from lead_ds.config import Config
+from lead_ds.config import Config, load_config
 from lead_ds.config.load import apply_override, parse_config
 from lead_ds.engine.parts import PartsClock, mean_parts
 from lead_ds.engine.profile import read_trace
@@ -82,17 +81,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def settings_of(given: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> Config:
     """The checked configuration of one setting. Raises InputError as `lead-ds distill` would."""
-    if given.preset:
-        preset = PRESETS[given.preset]
-        warmup, steps = lengths_of(given)
-        tree = configuration(preset, folder, steps=max(1000, warmup + steps + 8, given.memory_steps))
-    else:
-        tree = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-        tree["output"] = str(folder / "run")
-        tree.setdefault("evaluation", {})["split"] = None
+    if not given.preset:
+        return load_config(given.config, [*overrides, f"output={folder / 'run'}", "evaluation.split=null"])
+    warmup, steps = lengths_of(given)
+    longest = max(1000, warmup + steps + 8, given.memory_steps)
+    tree = configuration(PRESETS[given.preset], folder, steps=longest)
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree, given.config or f"preset {given.preset}")
+    return parse_config(tree, f"preset {given.preset}")
 
 
 def lengths_of(given: argparse.Namespace) -> tuple[int, int]:

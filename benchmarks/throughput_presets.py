@@ -81,13 +81,14 @@ _COSINE = {"response": {"teacher_temperature": 0.05}, "layer": {"teacher_tempera
 _ALL = ("lead-ds", "bare", "LEAD's loop", "plain loop")
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
-        about="small BERT shapes, 12 -> 6 layers 128 wide: LEAD's setting at a size for a CPU",
-        teacher=bert(12, 128, 2, vocab_size=1000),
-        student=bert(6, 128, 2, vocab_size=1000),
+        about="small BERT shapes, 6 -> 3 layers 256 wide: LEAD's setting at a size for a CPU",
+        teacher=bert(6, 256, 4, vocab_size=1000),
+        student=bert(3, 256, 4, vocab_size=1000),
         settings={
             # On a CPU without AMX, bf16 products take twice the time of float32's.
             "teacher": {"pooling": "cls", "passes": 4, "dtype": "fp32"},
             "student": {"passes": 4},
+            "losses": {"layer": {"k": 3}},
             "train": {"batch_size": 4},
         },
         lengths="natural",

@@ -20,9 +20,10 @@ from benchmarks.baselines import LOOPS, LeadLoop, Loop, Settings
 from benchmarks.throughput_inputs import Inputs, Work
 from benchmarks.throughput_memory import PeakMemory, allocated, settle
 from lead_ds.config import Config
+from lead_ds.engine.ahead import with_next
 from lead_ds.engine.cached import CachedTeacher, with_cached_settings
 from lead_ds.engine.checkpoint import Checkpoints
-from lead_ds.engine.distill import open_inputs, open_teacher
+from lead_ds.engine.distill import fit_attention, open_inputs, open_teacher
 from lead_ds.engine.loop import Training
 from lead_ds.engine.parts import Part, Parts, PartsClock
 from lead_ds.engine.ranks import Ranks
@@ -131,7 +132,9 @@ class LeadDS(Runner):
         torch.manual_seed(config.seed)
         self.student_dtype = student_dtype(config.student, ranks.device)
         student = load_student(config.student, self.student_dtype)
-        engine = build_engine(Trainee(student).to(ranks.device), config, self.student_dtype, ranks)
+        trainee = Trainee(student).to(ranks.device)
+        fit_attention(trainee, config, batches, self.student_dtype, ranks)
+        engine = build_engine(trainee, config, self.student_dtype, ranks)
         self.teacher: FrozenTeacher | CachedTeacher | None = None
         if uses_teacher:
             with _made_on(ranks.device, config):
@@ -175,8 +178,9 @@ class LeadDS(Runner):
         parts.at("waiting for data")
         # A pipeline of its own for each turn: nothing is prepared while others have theirs.
         with contextlib.closing(training.batches.windows(first, first + count)) as windows:  # type: ignore[type-var]
-            for window in windows:
-                training.optimize(window)
+            pairs = with_next(windows) if training.ahead else ((window, None) for window in windows)
+            for window, following in pairs:
+                training.optimize(window, following)
                 training.step += 1
                 parts.at("waiting for data")
                 parts.end_step()
