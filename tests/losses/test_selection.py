@@ -6,7 +6,7 @@ import pytest
 
 from lead_ds.config import AttentionLoss, LayerLoss
 from lead_ds.errors import InputError
-from lead_ds.losses import select_layers
+from lead_ds.losses import informative_layers, select_layers
 
 
 def test_random_is_stateless_sorted_and_without_replacement() -> None:
@@ -60,3 +60,21 @@ def test_given_beyond_the_model() -> None:
     config = LayerLoss(select="given", teacher_layers=[1], student_layers=[6])
     with pytest.raises(InputError, match=r"student_layers: layer 6 is beyond the student's 6 layers"):
         select_layers(config, 12, 6, seed=0, step=0)
+
+
+def test_informative_layers_beat_chance_by_the_margin() -> None:
+    assert informative_layers([1.4, 1.29, 1.2, 0.5], chance=1.4, margin=0.1) == [1, 2, 3]
+    assert informative_layers([1.4, 1.41], chance=1.4, margin=0.1) == []
+
+
+def test_informative_draws_from_those_layers_alone() -> None:
+    config = LayerLoss(select="informative", k=2, every=5)
+    draws = [select_layers(config, 12, 6, seed=1, step=step, informative=[3, 7, 8, 11]) for step in range(100)]
+    assert {layer for teacher, _ in draws for layer in teacher} == {3, 7, 8, 11}
+    assert {layer for _, student in draws for layer in student} == set(range(6))
+    for step, (teacher, student) in enumerate(draws):
+        assert (teacher, student) == draws[step - step % 5]
+        assert teacher == sorted(set(teacher))
+        assert len(teacher) == len(student) == 2
+    with pytest.raises(InputError, match=r"losses\.layer\.k: 2 layers .* 1 of the teacher's are informative"):
+        select_layers(config, 12, 6, seed=1, step=0, informative=[3])
