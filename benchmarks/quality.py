@@ -1,0 +1,225 @@
+"""What layer distillation brings, measured: the same student trained in many ways, tested on held-out collections.
+
+    python -m benchmarks.quality build  --data DATA --models MODELS --work WORK
+    python -m benchmarks.quality teach  --models MODELS --work WORK [--teacher ce de cb]
+    python -m benchmarks.quality run    --data DATA --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
+    python -m benchmarks.quality report --work WORK --out benchmarks/results/quality.json
+
+DATA holds collections in BEIR's layout, one folder each (squadshifts, medquad, tldr, scifact, cranfield, vaswani); MODELS holds
+minilm-l3 (the student), reranker-l12 (cross-encoder), bge-small (dual encoder) and colbert, which `teach` warms up. Every
+command goes on where it was ended: what is in WORK is not made again. Sizes are options of `build` and `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality_arms import ARMS, BY_NAME, MODELS, STUDENT, TEACHERS, Arm, cache_of, settings
+from benchmarks.quality_data import Size, build_test, build_training, without_dropout
+from lead_ds.config import Config, StudentConfig
+from lead_ds.data.dataset import Dataset
+from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
+from lead_ds.retrieval.files import read_json, write_json
+
+TRAINED_ON = ("squadshifts", "medquad", "tldr")
+OTHERS = ("scifact", "cranfield", "vaswani")
+MEASURES = ("nDCG@10", "RR@10", "R@100")
+SETTINGS = "settings.json"
+
+
+def build(args: argparse.Namespace) -> None:
+    """The collections."""
+    size = Size(args.train, args.dev, args.passages, args.negatives)
+    build_training(args.work / "train", {name: args.data / name for name in TRAINED_ON}, size)
+    for name in (*TRAINED_ON, *OTHERS):
+        build_test(args.work / "test" / name, name, args.data / name, size)
+    write_json(args.work / SETTINGS, {"size": vars(size)})
+
+
+def teach(args: argparse.Namespace) -> None:
+    """The teachers' relevance of every training group, of every layer, with their own heads and through tuned lenses."""
+    from lead_ds.engine.teach import teach as write_cache
+
+    models = models_of(args)
+    for name in args.teacher:
+        if name == "cb" and not models["cb"].exists():
+            warm_up_colbert(args, models)
+        for lens in (False, True) if name == "ce" else (False,):
+            arm = Arm("teach", "", name, cached=False, lens=lens)
+            tree = settings(arm, args.work, models, steps=args.steps, batch=args.batch, lr=args.lr, seed=888)
+            if lens:
+                tree["teacher"] |= {"lens": "tuned", "lens_path": str(args.work / "lens")}
+                fit_lens(Config.model_validate(tree), args.work / "lens")
+            tree["teacher"]["batch_size"] = 64
+            write_cache(Config.model_validate(tree), cache_of(arm, args.work))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and test every arm with every seed."""
+    models = models_of(args)
+    for name in ("start", "teacher-de"):
+        if name in args.arms:
+            path = models["student" if name == "start" else "de"]
+            student = {**settings_student(name), "path": str(path)}
+            keep(args, name, 0, partial(untrained, student))
+    from lead_ds.engine.ranks import ranks
+
+    with ranks():  # one process group for all runs
+        for seed, name in ((seed, name) for seed in args.seeds for name in args.arms if name in BY_NAME):
+            keep(args, name, seed, partial(train, args, models, BY_NAME[name], seed))
+
+
+def untrained(student: dict[str, Any]) -> tuple[StudentConfig, dict[str, Any]]:
+    """A model as it is."""
+    return StudentConfig.model_validate(student), {}
+
+
+def settings_student(name: str) -> dict[str, Any]:
+    """How a model that is not trained here is read."""
+    if name == "start":
+        return dict(STUDENT)
+    return {**TEACHERS["de"], "query_length": 64}
+
+
+def train(args: argparse.Namespace, models: dict[str, Path], arm: Arm, seed: int) -> tuple[Any, dict[str, Any]]:
+    """One run: the student's folder, and what is worth keeping of it."""
+    from lead_ds.engine.distill import distill
+
+    tree = settings(arm, args.work, models, steps=args.steps, batch=args.batch, lr=args.lr, seed=seed)
+    for override in args.set or []:
+        key, _, value = override.partition("=")
+        at = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = json.loads(value)
+    config = Config.model_validate(tree)
+    output = Path(config.output)
+    started = time.perf_counter()
+    student = distill(config, resume=(output / "config.yaml").exists(), quiet=True)
+    seconds = time.perf_counter() - started
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return student, {"seconds": seconds, "last": rows[-1]}
+
+
+def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:
+    """Test what `make` makes, unless an earlier call did."""
+    path = args.work / "scores" / f"{name}{args.tag}-{seed}.json"
+    tests = [*TRAINED_ON, *OTHERS] if name in args.everywhere else [*TRAINED_ON]
+    known = read_json(path, "delete it")["scores"] if path.exists() else {}
+    missing = [test for test in tests if test not in known]
+    if not missing:
+        return
+    model, told = make()
+    scorer, encoder = open_encoder(model)
+    if isinstance(model, StudentConfig):
+        encoder = encoder.serving()
+    started = time.perf_counter()
+    for test in missing:
+        dataset = Dataset.open(args.work / "test" / test)
+        scores = evaluate_model(scorer, encoder, dataset, "test", MEASURES, quiet=True)
+        known[test] = scores.per_query
+    facts = {"arm": name, "seed": seed, "steps": args.steps, "batch": args.batch, "lr": args.lr, "set": args.set or []}
+    facts |= {**told, "test_seconds": time.perf_counter() - started, **machine()}
+    write_json(path, {**facts, "scores": known})
+    means = {test: round(mean(known[test]["nDCG@10"]), 4) for test in known}
+    print(f"{name}{args.tag} seed {seed}: {means}  {told.get('seconds', 0):.0f} s", flush=True)
+
+
+def mean(values: dict[str, float]) -> float:
+    """Of a measure over queries."""
+    return sum(values.values()) / len(values)
+
+
+def machine() -> dict[str, Any]:
+    """Where and when."""
+    import lead_ds
+
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "versions": {"torch": torch.__version__, "lead-ds": lead_ds.__version__, "python": platform.python_version()},
+    }
+
+
+def models_of(args: argparse.Namespace) -> dict[str, Path]:
+    """Where the models are."""
+    named = {key: args.models / name for key, name in MODELS.items()}
+    student = without_dropout(named["student"], args.work / "student")
+    return {**named, "student": student, "cb": args.work / "colbert" / "model"}
+
+
+def warm_up_colbert(args: argparse.Namespace, models: dict[str, Path]) -> None:
+    """A ColBERT out of the dual encoder, on the training groups' labels."""
+    from lead_ds.engine.warmup import warmup
+
+    tree = settings(BY_NAME["labels"], args.work, models, steps=args.steps, batch=args.batch, lr=args.lr, seed=888)
+    tree["student"] = {**TEACHERS["cb"], "path": str(models["de"]), "token_dim": 128, "normalize": True}
+    tree["losses"]["contrastive"]["temperature"] = 1.0
+    tree["output"] = str(args.work / "colbert")
+    warmup(Config.model_validate(tree), resume=(args.work / "colbert" / "config.yaml").exists())
+
+
+def fit_lens(config: Config, folder: Path) -> None:
+    """The cross-encoder's tuned lens, fitted on the training groups."""
+    from lead_ds.engine.fit_lens import fit_lens as fit
+
+    if not (folder / "lens.json").exists():
+        fit(config, folder)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--work", type=Path, required=True, help="where everything goes")
+    models = argparse.ArgumentParser(add_help=False)
+    models.add_argument("--models", type=Path, required=True, help="folder of models")
+    models.add_argument("--steps", type=int, default=100)
+    models.add_argument("--batch", type=int, default=16, help="queries of a step")
+    models.add_argument("--lr", type=float, default=5e-5)
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--data", type=Path, required=True, help="folder of collections")
+    one = commands.add_parser("build", parents=[every, data], help="draw the collections")
+    one.add_argument("--train", type=int, default=534, help="training queries of each set")
+    one.add_argument("--dev", type=int, default=200, help="dev queries of each set")
+    one.add_argument("--passages", type=int, default=2500, help="passages of a test corpus; 0: all")
+    one.add_argument("--negatives", type=int, default=4, help="hard negatives of a query")
+    one.set_defaults(call=build)
+    one = commands.add_parser("teach", parents=[every, models], help="run the teachers once")
+    one.add_argument("--teacher", nargs="+", default=["ce", "de", "cb"], choices=["ce", "de", "cb"])
+    one.set_defaults(call=teach)
+    one = commands.add_parser("run", parents=[every, models], help="train and test")
+    names = ["start", "teacher-de", *(arm.name for arm in ARMS)]
+    one.add_argument("--arms", nargs="+", default=names, choices=names)
+    one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    one.add_argument("--everywhere", nargs="*", default=names, help="arms that are also tested on the sets not trained on")
+    one.add_argument("--set", nargs="*", help="further settings, as KEY=JSON, for trials under another --tag")
+    one.add_argument("--tag", default="", help="added to the names of results")
+    one.set_defaults(call=run)
+    one = commands.add_parser("report", parents=[every], help="tables of means, intervals and tests")
+    one.add_argument("--out", type=Path, required=True, help="JSON; a page of the same name with .md beside it")
+    one.set_defaults(call=report)
+    args = parser.parse_args(arguments)
+    args.call(args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the tables."""
+    from benchmarks.quality_report import write
+
+    print(write(args.work, args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The arms of the quality benchmark: one configuration each, alike but for what an arm is about.
+
+Every student is minilm-l3, trained on the same groups in the same order for as many steps; see `quality.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STUDENT = {
+    "kind": "dual_encoder",
+    "pooling": "mean",
+    "normalize": True,
+    "query_length": 32,
+    "passage_length": 64,
+}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "ce": {"kind": "cross_encoder", "max_length": 144},
+    "de": {
+        "kind": "dual_encoder",
+        "pooling": "cls",
+        "normalize": True,
+        "query_prompt": "Represent this sentence for searching relevant passages: ",
+        "query_length": 48,
+        "passage_length": 64,
+    },
+    "cb": {"kind": "colbert", "query_length": 32, "passage_length": 64},
+}
+# A unit-length model's relevance lies in [-1, 1]: 1/20 makes of it what a cross-encoder's logits are.
+COSINE_TEMPERATURE = 0.05
+TEACHER_TEMPERATURE = {"ce": 3.0, "de": COSINE_TEMPERATURE, "cb": 1.0}
+MODELS = {"student": "minilm-l3", "ce": "reranker-l12", "de": "bge-small"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the student. teacher: ce, de, cb or none; losses: overrides of the losses' sections.
+
+    cached: learn from what `lead-ds teach` wrote; else from the model itself, which `train` co-trains.
+    """
+
+    name: str
+    about: str
+    teacher: str | None = "ce"
+    losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lens: bool = False
+    cached: bool = True
+    cotrain: bool = False
+
+
+def _layer(**settings: Any) -> dict[str, dict[str, Any]]:
+    return {"layer": {"weight": 1.0, "select": "last", "k": 3, "layer_temperature": 1.0, **settings}}
+
+
+ARMS = [
+    Arm("labels", "labels only", None),
+    Arm("response", "labels + response KL"),
+    Arm("margin", "labels + margin-MSE", losses={"response": {"weight": 0.0}, "margin_mse": {"weight": 1.0}}),
+    Arm("lead", "LEAD: + layer KL, last 3 layers, own head", losses=_layer()),
+    Arm("lead-lens", "LEAD, last 3 layers, tuned lens", losses=_layer(), lens=True),
+    Arm("lead-informative", "LEAD, informative layers, tuned lens", losses=_layer(select="informative"), lens=True),
+    Arm("lead-random", "LEAD, random layers, own head", losses=_layer(select="random")),
+    Arm("lead-random-lens", "LEAD, random layers, tuned lens", losses=_layer(select="random"), lens=True),
+    Arm("lead-skip", "LEAD, skip layers, own head", losses=_layer(select="skip")),
+    Arm("lead-random-0.1", "LEAD, random layers, layer temperature 0.1", losses=_layer(select="random", layer_temperature=0.1)),
+    Arm("lead-random-10", "LEAD, random layers, layer temperature 10", losses=_layer(select="random", layer_temperature=10.0)),
+    Arm("lead-plain", "LEAD without re-weighting, last 3 layers", losses=_layer(reweight=False)),
+    Arm("response-de", "labels + response KL, dual-encoder teacher", "de"),
+    Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer()),
+    Arm(
+        "lead-de-attention",
+        "the same + attention KL",
+        "de",
+        losses={**_layer(), "attention": {"weight": 1.0, "select": "last", "k": 1}},
+        cached=False,
+    ),
+    Arm("response-cb", "labels + response KL, ColBERT teacher", "cb"),
+    Arm("lead-cb", "LEAD, last 3 layers, ColBERT teacher", "cb", losses=_layer()),
+    Arm("lead-cotrained", "LEAD, last 3 layers, co-trained cross-encoder", losses=_layer(), cached=False, cotrain=True),
+]
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+def settings(arm: Arm, work: Path, models: Mapping[str, Path], *, steps: int, batch: int, lr: float, seed: int) -> dict[str, Any]:
+    """The configuration of a run: a tree for `Config`."""
+    temperature = TEACHER_TEMPERATURE[arm.teacher or "ce"]
+    student_temperature = COSINE_TEMPERATURE
+    tree: dict[str, Any] = {
+        "seed": seed,
+        "student": {**STUDENT, "path": str(models["student"])},
+        "data": {"path": str(work / "train"), "negatives": 4},
+        "losses": {
+            "contrastive": {"weight": 1.0, "temperature": student_temperature},
+            "response": {
+                "weight": 0.0 if arm.teacher is None else 1.0,
+                "teacher_temperature": temperature,
+                "student_temperature": student_temperature,
+            },
+            # The student's margins in a cross-encoder's units: (20 cos - logit)^2, over 400 as the student sees it.
+            "margin_mse": {"weight": 0.0, "teacher_scale": student_temperature},
+            "layer": {"weight": 0.0, "teacher_temperature": temperature, "student_temperature": student_temperature},
+        },
+        "train": {
+            "steps": steps,
+            "batch_size": batch,
+            "lr": lr,
+            "evaluate_every": 0,
+            "save_every": steps,
+            "log_every": 10,
+        },
+        "evaluation": {"split": None},
+        "monitor": {"tensorboard": False, "csv": False},
+        "output": str(work / "runs" / f"{arm.name}-{seed}"),
+    }
+    if arm.teacher is not None:
+        tree["teacher"] = teacher_section(arm, work, models)
+    for name, changed in arm.losses.items():
+        tree["losses"][name] = {**tree["losses"].get(name, {}), **changed}
+    return tree
+
+
+def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[str, Any]:
+    """Where an arm's teacher is read from."""
+    assert arm.teacher is not None
+    if arm.cached:
+        return {"kind": "cached", "path": str(cache_of(arm, work))}
+    own = {**TEACHERS[arm.teacher], "path": str(models[arm.teacher]), "dtype": "fp32"}
+    return {**own, "train": True} if arm.cotrain else own
+
+
+def cache_of(arm: Arm, work: Path) -> Path:
+    """The folder of what an arm's teacher said of the training groups."""
+    return work / f"cache-{arm.teacher}{'-lens' if arm.lens else ''}"

@@ -1,0 +1,128 @@
+"""The collections of the quality benchmark: one training collection joined from several, and test collections.
+
+A test collection is a set's test queries over its judged passages and as many others, drawn by a seed, as its size allows
+for; a whole corpus where it is no larger.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lead_ds.data.dataset import Dataset
+from lead_ds.data.texts import Texts
+from lead_ds.retrieval.files import atomic, read_json, write_json
+from lead_ds.retrieval.mine import MineSettings, mine
+
+DONE = "built.json"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn of each set: training queries and dev queries; passages of a test corpus, 0 for all."""
+
+    train: int
+    dev: int
+    passages: int
+    negatives: int
+    seed: int = 888
+
+
+def build_training(folder: Path, sets: Mapping[str, Path], size: Size) -> Path:
+    """One collection of all sets, ids prefixed by the set's name, with BM25's hard negatives of `size.train` queries each."""
+    if built(folder, size, sets):
+        return folder
+    corpus, queries = [], []
+    qrels: dict[str, list[tuple[str, str, int]]] = {"train": [], "dev": []}
+    for name, path in sets.items():
+        dataset = Dataset.open(path)
+        corpus += records(dataset.corpus, range(len(dataset.corpus)), f"{name}:")
+        for split, count in (("train", size.train), ("dev", size.dev)):
+            judged = dataset.qrels(split)
+            chosen = random.Random(f"quality {size.seed} {name} {split}").sample(
+                sorted(judged), min(count, len(judged))
+            )
+            queries += records(dataset.queries, dataset.queries.rows(chosen).tolist(), f"{name}:")
+            qrels[split] += [
+                (f"{name}:{query}", f"{name}:{passage}", grade)
+                for query in chosen
+                for passage, grade in judged[query].items()
+            ]
+    write_collection(folder, corpus, queries, qrels)
+    settings = MineSettings(number=size.negatives, depth=10 * size.negatives)
+    mine("bm25", Dataset.open(folder), folder / "train.jsonl", "train", settings, quiet=True)
+    write_json(folder / DONE, facts(size, sets))
+    return folder
+
+
+def build_test(folder: Path, name: str, path: Path, size: Size) -> Path:
+    """The test queries of a set over `size.passages` of its passages, every judged one among them."""
+    if built(folder, size, {name: path}):
+        return folder
+    dataset = Dataset.open(path)
+    judged = dataset.qrels("test")
+    rows = range(len(dataset.corpus))
+    if 0 < size.passages < len(dataset.corpus):
+        needed = {int(row) for found in judged.values() for row in dataset.corpus.rows(list(found))}
+        others = [row for row in rows if row not in needed]
+        more = random.Random(f"quality {size.seed} {name} corpus").sample(others, max(0, size.passages - len(needed)))
+        rows = sorted(needed | set(more))  # type: ignore[assignment]
+    chosen = list(judged)
+    qrels = {"test": [(query, passage, grade) for query in chosen for passage, grade in judged[query].items()]}
+    queries = records(dataset.queries, dataset.queries.rows(chosen).tolist(), "")
+    write_collection(folder, records(dataset.corpus, rows, ""), queries, qrels)
+    write_json(folder / DONE, facts(size, {name: path}))
+    return folder
+
+
+def built(folder: Path, size: Size, sets: Mapping[str, Path]) -> bool:
+    """Whether an earlier call wrote the same."""
+    path = folder / DONE
+    return path.exists() and read_json(path, "delete the folder") == facts(size, sets)
+
+
+def facts(size: Size, sets: Mapping[str, Path]) -> dict[str, Any]:
+    """What decides a collection."""
+    return {**asdict(size), "sets": sorted(sets)}
+
+
+def records(texts: Texts, rows: Iterable[int], prefix: str) -> list[dict[str, str]]:
+    """BEIR records of some rows; a title stays before its text, as models read it."""
+    rows = list(rows)
+    return [
+        {"_id": prefix + texts.ids[row], "text": text} for row, text in zip(rows, texts.texts(rows), strict=True)
+    ]
+
+
+def without_dropout(model: Path, folder: Path) -> Path:
+    """A copy of a model whose configuration has no dropout: half of a CPU's training time, and noise between arms."""
+    if folder.exists():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.copytree(model, partial, dirs_exist_ok=True)
+    config = read_json(partial / "config.json", "name a Hugging Face directory")
+    config |= {key: 0.0 for key in config if "dropout" in key and isinstance(config[key], (int, float))}
+    write_json(partial / "config.json", config)
+    partial.rename(folder)
+    return folder
+
+
+def write_collection(
+    folder: Path,
+    corpus: list[dict[str, str]],
+    queries: list[dict[str, str]],
+    qrels: Mapping[str, list[tuple[str, str, int]]],
+) -> None:
+    """Write BEIR's layout."""
+    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", queries)):
+        with atomic(folder / name) as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    for split, judgements in qrels.items():
+        with atomic(folder / "qrels" / f"{split}.tsv") as temporary:
+            lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in judgements)]
+            temporary.write_text("\n".join(lines) + "\n", "utf-8")

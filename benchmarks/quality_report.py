@@ -1,0 +1,135 @@
+"""Tables of the quality benchmark: means over seeds, bootstrap intervals over queries, paired tests against two references."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality import OTHERS, TRAINED_ON
+from benchmarks.quality_arms import BY_NAME
+from lead_ds.retrieval.evaluate import compare
+from lead_ds.retrieval.files import atomic, write_json
+from lead_ds.retrieval.metrics import Scores
+
+MEASURE = "nDCG@10"
+REFERENCES = ("labels", "response")
+SAMPLES = 10_000
+ABOUT = {"start": "student as it is", "teacher-de": "the dual-encoder teacher itself"}
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> what a run's file holds
+
+
+def read_runs(work: Path) -> Runs:
+    """Every run's scores in the work folder."""
+    runs: Runs = defaultdict(dict)
+    for path in sorted((work / "scores").glob("*.json")):
+        name, _, seed = path.stem.rpartition("-")
+        runs[name][int(seed)] = json.loads(path.read_text("utf-8"))
+    return runs
+
+
+def per_query(runs: dict[int, dict[str, Any]], tests: tuple[str, ...], measure: str) -> dict[str, float]:
+    """A measure of every query of some tests, averaged over seeds; {} where a test is missing."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for run in runs.values():
+        for test in tests:
+            if test not in run["scores"]:
+                return {}
+            for query, value in run["scores"][test][measure].items():
+                values[f"{test}:{query}"].append(value)
+    return {query: sum(found) / len(found) for query, found in values.items()}
+
+
+def macro(values: dict[str, float], tests: tuple[str, ...]) -> float:
+    """The mean over tests of the means over their queries."""
+    return float(np.mean([np.mean([v for q, v in values.items() if q.startswith(f"{test}:")]) for test in tests]))
+
+
+def interval(a: dict[str, float], b: dict[str, float], tests: tuple[str, ...], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of the macro difference b - a: queries drawn anew within each test."""
+    generator, total = np.random.default_rng(seed), np.zeros(SAMPLES)
+    for test in tests:
+        d = np.array([b[q] - a[q] for q in sorted(a) if q.startswith(f"{test}:")])
+        rows = [generator.integers(0, len(d), (500, len(d))) for _ in range(SAMPLES // 500)]
+        total += np.concatenate([d[part].mean(1) for part in rows])
+    low, high = np.percentile(total / len(tests), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for each arm: its means, and its differences from the references."""
+    table = {name: values for name, found in runs.items() if (values := per_query(found, tests, MEASURE))}
+    rows = []
+    for name, values in table.items():
+        row: dict[str, Any] = {
+            "arm": name,
+            "about": ABOUT.get(name) or (BY_NAME[name].about if name in BY_NAME else name),
+            "seeds": sorted(runs[name]),
+            "mean": macro(values, tests),
+            **{test: macro(values, (test,)) for test in tests},
+            "by_seed": [macro(per_query({seed: run}, tests, MEASURE), tests) for seed, run in runs[name].items()],
+        }
+        for reference in ("start", *REFERENCES):
+            if reference in table and reference != name:
+                # The test sees macro means too: a query weighs by its test's size.
+                weighed = [weigh(x, tests) for x in (table[reference], values)]
+                scores = [Scores({MEASURE: float(np.mean(list(x.values())))}, {MEASURE: x}) for x in weighed]
+                found = compare(*scores, MEASURE)
+                low, high = interval(table[reference], values, tests)
+                row[f"against_{reference}"] = {
+                    "difference": macro(values, tests) - macro(table[reference], tests),
+                    "interval": [low, high],
+                    "p": found.p_value,
+                    "test": found.test,
+                }
+        rows.append(row)
+    order = {name: i for i, name in enumerate(["start", *BY_NAME, "teacher-de"])}
+    return sorted(rows, key=lambda row: order.get(row["arm"], len(order)))
+
+
+def weigh(values: dict[str, float], tests: tuple[str, ...]) -> dict[str, float]:
+    """Values scaled so that their plain mean is the macro mean."""
+    sizes = {test: sum(q.startswith(f"{test}:") for q in values) for test in tests}
+    return {q: v * len(values) / (len(tests) * sizes[q.split(":")[0]]) for q, v in values.items()}
+
+
+def write(work: Path, out: Path) -> str:
+    """JSON at `out` and the same as a Markdown table beside it; the table."""
+    runs = read_runs(work)
+    trained, others = rows_of(runs, TRAINED_ON), rows_of(runs, OTHERS)
+    one = next(iter(next(iter(runs.values())).values()))
+    facts = {key: one.get(key) for key in ("date", "machine", "versions", "steps", "batch", "lr")}
+    write_json(out, {"measure": MEASURE, **facts, "trained_on": trained, "others": others})
+    text = "\n\n".join(
+        f"### {title}\n\n{markdown(rows, tests)}"
+        for title, rows, tests in (
+            ("Test splits of the sets trained on", trained, TRAINED_ON),
+            ("Sets never trained on", others, OTHERS),
+        )
+    )
+    with atomic(out.with_suffix(".md")) as temporary:
+        temporary.write_text(text + "\n", "utf-8")
+    return text
+
+
+def markdown(rows: list[dict[str, Any]], tests: tuple[str, ...]) -> str:
+    """A table: nDCG@10 in points, differences with their 95% interval and p."""
+    against = [f"against_{reference}" for reference in ("start", *REFERENCES)]
+    against = [key for key in against if any(key in row for row in rows)]
+    head = ["arm", "seeds", "mean", *tests, *(key.replace("_", " ") for key in against)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [row["about"], str(len(row["seeds"])), *(f"{100 * row[key]:.2f}" for key in ("mean", *tests))]
+        for key in against:
+            found = row.get(key)
+            if found is None:
+                cells.append("")
+                continue
+            low, high = (100 * x for x in found["interval"])
+            cells.append(f"{100 * found['difference']:+.2f} ({low:+.2f} to {high:+.2f}), p {found['p']:.2g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
