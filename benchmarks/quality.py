@@ -171,10 +171,11 @@ def warm_up_colbert(args: argparse.Namespace, models: dict[str, Path]) -> None:
 
 def fit_lens(config: Config, folder: Path) -> None:
     """The cross-encoder's tuned lens, fitted on the training groups."""
+    from lead_ds.engine.fit_lens import Fit
     from lead_ds.engine.fit_lens import fit_lens as fit
 
     if not (folder / "lens.json").exists():
-        fit(config, folder)
+        fit(config, folder, Fit(groups=100_000))
 
 
 def main(arguments: list[str] | None = None) -> None:

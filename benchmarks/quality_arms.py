@@ -55,15 +55,20 @@ def _layer(**settings: Any) -> dict[str, dict[str, Any]]:
     return {"layer": {"weight": 1.0, "select": "last", "k": 3, "layer_temperature": 1.0, **settings}}
 
 
+def _lens(**settings: Any) -> dict[str, dict[str, Any]]:
+    # A lens is fitted to be read at temperature 1.
+    return _layer(teacher_temperature=1.0, **settings)
+
+
 ARMS = [
     Arm("labels", "labels only", None),
     Arm("response", "labels + response KL"),
     Arm("margin", "labels + margin-MSE", losses={"response": {"weight": 0.0}, "margin_mse": {"weight": 1.0}}),
     Arm("lead", "LEAD: + layer KL, last 3 layers, own head", losses=_layer()),
-    Arm("lead-lens", "LEAD, last 3 layers, tuned lens", losses=_layer(), lens=True),
-    Arm("lead-informative", "LEAD, informative layers, tuned lens", losses=_layer(select="informative"), lens=True),
+    Arm("lead-lens", "LEAD, last 3 layers, tuned lens", losses=_lens(), lens=True),
+    Arm("lead-informative", "LEAD, informative layers, tuned lens", losses=_lens(select="informative"), lens=True),
     Arm("lead-random", "LEAD, random layers, own head", losses=_layer(select="random")),
-    Arm("lead-random-lens", "LEAD, random layers, tuned lens", losses=_layer(select="random"), lens=True),
+    Arm("lead-random-lens", "LEAD, random layers, tuned lens", losses=_lens(select="random"), lens=True),
     Arm("lead-skip", "LEAD, skip layers, own head", losses=_layer(select="skip")),
     Arm("lead-random-0.1", "LEAD, random layers, layer temperature 0.1", losses=_layer(select="random", layer_temperature=0.1)),
     Arm("lead-random-10", "LEAD, random layers, layer temperature 10", losses=_layer(select="random", layer_temperature=10.0)),
