@@ -204,7 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     names = ["start", "teacher-de", *(arm.name for arm in ARMS)]
     one.add_argument("--arms", nargs="+", default=names, choices=names)
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    one.add_argument("--everywhere", nargs="*", default=names, help="arms that are also tested on the sets not trained on")
+    one.add_argument(
+        "--everywhere", nargs="*", default=names, help="arms that are also tested on the sets not trained on"
+    )
     one.add_argument("--set", nargs="*", help="further settings, as KEY=JSON, for trials under another --tag")
     one.add_argument("--tag", default="", help="added to the names of results")
     one.set_defaults(call=run)

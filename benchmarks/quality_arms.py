@@ -70,8 +70,16 @@ ARMS = [
     Arm("lead-random", "LEAD, random layers, own head", losses=_layer(select="random")),
     Arm("lead-random-lens", "LEAD, random layers, tuned lens", losses=_lens(select="random"), lens=True),
     Arm("lead-skip", "LEAD, skip layers, own head", losses=_layer(select="skip")),
-    Arm("lead-random-0.1", "LEAD, random layers, layer temperature 0.1", losses=_layer(select="random", layer_temperature=0.1)),
-    Arm("lead-random-10", "LEAD, random layers, layer temperature 10", losses=_layer(select="random", layer_temperature=10.0)),
+    Arm(
+        "lead-random-0.1",
+        "LEAD, random layers, layer temperature 0.1",
+        losses=_layer(select="random", layer_temperature=0.1),
+    ),
+    Arm(
+        "lead-random-10",
+        "LEAD, random layers, layer temperature 10",
+        losses=_layer(select="random", layer_temperature=10.0),
+    ),
     Arm("lead-plain", "LEAD without re-weighting, last 3 layers", losses=_layer(reweight=False)),
     Arm("response-de", "labels + response KL, dual-encoder teacher", "de"),
     Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer()),
@@ -89,7 +97,9 @@ ARMS = [
 BY_NAME = {arm.name: arm for arm in ARMS}
 
 
-def settings(arm: Arm, work: Path, models: Mapping[str, Path], *, steps: int, batch: int, lr: float, seed: int) -> dict[str, Any]:
+def settings(
+    arm: Arm, work: Path, models: Mapping[str, Path], *, steps: int, batch: int, lr: float, seed: int
+) -> dict[str, Any]:
     """The configuration of a run: a tree for `Config`."""
     temperature = TEACHER_TEMPERATURE[arm.teacher or "ce"]
     student_temperature = COSINE_TEMPERATURE

@@ -94,9 +94,7 @@ def facts(size: Size, sets: Mapping[str, Path]) -> dict[str, Any]:
 def records(texts: Texts, rows: Iterable[int], prefix: str) -> list[dict[str, str]]:
     """BEIR records of some rows; a title stays before its text, as models read it."""
     rows = list(rows)
-    return [
-        {"_id": prefix + texts.ids[row], "text": text} for row, text in zip(rows, texts.texts(rows), strict=True)
-    ]
+    return [{"_id": prefix + texts.ids[row], "text": text} for row, text in zip(rows, texts.texts(rows), strict=True)]
 
 
 def without_dropout(model: Path, folder: Path) -> Path:

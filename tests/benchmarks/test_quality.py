@@ -1,0 +1,81 @@
+"""The quality benchmark: its arms are configurations, its collections hold what is judged, its tables tell a difference."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality_arms import ARMS, settings
+from benchmarks.quality_data import Size, build_test, build_training, without_dropout
+from benchmarks.quality_report import rows_of, write
+from lead_ds.config import Config
+from lead_ds.data.dataset import Dataset
+from tests.helpers.tiny import tiny_dataset
+
+TESTS = ("squadshifts", "medquad", "tldr")
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_every_arm_is_a_configuration(arm, tmp_path: Path) -> None:
+    models = {name: tmp_path / name for name in ("student", "ce", "de", "cb")}
+    config = Config.model_validate(settings(arm, tmp_path, models, steps=10, batch=4, lr=1e-5, seed=3))
+    assert config.losses.needs_teacher == (arm.teacher is not None)
+    assert config.teacher is None or config.teacher.train == arm.cotrain
+    assert (config.losses.layer.weight > 0) == arm.name.startswith("lead")
+
+
+def test_collections(tmp_path: Path) -> None:
+    sets = {name: tiny_dataset(tmp_path / name, seed=i) for i, name in enumerate(("one", "two"))}
+    size = Size(train=5, dev=2, passages=20, negatives=3)
+    joined = build_training(tmp_path / "joined", sets, size)
+    groups = [json.loads(line) for line in (joined / "train.jsonl").read_text().splitlines()]
+    assert len(groups) == 10
+    assert {group["query_id"].split(":")[0] for group in groups} == {"one", "two"}
+    assert all(0 < len(group["negatives"]) <= 3 for group in groups)  # BM25 finds only what shares a word
+    assert len(Dataset.open(joined).qrels("dev")) == 4  # and every judged id has a text
+    test = build_test(tmp_path / "test", "one", sets["one"], size)
+    whole, drawn = Dataset.open(sets["one"]), Dataset.open(test)
+    assert len(drawn.corpus) == 20 < len(whole.corpus)
+    assert drawn.qrels("test") == whole.qrels("test")
+    before = (test / "corpus.jsonl").stat().st_mtime_ns
+    build_test(tmp_path / "test", "one", sets["one"], size)
+    assert (test / "corpus.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_copy_without_dropout(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    tree = {
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_size": 8,
+        "classifier_dropout": None,
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(tree))
+    changed = json.loads((without_dropout(tmp_path / "model", tmp_path / "copy") / "config.json").read_text())
+    assert changed == {**tree, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def test_the_table_tells_a_difference_from_none(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    base = {test: {f"q{i}": rng.random() * 0.5 for i in range(60)} for test in TESTS}
+    noise = {test: {q: v + rng.gauss(0, 0.05) for q, v in values.items()} for test, values in base.items()}
+    better = {test: {q: v + 0.1 + rng.gauss(0, 0.05) for q, v in values.items()} for test, values in base.items()}
+    (tmp_path / "scores").mkdir()
+    for name, scores in (("labels", base), ("response", noise), ("lead", better)):
+        for seed in (1, 2):
+            tree = {"scores": {test: {"nDCG@10": values} for test, values in scores.items()}, "steps": 1}
+            (tmp_path / "scores" / f"{name}-{seed}.json").write_text(json.dumps(tree))
+    table = write(tmp_path, tmp_path / "out.json")
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "out.json").read_text())["trained_on"]}
+    against = rows["lead"]["against_labels"]
+    assert against["p"] < 1e-3
+    assert against["interval"][0] < 0.1 < against["interval"][1]
+    assert against["interval"][0] > 0.08
+    none = rows["response"]["against_labels"]
+    assert none["interval"][0] < 0 < none["interval"][1] or none["p"] > 0.01
+    assert rows["lead"]["seeds"] == [1, 2]
+    assert table.count("| LEAD") == 1
+    assert rows_of({}, TESTS) == []
