@@ -39,7 +39,8 @@ MODELS = {"student": "minilm-l3", "ce": "reranker-l12", "de": "bge-small"}
 class Arm:
     """One way to train the student. teacher: ce, de, cb or none; losses: overrides of the losses' sections.
 
-    cached: learn from what `lead-ds teach` wrote; else from the model itself, which `train` co-trains.
+    cached: learn from what `lead-ds teach` wrote, about a query's own passages; else from the model itself: a dual encoder then
+    compares every passage of the batch, and `cotrain` trains it along.
     """
 
     name: str
@@ -81,8 +82,8 @@ ARMS = [
         losses=_layer(select="random", layer_temperature=10.0),
     ),
     Arm("lead-plain", "LEAD without re-weighting, last 3 layers", losses=_layer(reweight=False)),
-    Arm("response-de", "labels + response KL, dual-encoder teacher", "de"),
-    Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer()),
+    Arm("response-de", "labels + response KL, dual-encoder teacher", "de", cached=False),
+    Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer(), cached=False),
     Arm(
         "lead-de-attention",
         "the same + attention KL",
