@@ -87,10 +87,11 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     if dist.is_initialized():
         yield _this_rank()
         return
+    alone: dict[str, str] = {}
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-        )
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        alone["MASTER_PORT"] = str(free_port())
+        os.environ.update(alone)
     prepare_environment()
     import deepspeed
 
@@ -109,6 +110,11 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         # gloo aborts at exit otherwise. After a failure the others may be gone: destroying waits for nobody.
         if dist.is_initialized():
             dist.destroy_process_group()
+        # DeepSpeed would take the groups that have gone for the next ones.
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._WORLD_GROUP = deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        for name in alone:  # what this process starts later is no rank of ours
+            os.environ.pop(name, None)
 
 
 def _this_rank() -> Ranks:

@@ -45,6 +45,21 @@ def test_every_teacher_against_a_student_of_another_architecture(configure: Conf
         assert (tmp_path / kind / "student" / "modules.json").exists()
 
 
+def test_two_runs_in_one_process_that_leave_nothing_behind(configure: Configure, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; before = set(os.environ)\n"
+        "from lead_ds.config import load_config\n"
+        "from lead_ds.engine.distill import distill\n"
+        "for path in sys.argv[1:]: distill(load_config(path), quiet=True)\n"
+        "print({'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'} & (set(os.environ) - before))"
+    )
+    paths = [str(configure(name, train={"steps": 2})) for name in ("first", "second")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[-2] == "set()"
+    assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
+
+
 def test_students_zero_stage_changes_nothing(configure: Configure, tmp_path: Path) -> None:
     stages = [
         str(
