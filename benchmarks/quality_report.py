@@ -17,7 +17,7 @@ from lead_ds.retrieval.metrics import Scores
 
 MEASURE = "nDCG@10"
 REFERENCES = ("labels", "response")
-SAMPLES = 10_000
+SAMPLES = 2_000
 ABOUT = {"start": "student as it is", "teacher-de": "the dual-encoder teacher itself"}
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> what a run's file holds
@@ -75,13 +75,18 @@ def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
         }
         for reference in ("start", *REFERENCES):
             if reference in table and reference != name:
+                # Of the same seeds, or the draw of a seed would pass for a difference between arms.
+                common = runs[name].keys() & runs[reference].keys()
+                pair = [{seed: runs[x][seed] for seed in common} if common else runs[x] for x in (reference, name)]
+                before, after = (per_query(found, tests, MEASURE) for found in pair)
                 # The test sees macro means too: a query weighs by its test's size.
-                weighed = [weigh(x, tests) for x in (table[reference], values)]
+                weighed = [weigh(x, tests) for x in (before, after)]
                 scores = [Scores({MEASURE: float(np.mean(list(x.values())))}, {MEASURE: x}) for x in weighed]
-                found = compare(*scores, MEASURE)
-                low, high = interval(table[reference], values, tests)
+                found = compare(*scores, MEASURE, samples=10_000)
+                low, high = interval(before, after, tests)
                 row[f"against_{reference}"] = {
-                    "difference": macro(values, tests) - macro(table[reference], tests),
+                    "difference": macro(after, tests) - macro(before, tests),
+                    "seeds": sorted(common),
                     "interval": [low, high],
                     "p": found.p_value,
                     "test": found.test,
