@@ -179,7 +179,10 @@ def test_killed_and_continued(taught: Taught, configure: Configure, tmp_path: Pa
     ours, theirs = TeacherCache.open(out), TeacherCache.open(taught.cache("cross_encoder"))
     for row in range(len(ours)):
         keys = [mapped(shard_path(out, row))[0]["keys"]]
-        np.testing.assert_allclose(ours.relevance([row], keys), theirs.relevance([row], keys), atol=1e-4)
+        a, b = ours.relevance([row], keys), theirs.relevance([row], keys)
+        # Read in other batches, a float32 may fall to the other side of a rounding: one unit of float16's last bit.
+        unit = 2**-10 * np.abs(b - b.mean(1, keepdims=True)).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=unit)
 
 
 def reader(taught: Taught, *overrides: str, kind: str = "cross_encoder") -> None:
