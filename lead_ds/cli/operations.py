@@ -217,8 +217,8 @@ def add_saved_dense(module: Any, settings: ModelConfig, kind: str) -> int:
 
 def write_configurations(made: Plan, config: Config, folder: Path) -> list[Path]:
     """Write the recommended student's and teacher's DeepSpeed configurations; their paths."""
-    from lead_ds.engine.checkpoint import write_json
     from lead_ds.engine.deepspeed_config import read_deepspeed_config, zero_stage
+    from lead_ds.retrieval.files import write_json
 
     assert made.recommended is not None
     choice = made.recommended.choice
@@ -228,7 +228,6 @@ def write_configurations(made: Plan, config: Config, folder: Path) -> list[Path]
     trees = {"student": student}
     if choice.placement in TEACHER_FILES:
         trees["teacher"] = teacher_configuration(config, choice.placement)
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, tree in trees.items():
         write_json(folder / f"{name}.json", tree)

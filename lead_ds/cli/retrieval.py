@@ -150,7 +150,9 @@ def mine(
     run: Path | None = typer.Option(None, "--run", help="Negatives from this TREC run; neither: BM25."),
     split: str = typer.Option("train", "--split", help="The judged queries to mine for."),
     number: int = typer.Option(30, "--number", min=1, help="Negatives of each query."),
-    depth: int | None = typer.Option(None, "--depth", min=1, help="Candidates read of each query; default: 200."),
+    depth: int | None = typer.Option(
+        None, "--depth", min=1, help="Candidates read of each query; default: 200, or --skip + --number if more."
+    ),
     skip: int = typer.Option(0, "--skip", min=0, help="Leave out the first so many ranks."),
     margin: float | None = typer.Option(
         None, "--margin", help="A negative scores at least this much below the positive."
@@ -168,22 +170,16 @@ def mine(
 
     lead-ds mine --model runs/first/student --data data/msmarco --out data/msmarco/train.jsonl --depth 200 --number 30
     """
-    choice("--sample", sample, "top", "random")
     if model is not None and run is not None:
         raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
+    from lead_ds.config import MineSettings
+    from lead_ds.config.load import parse_section
     from lead_ds.data.dataset import Dataset
-    from lead_ds.retrieval.index import check_k
-    from lead_ds.retrieval.mine import MineSettings
     from lead_ds.retrieval.mine import mine as run_mine
 
-    dataset = Dataset.open(data)
-    if depth is None:
-        depth = max(200, number + skip)
-    else:
-        check_k(depth, len(dataset.corpus), "--depth")
-    options: dict[str, Any] = {"number": number, "depth": depth, "skip": skip, "margin": margin, "ratio": ratio}
-    options |= {"similar": similar, "sample": sample, "seed": seed}
-    mined = run_mine(model or run or "bm25", dataset, out, split, MineSettings(**options))
+    options = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio, "similar": similar}
+    settings = parse_section(MineSettings, {**options, "sample": sample, "seed": seed}, "mine")
+    mined = run_mine(model or run or "bm25", Dataset.open(data), out, split, settings)
     left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)
     print(
         f"{mined.queries} queries, {mined.negatives} negatives: {out}" + (f"; left out: {left_out}" if left_out else "")
@@ -297,15 +293,11 @@ def compare(
     from dataclasses import asdict
 
     from lead_ds.retrieval.evaluate import compare_runs
-    from lead_ds.retrieval.files import write_json
 
     rows = compare_runs(run_a, run_b, qrels, measures.replace(",", " ").split(), relevance_level)
     tree = {"a": str(run_a), "b": str(run_b), "comparisons": [asdict(row) for row in rows]}
-    if json_file is not None and str(json_file) == "-":
-        print(json.dumps(tree, indent=1))
+    if told_as_json(tree, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, tree)
     width = max(len(row.measure) for row in rows)
     print(f"{'':<{width}}  {'A':>6}  {'B':>6}  {'B - A':>7}  {'95% interval':^18}  {'p':>7}")
     for row in rows:
@@ -321,16 +313,24 @@ def compare(
 def tell(scores: Any, json_file: Path | None, per_query: bool) -> None:
     """Print a table of means, or write JSON."""
     tree = {"mean": scores.mean, **({"per_query": scores.per_query} if per_query else {})}
-    if json_file is not None and str(json_file) == "-":
-        print(json.dumps(tree, indent=1))
+    if told_as_json(tree, json_file):
         return
-    if json_file is not None:
-        from lead_ds.retrieval.files import write_json
-
-        write_json(json_file, tree)
     width = max(len(name) for name in scores.mean)
     for name, value in scores.mean.items():
         print(f"{name:<{width}}  {value:.4f}")
+
+
+def told_as_json(tree: dict[str, Any], json_file: Path | None) -> bool:
+    """Write JSON to the file that was asked for, if any; whether it went to standard output, which then holds nothing else."""
+    if json_file is None:
+        return False
+    if str(json_file) == "-":
+        print(json.dumps(tree, indent=1))
+        return True
+    from lead_ds.retrieval.files import write_json
+
+    write_json(json_file, tree)
+    return False
 
 
 def show(query: str, hits: list[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lead_ds.cli.training import CONFIG, OVERRIDES, _say
+from lead_ds.cli.training import CONFIG, OVERRIDES, say
 
 if TYPE_CHECKING:
     from lead_ds.config import Config
@@ -96,9 +96,9 @@ def _teach(
     command = ["lead-ds", *sys.argv[1:]]
     cache = run(settings, folder, epochs=epochs, shard_groups=shard_groups, command=command, quiet=quiet)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    _say(layer_table(cache.manifest["measured"]))
-    _say(f"\n{len(cache)} groups, {cache.num_layers} layers and the final one, {size / 1e6:.1f} MB: {folder}")
-    _say(f"distil from it: lead-ds distill {config} teacher.kind=cached teacher.path={folder}")
+    say(layer_table(cache.manifest["measured"]))
+    say(f"\n{len(cache)} groups, {cache.num_layers} layers and the final one, {size / 1e6:.1f} MB: {folder}")
+    say(f"distil from it: lead-ds distill {config} teacher.kind=cached teacher.path={folder}")
 
 
 def _fit_lens(settings: Config, folder: Path, asked: dict[str, Any], config: Path, quiet: bool) -> None:
@@ -107,10 +107,10 @@ def _fit_lens(settings: Config, folder: Path, asked: dict[str, Any], config: Pat
 
     record = fit_lens(settings, folder, fit_settings(asked), command=["lead-ds", *sys.argv[1:]], quiet=quiet)
     size = sum(file.stat().st_size for file in (folder / "states").glob("*"))
-    _say(lens_table(record))
-    _say(f"\nlens: {folder} (the states it was fitted on, {size / 1e6:.1f} MB, may be deleted: {folder / 'states'})")
+    say(lens_table(record))
+    say(f"\nlens: {folder} (the states it was fitted on, {size / 1e6:.1f} MB, may be deleted: {folder / 'states'})")
     path = "" if folder == settings.lens_folder else f" teacher.lens_path={folder}"
-    _say(f"distil through it: lead-ds distill {config} teacher.lens=tuned{path} losses.layer.select=informative")
+    say(f"distil through it: lead-ds distill {config} teacher.lens=tuned{path} losses.layer.select=informative")
 
 
 def add_commands(app: typer.Typer) -> None:

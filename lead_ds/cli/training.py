@@ -32,7 +32,7 @@ def distill(
     from lead_ds.engine.distill import distill as run
 
     student = run(load_config(config, overrides or []), resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
-    _say(f"student: {student}")
+    say(f"student: {student}")
 
 
 def warmup(
@@ -61,7 +61,7 @@ def warmup(
 
     settings = load_config(config, overrides or [])
     model = run(settings, of, resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
-    _say(f"model: {model}")
+    say(f"model: {model}")
 
 
 def report(
@@ -97,7 +97,7 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     from lead_ds.engine.ranks import launched_rank
 
     if launched_rank() == 0:

@@ -1,6 +1,7 @@
 """The configuration: one pydantic tree (`schema`), read from YAML with `key=value` overrides (`load`)."""
 
 from lead_ds.config.load import load_config, save_config
+from lead_ds.config.mining import MineSettings
 from lead_ds.config.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
 from lead_ds.config.schema import (
     AttentionLoss,
@@ -33,6 +34,7 @@ __all__ = [
     "LensStage",
     "LossesConfig",
     "MarginMSELoss",
+    "MineSettings",
     "Mining",
     "ModelConfig",
     "MonitorConfig",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lead_ds.config.base import Fraction, NonNegative, Positive, Section
+from lead_ds.config.mining import MineSettings
 
 Changes = dict[str, Any]
 """Sections of this very file, as far as a stage has them otherwise: {student: {path: ...}, train: {steps: 20000}}."""
@@ -25,24 +26,11 @@ class PrepareStage(Section):
     drop_missing: bool = False
 
 
-class Mining(Section):
-    """Which candidates become negatives: the options of `lead-ds mine`."""
+class Mining(MineSettings):
+    """`lead-ds mine`, with its options."""
 
     split: str = Field("train", description="the judged queries that are mined for: qrels/SPLIT.tsv")
     number: Positive = Field(100, description="negatives of each query")
-    depth: Positive = Field(200, description="candidates read of each query")
-    skip: NonNegative = 0
-    margin: float | None = None
-    ratio: float | None = None
-    similar: Fraction = 0.9
-    sample: Literal["top", "random"] = "top"
-    seed: NonNegative = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> Mining:
-        if self.depth < self.number + self.skip:
-            raise ValueError("depth is less than skip + number: read more candidates per query")
-        return self
 
 
 class FirstNegatives(Mining):

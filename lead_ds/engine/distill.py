@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from lead_ds.engine.lens import open_lens
 from lead_ds.engine.loop import Training
 from lead_ds.engine.profile import Profile
 from lead_ds.engine.provenance import provenance
-from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.ranks import Ranks, closed_to_others
 from lead_ds.engine.ranks import ranks as joined_ranks
 from lead_ds.engine.record import Recorder
 from lead_ds.engine.signals import Signals, Stop
@@ -124,17 +122,6 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
                 recorder.close()
         watchdog.at("export")
         return export(config, output / product, engine, checkpoints, training, best, student_text, ranks)
-
-
-@contextmanager
-def closed_to_others() -> Iterator[None]:
-    """Files that others cannot write to, whatever the umask says; who may read them is the user's choice."""
-    before = os.umask(0o022)
-    os.umask(before | 0o022)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def open_inputs(

@@ -18,15 +18,12 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import Config, TeacherConfig
-from lead_ds.data.groups import open_groups
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.agreement import agreed, check_agreement, check_shared
-from lead_ds.engine.distill import closed_to_others
-from lead_ds.engine.identity import differing
+from lead_ds.engine.agreement import agreed
+from lead_ds.engine.identity import ANOTHER_FOLDER, check_facts
 from lead_ds.engine.informative import worth
 from lead_ds.engine.lens import lens_identity
 from lead_ds.engine.provenance import provenance
-from lead_ds.engine.ranks import ranks as joined_ranks
+from lead_ds.engine.reading import opened
 from lead_ds.engine.states import States, read_states
 from lead_ds.errors import InputError, RunError
 from lead_ds.models.lens import RECORD, VERSION, WEIGHTS, Lens
@@ -74,10 +71,7 @@ def fit_lens(
     `out` holds another teacher's, or where the groups are too few; RunError where a fit does not end in finite numbers.
     """
     settings = fittable(config)
-    with joined_ranks() as ranks, closed_to_others():
-        check_agreement(config, False, ranks)
-        check_shared(out, ranks)
-        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), TextEncoder.from_config(settings)))
+    with opened(config, settings, out) as (ranks, groups, encoder):
         facts = agreed(ranks, lambda: check_folder(out, lens_identity(config, encoder)))
         states = read_states(config, out / "states", groups, encoder, fit.groups, ranks, quiet=quiet)
         parts = agreed(ranks, lambda: split(states.positives, fit.held_out, config.seed))
@@ -132,10 +126,7 @@ def check_folder(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     if out.exists() and not out.is_dir():
         raise InputError(out, "is a file", "choose a folder with --out")
     if (out / RECORD).exists():
-        old = read_json(out / RECORD, "delete it, or choose another folder with --out")
-        if changed := differing(old.get("facts"), facts):
-            what = f"holds the lens of another {', '.join(changed)}"
-            raise InputError(out, what, "delete it, or choose another folder with --out")
+        check_facts(out, "holds the lens", read_json(out / RECORD, ANOTHER_FOLDER).get("facts"), facts)
     return facts
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lead_ds.config import TeacherConfig
 from lead_ds.data.groups import Groups
 from lead_ds.data.tokens import TextEncoder, tokenizer_checksum
 from lead_ds.engine.agreement import flat
+from lead_ds.errors import InputError
 from lead_ds.relevance import Scale
 from lead_ds.retrieval.files import checksum, model_checksum
 
+ANOTHER_FOLDER = "delete it, or choose another folder with --out"
 # Settings of a teacher that do not change what it says.
 _FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
 _FREE |= {"allow_pickle", "trust_remote_code", "passes", "truncate", "compile", "lens_path"}
@@ -33,6 +36,12 @@ def differing(old: Any, new: Any) -> list[str]:
     """The dotted keys in which two sets of facts differ."""
     one, other = dict(flat(old)), dict(flat(new))
     return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+
+
+def check_facts(folder: Path, holds: str, old: Any, new: Any, remedy: str = ANOTHER_FOLDER) -> None:
+    """Raise InputError where what `folder` holds was made of other facts than it would be now, with the keys that differ."""
+    if changed := differing(old, new):
+        raise InputError(folder, f"{holds} of another {', '.join(changed)}", remedy)
 
 
 def data_facts(groups: Groups) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Any
 
 from lead_ds.config import Config
 from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.identity import differing, teacher_facts
-from lead_ds.errors import InputError
+from lead_ds.engine.identity import check_facts, teacher_facts
 from lead_ds.models.lens import Lens, load_lens
 
 _FIT = "fit one: lead-ds teach CONFIG --fit-lens"
@@ -48,8 +47,7 @@ def open_lens(config: Config, encoder: TextEncoder | None = None) -> FittedLens 
     folder = config.lens_folder
     lens, record = load_lens(folder, f"{_FIT}; or name its folder, teacher.lens_path=")
     facts = lens_identity(config, encoder or TextEncoder.from_config(teacher))
-    if changed := differing(record["facts"], facts):
-        raise InputError(folder, f"is the lens of another {', '.join(changed)}", f"{_FIT} lens_path=ANOTHER_FOLDER")
+    check_facts(folder, "is the lens", record["facts"], facts, f"{_FIT} lens_path=ANOTHER_FOLDER")
     nll = [row["after"]["nll"] for row in record["layers"]]
     return FittedLens(lens, record["checksum"], nll, record["chance"]["nll"])
 

@@ -117,6 +117,17 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
             os.environ.pop(name, None)
 
 
+@contextmanager
+def closed_to_others() -> Iterator[None]:
+    """Files that others cannot write to, whatever the umask says; who may read them is the user's choice."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _this_rank() -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -10,6 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.config import TeacherConfig
-from lead_ds.data.groups import Groups
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.groups import Groups, open_groups
 from lead_ds.data.teacher_cache import damage
 from lead_ds.data.tokens import TextEncoder, Tokens
-from lead_ds.engine.agreement import agreed
+from lead_ds.engine.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.identity import stored_scale
-from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.ranks import Ranks, closed_to_others
+from lead_ds.engine.ranks import ranks as joined_ranks
 from lead_ds.engine.teacher import FrozenTeacher
 from lead_ds.models.colbert import score_mask
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
@@ -35,6 +37,19 @@ from lead_ds.retrieval.progress import Progress
 PAIRS = ("cross_encoder", "llm_reranker")
 AHEAD = 4  # batches tokenised ahead of the model
 PAIRS_AT_ONCE = 32  # of which late interaction compares all tokens
+
+
+@contextmanager
+def opened(config: Config, settings: TeacherConfig, out: Path) -> Iterator[tuple[Ranks, Groups, TextEncoder]]:
+    """The ranks that read together, the training groups, and how the teacher reads texts; `out`: where all of them write.
+
+    Every process calls this. Raises InputError on all of them where they differ, or an input cannot be read.
+    """
+    with joined_ranks() as ranks, closed_to_others():
+        check_agreement(config, False, ranks)
+        check_shared(out, ranks)
+        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), TextEncoder.from_config(settings)))
+        yield ranks, groups, encoder
 
 
 @dataclass

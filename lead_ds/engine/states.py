@@ -30,12 +30,12 @@ from lead_ds.data.groups import Groups
 from lead_ds.data.teacher_cache import mapped, save_arrays
 from lead_ds.data.tokens import TextEncoder, Tokens
 from lead_ds.engine.agreement import agreed
-from lead_ds.engine.identity import data_facts, differing
+from lead_ds.engine.identity import check_facts, data_facts
 from lead_ds.engine.lens import lens_identity
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.reading import PAIRS, Reader, Shard, say, unfinished, write_in_turns
 from lead_ds.engine.teacher import build_teacher, teacher_dtype
-from lead_ds.errors import InputError, RunError
+from lead_ds.errors import RunError
 from lead_ds.retrieval.files import atomic, read_json, write_json
 from lead_ds.retrieval.progress import progress
 
@@ -131,9 +131,7 @@ def _begin(
     }
     if (folder / MANIFEST).exists():
         manifest = read_json(folder / MANIFEST, "delete the folder")
-        if changed := differing(manifest.get("facts"), facts):
-            what = f"holds states of another {', '.join(changed)}"
-            raise InputError(folder, what, "delete it, or choose another folder with --out")
+        check_facts(folder, "holds states", manifest.get("facts"), facts)
         return manifest
     return {"facts": facts}
 

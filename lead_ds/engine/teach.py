@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lead_ds.config import Config, TeacherConfig
-from lead_ds.data.groups import Groups, open_groups
+from lead_ds.data.groups import Groups
 from lead_ds.data.teacher_cache import (
     MANIFEST,
     VERSION,
@@ -23,16 +23,14 @@ from lead_ds.data.teacher_cache import (
     shard_path,
 )
 from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.agreement import agreed, check_agreement, check_shared
+from lead_ds.engine.agreement import agreed
 from lead_ds.engine.cached import epochs_of
-from lead_ds.engine.distill import closed_to_others
-from lead_ds.engine.identity import data_facts, differing, stored_scale, teacher_facts
+from lead_ds.engine.identity import check_facts, data_facts, stored_scale, teacher_facts
 from lead_ds.engine.informative import worth_of_cache
 from lead_ds.engine.lens import lens_facts
 from lead_ds.engine.provenance import provenance
 from lead_ds.engine.ranks import Ranks
-from lead_ds.engine.ranks import ranks as joined_ranks
-from lead_ds.engine.reading import PAIRS, RelevanceReader, Shard, say, unfinished, write_in_turns
+from lead_ds.engine.reading import PAIRS, RelevanceReader, Shard, opened, say, unfinished, write_in_turns
 from lead_ds.engine.teacher import build_teacher, teacher_dtype
 from lead_ds.errors import InputError, RunError
 from lead_ds.retrieval.files import atomic, write_json
@@ -58,10 +56,7 @@ def teach(
     intact, where the work fails.
     """
     settings = teachable(config)
-    with joined_ranks() as ranks, closed_to_others():
-        check_agreement(config, False, ranks)
-        check_shared(out, ranks)
-        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), TextEncoder.from_config(settings)))
+    with opened(config, settings, out) as (ranks, groups, encoder):
         manifest = ranks.from_main(
             agreed(ranks, lambda: begin(config, out, groups, encoder, epochs, ranks) if ranks.main else {})
         )
@@ -115,9 +110,7 @@ def begin(
     facts = facts_of(config, groups, encoder, epochs, ranks)
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
-        if changed := differing(manifest["facts"], facts):
-            what = f"holds the relevance of another {', '.join(changed)}"
-            raise InputError(out, what, "delete it, or choose another folder with --out")
+        check_facts(out, "holds the relevance", manifest["facts"], facts)
         return manifest
     if out.exists() and not out.is_dir():
         raise InputError(out, "is a file", "choose a folder with --out")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.batches import ModelBatch
@@ -183,14 +183,3 @@ def _sharded_loading(tree: dict[str, Any]) -> Iterator[None]:
     finally:
         del scope
         unset_hf_deepspeed_config()
-
-
-def resident_parameters(module: nn.Module) -> tuple[int, int]:
-    """Elements of a sharded module's parameters that are gathered now, and that are meant to stay so."""
-    resident = persistent = 0
-    for parameter in module.parameters():
-        if hasattr(parameter, "ds_status"):
-            numel = getattr(parameter, "ds_numel", 0)
-            resident += numel if parameter.ds_status.name == "AVAILABLE" else 0
-            persistent += numel if getattr(parameter, "ds_persist", False) else 0
-    return resident, persistent

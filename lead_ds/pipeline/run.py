@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,11 @@ from lead_ds.pipeline.plan import Recipe
 from lead_ds.pipeline.process import PLAIN, Run, find_launcher, spawn
 from lead_ds.pipeline.results import collect, write_results
 from lead_ds.pipeline.stage import Finding, Records, Stage, make_room
+from lead_ds.retrieval.files import alone
 
 Tell = Callable[[str], None]
+OTHER = "another lead-ds pipeline, or a stage of one,"
+WAIT = "wait for it to end, or end it; a stage lives on where its pipeline was killed"
 
 
 class Stopped(RunError):
@@ -59,7 +60,7 @@ def run_pipeline(
     tell(table(recipe, found, chosen, launching))
     if dry_run:
         return {"recipe": str(path), "stages": facts(recipe, records, found, launching), "results": []}
-    with alone(recipe.output / "stages") as lock:
+    with alone(recipe.output / "stages", OTHER, WAIT) as lock:
         for name, stage in recipe.stages.items():
             if name not in chosen:
                 continue
@@ -240,25 +241,6 @@ def link(place: Path, student: Path, tell: Tell) -> None:
         fresh.replace(place)
     except OSError as error:  # a file system without links: the folder has a name as well
         tell(f"{place} cannot be made ({error}): the student is in {student}")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """A lock on a pipeline's folder, as an open descriptor. Raises InputError where another pipeline holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise RunError(folder, f"cannot be made: {error}", "check the path and its permissions") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remedy = "wait for it to end, or end it; a stage lives on where its pipeline was killed"
-            raise InputError(folder, "another lead-ds pipeline, or a stage of one, is at work here", remedy) from None
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def now() -> str:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from lead_ds.data.jsonl import dumps, read_jsonl
+from lead_ds.data.jsonl import dumps
 from lead_ds.data.qrels import read_judgements
 from lead_ds.data.texts import Texts
 from lead_ds.errors import InputError
 from lead_ds.prepare.grouping import Grouper
 from lead_ds.prepare.manifest import Manifest, Output, open_manifest, parts_folder
-from lead_ds.prepare.source import Judgement, Part, Source, Text, Tick
+from lead_ds.prepare.source import Judgement, Part, Source, Tick
 from lead_ds.retrieval.progress import progress
 
 _ROWS = 8192  # rows that are written, or looked up, together
@@ -321,9 +321,3 @@ def prepare(
         if worked or not manifest.complete:
             manifest.finish()
         return {name: manifest.files[name] for name in keys}, worked
-
-
-def existing_queries(folder: Path) -> Iterator[Text]:
-    """The queries that a prepared folder has."""
-    for _, record in read_jsonl(folder / "queries.jsonl"):
-        yield Text(str(record["_id"]), "", record["text"])

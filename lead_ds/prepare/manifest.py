@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,9 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from lead_ds import __version__
-from lead_ds.errors import InputError, RunError
+from lead_ds.errors import InputError
 from lead_ds.prepare.source import Source
-from lead_ds.retrieval.files import atomic, checksum, read_json, write_json
+from lead_ds.retrieval.files import alone, atomic, checksum, read_json, write_json
 
 NAME = "prepare.json"
 _VERSION = 1
@@ -162,16 +160,7 @@ def open_manifest(folder: Path, overwrite: bool) -> Iterator[Manifest]:
     if not known and folder.is_dir() and any(not _ours(path) for path in folder.iterdir()):
         raise InputError(folder, f"holds something else: there is no {NAME}", "name an empty or a new folder")
     tree = read_manifest(folder) if known and not overwrite else None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise RunError(folder, f"cannot be made: {error}", "check the path and its permissions") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(folder, "another lead-ds prepare is at work here", "wait for it to end") from None
+    with alone(folder, "another lead-ds prepare", "wait for it to end"):
         if known and overwrite:
             old = read_json(folder / NAME, "remove the folder yourself")
             for name in old.get("files", {}):
@@ -181,8 +170,6 @@ def open_manifest(folder: Path, overwrite: bool) -> Iterator[Manifest]:
         manifest = Manifest(folder, tree or {"version": _VERSION, "versions": versions, "sources": [], "files": {}})
         manifest.clean()
         yield manifest
-    finally:
-        os.close(handle)
 
 
 def _ours(path: Path) -> bool:

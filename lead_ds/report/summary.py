@@ -63,8 +63,7 @@ def _plain(value: Any) -> str:
 
 
 def aligned(table: Table) -> str:
-    """A table as text, its first column to the left."""
-    """The first column to the left, the others to the right."""
+    """A table as text: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = []
     for row in table:

@@ -68,7 +68,7 @@ def encode_texts(
     texts in every batch: under ZeRO-3 every process must take part in every forward of any of them.
     """
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
-    length = encoder.query_length if kind == "queries" else encoder.passage_length
+    length = Side.of(encoder, kind).length
 
     def read(stretch: range) -> tuple[range, Rows, Rows | None]:
         return stretch, *encoder.rows(texts([rows[i] for i in stretch]), side)

@@ -44,6 +44,29 @@ def atomic(path: Path) -> Iterator[Path]:
             os.unlink(temporary)
 
 
+@contextmanager
+def alone(folder: Path, who: str, remedy: str) -> Iterator[int]:
+    """`folder`, made where it is absent, to this process alone: a lock on it, as an open descriptor.
+
+    Raises InputError, of `who` and with `remedy`, where another process has it; RunError when it cannot be made.
+    """
+    import fcntl  # not on Windows
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RunError(folder, f"cannot be made: {error}", "check the path and its permissions") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(folder, f"{who} is at work here", remedy) from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, atomically."""
     with atomic(path) as temporary:

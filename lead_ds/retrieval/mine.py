@@ -9,47 +9,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from lead_ds.config import StudentConfig
+from lead_ds.config import MineSettings, StudentConfig
 from lead_ds.data.dataset import Dataset
 from lead_ds.data.qrels import Run, read_run
 from lead_ds.errors import InputError
 from lead_ds.retrieval.encode import encode_share
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
 from lead_ds.retrieval.files import atomic
+from lead_ds.retrieval.index import check_k
 from lead_ds.retrieval.progress import progress
 
+DEPTH = 200  # candidates of a query, unless more negatives are wanted
+
 _WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True)
-class MineSettings:
-    """Which candidates become negatives.
-
-    number: negatives per query; depth: candidates read per query. skip: the first so many ranks (positives not counted) are
-    left out, where unjudged positives are likeliest. margin, ratio: candidates that score more than positive - margin, or
-    ratio * positive, are left out as likely false negatives (the least positive of the query counts; the ratio as in
-    NV-Retriever, arXiv 2407.15831); off at None. similar: candidates that share at least this part of their words with a
-    positive (Jaccard) are left out as copies; 1: exact copies only. sample: the hardest ones that are left, or random ones.
-    """
-
-    number: int = 30
-    depth: int = 200
-    skip: int = 0
-    margin: float | None = None
-    ratio: float | None = None
-    similar: float = 0.9
-    sample: Literal["top", "random"] = "top"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.number < 1 or self.skip < 0 or self.depth < self.number + self.skip:
-            raise InputError("depth", f"{self.depth} is less than skip + number", "read more candidates per query")
-        if not 0 < self.similar <= 1:
-            raise InputError("similar", f"{self.similar} is not a share", "use a number above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -76,15 +52,18 @@ def mine(
 
     source: a dual encoder (its directory or configuration), a TREC run (a file or the run itself), or "bm25". Each line:
     {"query_id", "positives", "negatives", "scores"}, the scores being the source's own of the passages it scored.
-    Atomic. Raises InputError when a source, split or id is missing.
+    Atomic. Raises InputError when a source, split or id is missing, or settings.depth is more than there are passages.
     """
     settings = settings or MineSettings()
+    if settings.depth is not None:
+        check_k(settings.depth, len(dataset.corpus), "depth")
+    depth = settings.depth or max(DEPTH, settings.skip + settings.number)
     qrels = dataset.qrels(split)
     positives = {query: [name for name, grade in judged.items() if grade > 0] for query, judged in qrels.items()}
     positives = {query: names for query, names in positives.items() if names}
     if not positives:
         raise InputError(split, "no query has a positive", "check the judgements")
-    run = _candidates(source, dataset, positives, settings.depth, batch_size, quiet)
+    run = _candidates(source, dataset, positives, depth, batch_size, quiet)
     if not set(run) & set(positives):
         raise InputError(split, "the run has none of its queries", "check that run and split belong together")
     counts = {"positive or judged": 0, "rank": 0, "score": 0, "copy": 0}
@@ -96,7 +75,7 @@ def mine(
     ):
         for query, names in positives.items():
             found = run.get(query, {})
-            chosen = _choose(query, names, found, qrels[query], dataset, settings, counts)
+            chosen = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
             scores = {name: found[name] for name in (*names, *chosen) if name in found}
             group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
             if scores:
@@ -191,11 +170,12 @@ def _choose(
     judged: Mapping[str, int],
     dataset: Dataset,
     settings: MineSettings,
+    depth: int,
     counts: dict[str, int],
 ) -> list[str]:
     """The query's negatives, hardest first; `counts` grows by what is left out."""
     limit = _limit([found[name] for name in positives if name in found], settings)
-    ranked = sorted(found.items(), key=lambda item: -item[1])[: settings.depth + len(positives)]
+    ranked = sorted(found.items(), key=lambda item: -item[1])[:depth]
     kept, rank = [], 0
     for name, score in ranked:
         if judged.get(name, 0) > 0:

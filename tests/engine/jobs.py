@@ -19,11 +19,12 @@ from lead_ds.engine.distill import distill
 from lead_ds.engine.fit_lens import Fit, fit_lens, save_lens
 from lead_ds.engine.ranks import Ranks, ranks
 from lead_ds.engine.teach import teach
-from lead_ds.engine.teacher import build_teacher, resident_parameters
+from lead_ds.engine.teacher import build_teacher
 from lead_ds.engine.warmup import warmup
 from lead_ds.errors import LeadError
 from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
+from tests.helpers.sharded import resident_parameters
 
 
 def losses_of(run: Path) -> list[float]:

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from lead_ds.errors import InputError, RunError
-from lead_ds.pipeline.run import alone, run_pipeline
+from lead_ds.pipeline.run import run_pipeline
+from lead_ds.retrieval.files import alone
 from tests.helpers.launch import ROOT
 from tests.helpers.tiny import tiny_dataset
 
@@ -289,7 +290,7 @@ WRONG = {
     "pipeline.evaluate=[{split: dev}, {split: dev}]": r"split 'dev' is given twice",
     "pipeline.evaluate=[{split: absent}]": r"absent\.tsv: no such file",
     "pipeline.first=null": r"pipeline: mine needs a retriever",
-    "pipeline.mine.depth=1": r"depth is less than skip \+ number",
+    "pipeline.mine.depth=1": r"pipeline\.mine\.depth: is less than skip \+ number",
     "pipeline.models=[teacher]": r"pipeline\.models: the teacher is no dual_encoder",
     "teacher.train=true": r"pipeline\.teach: reads a teacher that is there and stays as it is",
     "teacher.kind=llm_reranker": r"pipeline\.teacher: a teacher of kind llm_reranker cannot be warmed up",
@@ -322,7 +323,7 @@ def test_a_recipe_that_is_edited_meanwhile_stops_the_pipeline(place: Place) -> N
 
 def test_two_at_once_and_a_stage_that_outlives_its_pipeline(place: Place) -> None:
     sleeper = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
-    with alone(place.output / "stages") as lock:
+    with alone(place.output / "stages", "the first", "wait") as lock:
         with pytest.raises(InputError, match="another lead-ds pipeline"):
             place.run()
         orphan = subprocess.Popen(sleeper, pass_fds=(lock,), stdout=subprocess.PIPE)

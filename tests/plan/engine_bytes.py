@@ -43,7 +43,8 @@ def teacher(path: str) -> dict[str, int]:
     """Bytes of a frozen ZeRO-3 teacher's shard, and what stays gathered after a forward pass."""
     from lead_ds.data.batches import ModelBatch
     from lead_ds.engine.ranks import ranks
-    from lead_ds.engine.teacher import build_teacher, resident_parameters
+    from lead_ds.engine.teacher import build_teacher
+    from tests.helpers.sharded import resident_parameters
 
     with ranks() as joined:
         frozen = build_teacher(settings(path, 1, teacher=True), joined)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from lead_ds.config import DataConfig
 from lead_ds.data.dataset import Dataset
@@ -66,6 +67,14 @@ def test_what_was_left_out_is_counted(small: Dataset, tmp_path: Path) -> None:
     assert result.short == 1
     result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(number=2), quiet=True)
     assert (result.left_out["copy"], result.short) == (1, 0)
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(2, []), (3, ["d"]), (6, ["d", "e"])])
+def test_no_deeper_than_asked(small: Dataset, tmp_path: Path, depth: int, expected: list[str]) -> None:
+    settings = MineSettings(number=2, depth=depth)  # the positive a and the copy c are among them
+    mine(RUN, small, tmp_path / "out.jsonl", settings=settings, quiet=True)
+    (group,) = lines(tmp_path / "out.jsonl")
+    assert group["negatives"] == expected
 
 
 def test_random_negatives_follow_the_seed(small: Dataset, tmp_path: Path) -> None:
@@ -134,7 +143,9 @@ def test_wrong_input_writes_nothing(small: Dataset, model: Path, tmp_path: Path)
         mine({"other": {"a": 1.0}}, small, out)
     with pytest.raises(InputError, match=r"qrels.dev\.tsv"):
         mine(RUN, small, out, "dev")
-    with pytest.raises(InputError, match="depth: 3 is less"):
-        MineSettings(number=4, depth=3)
+    with pytest.raises(InputError, match="depth: 7 results asked of 6 passages"):
+        mine(RUN, small, out, settings=MineSettings(number=2, depth=7))
+    with pytest.raises(ValidationError, match="is less than skip"):
+        MineSettings(number=3, skip=1, depth=3)
     assert not out.exists()
     assert not list(tmp_path.glob(".*tmp"))
