@@ -28,7 +28,17 @@ def teach(
         min=1,
         help="Epochs whose random negatives are included, where groups list too few; default: as many as train.steps take.",
     ),
+    vectors: str | None = typer.Option(
+        None,
+        "--vectors",
+        metavar="LAYERS",
+        help="Of a dual encoder, keep vectors of every query and passage, of these layers and the final one: 9,10,11 or "
+        "last:3, all, final (no layer besides), auto (those that losses.layer reads).",
+    ),
     shard_groups: int | None = typer.Option(None, "--shard-groups", min=1, help="Groups of a file; default: by kind."),
+    shard_texts: int | None = typer.Option(
+        None, "--shard-texts", min=1, help="Of --vectors: texts of a file; default: 4096, or fewer for many processes."
+    ),
     fit_lens: bool = typer.Option(
         False, "--fit-lens", help="Fit the teacher's tuned lens instead: a read-out of its own for each layer."
     ),
@@ -58,6 +68,14 @@ def teach(
 
     Holds every positive and negative that a group lists, for any seed. Run it again after a kill to finish.
 
+    Such a cache compares a query with its own passages. A dual encoder compares it with every passage of the batch, and so
+    does a cache of its vectors, which is larger: each text once, 2 bytes x width x (layers + 1). It takes any
+    losses.layer that reads no other layers, any losses and any teacher.scale:
+
+    lead-ds teach run.yaml --vectors last:3 --out vectors
+
+    lead-ds distill run.yaml teacher.kind=cached teacher.path=vectors losses.layer.select=last losses.layer.k=3
+
     A teacher's lower layers know more than they can say through its head. First fit each a small read-out of its own, on
     some training groups, with the teacher frozen; then teach, or distil, through it:
 
@@ -78,26 +96,27 @@ def teach(
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     if fit_lens:
-        if epochs is not None or shard_groups is not None:
-            raise typer.BadParameter("--epochs and --shard-groups are of a cache, not of --fit-lens")
+        if {epochs, shard_groups, vectors, shard_texts} != {None}:
+            raise typer.BadParameter("--epochs, --vectors and --shard-... are of a cache, not of --fit-lens")
         _fit_lens(settings, out or settings.lens_folder, asked, config, quiet)
         return
     if asked:
         raise typer.BadParameter("the options of a lens go with --fit-lens")
-    _teach(settings, out or Path(settings.output) / "teacher_cache", epochs, shard_groups, config, quiet)
+    if (shard_groups if vectors is not None else shard_texts) is not None:
+        raise typer.BadParameter("--shard-texts goes with --vectors, --shard-groups without")
+    folder = out or Path(settings.output) / ("teacher_cache" if vectors is None else "teacher_vectors")
+    _teach(settings, folder, config, quiet, vectors=vectors, epochs=epochs, shard_size=shard_groups or shard_texts)
 
 
-def _teach(
-    settings: Config, folder: Path, epochs: int | None, shard_groups: int | None, config: Path, quiet: bool
-) -> None:
+def _teach(settings: Config, folder: Path, config: Path, quiet: bool, **options: Any) -> None:
     from lead_ds.engine.teach import teach as run
     from lead_ds.report.lens import layer_table
 
     command = ["lead-ds", *sys.argv[1:]]
-    cache = run(settings, folder, epochs=epochs, shard_groups=shard_groups, command=command, quiet=quiet)
+    cache = run(settings, folder, command=command, quiet=quiet, **options)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     say(layer_table(cache.manifest["measured"]))
-    say(f"\n{len(cache)} groups, {cache.num_layers} layers and the final one, {size / 1e6:.1f} MB: {folder}")
+    say(f"\n{len(cache)} groups, {cache.held()}, {size / 1e6:.1f} MB: {folder}")
     say(f"distil from it: lead-ds distill {config} teacher.kind=cached teacher.path={folder}")
 
 

@@ -62,7 +62,8 @@ class TeacherConfig(ModelConfig):
     """The model to learn from. Frozen unless `train`."""
 
     kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker", "cached"] = Field(
-        description="cached: `path` is a folder that lead-ds teach wrote"
+        description="cached: `path` is a folder that lead-ds teach wrote. Relevance: teacher losses compare a query with its "
+        "own passages; vectors (teach --vectors, of a dual_encoder): with every passage of the batch, as that model would"
     )
     placement: Literal["auto", "replicate", "zero3"] = "auto"
     offload: Literal["none", "cpu", "nvme"] = Field("none", description="where zero3 keeps the shards")
@@ -179,7 +180,8 @@ class LayerLoss(Section):
     select: Selection = Field(
         "random",
         description="random; last; skip: evenly spaced; given; informative: random, of the teacher's layers whose own NLL of "
-        "the positive is below chance (as its tuned lens was measured, else measured at start)",
+        "the positive is below chance (as its tuned lens was measured, else measured at start). Of a teacher whose vectors "
+        "were cached, random and informative draw among the layers that are stored; others must be stored",
     )
     informative_margin: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="select: informative; nats by which the NLL is below chance, log N"

@@ -44,7 +44,7 @@ class ModelBatch:
     queries: Tokens | None = None
     passages: Tokens | None = None
     pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
-    cached: Tokens | None = None  # instead of all, what a cached teacher said: relevance, float32 [Q, N, T + 1]
+    cached: Tokens | None = None  # instead of all, what a cached teacher said: see TeacherCache.read
     passes: Passes | None = None  # the rows of queries, then of passages, or of pairs: as the model is to run them
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ModelBatch:
@@ -180,8 +180,8 @@ class Batches:
         student = [self._read(self.student, part, 0) for part in _parts(groups, self.batch_size)]
         teacher = []
         if isinstance(self.teacher, TeacherCache):
-            said = self.teacher.relevance(rows, [group.keys for group in groups])
-            teacher = [ModelBatch(self.group, cached={"relevance": torch.from_numpy(said)})]
+            said = self.teacher.read(rows, [group.keys for group in groups])
+            teacher = [ModelBatch(self.group, cached={name: torch.from_numpy(x) for name, x in said.items()})]
         elif self.teacher is not None:
             teacher = [self._read(self.teacher, part, 1) for part in _parts(groups, self.chunk)]
         if self.align and isinstance(self.teacher, TextEncoder):

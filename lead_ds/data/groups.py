@@ -58,6 +58,10 @@ class Groups(Protocol):
         """What a draw of the row chooses from before it takes random passages."""
         ...
 
+    def listed(self, row: int) -> tuple[int, np.ndarray]:
+        """The query, equal where two rows ask the same, and the keys of the pool."""
+        ...
+
     def offered(self, row: int) -> int:
         """How many negatives the row's pool has."""
         ...

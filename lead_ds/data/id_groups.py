@@ -103,9 +103,14 @@ class IdGroups:
 
     def pool(self, row: int) -> Pool:
         """See `Groups.pool`."""
+        query, keys = self.listed(row)
+        return Pool(self.queries.text(query), keys, self.corpus.texts(keys))
+
+    def listed(self, row: int) -> tuple[int, np.ndarray]:
+        """See `Groups.listed`."""
         first, last = int(self._positive_starts[row]), int(self._positive_starts[row + 1])
         keys = np.concatenate([np.unique(self._positives[first:last]), self._offered(row)]).astype(np.int64)
-        return Pool(self.queries.text(int(self._query[row])), keys, self.corpus.texts(keys))
+        return int(self._query[row]), keys
 
     def offered(self, row: int) -> int:
         """See `Groups.offered`."""

@@ -17,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,26 +31,31 @@ MANIFEST = "manifest.json"
 _AGAIN = "run lead-ds teach again"
 _DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in (("I64", "<i8"), ("F32", "<f4"), ("F16", "<f2"))}
 _LARGEST_HEADER = 1 << 20
+# What a manifest says of the sizes of a cache, by what it holds.
+_RELEVANCE, _VECTORS = ("shard_groups",), ("shard_texts", "queries", "passages", "width")
 
 Arrays = dict[str, np.ndarray]
 
 
-class TeacherCache:
-    """A finished cache, opened for reading. Picklable: worker processes open it anew."""
+C = TypeVar("C", bound="TeacherCache")
+
+
+class TeacherCache(ABC):
+    """What a teacher said of training groups, finished and opened for reading. Picklable: worker processes open it anew."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self._shards: dict[int, Arrays] = {}
+        self._mapped: dict[Path, Arrays] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True) -> TeacherCache:
+    def open(cls: type[C], folder: str | Path, *, verify: bool = True) -> C:
         """The cache in `folder`; `verify`: read all of it and compare it with its checksums.
 
         Raises InputError when there is none, when it is not finished, and naming a shard that is damaged.
         """
         folder = Path(folder).expanduser()
         cache = cls(folder, read_manifest(folder))
-        names = [shard_path(folder, shard) for shard in range(cache.shards)]
+        names = cache.paths
         missing = [path for path in names if not path.exists()]
         if missing:
             what = f"{len(missing)} of {len(names)} shards are missing, such as {missing[0].name}"
@@ -62,7 +68,7 @@ class TeacherCache:
         return cache
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TeacherCache, (self.folder, self.manifest)
+        return type(self), (self.folder, self.manifest)
 
     def __len__(self) -> int:
         """How many groups."""
@@ -79,6 +85,49 @@ class TeacherCache:
         return int(self.manifest["layers"])
 
     @property
+    @abstractmethod
+    def layers(self) -> list[int]:
+        """The layers that can be read, ascending."""
+
+    @property
+    @abstractmethod
+    def paths(self) -> list[Path]:
+        """Its files."""
+
+    @abstractmethod
+    def read(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
+        """What was said of drawn passages: `keys[i]` [N] of group `rows[i]`, by name.
+
+        Raises InputError for a passage of which nothing is known.
+        """
+
+    @abstractmethod
+    def held(self) -> str:
+        """What it holds, for the user."""
+
+    def lacks(self, row: int) -> InputError:
+        """What to raise where a passage that is drawn for a group is not held."""
+        what = f"does not hold every passage drawn for group {row}"
+        return InputError(self.folder, what, f"{_AGAIN} with this configuration, in a new folder")
+
+    def _open(self, path: Path) -> Arrays:
+        if path not in self._mapped:
+            try:
+                self._mapped[path] = mapped(path)[0]
+            except (OSError, ValueError, KeyError) as error:
+                raise RunError(path, f"cannot be read: {error}", _AGAIN) from None
+        return self._mapped[path]
+
+
+class RelevanceCache(TeacherCache):
+    """The teacher's relevance of each group's own candidates."""
+
+    @property
+    def layers(self) -> list[int]:
+        """See `TeacherCache`."""
+        return list(range(self.num_layers))
+
+    @property
     def shard_groups(self) -> int:
         """Groups of each shard but the last."""
         return int(self.manifest["shard_groups"])
@@ -88,6 +137,19 @@ class TeacherCache:
         """How many files."""
         return -(-len(self) // self.shard_groups)
 
+    @property
+    def paths(self) -> list[Path]:
+        """See `TeacherCache`."""
+        return [shard_path(self.folder, shard) for shard in range(self.shards)]
+
+    def held(self) -> str:
+        """See `TeacherCache`."""
+        return f"relevance by {self.num_layers} layers and the final state"
+
+    def read(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
+        """relevance: float32 [len(rows), N, T + 1]. See `TeacherCache`."""
+        return {"relevance": self.relevance(rows, keys)}
+
     def relevance(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> np.ndarray:
         """Relevance of drawn passages: `keys[i]` [N] of group `rows[i]`. float32 [len(rows), N, T + 1].
 
@@ -96,24 +158,15 @@ class TeacherCache:
         out = np.empty((len(rows), len(keys[0]), self.num_layers + 1), np.float32)
         for i, (row, drawn) in enumerate(zip(rows, keys, strict=True)):
             shard, group = divmod(int(row), self.shard_groups)
-            arrays = self._open(shard)
+            arrays = self._open(shard_path(self.folder, shard))
             first, last = arrays["starts"][group : group + 2].tolist()
             candidates = arrays["keys"][first:last]
             places = np.searchsorted(candidates, drawn)
             if places.max(initial=0) >= len(candidates) or (candidates[places] != drawn).any():
-                what = f"does not hold every passage drawn for group {int(row)}"
-                raise InputError(self.folder, what, f"{_AGAIN} with this configuration, in a new folder")
+                raise self.lacks(int(row))
             out[i] = arrays["deviation"][first + places]
             out[i] += arrays["mean"][group]
         return out
-
-    def _open(self, shard: int) -> Arrays:
-        if shard not in self._shards:
-            try:
-                self._shards[shard] = mapped(shard_path(self.folder, shard))[0]
-            except (OSError, ValueError, KeyError) as error:
-                raise RunError(shard_path(self.folder, shard), f"cannot be read: {error}", _AGAIN) from None
-        return self._shards[shard]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -127,9 +180,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     remedy = "teacher.path of kind: cached is a folder that lead-ds teach wrote"
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        facts, layers, groups = manifest["facts"], manifest["layers"], manifest["shard_groups"]
+        facts = manifest["facts"]
         known = facts["version"] == VERSION
-        facts["teacher"]["settings"], int(facts["data"]["groups"]), int(layers), int(groups)
+        facts["teacher"]["settings"], int(facts["data"]["groups"]), int(manifest["layers"])
+        for name in _VECTORS if "vectors" in facts else _RELEVANCE:
+            int(manifest[name])
     except FileNotFoundError:
         raise InputError(path, "no such file", remedy) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -141,7 +196,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def identity(manifest: dict[str, Any]) -> str:
     """A checksum of what decides a cache's content."""
-    decides = {name: manifest[name] for name in ("facts", "layers", "shard_groups")}
+    sizes = _VECTORS if "vectors" in manifest["facts"] else _RELEVANCE
+    decides = {name: manifest[name] for name in ("facts", "layers", *sizes)}
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

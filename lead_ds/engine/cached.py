@@ -1,6 +1,6 @@
-"""A teacher that is read from what `teach` wrote: no weights, no tokenizer, no memory but the batch's relevance.
+"""A teacher that is read from what `teach` wrote: no weights, no tokenizer, no memory but what it says of the batch.
 
-Dimensions: A micro-batches of B queries, N passages of each, T layers of the teacher, K selected ones.
+Dimensions: A micro-batches of B queries, N passages of each, T layers of the teacher, K selected ones, D width.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from torch import Tensor
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.batches import ModelBatch
 from lead_ds.data.groups import Groups
-from lead_ds.data.teacher_cache import TeacherCache, read_manifest
+from lead_ds.data.teacher_cache import RelevanceCache, TeacherCache, read_manifest
+from lead_ds.data.vector_cache import VectorCache
 from lead_ds.engine.identity import data_facts, stored_scale
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.teacher import TeacherView
 from lead_ds.errors import InputError
 from lead_ds.models.lens import load_lens
-from lead_ds.relevance import Scale, ScoreFeatures
+from lead_ds.relevance import Features, Scale, ScoreFeatures, VectorFeatures
 
 _ANEW = "run lead-ds teach with this configuration, in a new folder"
 
 
 class CachedTeacher:
-    """Answers windows as `FrozenTeacher` does, with scores of each query's own passages."""
+    """Answers windows as `FrozenTeacher` does: with scores of each query's own passages, or with vectors."""
 
     placement = "cached"
 
     def __init__(self, cache: TeacherCache, settings: TeacherConfig, device: torch.device) -> None:
         self.cache, self.settings, self.device = cache, settings, device
-        # Cosines were taken when the cache was made; z-scores depend on the passages drawn and are taken now.
-        self.scale: Scale = "standard" if settings.scale == "standard" else "none"
+        self.layers = cache.layers
+        # Cosines of relevance were taken when the cache was made; z-scores depend on the passages drawn and are taken now.
+        taken = isinstance(cache, RelevanceCache) and settings.scale == "cosine"
+        self.scale: Scale = "none" if taken else settings.scale
         self.lens_facts: dict[str, Any] | None = cache.manifest["facts"].get("lens")
 
     @property
@@ -45,19 +48,26 @@ class CachedTeacher:
     def window(
         self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
     ) -> TeacherView:
-        """Relevance of a window's groups: final [1, A * B, N], layers [K, A * B, N], float32."""
+        """Relevance of a window's groups: final [1, A * B, N], layers [K, A * B, N]; or vectors [1 or K, texts, D]. float32."""
         assert not tap_layers
         parts = [chunk.to(self.device).cached for chunk in chunks]
-        said_QNT = torch.cat([part["relevance"] for part in parts if part is not None])
-
-        def features(read_QNT: Tensor) -> ScoreFeatures:
-            return ScoreFeatures(read_QNT.permute(2, 0, 1), self.scale)
-
+        said = {name: [part[name] for part in parts if part is not None] for name in parts[0] or {}}
+        places = [self.layers.index(layer) for layer in layers]
         return TeacherView(
-            final=features(said_QNT[..., -1:]),
-            layers=features(said_QNT[..., list(layers)]) if layers else None,
+            final=self._features(said, [len(self.layers)]),
+            layers=self._features(said, places) if places else None,
             outputs=[],
         )
+
+    def _features(self, said: dict[str, list[Tensor]], places: Sequence[int]) -> Features:
+        """Features of what stands at `places` of a cache's layers and final state."""
+        if "relevance" in said:
+            relevance_QNT = torch.cat(said["relevance"])
+            return ScoreFeatures(torch.stack([relevance_QNT[..., place] for place in places]), self.scale)
+        queries, passages = torch.cat(said["queries"], 1), torch.cat(said["passages"], 1)
+        # Not by a list of indices, which a GPU would have to wait for.
+        q_KQD, p_KPD = (torch.stack([x[place] for place in places]) for x in (queries, passages))
+        return VectorFeatures(q_KQD, p_KPD, self.scale)
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the teacher."""
@@ -69,6 +79,7 @@ class CachedTeacher:
             "path": self.cache.manifest["teacher_path"],
             "checksum": teacher["checksum"],
             "layers": self.num_layers,
+            "vectors_of_layers": self.layers if isinstance(self.cache, VectorCache) else None,
             "lens": self.lens_facts,
             "dtype": teacher["computed_in"],
             "parameter_bytes": 0,
@@ -78,9 +89,10 @@ class CachedTeacher:
     def describe(self) -> str:
         """A line for the start of a run."""
         facts = self.facts()
+        compared = "every passage of the batch" if isinstance(self.cache, VectorCache) else "its own passages"
         return (
-            f"teacher {facts['path']}: {self.num_layers} layers, read from {facts['cache']}; every teacher loss compares a "
-            f"query with its own passages"
+            f"teacher {facts['path']}: {self.cache.held()}, read from {facts['cache']}; every teacher loss compares a query "
+            f"with {compared}"
         )
 
 
@@ -102,8 +114,8 @@ def with_cached_settings(config: Config) -> Config:
     for name in sorted(teacher.model_fields_set & made.keys()):
         value = getattr(teacher, name)
         same = value == made[name]
-        if name == "scale":
-            same = stored_scale(kind, value) == stored_scale(kind, made[name])
+        if name == "scale":  # vectors are stored as they are
+            same = "vectors" in facts or stored_scale(kind, value) == stored_scale(kind, made[name])
         if not same:
             what = f"is {value!r}, {teacher.path} was made with {made[name]!r}"
             raise InputError(f"teacher.{name}", what, f"take the key out, or {_ANEW}")
@@ -122,7 +134,9 @@ def open_cache(config: Config, groups: Groups, ranks: Ranks) -> TeacherCache:
     """
     assert config.teacher is not None
     first = ranks.local_rank == 0  # one process of each machine reads everything
-    cache = TeacherCache.open(config.teacher.path, verify=first)
+    holds_vectors = "vectors" in read_manifest(Path(config.teacher.path).expanduser())["facts"]
+    kind: type[TeacherCache] = VectorCache if holds_vectors else RelevanceCache
+    cache = kind.open(config.teacher.path, verify=first)
     facts = cache.manifest["facts"]
     now = data_facts(groups) if first else {"groups": len(groups)}
     for name, value in now.items():

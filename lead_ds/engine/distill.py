@@ -199,11 +199,12 @@ def check_layers(config: Config, student_layers: int, teacher: Any, informative_
     """Draw once from each selection, so that a layer that does not exist is told at start."""
     if teacher is None:
         return
+    stored = teacher.layers if isinstance(teacher, CachedTeacher) else None
     for name in ("layer", "attention"):
         loss = getattr(config.losses, name)
         if loss.weight > 0:
             depth, seed = (teacher.num_layers, student_layers), config.seed
-            select_layers(loss, *depth, seed=seed, step=0, informative=informative_layers)
+            select_layers(loss, *depth, seed=seed, step=0, informative=informative_layers, stored=stored)
 
 
 def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ranks) -> dict[str, Any]:

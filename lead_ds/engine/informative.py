@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import Config
-from lead_ds.data.batches import Batches
+from lead_ds.data.batches import Batches, ModelBatch
 from lead_ds.data.groups import Groups
 from lead_ds.data.teacher_cache import TeacherCache
 from lead_ds.engine.cached import CachedTeacher
 from lead_ds.engine.ranks import Ranks
 from lead_ds.engine.teacher import FrozenTeacher
 from lead_ds.losses.selection import informative_layers
-from lead_ds.relevance import Scale, ScoreFeatures
 
 MEASURED = 256  # groups, at the start of a run
-MEASURED_OF_CACHE = 1000
+MEASURED_OF_CACHE, AT_ONCE = 1000, 50
 
 
 def informative(
@@ -37,19 +36,26 @@ def informative(
     loss = config.losses.layer
     if teacher is None or loss.weight == 0 or loss.select != "informative":
         return []
+    layers = readable(teacher)
     if teacher.lens_facts is not None:
-        nll, chance = teacher.lens_facts["nll"], teacher.lens_facts["chance"]
+        nll, chance = [teacher.lens_facts["nll"][layer] for layer in layers], teacher.lens_facts["chance"]
     else:
         nll, chance = measure(teacher, batches, loss.teacher_temperature, ranks), math.log(batches.group)
-    return informative_layers(nll, chance, loss.informative_margin)
+    return [layers[place] for place in informative_layers(nll, chance, loss.informative_margin)]
+
+
+def readable(teacher: FrozenTeacher | CachedTeacher) -> list[int]:
+    """The layers that a teacher can be asked for."""
+    return teacher.layers if isinstance(teacher, CachedTeacher) else list(range(teacher.num_layers))
 
 
 def measure(teacher: FrozenTeacher | CachedTeacher, batches: Batches, temperature: float, ranks: Ranks) -> list[float]:
-    """NLL of the positive within its group, by each layer, over the run's first groups; equal on all ranks."""
+    """NLL of the positive within its group, by each readable layer, over the run's first groups; equal on all ranks."""
+    layers = readable(teacher)
     step = ranks.world * batches.batch_size * batches.accumulation
-    sums, count = torch.zeros(teacher.num_layers), 0
+    sums, count = torch.zeros(len(layers)), 0
     for window in map(batches.window, range(min(-(-MEASURED // step), batches.steps_per_epoch))):
-        view = teacher.window(window.teacher, range(teacher.num_layers))
+        view = teacher.window(window.teacher, layers)
         assert view.layers is not None
         nll_TQ = worth(view.layers.group_relevance(batches.group).logits / temperature)[0]
         sums, count = sums + nll_TQ.sum(1).cpu(), count + nll_TQ.shape[1]
@@ -66,15 +72,21 @@ def worth_of_cache(cache: TeacherCache, groups: Groups, config: Config) -> dict[
     """NLL and accuracy of each cached layer and of the final state, over draws of some training groups."""
     assert config.teacher is not None
     rows = Random(config.seed).sample(range(len(groups)), min(MEASURED_OF_CACHE, len(groups)))
-    keys = [groups.draw(row, config.seed, epoch=0).keys for row in rows]
-    said_TQN = torch.from_numpy(cache.relevance(rows, keys)).permute(2, 0, 1)
-    scale: Scale = "standard" if config.teacher.scale == "standard" else "none"
-    logits_TQN = ScoreFeatures(said_TQN, scale).group_relevance(said_TQN.shape[-1]).logits
-    nll_TQ, first_TQ = worth(logits_TQN / config.losses.layer.teacher_temperature)
+    teacher, group = CachedTeacher(cache, config.teacher, torch.device("cpu")), 1 + config.data.negatives
+    found = []
+    for first in range(0, len(rows), AT_ONCE):
+        some = rows[first : first + AT_ONCE]
+        said = cache.read(some, [groups.draw(row, config.seed, epoch=0).keys for row in some])
+        chunk = ModelBatch(group, cached={name: torch.from_numpy(x) for name, x in said.items()})
+        view = teacher.window([chunk], teacher.layers)
+        parts = [part.group_relevance(group).logits for part in (view.layers, view.final) if part is not None]
+        found.append(worth(torch.cat(parts) / config.losses.layer.teacher_temperature))
+    nll_T, first_T = (torch.cat(parts, 1).mean(1).tolist() for parts in zip(*found, strict=True))
     return {
         "groups": len(rows),
-        "passages": said_TQN.shape[-1],
-        "chance": math.log(said_TQN.shape[-1]),
-        "nll": nll_TQ.mean(1).tolist(),
-        "accuracy": first_TQ.mean(1).tolist(),
+        "passages": group,
+        "chance": math.log(group),
+        "layers": teacher.layers,
+        "nll": nll_T,
+        "accuracy": first_T,
     }

@@ -63,6 +63,7 @@ class Training:
         self.ahead = AheadTeacher(frozen) if config.train.overlap and frozen is not None else None
         taught_by = teacher if teacher is not None else cotrained
         self.teacher_depth = taught_by.num_layers if taught_by is not None else 0
+        self.stored = teacher.layers if isinstance(teacher, CachedTeacher) else None
         self.student_depth = engine.module.student.num_layers
 
     def run(self) -> dict[str, Any] | None:
@@ -217,7 +218,7 @@ class Training:
         if loss.weight == 0 or self.teacher_depth == 0:
             return [], []
         depth, seed = (self.teacher_depth, self.student_depth), self.config.seed
-        return select_layers(loss, *depth, seed=seed, step=step, informative=self.informative)
+        return select_layers(loss, *depth, seed=seed, step=step, informative=self.informative, stored=self.stored)
 
     def _teacher_pair(
         self, view: TeacherView | None, cotrained: Output | None, start: int, queries: int

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import Config, TeacherConfig
-from lead_ds.data.groups import Groups, open_groups
+from lead_ds.data.groups import Group, Groups, open_groups
 from lead_ds.data.teacher_cache import damage
 from lead_ds.data.tokens import TextEncoder, Tokens
 from lead_ds.engine.agreement import agreed, check_agreement, check_shared
@@ -66,16 +66,14 @@ class Shard:
         return np.repeat(np.arange(len(self.keys)), [len(keys) for keys in self.keys])
 
     @classmethod
-    def read(cls, groups: Groups, rows: range, negatives: int, draws: dict[str, int] | None) -> Shard:
+    def read(cls, groups: Groups, rows: Sequence[int], negatives: int, draws: dict[str, int] | None) -> Shard:
         """Every passage that a draw of these groups may choose."""
         shard = cls([], [], [])
         for row in rows:
             pool = groups.pool(row)
             found = dict(zip(pool.keys.tolist(), pool.passages, strict=True))
-            if draws is not None and groups.offered(row) < negatives:
-                for epoch in range(draws["epochs"]):
-                    drawn = groups.draw(row, draws["seed"], epoch)
-                    found |= dict(zip(drawn.keys.tolist(), drawn.passages, strict=True))
+            for drawn in drawn_besides(groups, row, negatives, draws):
+                found |= dict(zip(drawn.keys.tolist(), drawn.passages, strict=True))
             shard.queries.append(pool.query)
             shard.keys.append(np.array(list(found), np.int64))
             shard.passages += found.values()
@@ -87,6 +85,13 @@ class Shard:
         draws = [groups.draw(row, seed, epoch=0) for row in rows]
         passages = [passage for drawn in draws for passage in drawn.passages]
         return cls([drawn.query for drawn in draws], [drawn.keys for drawn in draws], passages)
+
+
+def drawn_besides(groups: Groups, row: int, negatives: int, draws: dict[str, int] | None) -> Iterator[Group]:
+    """A group's draws of the epochs of `draws`, where its pool alone does not decide which passages they take."""
+    if draws is not None and groups.offered(row) < negatives:
+        for epoch in range(draws["epochs"]):
+            yield groups.draw(row, draws["seed"], epoch)
 
 
 class Reader(ABC):
@@ -109,6 +114,10 @@ class Reader(ABC):
     def read_texts(self, shard: Shard, tell: Callable[[float], None]) -> Any:
         """What `read` gives of a model of single texts."""
 
+    def units(self, shard: Shard) -> int:
+        """How much of what is counted for the user a shard holds."""
+        return len(shard.queries)
+
     def forwards(self, shard: Shard) -> int:
         """How often the model will run."""
         if self.pairs:
@@ -121,7 +130,7 @@ class Reader(ABC):
 
         def tell(part: float) -> None:
             nonlocal done
-            now = int(part * len(shard.queries) + 1e-9)
+            now = int(part * self.units(shard) + 1e-9)
             meter.advance(now - done)
             done = now
 
@@ -227,6 +236,48 @@ class RelevanceReader(Reader):
             mask_PL = score_mask(tokens)
             features = TokenFeatures(queries[0][:, q], queries[1][q], states[:, p], mask_PL[p], self.scale)
         return features.group_relevance(1).logits[..., 0].T.cpu().numpy()
+
+
+class VectorReader(Reader):
+    """Reads the vectors of chosen layers and of the final state: float32 [S, K + 1, D] of a shard of queries or passages."""
+
+    def __init__(
+        self,
+        settings: TeacherConfig,
+        teacher: FrozenTeacher,
+        encoder: TextEncoder,
+        batch_size: int,
+        layers: Sequence[int],
+    ) -> None:
+        super().__init__(settings, teacher, encoder, batch_size)
+        self.layers = layers
+
+    def units(self, shard: Shard) -> int:
+        """See `Reader`."""
+        return len(shard.queries) + len(shard.passages)
+
+    def look(self, tokens: Tokens) -> Tensor:
+        """[K + 1, B, D]."""
+        return self.teacher.read(tokens, self.layers)
+
+    def read_pairs(self, shard: Shard, tell: Callable[[float], None]) -> Any:
+        """Pairs have no vectors."""
+        raise NotImplementedError
+
+    def read_texts(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+        """See `Reader`."""
+        texts = shard.queries or shard.passages
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        read, done = np.empty((0, 0, 0), np.float32), 0
+        tokenize = self.encoder.queries if shard.queries else self.encoder.passages
+        for places, _, vectors_KBD in self.run(list(rows), [len(text) for text in rows], tokenize):
+            found = vectors_KBD.float().transpose(0, 1).cpu().numpy()
+            if not len(read):
+                read = np.empty((len(rows), *found.shape[1:]), np.float32)
+            read[places] = found
+            done += len(places)
+            tell(done / len(rows))
+        return read[[rows[text] for text in texts]] if len(rows) < len(texts) else read
 
 
 def write_in_turns(

@@ -1,4 +1,4 @@
-"""`teach`: the frozen teacher's relevance of every passage that training may draw, of every layer, into a cache."""
+"""`teach`: what the frozen teacher says of every passage that training may draw, into a cache: relevance, or vectors."""
 
 from __future__ import annotations
 
@@ -7,83 +7,93 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups import Groups
-from lead_ds.data.teacher_cache import (
-    MANIFEST,
-    VERSION,
-    TeacherCache,
-    identity,
-    read_manifest,
-    save_arrays,
-    shard_arrays,
-    shard_path,
-)
+from lead_ds.data.teacher_cache import MANIFEST, VERSION, TeacherCache, identity, read_manifest
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.engine.agreement import agreed
 from lead_ds.engine.cached import epochs_of
-from lead_ds.engine.identity import check_facts, data_facts, stored_scale, teacher_facts
+from lead_ds.engine.identity import ANOTHER_FOLDER, check_facts, data_facts, teacher_facts
 from lead_ds.engine.informative import worth_of_cache
 from lead_ds.engine.lens import lens_facts
 from lead_ds.engine.provenance import provenance
 from lead_ds.engine.ranks import Ranks
-from lead_ds.engine.reading import PAIRS, RelevanceReader, Shard, opened, say, unfinished, write_in_turns
+from lead_ds.engine.reading import PAIRS, Reader, opened, say, unfinished, write_in_turns
+from lead_ds.engine.shards import RelevanceShards, Shards, VectorShards, layers_to_keep
 from lead_ds.engine.teacher import build_teacher, teacher_dtype
-from lead_ds.errors import InputError, RunError
-from lead_ds.retrieval.files import atomic, write_json
+from lead_ds.errors import InputError
+from lead_ds.retrieval.files import write_json
 from lead_ds.retrieval.progress import progress
-
-GROUPS_OF_PAIRS, GROUPS_OF_TEXTS = 512, 2048  # of a shard; texts that its groups share are read once
 
 
 def teach(
     config: Config,
     out: Path,
     *,
+    vectors: str | None = None,
     epochs: int | None = None,
-    shard_groups: int | None = None,
+    shard_size: int | None = None,
     command: Sequence[str] = (),
     quiet: bool = False,
 ) -> TeacherCache:
-    """Write the teacher's relevance of every training group to `out`, or finish what an earlier call began.
+    """Write what the teacher says of every training group to `out`, or finish what an earlier call began.
 
-    Every process calls this, on a file system they share. epochs: whose random negatives are included, where groups
-    list too few (default: those that train.steps take on as many processes as now).
+    Relevance within the groups, from every layer; or with `vectors` (see `layers_to_keep`) vectors of all their texts. Every
+    process calls this, on a file system they share. epochs: whose random negatives are included, where groups list too
+    few (default: those that train.steps take on as many processes as now). shard_size: groups, or texts, of a file.
     Raises InputError where the input cannot work or `out` holds another cache; RunError, with the finished shards
     intact, where the work fails.
     """
-    settings = teachable(config)
+    settings = teachable(config, vectors is not None)
     with opened(config, settings, out) as (ranks, groups, encoder):
+        shards = agreed(ranks, lambda: shards_of(config, settings, out, groups, vectors))
         manifest = ranks.from_main(
-            agreed(ranks, lambda: begin(config, out, groups, encoder, epochs, ranks) if ranks.main else {})
+            agreed(ranks, lambda: begin(config, shards, encoder, epochs, ranks) if ranks.main else {})
         )
         dtype = str(teacher_dtype(settings, ranks.device))
-        if manifest["layers"] is None or (todo := unfinished(shard_paths(out, manifest), identity(manifest), ranks)):
+        if manifest["layers"] is None or (todo := unfinished_of(shards, manifest, ranks)):
             torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
             teacher = build_teacher(config, ranks)
             if manifest["layers"] is None:
-                size = shard_groups or groups_of_shard(settings, len(groups), ranks)
-                manifest |= {"layers": teacher.num_layers, "shard_groups": size, **provenance(command, ranks.world)}
+                manifest |= {"layers": teacher.num_layers, **provenance(command, ranks.world)}
+                manifest |= ranks.from_main(
+                    agreed(
+                        ranks,
+                        lambda: shards.sizes(shard_size, teacher, manifest, ranks.world) if ranks.main else {},
+                    )
+                )
                 if ranks.main:
                     write_json(out / MANIFEST, manifest)
                 ranks.barrier()
-                todo = unfinished(shard_paths(out, manifest), identity(manifest), ranks)
+                todo = unfinished_of(shards, manifest, ranks)
             if ranks.main and not quiet:
                 held, whole = teacher.parameter_bytes()
                 say(f"teacher {settings.path}: {teacher.num_layers} layers, {teacher.placement}, {dtype[6:]}")
-                say(f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank; {len(groups)} groups")
+                say(f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank; {shards.describe(manifest)}")
             window = config.train.batch_size * config.train.accumulation * (1 + config.data.negatives)
-            reader = RelevanceReader(settings, teacher, encoder, settings.batch_size or window)
-            write_shards(config, out, groups, reader, manifest, todo, ranks, quiet)
+            reader = shards.reader(teacher, encoder, settings.batch_size or window)
+            write_shards(shards, reader, manifest, todo, ranks, quiet)
         ranks.barrier()
-        cache = agreed(ranks, lambda: TeacherCache.open(out, verify=False))
+        cache = agreed(ranks, lambda: shards.cache.open(out, verify=False))
         if "measured" not in cache.manifest:
             agreed(ranks, lambda: note_worth(config, cache, groups) if ranks.main else None)
         ranks.barrier()
-        return agreed(ranks, lambda: TeacherCache.open(out, verify=False))
+        return agreed(ranks, lambda: shards.cache.open(out, verify=False))
+
+
+def shards_of(config: Config, settings: TeacherConfig, out: Path, groups: Groups, vectors: str | None) -> Shards:
+    """What is to be kept."""
+    if vectors is None:
+        return RelevanceShards(config, settings, out, groups)
+    return VectorShards(config, settings, out, groups, layers_to_keep(config, vectors))
+
+
+def unfinished_of(shards: Shards, manifest: dict[str, Any], ranks: Ranks) -> list[int]:
+    """Shards that are still to be made; what lies beside them is made now."""
+    agreed(ranks, lambda: shards.prepare(manifest) if ranks.main else None)
+    return unfinished(shards.paths(manifest), identity(manifest), ranks)
 
 
 def note_worth(config: Config, cache: TeacherCache, groups: Groups) -> None:
@@ -91,8 +101,8 @@ def note_worth(config: Config, cache: TeacherCache, groups: Groups) -> None:
     write_json(cache.folder / MANIFEST, {**cache.manifest, "measured": worth_of_cache(cache, groups, config)})
 
 
-def teachable(config: Config) -> TeacherConfig:
-    """The teacher of a configuration. Raises InputError where it cannot be cached."""
+def teachable(config: Config, vectors: bool = False) -> TeacherConfig:
+    """The teacher of a configuration. Raises InputError where it, or its `vectors`, cannot be cached."""
     teacher = config.teacher
     if teacher is None:
         raise InputError("teacher", "is missing", "name the model to learn from")
@@ -100,24 +110,33 @@ def teachable(config: Config) -> TeacherConfig:
         raise InputError("teacher.kind", "is cached already", "name the teacher itself, with its kind")
     if teacher.train:
         raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
+    if vectors and teacher.kind != "dual_encoder":
+        has = (
+            "reads a query with a passage"
+            if teacher.kind in PAIRS
+            else "has a vector for every token, not one for a text"
+        )
+        raise InputError("--vectors", f"a teacher of kind {teacher.kind} {has}", "leave it out: relevance is kept then")
     return teacher
 
 
-def begin(
-    config: Config, out: Path, groups: Groups, encoder: TextEncoder, epochs: int | None, ranks: Ranks
-) -> dict[str, Any]:
+def begin(config: Config, shards: Shards, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
     """The manifest of a cache that an earlier call began, if it is of the same; else a new one, with layers None."""
-    facts = facts_of(config, groups, encoder, epochs, ranks)
+    out = shards.out
+    facts = {**facts_of(config, shards.groups, encoder, epochs, ranks), **shards.facts()}
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
-        check_facts(out, "holds the relevance", manifest["facts"], facts)
+        had = "vectors" if "vectors" in manifest["facts"] else "relevance"
+        if had != shards.kept:
+            raise InputError(out, f"holds a teacher's {had}, not {shards.kept}", ANOTHER_FOLDER)
+        check_facts(out, f"holds the {had}", manifest["facts"], facts)
         return manifest
     if out.exists() and not out.is_dir():
         raise InputError(out, "is a file", "choose a folder with --out")
-    if any(out.glob("relevance-*.safetensors")):
-        raise InputError(out, "holds shards without a manifest", "delete it, or choose another folder with --out")
+    if any(out.glob("*-*.safetensors")):
+        raise InputError(out, "holds shards without a manifest", ANOTHER_FOLDER)
     assert config.teacher is not None
-    return {"facts": facts, "layers": None, "shard_groups": None, "teacher_path": config.teacher.path}
+    return {"facts": facts, "layers": None, "teacher_path": config.teacher.path}
 
 
 def facts_of(config: Config, groups: Groups, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
@@ -140,7 +159,6 @@ def facts_of(config: Config, groups: Groups, encoder: TextEncoder, epochs: int |
             "computed_in": str(teacher_dtype(teacher, ranks.device)).removeprefix("torch."),
         },
         "lens": lens_facts(config, encoder),
-        "scale": stored_scale(teacher.kind, teacher.scale),
         "stored_in": "float16",
         "data": data_facts(groups),
         "fewest_negatives": fewest,
@@ -148,46 +166,18 @@ def facts_of(config: Config, groups: Groups, encoder: TextEncoder, epochs: int |
     }
 
 
-def groups_of_shard(settings: TeacherConfig, groups: int, ranks: Ranks) -> int:
-    """Groups of a shard: few enough that every rank has work until the end, and that a kill costs little."""
-    most = GROUPS_OF_PAIRS if settings.kind in PAIRS else GROUPS_OF_TEXTS
-    return max(1, min(most, -(-groups // (4 * ranks.world))))
-
-
-def shard_paths(out: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The files of a cache."""
-    groups, size = manifest["facts"]["data"]["groups"], manifest["shard_groups"]
-    return [shard_path(out, shard) for shard in range(-(-groups // size))]
-
-
 def write_shards(
-    config: Config,
-    out: Path,
-    groups: Groups,
-    reader: RelevanceReader,
-    manifest: dict[str, Any],
-    todo: list[int],
-    ranks: Ranks,
-    quiet: bool,
+    shards: Shards, reader: Reader, manifest: dict[str, Any], todo: list[int], ranks: Ranks, quiet: bool
 ) -> None:
     """Write the shards of `todo`, every rank its own; they take turns together, for a sharded teacher needs them all."""
-    size, draws = manifest["shard_groups"], manifest["facts"]["draws"]
-
-    def load(shard: int | None) -> Shard:
-        rows = range(0) if shard is None else range(shard * size, min((shard + 1) * size, len(groups)))
-        return Shard.read(groups, rows, config.data.negatives, draws)
-
-    total = sum(min(size, len(groups) - shard * size) for shard in todo[ranks.rank :: ranks.world])
+    total = sum(shards.amount(shard, manifest) for shard in todo[ranks.rank :: ranks.world])
     shown = ranks.main and not quiet and total > 0
-    with progress("teaching", total, "groups", shown=shown) as meter:
-        write_in_turns(todo, ranks, reader, load, partial(save_shard, out, manifest), meter)
-
-
-def save_shard(out: Path, manifest: dict[str, Any], shard: int, texts: Shard, relevance: np.ndarray) -> None:
-    """Write a shard, whole or not at all. Raises RunError for relevance that cannot be stored."""
-    try:
-        arrays = shard_arrays(texts.keys, relevance)
-    except ValueError as error:
-        raise RunError(shard_path(out, shard), f"the teacher gave {error}", "try teacher.scale=cosine") from None
-    with atomic(shard_path(out, shard)) as temporary:
-        save_arrays(temporary, arrays, identity(manifest))
+    with progress("teaching", total, shards.unit, shown=shown) as meter:
+        write_in_turns(
+            todo,
+            ranks,
+            reader,
+            partial(shards.load, manifest),
+            partial(shards.save, manifest),
+            meter,
+        )

@@ -68,14 +68,19 @@ class FrozenTeacher:
         return self.scorer.num_layers
 
     @torch.no_grad()
-    def all_layers(self, tokens: Tokens) -> Tensor:
-        """What the scorer says of texts or pairs from every layer, then from its final state: see `Scorer.forward`.
+    def read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        """What the scorer says of texts or pairs from `layers`, then from its final state: see `Scorer.forward`.
 
         Every rank must call this equally often, with tokens of its own.
         """
         module = self.engine if self.engine is not None else self.scorer
         moved = {name: x.to(self.device) for name, x in tokens.items()}
-        return module(tokens=moved, layers=list(range(self.num_layers)))
+        said = module(tokens=moved, layers=layers)
+        return said if layers else said.unsqueeze(0)
+
+    def all_layers(self, tokens: Tokens) -> Tensor:
+        """`read` of every layer."""
+        return self.read(tokens, list(range(self.num_layers)))
 
     def parameter_bytes(self) -> tuple[int, int]:
         """Bytes of parameters that this rank holds between forwards, and of the whole model."""

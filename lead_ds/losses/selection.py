@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from lead_ds.config import AttentionLoss, LayerLoss, LossesConfig
 from lead_ds.errors import InputError
 
+_STORE = "store more: lead-ds teach CONFIG --vectors LAYERS, in a new folder"
+
 
 def select_layers(
     config: LayerLoss | AttentionLoss,
@@ -17,21 +19,25 @@ def select_layers(
     seed: int,
     step: int,
     informative: Sequence[int] = (),
+    stored: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Indices of the teacher's and the student's layers, sorted and paired in order.
 
     random: k drawn without replacement from each model, again every `every` steps, from (seed, step) alone: equal on
     every rank and after a resume. last: the last k of each. skip: k evenly spaced ones of each, the last among them.
     given: as configured. LEAD (arXiv 2212.05225), layer selection. informative: as random, with the teacher's layers drawn
-    from `informative` alone (see `informative_layers`).
+    from `informative` alone (see `informative_layers`). stored: the teacher's layers that a cache holds, if not all; random
+    ones are drawn from them.
 
-    Raises InputError when k or a given index exceeds a model's layers, or k the informative ones.
+    Raises InputError when k or a given index exceeds a model's layers, k the informative or stored ones, and for a layer
+    that is not stored.
     """
     key = "losses.layer" if isinstance(config, LayerLoss) else "losses.attention"
     if config.select == "given":
         chosen = config.teacher_layers or [], config.student_layers or []
         for who, layers, count in zip(("teacher", "student"), chosen, (teacher_layers, student_layers), strict=True):
             _check_given(f"{key}.{who}_layers", who, layers, count)
+        _check_stored(f"{key}.teacher_layers", chosen[0], stored)
         return list(chosen[0]), list(chosen[1])
     if config.k > min(teacher_layers, student_layers):
         what = f"{config.k} layers are to be selected, the teacher has {teacher_layers}, the student {student_layers}"
@@ -42,10 +48,15 @@ def select_layers(
             what = f"{config.k} layers are to be selected, {len(informative)} of the teacher's are informative"
             remedy = f"lower it, or {key}.informative_margin, or fit a lens: lead-ds teach CONFIG --fit-lens"
             raise InputError(f"{key}.k", what, remedy)
-        places = _select("random", config.k, len(informative), f"{key} {seed} {draw} teacher")
-        teacher = [informative[place] for place in places]
+        teacher = _drawn(informative, config.k, f"{key} {seed} {draw} teacher")
+    elif config.select == "random" and stored is not None:
+        if config.k > len(stored):
+            what = f"{config.k} layers are to be selected at random, the cache holds {len(stored)}: {_listed(stored)}"
+            raise InputError(f"{key}.k", what, f"use at most {len(stored)}, or {_STORE}" if stored else _STORE)
+        teacher = _drawn(stored, config.k, f"{key} {seed} {draw} teacher")
     else:
         teacher = _select(config.select, config.k, teacher_layers, f"{key} {seed} {draw} teacher")
+        _check_stored(f"{key}.select", teacher, stored)
     return teacher, _select(config.select, config.k, student_layers, f"{key} {seed} {draw} student")
 
 
@@ -68,6 +79,20 @@ def _select(how: str, k: int, count: int, seed: str) -> list[int]:
     if how == "skip":
         return [(i + 1) * count // k - 1 for i in range(k)]
     return sorted(random.Random(seed).sample(range(count), k))  # a string seed is hashed: the same on every machine
+
+
+def _drawn(layers: Sequence[int], k: int, seed: str) -> list[int]:
+    return [layers[place] for place in _select("random", k, len(layers), seed)]
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
+
+
+def _check_stored(where: str, layers: Sequence[int], stored: Sequence[int] | None) -> None:
+    missing = [] if stored is None else [layer for layer in layers if layer not in stored]
+    if missing:
+        raise InputError(where, f"reads layer {missing[0]}, the cache holds layers {_listed(stored or [])}", _STORE)
 
 
 def _check_given(where: str, who: str, layers: Sequence[int], count: int) -> None:

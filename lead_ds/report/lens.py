@@ -25,7 +25,7 @@ def lens_table(record: dict[str, Any]) -> str:
 def layer_table(measured: dict[str, Any]) -> str:
     """Layers as they were measured: NLL and accuracy of each, and by chance."""
     rows: Table = [["layer", "NLL", "accuracy"]]
-    names = [*map(str, range(len(measured["nll"]) - 1)), "final"]
+    names = [*map(str, measured.get("layers", range(len(measured["nll"]) - 1))), "final"]
     for name, nll, accuracy in zip(names, measured["nll"], measured["accuracy"], strict=True):
         rows.append([name, f"{nll:.3f}", f"{accuracy:.3f}"])
     rows.append(["chance", f"{measured['chance']:.3f}", f"{1 / measured['passages']:.3f}"])

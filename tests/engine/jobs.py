@@ -151,7 +151,7 @@ def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
             ours = Batches(groups, student, cache, reader, rank=0, world=1)
             layers = list(range(teacher.num_layers))
             # Half a unit in the last of float16's 11 bits of the largest deviation that is stored; float32's own noise.
-            largest = max(float(np.abs(cache._open(shard)["deviation"]).max()) for shard in range(cache.shards))
+            largest = max(float(np.abs(cache._open(path)["deviation"]).max()) for path in cache.paths)
             ratio = 0.0
             for step in range(theirs.steps_per_epoch):
                 views = (

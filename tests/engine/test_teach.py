@@ -21,7 +21,7 @@ import yaml
 
 from lead_ds.config import load_config
 from lead_ds.data.groups import open_groups
-from lead_ds.data.teacher_cache import TeacherCache, mapped, shard_path
+from lead_ds.data.teacher_cache import RelevanceCache, mapped, shard_path
 from lead_ds.engine.cached import open_cache, with_cached_settings
 from lead_ds.engine.ranks import Ranks
 from lead_ds.errors import InputError
@@ -80,7 +80,7 @@ def taught(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
         tree = {**tree, "teacher": teacher, "output": str(folder / f"{kind}-cached")}
         pairs.append([online, write(folder / f"{kind}-cached.yaml", tree)])
     job = "tests.engine.jobs:{}".format
-    assert launch(job("teach_each"), 1, configs=teach, shard_groups=7) == [[5, 6, 4, 3]]
+    assert launch(job("teach_each"), 1, configs=teach, shard_size=7) == [[5, 6, 4, 3]]
     [losses_of_all] = launch(job("distil_each"), 1, configs=[path for pair in pairs for path in pair])
     [distances] = launch(job("cached_and_online"), 1, pairs=pairs)
     losses = {kind: (losses_of_all[2 * i], losses_of_all[2 * i + 1]) for i, kind in enumerate(TEACHERS)}
@@ -124,9 +124,9 @@ def test_two_processes_and_a_sharded_teacher_change_nothing(
         str(configure(kind, kind, extra_teacher={**EXTRA.get(kind, {}), "placement": "zero3"}, train=TRAIN))
         for kind in kinds
     ]
-    launch("tests.engine.jobs:teach_each", 2, configs=configs, shard_groups=7)
+    launch("tests.engine.jobs:teach_each", 2, configs=configs, shard_size=7)
     for kind in kinds:
-        ours, theirs = TeacherCache.open(tmp_path / kind / "cache"), TeacherCache.open(taught.cache(kind))
+        ours, theirs = RelevanceCache.open(tmp_path / kind / "cache"), RelevanceCache.open(taught.cache(kind))
         assert ours.shards == theirs.shards == 5
         for shard in range(ours.shards):
             (a, _), (b, _) = mapped(shard_path(ours.folder, shard)), mapped(shard_path(theirs.folder, shard))
@@ -167,7 +167,7 @@ def test_killed_and_continued(taught: Taught, configure: Configure, tmp_path: Pa
     before = finished()
     assert 3 <= len(before) < 30
     with pytest.raises(InputError, match="shards are missing"):
-        TeacherCache.open(out)
+        RelevanceCache.open(out)
     spoilt = shard_path(out, 1)
     spoilt.write_bytes(spoilt.read_bytes()[:-1])
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -176,7 +176,7 @@ def test_killed_and_continued(taught: Taught, configure: Configure, tmp_path: Pa
     after = finished()
     kept = [name for name, changed in before.items() if after[name] == changed]
     assert sorted(kept) == sorted(set(before) - {spoilt.name})
-    ours, theirs = TeacherCache.open(out), TeacherCache.open(taught.cache("cross_encoder"))
+    ours, theirs = RelevanceCache.open(out), RelevanceCache.open(taught.cache("cross_encoder"))
     for row in range(len(ours)):
         keys = [mapped(shard_path(out, row))[0]["keys"]]
         a, b = ours.relevance([row], keys), theirs.relevance([row], keys)
