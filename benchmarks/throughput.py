@@ -12,7 +12,8 @@ lead-ds          the engine's own training loop: data, teacher, gathers, student
 bare             the teacher's forward and the student's forward and backward on the same padded batches, and nothing else
 LEAD's loop      the published loop, in float32 (one process)
 plain loop       two Hugging Face models and eager losses (one process)
-cached teacher   lead-ds, reading what `lead-ds teach` wrote
+cached teacher   lead-ds, reading the relevance that `lead-ds teach` wrote: a query's own passages are compared
+cached vectors   lead-ds, reading what `lead-ds teach --vectors auto` wrote: every passage of the batch is, as by the teacher
 labels alone     lead-ds without a teacher
 
 The overhead ratio is lead-ds's step over the bare one. The baselines' tokenisation is not counted, lead-ds's is. MFU is of the

@@ -312,6 +312,10 @@ def _made_on(device: torch.device, config: Config) -> AbstractContextManager[Any
     return torch.device(device) if random and device.type == "cuda" else nullcontext()
 
 
+# lead-ds from a cache, and the layers whose vectors it holds: none, where it holds relevance.
+CACHED = {"cached teacher": None, "cached vectors": "auto"}
+
+
 def build_runner(name: str, config: Config, ranks: Ranks, others: Sequence[Runner] = ()) -> Runner:
     """A provider by its name; it may share the teacher of `others`."""
     assert config.teacher is not None
@@ -320,10 +324,10 @@ def build_runner(name: str, config: Config, ranks: Ranks, others: Sequence[Runne
         return Bare(config, ranks, next((teacher for teacher in placed if isinstance(teacher, FrozenTeacher)), None))
     if name in LOOPS:
         return LoopRunner(name, config, ranks)
-    if name == "cached teacher":
-        cache = Path(config.output).with_name("cache")
+    if name in CACHED:
+        cache = Path(config.output).with_name(name.replace(" ", "-"))
         if not cache.exists():
-            teach(config, cache, quiet=True)
+            teach(config, cache, vectors=CACHED[name], quiet=True)
         tree = config.teacher.model_dump() | {"kind": "cached", "path": str(cache)}
         given = {"kind", "path"}
         cached = type(config.teacher).model_construct(_fields_set=given, **tree)
@@ -336,9 +340,7 @@ def build_runner(name: str, config: Config, ranks: Ranks, others: Sequence[Runne
         return LeadDS(name, Config.model_validate(tree), ranks)
     if name == "lead-ds":
         return LeadDS(name, config, ranks)
-    raise SystemExit(
-        f"error: no provider {name} (one of lead-ds, bare, cached teacher, labels alone, {', '.join(LOOPS)})"
-    )
+    raise SystemExit(f"error: no provider {name} (one of lead-ds, bare, labels alone, {', '.join([*CACHED, *LOOPS])})")
 
 
 def same_losses(config: Config, ranks: Ranks, kind: type[Loop] = LeadLoop) -> tuple[dict[str, float], dict[str, float]]:

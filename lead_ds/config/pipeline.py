@@ -64,7 +64,7 @@ class TeachStage(Section):
     epochs: Positive | None = Field(None, description="whose random negatives are included; null: those of train.steps")
     shard_groups: Positive | None = None
     vectors: str | None = Field(
-        None, description="of a dual encoder, keep vectors of these layers instead: 9,10,11 or last:3, all, final"
+        None, description="of a dual encoder, keep vectors of these layers instead: 9,10,11 or last:3, all, final, auto"
     )
     shard_texts: Positive | None = None
 

@@ -202,6 +202,8 @@ class Recipe:
         )
         tree = {key: value for key, value in deciding(config).items() if key in ("seed", "teacher", "data", "train")}
         tree |= {"options": asked, "temperature": config.losses.layer.teacher_temperature if fits else None}
+        if asked.get("vectors") == "auto":
+            tree["layer"] = config.losses.layer.model_dump(mode="json")
         given = self._given(config, wiring, groups, ("teacher",))
         tree |= given.tree
         return self._add(
