@@ -5,6 +5,8 @@
     python -m benchmarks.quality run    --data DATA --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
     python -m benchmarks.quality report --work WORK --out benchmarks/results/quality.json
 
+`run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are asked once.
+
 DATA holds collections in BEIR's layout, one folder each (squadshifts, medquad, tldr, scifact, cranfield, vaswani); MODELS holds
 minilm-l3 (the student), reranker-l12 (cross-encoder), bge-small (dual encoder) and colbert, which `teach` warms up. Every
 command goes on where it was ended: what is in WORK is not made again. Sizes are options of `build` and `run`.
@@ -42,6 +44,8 @@ def build(args: argparse.Namespace) -> None:
     build_training(args.work / "train", {name: args.data / name for name in TRAINED_ON}, size)
     for name in (*TRAINED_ON, *OTHERS):
         build_test(args.work / "test" / name, name, args.data / name, size)
+    for name in TRAINED_ON:
+        build_test(args.work / "dev" / name, name, args.data / name, size, "dev")
     write_json(args.work / SETTINGS, {"size": vars(size)})
 
 
@@ -102,6 +106,7 @@ def train(args: argparse.Namespace, models: dict[str, Path], arm: Arm, seed: int
         for parent in parents:
             at = at.setdefault(parent, {})
         at[last] = json.loads(value)
+    tree["output"] = str(args.work / "runs" / f"{arm.name}{args.tag}-{seed}")
     config = Config.model_validate(tree)
     output = Path(config.output)
     started = time.perf_counter()
@@ -113,8 +118,8 @@ def train(args: argparse.Namespace, models: dict[str, Path], arm: Arm, seed: int
 
 def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:
     """Test what `make` makes, unless an earlier call did."""
-    path = args.work / "scores" / f"{name}{args.tag}-{seed}.json"
-    tests = [*TRAINED_ON, *OTHERS] if name in args.everywhere else [*TRAINED_ON]
+    path = scores_of(args) / f"{name}{args.tag}-{seed}.json"
+    tests = [*TRAINED_ON, *OTHERS] if name in args.everywhere and args.split == "test" else [*TRAINED_ON]
     known = read_json(path, "delete it")["scores"] if path.exists() else {}
     missing = [test for test in tests if test not in known]
     if not missing:
@@ -125,14 +130,20 @@ def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:
         encoder = encoder.serving()
     started = time.perf_counter()
     for test in missing:
-        dataset = Dataset.open(args.work / "test" / test)
-        scores = evaluate_model(scorer, encoder, dataset, "test", MEASURES, quiet=True)
+        dataset = Dataset.open(args.work / args.split / test)
+        scores = evaluate_model(scorer, encoder, dataset, args.split, MEASURES, quiet=True)
         known[test] = scores.per_query
     facts = {"arm": name, "seed": seed, "steps": args.steps, "batch": args.batch, "lr": args.lr, "set": args.set or []}
     facts |= {**told, "test_seconds": time.perf_counter() - started, **machine()}
     write_json(path, {**facts, "scores": known})
     means = {test: round(mean(known[test]["nDCG@10"]), 4) for test in known}
     print(f"{name}{args.tag} seed {seed}: {means}  {told.get('seconds', 0):.0f} s", flush=True)
+
+
+def scores_of(args: argparse.Namespace) -> Path:
+    """Where the scores of a split are."""
+    folder: Path = args.work / ("scores" if args.split == "test" else f"scores-{args.split}")
+    return folder
 
 
 def mean(values: dict[str, float]) -> float:
@@ -184,6 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     every = argparse.ArgumentParser(add_help=False)
     every.add_argument("--work", type=Path, required=True, help="where everything goes")
+    every.add_argument("--split", choices=["test", "dev"], default="test", help="whose queries are asked")
     models = argparse.ArgumentParser(add_help=False)
     models.add_argument("--models", type=Path, required=True, help="folder of models")
     models.add_argument("--steps", type=int, default=100)
@@ -221,7 +233,7 @@ def report(args: argparse.Namespace) -> None:
     """Write the tables."""
     from benchmarks.quality_report import write
 
-    print(write(args.work, args.out))
+    print(write(scores_of(args), args.out))
 
 
 if __name__ == "__main__":

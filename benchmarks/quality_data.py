@@ -60,12 +60,12 @@ def build_training(folder: Path, sets: Mapping[str, Path], size: Size) -> Path:
     return folder
 
 
-def build_test(folder: Path, name: str, path: Path, size: Size) -> Path:
-    """The test queries of a set over `size.passages` of its passages, every judged one among them."""
+def build_test(folder: Path, name: str, path: Path, size: Size, split: str = "test") -> Path:
+    """The queries of a set's split over `size.passages` of its passages, every judged one among them."""
     if built(folder, size, {name: path}):
         return folder
     dataset = Dataset.open(path)
-    judged = dataset.qrels("test")
+    judged = dataset.qrels(split)
     rows = range(len(dataset.corpus))
     if 0 < size.passages < len(dataset.corpus):
         needed = {int(row) for found in judged.values() for row in dataset.corpus.rows(list(found))}
@@ -73,7 +73,7 @@ def build_test(folder: Path, name: str, path: Path, size: Size) -> Path:
         more = random.Random(f"quality {size.seed} {name} corpus").sample(others, max(0, size.passages - len(needed)))
         rows = sorted(needed | set(more))  # type: ignore[assignment]
     chosen = list(judged)
-    qrels = {"test": [(query, passage, grade) for query in chosen for passage, grade in judged[query].items()]}
+    qrels = {split: [(query, passage, grade) for query in chosen for passage, grade in judged[query].items()]}
     queries = records(dataset.queries, dataset.queries.rows(chosen).tolist(), "")
     write_collection(folder, records(dataset.corpus, rows, ""), queries, qrels)
     write_json(folder / DONE, facts(size, {name: path}))

@@ -23,10 +23,10 @@ ABOUT = {"start": "student as it is", "teacher-de": "the dual-encoder teacher it
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> what a run's file holds
 
 
-def read_runs(work: Path) -> Runs:
-    """Every run's scores in the work folder."""
+def read_runs(folder: Path) -> Runs:
+    """Every run's scores in a folder."""
     runs: Runs = defaultdict(dict)
-    for path in sorted((work / "scores").glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         name, _, seed = path.stem.rpartition("-")
         runs[name][int(seed)] = json.loads(path.read_text("utf-8"))
     return runs
@@ -102,9 +102,9 @@ def weigh(values: dict[str, float], tests: tuple[str, ...]) -> dict[str, float]:
     return {q: v * len(values) / (len(tests) * sizes[q.split(":")[0]]) for q, v in values.items()}
 
 
-def write(work: Path, out: Path) -> str:
+def write(folder: Path, out: Path) -> str:
     """JSON at `out` and the same as a Markdown table beside it; the table."""
-    runs = read_runs(work)
+    runs = read_runs(folder)
     trained, others = rows_of(runs, TRAINED_ON), rows_of(runs, OTHERS)
     one = next(iter(next(iter(runs.values())).values()))
     facts = {key: one.get(key) for key in ("date", "machine", "versions", "steps", "batch", "lr")}

@@ -69,7 +69,7 @@ def test_the_table_tells_a_difference_from_none(tmp_path: Path) -> None:
         for seed in (1, 2):
             tree = {"scores": {test: {"nDCG@10": values} for test, values in scores.items()}, "steps": 1}
             (tmp_path / "scores" / f"{name}-{seed}.json").write_text(json.dumps(tree))
-    table = write(tmp_path, tmp_path / "out.json")
+    table = write(tmp_path / "scores", tmp_path / "out.json")
     rows = {row["arm"]: row for row in json.loads((tmp_path / "out.json").read_text())["trained_on"]}
     against = rows["lead"]["against_labels"]
     assert against["p"] < 1e-3
