@@ -14,7 +14,17 @@ MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or H
 DATA = typer.Option(..., "--data", help="A folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (or .gz).")
 MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
 LEVEL = typer.Option(1, "--relevance-level", min=1, help="Judgements from here on count; nDCG is graded.")
-BATCH = typer.Option(64, "--batch-size", min=1, help="Texts of full length per forward; of shorter ones more.")
+BATCH = typer.Option(
+    None,
+    "--batch-size",
+    min=1,
+    help="Texts of full length per forward; of shorter ones more. Default: 64, and 16 on a CPU, whose caches hold no more.",
+)
+
+
+def batch_of(given: int | None, device: Any) -> int:
+    """The batch size that was given, or the device's default."""
+    return given or (16 if device.type == "cpu" else 64)
 
 
 def encode(
@@ -26,7 +36,7 @@ def encode(
     precision: str = typer.Option(
         "fp32", "--precision", help="fp32, bf16 or fp16 (GPU), of the model's matrix products."
     ),
-    batch_size: int = BATCH,
+    batch_size: int | None = BATCH,
 ) -> None:
     """Encode a corpus (or its queries). Run it again after a kill to finish; under a launcher, every rank does its share.
 
@@ -48,8 +58,8 @@ def encode(
         texts = dataset.corpus if kind == "corpus" else dataset.queries
         scorer, encoder = open_encoder(model, here.device)
         facts = model_facts(model, scorer)
-        options: dict[str, Any] = {"batch_size": batch_size, "device": here.device, "dtype": dtype, "peers": here}
-        options["precision"] = precision
+        options: dict[str, Any] = {"device": here.device, "dtype": dtype, "precision": precision, "peers": here}
+        options["batch_size"] = batch_of(batch_size, here.device)
         vectors = encode_to(out, scorer.embed, encoder, texts, facts, **options)
         if here.main:
             print(f"{len(vectors)} vectors of {vectors.dimension} in {vectors.shards} shards: {out}")
@@ -214,7 +224,7 @@ def evaluate(
     relevance_level: int = LEVEL,
     per_query: bool = typer.Option(False, "--per-query", help="Also each query's values (with --json)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
-    batch_size: int = BATCH,
+    batch_size: int | None = BATCH,
 ) -> None:
     """Metrics of a model on a dataset, or of a TREC run; under a launcher, every rank does its share.
 
@@ -261,7 +271,7 @@ def evaluate(
         opened = agreed(here, lambda: Reranker.open(model, kind, settings or [], here.device))
         options: dict[str, Any] = {
             "relevance_level": relevance_level,
-            "batch_size": batch_size,
+            "batch_size": batch_of(batch_size, here.device),
             "peers": here,
             "out": out,
         }
