@@ -18,6 +18,7 @@ import argparse
 import json
 import platform
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality_arms import ARMS, BY_NAME, MODELS, STUDENT, TEACHERS, Arm, cache_of, settings
+from benchmarks.quality_arms import ARMS, BY_NAME, DE_LAYERS, MODELS, STUDENT, TEACHERS, Arm, cache_of, settings
 from benchmarks.quality_data import Size, build_test, build_training, without_dropout
 from lead_ds.config import Config, StudentConfig
 from lead_ds.data.dataset import Dataset
@@ -50,7 +51,7 @@ def build(args: argparse.Namespace) -> None:
 
 
 def teach(args: argparse.Namespace) -> None:
-    """The teachers' relevance of every training group, of every layer, with their own heads and through tuned lenses."""
+    """What teachers say of the training groups: relevance by every layer, by own heads and lenses; a dual encoder's vectors."""
     from lead_ds.engine.teach import teach as write_cache
 
     models = models_of(args)
@@ -58,13 +59,22 @@ def teach(args: argparse.Namespace) -> None:
         if name == "cb" and not models["cb"].exists():
             warm_up_colbert(args, models)
         for lens in (False, True) if name == "ce" else (False,):
-            arm = Arm("teach", "", name, cached=False, lens=lens)
-            tree = settings(arm, args.work, models, steps=args.steps, batch=args.batch, lr=args.lr, seed=888)
+            arm = Arm("teach", "", name, source="vectors" if name == "de" else "relevance", lens=lens)
+            tree = settings(
+                replace(arm, source="model"),
+                args.work,
+                models,
+                steps=args.steps,
+                batch=args.batch,
+                lr=args.lr,
+                seed=888,
+            )
             if lens:
                 tree["teacher"] |= {"lens": "tuned", "lens_path": str(args.work / "lens")}
                 fit_lens(Config.model_validate(tree), args.work / "lens")
             tree["teacher"]["batch_size"] = 64
-            write_cache(Config.model_validate(tree), cache_of(arm, args.work))
+            vectors = DE_LAYERS if name == "de" else None
+            write_cache(Config.model_validate(tree), cache_of(arm, args.work), vectors=vectors)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -166,7 +176,8 @@ def models_of(args: argparse.Namespace) -> dict[str, Path]:
     """Where the models are."""
     named = {key: args.models / name for key, name in MODELS.items()}
     student = without_dropout(named["student"], args.work / "student")
-    return {**named, "student": student, "cb": args.work / "colbert" / "model"}
+    cut = without_dropout(named["de"], args.work / "cut")
+    return {**named, "student": student, "cut": cut, "cb": args.work / "colbert" / "model"}
 
 
 def warm_up_colbert(args: argparse.Namespace, models: dict[str, Path]) -> None:

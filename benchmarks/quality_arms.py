@@ -1,6 +1,7 @@
 """The arms of the quality benchmark: one configuration each, alike but for what an arm is about.
 
-Every student is minilm-l3, trained on the same groups in the same order for as many steps; see `quality.py`.
+Every student is trained on the same groups in the same order for as many steps: minilm-l3, or three layers cut out of the dual
+encoder that teaches it; see `quality.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 STUDENT = {
     "kind": "dual_encoder",
@@ -29,6 +30,10 @@ TEACHERS: dict[str, dict[str, Any]] = {
     },
     "cb": {"kind": "colbert", "query_length": 32, "passage_length": 64},
 }
+# Every fourth layer of the dual encoder: a student that was never trained as a model of three layers, as users begin one.
+CUT = {"layers": [3, 7, 11], "pooling": "cls"}
+CUT_LR = 2e-4
+DE_LAYERS = "3,6,7,8,9,10,11"  # whose vectors are kept: the upper half, and what `skip` takes
 # A unit-length model's relevance lies in [-1, 1]: 1/20 makes of it what a cross-encoder's logits are.
 COSINE_TEMPERATURE = 0.05
 TEACHER_TEMPERATURE = {"ce": 3.0, "de": COSINE_TEMPERATURE, "cb": 1.0}
@@ -39,8 +44,9 @@ MODELS = {"student": "minilm-l3", "ce": "reranker-l12", "de": "bge-small"}
 class Arm:
     """One way to train the student. teacher: ce, de, cb or none; losses: overrides of the losses' sections.
 
-    cached: learn from what `lead-ds teach` wrote, about a query's own passages; else from the model itself: a dual encoder then
-    compares every passage of the batch, and `cotrain` trains it along.
+    source: what a teacher is read from. relevance: what `lead-ds teach` wrote of a query's own passages; vectors: of every text,
+    so that all passages of the batch are compared; model: the model itself, where a dual encoder compares the same, and
+    `cotrain` trains it along. cut: the student is cut out of the dual encoder, and learns at CUT_LR.
     """
 
     name: str
@@ -48,8 +54,9 @@ class Arm:
     teacher: str | None = "ce"
     losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lens: bool = False
-    cached: bool = True
+    source: Literal["relevance", "vectors", "model"] = "relevance"
     cotrain: bool = False
+    cut: bool = False
 
 
 def _layer(**settings: Any) -> dict[str, dict[str, Any]]:
@@ -82,18 +89,30 @@ ARMS = [
         losses=_layer(select="random", layer_temperature=10.0),
     ),
     Arm("lead-plain", "LEAD without re-weighting, last 3 layers", losses=_layer(reweight=False)),
-    Arm("response-de", "labels + response KL, dual-encoder teacher", "de", cached=False),
-    Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer(), cached=False),
+    Arm("response-de", "labels + response KL, dual-encoder teacher", "de", source="model"),
+    Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer(), source="model"),
     Arm(
         "lead-de-attention",
         "the same + attention KL",
         "de",
         losses={**_layer(), "attention": {"weight": 1.0, "select": "last", "k": 1}},
-        cached=False,
+        source="model",
+    ),
+    Arm("labels-cut", "cut student: labels only", None, cut=True),
+    Arm("response-cut", "cut student: labels + response KL, dual-encoder teacher", "de", source="vectors", cut=True),
+    Arm(
+        "lead-cut",
+        "cut student: LEAD, skip layers, dual-encoder teacher",
+        "de",
+        losses=_layer(select="skip"),
+        source="vectors",
+        cut=True,
     ),
     Arm("response-cb", "labels + response KL, ColBERT teacher", "cb"),
     Arm("lead-cb", "LEAD, last 3 layers, ColBERT teacher", "cb", losses=_layer()),
-    Arm("lead-cotrained", "LEAD, last 3 layers, co-trained cross-encoder", losses=_layer(), cached=False, cotrain=True),
+    Arm(
+        "lead-cotrained", "LEAD, last 3 layers, co-trained cross-encoder", losses=_layer(), source="model", cotrain=True
+    ),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -106,7 +125,7 @@ def settings(
     student_temperature = COSINE_TEMPERATURE
     tree: dict[str, Any] = {
         "seed": seed,
-        "student": {**STUDENT, "path": str(models["student"])},
+        "student": {**STUDENT, "path": str(models["cut" if arm.cut else "student"]), **(CUT if arm.cut else {})},
         "data": {"path": str(work / "train"), "negatives": 4},
         "losses": {
             "contrastive": {"weight": 1.0, "temperature": student_temperature},
@@ -122,7 +141,7 @@ def settings(
         "train": {
             "steps": steps,
             "batch_size": batch,
-            "lr": lr,
+            "lr": CUT_LR if arm.cut else lr,
             "evaluate_every": 0,
             "save_every": steps,
             "log_every": 10,
@@ -141,7 +160,7 @@ def settings(
 def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[str, Any]:
     """Where an arm's teacher is read from."""
     assert arm.teacher is not None
-    if arm.cached:
+    if arm.source != "model":
         return {"kind": "cached", "path": str(cache_of(arm, work))}
     own = {**TEACHERS[arm.teacher], "path": str(models[arm.teacher]), "dtype": "fp32"}
     return {**own, "train": True} if arm.cotrain else own
@@ -149,4 +168,6 @@ def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[st
 
 def cache_of(arm: Arm, work: Path) -> Path:
     """The folder of what an arm's teacher said of the training groups."""
+    if arm.source == "vectors":
+        return work / f"vectors-{arm.teacher}"
     return work / f"cache-{arm.teacher}{'-lens' if arm.lens else ''}"
