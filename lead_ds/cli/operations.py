@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ def add_commands(app: typer.Typer) -> None:
 def requirements(config: Config) -> Any:
     """What the models of a configuration hold: read from their config.json alone."""
     from lead_ds.engine.deepspeed_config import read_deepspeed_config, zero_stage
+    from lead_ds.engine.teacher import depth_needed
     from lead_ds.plan import Requirements
     from lead_ds.plan.activations import forward_bytes
 
@@ -95,7 +97,8 @@ def requirements(config: Config) -> Any:
     teacher_shape = None
     taught = config.teacher is not None and config.teacher.kind != "cached"  # a cache takes no memory
     if taught and config.teacher is not None and (config.losses.needs_teacher or config.teacher.train):
-        teacher, teacher_shape = meta_model(config.teacher, config.teacher.kind)
+        depth = None if config.teacher.train else depth_needed(config)
+        teacher, teacher_shape = meta_model(config.teacher, config.teacher.kind, depth)
     group, batch = 1 + config.data.negatives, config.train.batch_size
 
     def texts(model: Any, queries: int, length: int | None = None) -> list[tuple[int, int]]:
@@ -158,37 +161,41 @@ def teacher_configuration(config: Config, placement: str) -> dict[str, Any]:
     return tree
 
 
-def meta_model(settings: ModelConfig, kind: str) -> tuple[Any, ModelShape]:
-    """A model's backbone on the meta device, and its shape, from its configuration files alone."""
+def meta_model(settings: ModelConfig, kind: str, depth: int | None = None) -> tuple[Any, ModelShape]:
+    """A model's backbone (a teacher's first `depth` layers) on the meta device, and its shape, from its files alone."""
     import torch
     import transformers
 
     from lead_ds.config import StudentConfig, TeacherConfig
-    from lead_ds.models.backbone import find_layers, read_model_config
+    from lead_ds.models.backbone import cut_shape, find_layers, read_model_config
     from lead_ds.models.load import load_student, load_teacher
     from lead_ds.plan import ModelShape
 
     shape = read_model_config(settings)
     random = settings.model_copy(update={"weights": "random"})
     with torch.device("meta"):
+        architecture = getattr(transformers, str((shape.architectures or [""])[0]), None)
+        published = sum(p.numel() for p in architecture(shape).parameters()) if architecture is not None else 0
+        published_layers = int(shape.get_text_config().num_hidden_layers)
+        if depth is not None:
+            cut_shape(shape, range(depth))
         module: Any
         if kind == "llm_reranker":  # the scorer needs a tokenizer for its answers; its parameters are the backbone's
             module = transformers.AutoModel.from_config(shape, trust_remote_code=settings.trust_remote_code)
             backbone = module
         elif isinstance(random, TeacherConfig):
-            module = load_teacher(random, torch.bfloat16)
+            module = load_teacher(random, torch.bfloat16, depth)
             backbone = module.backbone
         else:
             assert isinstance(random, StudentConfig)
             module = load_student(random, torch.bfloat16)
             backbone = module.backbone
         features = add_saved_dense(module, settings, kind)
-        architecture = getattr(transformers, str((shape.architectures or [""])[0]), None)
-        published = sum(p.numel() for p in architecture(shape).parameters()) if architecture is not None else 0
     if not (isinstance(settings, StudentConfig) or getattr(settings, "train", False)):
         module.requires_grad_(False)
     layers = list(backbone.get_submodule(find_layers(backbone)[0]))
-    return backbone, ModelShape.of(module, layers, features=features, published=published)
+    found = ModelShape.of(module, layers, features=features, published=published)
+    return backbone, found if depth is None else replace(found, published_layers=published_layers)
 
 
 def add_saved_dense(module: Any, settings: ModelConfig, kind: str) -> int:
@@ -241,11 +248,11 @@ def describe(made: Plan) -> list[str]:
     for name, shape, element in (("student", r.student, r.student_element), ("teacher", r.teacher, r.teacher_element)):
         if shape is None:
             continue
-        held = "" if shape.published == shape.numel else f" ({shape.numel / 1e9:.3f} B held: no language-model head)"
-        size = shape.numel * element
-        lines.append(
-            f"{name}: {shape.published / 1e9:.3f} B parameters{held}, {shape.layers} layers, {size / 1e9:.2f} GB"
-        )
+        size, cut = shape.numel * element, shape.layers < shape.published_layers
+        why = f"no layer above {shape.layers - 1} is read" if cut else "no language-model head"
+        held = "" if shape.published == shape.numel else f" ({shape.numel / 1e9:.3f} B held: {why})"
+        layers = f"{shape.layers} of {shape.published_layers}" if cut else f"{shape.layers}"
+        lines.append(f"{name}: {shape.published / 1e9:.3f} B parameters{held}, {layers} layers, {size / 1e9:.2f} GB")
     return lines
 
 

@@ -164,7 +164,8 @@ class _Calculator:
         layer = self.r.config.losses.layer
         if self.r.teacher is None or layer.weight == 0:
             return 1
-        return 1 + min(layer.k, self.r.student.layers, self.r.teacher.layers)
+        k = layer.k if layer.teacher_layers is None else len(layer.teacher_layers)
+        return 1 + min(k, self.r.student.layers, self.r.teacher.layers)
 
     def vectors(self, shape: ModelShape, config: StudentConfig | TeacherConfig) -> tuple[int, int]:
         """Elements that one query and one passage leave behind, per captured layer."""

@@ -28,7 +28,8 @@ class ModelShape:
     features: int  # width of one captured vector
     largest_layer: int  # elements of the largest transformer layer
     largest_other: int  # elements of the largest module outside the layers: mostly the embeddings
-    published: int  # parameters of the model as it was published, with heads that are not loaded here
+    published: int  # parameters of the model as it was published, with heads and layers that are not loaded here
+    published_layers: int  # layers of that model
 
     @classmethod
     def of(cls, module: nn.Module, layers: Sequence[nn.Module], *, features: int, published: int = 0) -> ModelShape:
@@ -47,6 +48,7 @@ class ModelShape:
             largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
             largest_other=max(others, default=0),
             published=max(published, total),
+            published_layers=len(layers),
         )
 
     @property

@@ -24,6 +24,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "trained_parameters": shape.trainable if name == "student" or r.cotrained else 0,
                 "bytes": shape.numel * element,
                 "layers": shape.layers,
+                "published_layers": shape.published_layers,
             }
             for name, (shape, element) in models.items()
             if shape is not None

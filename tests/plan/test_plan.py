@@ -213,6 +213,38 @@ def test_grad_cache_keeps_the_activations_of_its_queries(bert: str) -> None:
     assert activations(batch_size=64, grad_cache=2) == activations(batch_size=2) < activations(batch_size=64) / 20
 
 
+@pytest.mark.parametrize("kind", ["dual_encoder", "llm_reranker"])
+def test_a_teacher_is_counted_as_deep_as_it_is_loaded(tmp_path: Path, bert: str, kind: str) -> None:
+    deep = {**TINY_MISTRAL, "num_hidden_layers": 12}
+    path, shallow = shaped(tmp_path / "deep", deep), shaped(tmp_path / "shallow", {**deep, "num_hidden_layers": 3})
+    layer = {"select": "given", "teacher_layers": [0, 2], "student_layers": [0, 2]}
+    tree: dict[str, Any] = {
+        "teacher": {"kind": kind, "path": path},
+        "student": {"path": bert, "query_length": 8, "passage_length": 16},
+        "data": {"path": "data"},
+        "losses": {"response": {"weight": 0.0}, "layer": layer},
+    }
+
+    def planned(**teacher: Any) -> tuple[Any, int, list[str]]:
+        r = operations.requirements(Config.model_validate({**tree, "teacher": {**tree["teacher"], **teacher}}))
+        made = make_plan(r, Cluster(8, 1, 80 * 10**9))
+        return r.teacher, r.teacher_activations(4), operations.describe(made)
+
+    whole, more, told = planned(truncate=False)
+    assert (whole.layers, whole.published_layers) == (12, 12)
+    assert "12 layers" in told[1]
+    cut, less, told = planned()
+    three, same, _ = planned(path=shallow)
+    assert (cut.layers, cut.published_layers) == (3, 12)
+    assert cut.published == whole.published
+    assert "3 of 12 layers" in told[1]
+    assert cut.parameters == three.parameters
+    assert less == same <= more
+    assert planned(train=True)[0].layers == 12, "it is trained whole"
+    tree["losses"]["response"] = {"weight": 1.0}
+    assert planned()[0].layers == 12, "the final relevance needs every layer"
+
+
 def test_recommendation_follows_the_memory(tmp_path: Path, bert: str) -> None:
     path = shaped(tmp_path / "mistral", {**MISTRAL_7B, "num_hidden_layers": 8})  # 1.9 B parameters
     config = Config.model_validate(
