@@ -8,6 +8,7 @@ Dimensions: Q queries, P = Q * N passages, B texts, L tokens, D width; query i's
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class Texts:
     teacher_pairs: Tokens | None = None
 
 
-class Loop:
+class Loop(ABC):
     """Both loops: an optimizer step a micro-batch or several; `at` is told what begins."""
 
     name: str
@@ -76,9 +77,9 @@ class Loop:
         at("statistics")
         return {name: loss.item() for name, loss in first.items()}
 
+    @abstractmethod
     def losses(self, texts: Texts, layers: tuple[list[int], list[int]], at: Callable[[Any], None]) -> dict[str, Tensor]:
         """The losses of a micro-batch by name."""
-        raise NotImplementedError
 
     def moved(self, tokens: Tokens | None) -> Tokens:
         """The same on the device."""
