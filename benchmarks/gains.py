@@ -14,10 +14,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.throughput_presets import bert, write_data, write_model
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches, Window
 from lead_ds.data.groups import open_groups
@@ -81,7 +83,7 @@ def tokens_run(window: Window, model: str) -> int:
     """Tokens, padding included, that a model runs over."""
     total = 0
     for batch in getattr(window, model):
-        tables = batch.passes.tokens if batch.passes else [t for t in (batch.queries, batch.passages, batch.pairs) if t]
+        tables = batch.passes.tokens if batch.passes else batch.tables
         total += sum(table["input_ids"].numel() for table in tables)
     return total
 
@@ -89,12 +91,10 @@ def tokens_run(window: Window, model: str) -> int:
 def padding(arguments: argparse.Namespace) -> None:
     """Tokens, padding included, that a model runs over in a window of 32 queries; of real tokens, and the forwards."""
     for name in ("minilm-l6", "reranker-l12"):
-        for n in (None, 1, 2, 3, 4):
+        for n in (None, 1, 2, 3, 4, "packed"):
             config = config_of(arguments, name, teacher={"passes": n}, train={"batch_size": 32})
             windows = [batches_of(config).window(turn) for turn in range(arguments.rounds)]
-            tables = [
-                t for w in windows for t in (w.teacher[0].queries, w.teacher[0].passages, w.teacher[0].pairs) if t
-            ]
+            tables = [table for w in windows for table in w.teacher[0].tables]
             real = sum(int(table["attention_mask"].sum()) for table in tables)
             run = sum(tokens_run(window, "teacher") for window in windows)
             row = {
@@ -125,6 +125,60 @@ def passes(arguments: argparse.Namespace) -> None:
         seconds = in_turns({n: lambda turn, n=n, run=run: run(n, turn) for n in settings}, arguments.rounds)
         counts = {n: statistics.mean(tokens_run(w, "teacher") for w in found) for n, found in windows.items()}
         tell(f"teacher.passes, {name}", seconds, tokens=counts, relative_difference=difference)
+
+
+def packed(arguments: argparse.Namespace) -> None:
+    """A teacher's window in packed rows; texts as long as MS MARCO's, weights at random, a layer or two of each shape."""
+    decoder = {"model_type": "mistral", "sliding_window": None}
+    narrow = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    shapes = {
+        "BERT 384 wide": bert(2, 384, 12),
+        "decoder 576 wide": {**decoder, **narrow, "num_hidden_layers": 2},
+        "decoder 2048 wide": {**decoder, **wide, "num_hidden_layers": 1},
+    }
+    for name, shape in shapes.items():
+        with TemporaryDirectory() as folder:
+            path, ways = Path(folder), (None, 4, "packed")
+            write_model(path / "model", shape, "dual_encoder")
+            write_data(path / "data", arguments.batch_size * (arguments.rounds + 1), 8, 32, 128, "natural")
+            model = {"path": str(path / "model"), "weights": "random", "dtype": "fp32", "passage_length": 128}
+            configs = {
+                str(n): Config.model_validate(
+                    {
+                        "teacher": {**model, "kind": "dual_encoder", "passes": n},
+                        "student": model,
+                        "data": {"path": str(path / "data"), "negatives": 7},
+                        "train": {"batch_size": arguments.batch_size},
+                    }
+                )
+                for n in ways
+            }
+            teacher = build_teacher(next(iter(configs.values())), HERE)
+            windows = {n: [batches_of(c).window(t) for t in range(arguments.rounds + 1)] for n, c in configs.items()}
+            told = {n: teacher.window(found[0].teacher, [0]) for n, found in windows.items()}
+            plain = [*tensors(told["None"].final), *tensors(told["None"].layers)]
+            difference = {
+                n: max(
+                    (a - b).abs().max().item() / a.abs().max().item()
+                    for a, b in zip(plain, [*tensors(one.final), *tensors(one.layers)], strict=True)
+                )
+                for n, one in told.items()
+            }
+            run = {n: [tokens_run(w, "teacher") for w in found] for n, found in windows.items()}
+            real = sum(
+                int(table["attention_mask"].sum()) for w in windows["None"] for b in w.teacher for table in b.tables
+            )
+
+            def read(n: str, turn: int, teacher: FrozenTeacher = teacher, windows: Any = windows) -> None:
+                teacher.window(windows[n][turn].teacher, [0])
+
+            tell(
+                f"teacher.passes: packed, {name}, natural lengths",
+                in_turns({n: lambda turn, n=n, read=read: read(n, turn) for n in windows}, arguments.rounds),
+                relative_difference=difference,
+                **{"tokens run / real": {n: round(sum(counts) / real, 3) for n, counts in run.items()}},
+            )
 
 
 def grad_cache(arguments: argparse.Namespace) -> None:
@@ -200,7 +254,7 @@ def tensors(features: Features | None) -> list[torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gains = {gain.__name__: gain for gain in (padding, passes, grad_cache, truncate, tokens)}
+    gains = {gain.__name__: gain for gain in (padding, passes, packed, grad_cache, truncate, tokens)}
     parser.add_argument("--data", required=True)
     parser.add_argument("--models", required=True)
     parser.add_argument("--tokens", default="runs/tokens", help="where kept tokens go")

@@ -41,11 +41,13 @@ class ModelConfig(Section):
         description="auto: sdpa; on a GPU with flash-attn installed and a 16-bit dtype, the faster of sdpa and "
         "flash_attention_2, measured on the run's first batch",
     )
-    passes: Positive | None = Field(
+    passes: Positive | Literal["packed"] | None = Field(
         None,
         description="forwards per micro-batch of the student, per window of the teacher: texts are sorted by length, so that "
         "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
-        "model once, not twice; 2 to 4 save padding. null: one for queries, one for passages (or one for pairs)",
+        "model once, not twice; 2 to 4 save padding; packed does both: one forward over rows in which texts stand side by "
+        "side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: one for queries, one "
+        "for passages (or one for pairs)",
     )
     query_expansion: bool | None = Field(
         None, description="colbert: pad queries to query_length with mask tokens that count; null: as its files say"
@@ -367,6 +369,13 @@ class Config(Section):
                 "data.negatives is 0: the contrastive loss of a cross_encoder, and of scope: group, compares a query's own "
                 "passages, and there is but one"
             )
+        for key, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is None or model.passes != "packed":
+                continue
+            if model.kind == "colbert":
+                raise ValueError(f"{key}.passes: packed keeps one state of a text, colbert compares all: set a number")
+            if self.train.grad_cache is not None and (isinstance(model, StudentConfig) or model.train):
+                raise ValueError(f"train.grad_cache makes passes of its own: set {key}.passes to null")
         if self.losses.needs_teacher and self.teacher is None:
             raise ValueError("a teacher section is missing: response, margin_mse, layer and attention losses read one")
         if self.losses.attention.weight > 0:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from lead_ds.data.alignment import UNGROUPED, token_groups
 from lead_ds.data.groups import Group, Groups
 from lead_ds.data.id_groups import IdGroups
-from lead_ds.data.passes import Cuts, Passes, even, in_passes, least_padding
+from lead_ds.data.passes import Cuts, Passes, even, in_passes, least_padding, packed
 from lead_ds.data.teacher_cache import TeacherCache
 from lead_ds.data.token_cache import TokenCache
 from lead_ds.data.tokens import TextEncoder, Tokens
@@ -46,6 +46,11 @@ class ModelBatch:
     pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
     cached: Tokens | None = None  # instead of all, what a cached teacher said: see TeacherCache.read
     passes: Passes | None = None  # the rows of queries, then of passages, or of pairs: as the model is to run them
+
+    @property
+    def tables(self) -> list[Tokens]:
+        """The texts of queries and of passages, or of pairs."""
+        return [tokens for tokens in (self.queries, self.passages, self.pairs) if tokens is not None]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ModelBatch:
         """The same on another device."""
@@ -207,6 +212,8 @@ class Batches:
         if queries is not None:
             return split(batch, encoder, -(-len(groups) // queries), even)
         passes = self._passes[model]
+        if passes == "packed":
+            return pack(batch, encoder)
         return batch if passes is None else split(batch, encoder, passes, least_padding)
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
@@ -297,8 +304,12 @@ def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
 
 def split(batch: ModelBatch, encoder: TextEncoder, n: int, cuts: Cuts) -> ModelBatch:
     """The batch with its rows in n passes."""
-    tables = [tokens for tokens in (batch.queries, batch.passages, batch.pairs) if tokens is not None]
-    return replace(batch, passes=in_passes(tables, n, cuts, encoder.tokenizer.pad_token_id))
+    return replace(batch, passes=in_passes(batch.tables, n, cuts, encoder.tokenizer.pad_token_id))
+
+
+def pack(batch: ModelBatch, encoder: TextEncoder) -> ModelBatch:
+    """The batch with its rows in one packed pass."""
+    return replace(batch, passes=packed(batch.tables, encoder.tokenizer.pad_token_id))
 
 
 def _align(

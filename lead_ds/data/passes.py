@@ -1,10 +1,11 @@
-"""Texts sorted by length into a few passes, each padded to its own longest only, and the way back to their order.
+"""Texts sorted by length into a few passes, each padded to its own longest only; or packed, several in a row, into one.
 
-Dimensions: B texts, n passes, L tokens.
+Dimensions: B texts, n passes, L tokens; packed: R rows of M tokens.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,10 @@ from torch import Tensor
 
 Tokens = dict[str, Tensor]  # as in lead_ds.data.tokens
 Cuts = Callable[[np.ndarray, int], list[int]]
+FILL = (
+    3  # longest texts that a packed row holds: more leave less padding, and cost attention (benchmarks/throughput.md)
+)
+_ROWS = ("input_ids", "token_type_ids")
 
 
 @dataclass
@@ -35,12 +40,8 @@ def in_passes(tables: Sequence[Tokens], n: int, cuts: Cuts, pad: int) -> Passes:
     cuts: `least_padding` or `even`. pad: the id of padding. Every rank must have as many texts as the others, for a
     sharded model runs once per pass.
     """
-    width = max(table["input_ids"].shape[1] for table in tables)
-    joined: Tokens = {}
-    for name in tables[0]:
-        fill = pad if name == "input_ids" else 0
-        rows = [torch.nn.functional.pad(table[name], (0, width - table[name].shape[1]), value=fill) for table in tables]
-        joined[name] = torch.cat(rows)
+    joined = _joined(tables, pad)
+    width = joined["input_ids"].shape[1]
     # A ColBERT query's expansion is not attended to, and counts all the same.
     counts = joined["attention_mask"].bool() | joined.get("score_mask", joined["attention_mask"]).bool()
     lengths = (counts * torch.arange(1, width + 1)).amax(1).clamp_min(1).numpy()
@@ -53,6 +54,44 @@ def in_passes(tables: Sequence[Tokens], n: int, cuts: Cuts, pad: int) -> Passes:
         picked, longest = torch.from_numpy(rows_B[first:last]), int(lengths[rows_B[first]])
         passes.append({name: x[picked, :longest] for name, x in joined.items()})
     return Passes(passes, torch.from_numpy(order))
+
+
+def packed(tables: Sequence[Tokens], pad: int) -> Passes:
+    """The rows of `tables`, one after the other, in one pass without padding to speak of.
+
+    Its tokens are those of R rows [R, M], each of which holds several texts: `input_ids` (and `token_type_ids`),
+    `position_ids`, which start at 0 with every text, and `bounds`, int32: where texts begin in the rows laid end to end, and
+    their end. What is left of a row is a text of its own that nobody reads. `places` [B, L] leads back to the texts: token j
+    of text i is token `places[i, j]` of the rows laid end to end, if `attention_mask` [B, L] has it.
+    """
+    joined = _joined(tables, pad)
+    mask = joined["attention_mask"].bool()
+    mask[:, 0] |= ~mask.any(1)  # a text of no token is one of padding, as it is unpacked
+    lengths_B = mask.sum(1)
+    rows = _filled(lengths_B.numpy())
+    width = max(int(lengths_B[texts].sum()) for texts in rows)
+    start_B = torch.empty_like(lengths_B)
+    ends = []
+    for row, texts in enumerate(rows):
+        stops = lengths_B[texts].cumsum(0)
+        start_B[texts] = row * width + stops - lengths_B[texts]
+        ends.append(row * width + int(stops[-1]))
+    token_L = torch.arange(int(lengths_B.max()))
+    real_BL = token_L < lengths_B[:, None]
+    places_BL = start_B[:, None] + torch.minimum(token_L, lengths_B[:, None] - 1)
+
+    def laid_out(values_BL: Tensor, fill: int) -> Tensor:
+        rows_RM = values_BL.new_full((len(rows), width), fill)
+        rows_RM.view(-1)[places_BL[real_BL]] = values_BL[mask]
+        return rows_RM
+
+    starts = torch.cat([start_B, torch.tensor([end for end in ends if end % width], dtype=torch.int64)]).sort().values
+    bounds = torch.cat([starts, torch.tensor([len(rows) * width])])
+    sizes = bounds.diff()
+    tokens = {name: laid_out(joined[name], pad if name == "input_ids" else 0) for name in _ROWS if name in joined}
+    tokens["position_ids"] = (torch.arange(len(rows) * width) - starts.repeat_interleave(sizes)).view(len(rows), width)
+    tokens |= {"bounds": bounds.int(), "places": places_BL, "attention_mask": real_BL.long()}
+    return Passes([tokens], torch.arange(len(lengths_B)))
 
 
 def least_padding(lengths_B: np.ndarray, n: int) -> list[int]:
@@ -94,6 +133,31 @@ def even(lengths_B: np.ndarray, n: int) -> list[int]:
         else:
             low = middle + 1
     return _exactly(bounds_within(low), n)
+
+
+def _filled(lengths_B: np.ndarray) -> list[Tensor]:
+    """The texts of each row: as many rows as hold FILL of the longest, the next longest text into the emptiest of them.
+
+    Rows are then about equally long: their lengths differ by no more than a text's, by far less where texts are many.
+    """
+    count = max(1, round(int(lengths_B.sum()) / (FILL * int(lengths_B.max()))))
+    heap = [(0, row) for row in range(count)]
+    rows: list[list[int]] = [[] for _ in heap]
+    for text in np.argsort(-lengths_B, kind="stable"):
+        taken, row = heapq.heappop(heap)
+        rows[row].append(int(text))
+        heapq.heappush(heap, (taken + int(lengths_B[text]), row))
+    return [torch.tensor(texts) for texts in rows]
+
+
+def _joined(tables: Sequence[Tokens], pad: int) -> Tokens:
+    width = max(table["input_ids"].shape[1] for table in tables)
+    joined: Tokens = {}
+    for name in tables[0]:
+        fill = pad if name == "input_ids" else 0
+        rows = [torch.nn.functional.pad(table[name], (0, width - table[name].shape[1]), value=fill) for table in tables]
+        joined[name] = torch.cat(rows)
+    return joined
 
 
 def _exactly(bounds: list[int], n: int) -> list[int]:

@@ -34,6 +34,7 @@ from lead_ds.engine.watchdog import Watchdog
 from lead_ds.errors import InputError, RunError
 from lead_ds.losses.selection import select_layers
 from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.packing import check_packing
 from lead_ds.models.student_dir import save_student
 from lead_ds.report.card import model_card
 
@@ -77,6 +78,9 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
             cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
         trainee = Trainee(student, cotrained).to(ranks.device)
         fit_attention(trainee, config, batches, dtype, ranks)
+        for key, scorer in (("student", student), ("teacher", cotrained)):
+            if scorer is not None and scorer.config.passes == "packed":
+                check_packing(scorer, scorer.all_layers, f"{key}.passes")
         engine = build_engine(trainee, config, dtype, ranks)
         teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
 
@@ -150,6 +154,8 @@ def open_teacher(config: Config, batches: Batches, ranks: Ranks) -> FrozenTeache
     if backends:
         sample = batches.window(0).teacher
         choose_attention(teacher.scorer, backends, lambda: teacher.window(sample, []), ranks)
+    if config.teacher.passes == "packed":
+        check_packing(teacher.scorer, teacher.all_layers, "teacher.passes")
     return teacher
 
 

@@ -19,6 +19,7 @@ from lead_ds.config import ModelConfig, TeacherConfig
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
 from lead_ds.models.grad_cache import recomputed
+from lead_ds.models.packing import packed_inputs, unpacked
 from lead_ds.models.taps import AttentionTaps, tap_attention
 from lead_ds.relevance import Features, Scale, pad_tokens
 
@@ -57,7 +58,7 @@ class Scorer(nn.Module):
         self.capture = LayerCapture(self.backbone, config.path)
         parameters = inspect.signature(self.backbone.forward).parameters
         self._accepts = frozenset(parameters)
-        self._decoder = is_decoder(self.backbone.config)
+        self.decoder = is_decoder(self.backbone.config)
         self.recompute = False  # GradCache: keep no activations of a batch's passes
         self.lens: LayerReading | None = None  # of a frozen teacher: what its layers are read through
 
@@ -96,6 +97,19 @@ class Scorer(nn.Module):
             said = [pad_tokens(states, 2, said[0].shape[2]) for states in said]
         return torch.cat(said, 1).index_select(1, passes.order)
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the backbone can be told where tokens stand."""
+        return "position_ids" in self._accepts
+
+    def all_layers(self, tokens: Tokens) -> Tensor:
+        """What it says, without dropout, of texts or pairs from every layer, then from its final state."""
+        device, training = next(self.parameters()).device, self.training
+        moved = {name: x.to(device) for name, x in tokens.items()}
+        said = self.eval()(tokens=moved, layers=list(range(self.num_layers)))
+        self.train(training)
+        return said
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; captured layers stay exact."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -123,20 +137,23 @@ class Scorer(nn.Module):
         norm = self.capture.norm
 
         def in_hook(state_BLD: Tensor) -> Tensor:
-            return reduce(state_BLD if norm is None or not through_norm else norm(state_BLD))
+            return reduce(unpacked(state_BLD if norm is None or not through_norm else norm(state_BLD), tokens))
 
         with self.capture.reading(layers, in_hook) as states:
             final_BLD = self.backbone(**self._inputs(tokens)).last_hidden_state
         read = [states[i] for i in layers]
         if norm is not None and not through_norm:
             read = [norm(state) for state in read]
-        return [*read, reduce(final_BLD)]
+        return [*read, reduce(unpacked(final_BLD, tokens))]
 
     def _inputs(self, tokens: Tokens) -> dict[str, Any]:
         inputs: dict[str, Any] = {name: x for name, x in tokens.items() if name in self._accepts}
         if "use_cache" in self._accepts:
             inputs["use_cache"] = False
-        if self._decoder and "position_ids" in self._accepts:
+        if "places" in tokens:
+            inputs.pop("attention_mask", None)  # of the texts, not of the rows
+            inputs |= packed_inputs(tokens, self.backbone, decoder=self.decoder)
+        elif self.decoder and self.takes_positions:
             # A text has the same positions on whichever side it is padded.
             inputs["position_ids"] = (tokens["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
         return inputs

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lead_ds.config import Config, TeacherConfig
+from lead_ds.config import Config, TeacherConfig, load_config
+from lead_ds.data.batches import Batches
+from lead_ds.data.groups import open_groups
+from lead_ds.data.tokens import TextEncoder
 from lead_ds.engine.ahead import with_next
 from lead_ds.engine.attention import candidates, choose_attention
 from lead_ds.engine.ranks import Ranks
@@ -21,7 +24,7 @@ from tests.models.zero3_jobs import tokens_of
 HERE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def test_two_ranks_lose_nothing_to_overlap_passes_or_kept_tokens(
+def test_two_ranks_lose_nothing_to_overlap_passes_rows_or_kept_tokens(
     configure: Callable[..., Path], tmp_path: Path
 ) -> None:
     # Dropout in the student and layers drawn anew: whatever ran out of turn would show.
@@ -39,18 +42,37 @@ def test_two_ranks_lose_nothing_to_overlap_passes_or_kept_tokens(
         )
         for teacher, student in ((None, None), (1, None), (2, 2))
     ]
+    # A sharded decoder whose texts stand in rows, another number of them on each rank; the student's alike.
+    few: dict[str, Any] = {"train": {"batch_size": 5}, "data": {"negatives": 1}}
+    rows = [
+        configure(f"rows-{n}", extra_teacher={"placement": "zero3", "passes": n}, student={"passes": n}, **few)
+        for n in (None, "packed")
+    ]
+    shapes = [packed_shapes(rows[1], rank) for rank in range(2)]
+    assert any(one[0] != other[0] for one, other in zip(*shapes, strict=True)), "ranks have other numbers of rows"
     kept = configure("kept", train=train, **dropout, data={"token_cache": str(tmp_path / "tokens")})
     refused = configure("sharded", train=train | {"overlap": True}, extra_teacher={"placement": "zero3"})
-    paths = [*overlap, *passes, kept, refused]
+    paths = [*overlap, *passes, *rows, kept, refused]
     for results in launch("tests.engine.jobs:distil_each", 2, configs=[str(path) for path in paths]):
-        plain, ahead, unsorted, one, two, tokens, told = results
+        plain, ahead, unsorted, one, two, texts, packed, tokens, told = results
         assert len(set(plain)) == 6
         assert ahead == plain
         assert tokens == plain
         assert one == pytest.approx(unsorted, rel=1e-5)
         assert two == pytest.approx(unsorted, rel=1e-5)
+        assert packed == pytest.approx(texts, rel=1e-5)
         assert "train.overlap" in told
         assert "teacher.placement=replicate" in told
+
+
+def packed_shapes(path: Path, rank: int) -> list[tuple[int, ...]]:
+    """Rows, and tokens of a row, of the teacher's windows on one of two ranks."""
+    config = load_config(path)
+    assert config.teacher is not None
+    encoders = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
+    batches = Batches(open_groups(config.data), *encoders, config, rank=rank, world=2)
+    passes = [batches.window(step).teacher[0].passes for step in range(config.train.steps)]
+    return [tuple(one.tokens[0]["input_ids"].shape) for one in passes if one is not None]
 
 
 def test_each_with_the_next() -> None:
