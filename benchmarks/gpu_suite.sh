@@ -59,7 +59,7 @@ else
   failed=1
 fi
 if has deepspeed pydantic transformers accelerate tokenizers safetensors yaml rich; then
-  part 85 bert "$python" -m benchmarks.throughput --preset bert --compare teacher.passes=packed --out "$out/bert.json"
+  part 85 bert "$python" -m benchmarks.throughput --preset bert --out "$out/bert.json" --compare teacher.passes=packed
   part 105 7b "$python" -m benchmarks.throughput --preset 7b --out "$out/7b.json"
   part 105 8b "$python" -m benchmarks.throughput --preset 8b --out "$out/8b.json"
   part 90 reranker "$python" -m benchmarks.throughput --preset reranker --out "$out/reranker.json"
