@@ -165,10 +165,10 @@ def mine(
     ),
     skip: int = typer.Option(0, "--skip", min=0, help="Leave out the first so many ranks."),
     margin: float | None = typer.Option(
-        None, "--margin", help="A negative scores at least this much below the positive."
+        None, "--margin", help="A negative scores at least this much below the query's least positive."
     ),
     ratio: float | None = typer.Option(
-        None, "--ratio", help="A negative scores at most this share of the positive's score."
+        None, "--ratio", help="A negative scores at most this share of the least positive's score."
     ),
     similar: float = typer.Option(
         0.9, "--similar", help="Leave out near-duplicates of a positive: share of words in common."
@@ -194,6 +194,12 @@ def mine(
     print(
         f"{mined.queries} queries, {mined.negatives} negatives: {out}" + (f"; left out: {left_out}" if left_out else "")
     )
+    if mined.short:
+        print(f"{mined.short} queries have fewer than {number} negatives: fewer candidates were left")
+    if mined.unscored:
+        print(
+            f"{mined.unscored} queries have a positive that the run lacks: --margin and --ratio cannot look at its score"
+        )
 
 
 def evaluate(

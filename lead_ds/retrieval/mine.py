@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lead_ds.config import MineSettings, StudentConfig
@@ -30,12 +31,14 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Mined:
-    """What mining did: queries written; negatives written; candidates left out, by reason; queries with too few."""
+    """What mining did: queries written; negatives written; candidates left out, by reason; queries with too few; queries
+    with a positive whose score is not known, so that margin and ratio do not hold for it."""
 
     queries: int
     negatives: int
     left_out: dict[str, int]
     short: int
+    unscored: int
 
 
 def mine(
@@ -63,11 +66,12 @@ def mine(
     positives = {query: names for query, names in positives.items() if names}
     if not positives:
         raise InputError(split, "no query has a positive", "check the judgements")
-    run = _candidates(source, dataset, positives, depth, batch_size, quiet)
+    by_score = settings.margin is not None or settings.ratio is not None
+    run = _candidates(source, dataset, positives, depth, by_score, batch_size, quiet)
     if not set(run) & set(positives):
         raise InputError(split, "the run has none of its queries", "check that run and split belong together")
-    counts = {"positive or judged": 0, "rank": 0, "score": 0, "copy": 0}
-    negatives = short = 0
+    counts = {"positive": 0, "rank": 0, "score": 0, "copy": 0}
+    negatives = short = unscored = 0
     with (
         atomic(Path(out)) as temporary,
         temporary.open("w", encoding="utf-8") as file,
@@ -83,8 +87,9 @@ def mine(
             file.write(json.dumps(group, ensure_ascii=False) + "\n")
             negatives += len(chosen)
             short += len(chosen) < settings.number
+            unscored += by_score and not found.keys() >= set(names)
             meter.advance(1)
-    return Mined(len(positives), negatives, counts, short)
+    return Mined(len(positives), negatives, counts, short, unscored)
 
 
 def bm25_package() -> Any:
@@ -96,8 +101,18 @@ def bm25_package() -> Any:
     return bm25s
 
 
-def bm25_run(dataset: Dataset, query_ids: Sequence[str], k: int, *, quiet: bool = False) -> Run:
-    """The k best passages of every query by BM25 (bm25s: lower case, English stop words). InputError without bm25s."""
+def bm25_run(
+    dataset: Dataset,
+    query_ids: Sequence[str],
+    k: int,
+    *,
+    also: Mapping[str, Sequence[str]] | None = None,
+    quiet: bool = False,
+) -> Run:
+    """The k best passages of every query by BM25 (bm25s: lower case, English stop words). InputError without bm25s.
+
+    also: passages of a query that are scored whatever their rank.
+    """
     bm25s = bm25_package()
     corpus, queries = dataset.corpus, dataset.queries
     shown = not quiet and sys.stderr.isatty()
@@ -106,10 +121,16 @@ def bm25_run(dataset: Dataset, query_ids: Sequence[str], k: int, *, quiet: bool 
     texts = queries.texts(queries.rows(query_ids))
     tokens = bm25s.tokenize(texts, return_ids=False, show_progress=shown)
     rows, scores = retriever.retrieve(tokens, k=min(k, len(corpus)), show_progress=shown)
-    return {
+    run = {
         query: {corpus.ids[row]: score for row, score in zip(found, values, strict=True) if score > 0}
         for query, found, values in zip(query_ids, rows.tolist(), scores.tolist(), strict=True)
     }
+    for query, words in zip(query_ids, tokens, strict=True):
+        missing = [name for name in (also or {}).get(query, ()) if name not in run[query]]
+        if missing:
+            scores_P = retriever.get_scores(words) if words else np.zeros(len(corpus))
+            run[query].update(zip(missing, scores_P[corpus.rows(missing)].tolist(), strict=True))
+    return run
 
 
 def _candidates(
@@ -117,16 +138,17 @@ def _candidates(
     dataset: Dataset,
     positives: Mapping[str, Sequence[str]],
     depth: int,
+    by_score: bool,
     batch_size: int,
     quiet: bool,
 ) -> Run:
-    """The source's candidates, with its scores of the positives wherever it can tell them."""
+    """The source's candidates, with its scores of the positives wherever it can tell them; BM25's cost, and `by_score` asks."""
     if isinstance(source, Mapping):
         return known_passages(
             {query: dict(found) for query, found in source.items() if query in positives}, dataset, "run"
         )
     if source == "bm25":
-        return bm25_run(dataset, list(positives), depth, quiet=quiet)
+        return bm25_run(dataset, list(positives), depth, also=positives if by_score else None, quiet=quiet)
     if not isinstance(source, StudentConfig) and Path(source).is_file():
         return known_passages(
             {q: found for q, found in read_run(source).items() if q in positives}, dataset, str(source)
@@ -179,7 +201,7 @@ def _choose(
     kept, rank = [], 0
     for name, score in ranked:
         if judged.get(name, 0) > 0:
-            counts["positive or judged"] += 1
+            counts["positive"] += 1
             continue
         rank += 1
         if rank <= settings.skip:

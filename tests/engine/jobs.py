@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,10 +219,32 @@ def first_window(config: Config, here: Ranks, **settings: Any) -> list[torch.Ten
     return [*tensors(view.final), *tensors(view.layers)]
 
 
-def through_lenses(configs: list[str], cached: list[str], runs: list[str]) -> dict[str, Any]:
-    """Lenses of `configs` on one process; their caches against what the teacher says online; the losses of `runs`."""
+def through_lenses(configs: list[str], cached: list[str], runs: list[str], resumed: str) -> dict[str, Any]:
+    """Lenses of `configs` on one process; their caches against what the teacher says online; the losses of `runs`, and of
+    the run `resumed` as it was, without its last checkpoint continued, and refused through another lens."""
     with ranks():
         layers = [fact["layers"] for fact in lenses(configs, sharded=False)]
         taught = teach_each(configs)
         distances = cached_and_online([[own, other] for own, other in zip(configs, cached, strict=True)])
-        return {"layers": layers, "taught": taught, "distances": distances, "losses": distil_each(runs)}
+        found = {"layers": layers, "taught": taught, "distances": distances, "losses": distil_each(runs)}
+        found["resumed"] = [*distil_each([resumed]), *(continued(resumed, other) for other in (False, True))]
+        return found
+
+
+def continued(path: str, other_lens: bool) -> Any:
+    """The losses of a run of `path` that lost its last checkpoint and goes on; or, through another lens, the error."""
+    config = load_config(path)
+    whole, output = Path(config.output), Path(f"{config.output}-continued")
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(whole, output)
+    shutil.rmtree(max((output / "checkpoints").glob("step-*")))
+    overrides = [f"output={output}"]
+    if other_lens:
+        shutil.copytree(config.lens_folder, output / "other")
+        scramble(output / "other", load_lens(output / "other", "")[1])
+        overrides.append(f"teacher.lens_path={output / 'other'}")
+    try:
+        distill(load_config(path, overrides), resume=True, quiet=True)
+    except LeadError as error:
+        return str(error)
+    return losses_of(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def fitted(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         return str(folder / f"{name}.yaml")
 
     sharded, own, cached = [], [], []
-    losses = {"contrastive": {"scope": "group"}, "layer": {"select": "informative", "k": 1, "every": 1}}
+    losses: dict[str, Any] = {"contrastive": {"scope": "group"}, "layer": {"select": "informative", "k": 1, "every": 1}}
     for kind in KINDS:
         extra = {"lens": "tuned", "placement": "zero3"}
         tree = settings(rooms, folder, kind, extra, train=TRAIN, losses=losses, student={"scale": "cosine"})
@@ -60,7 +61,23 @@ def fitted(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         )
     both = launch("tests.engine.jobs:lenses", 2, timeout=900, configs=sharded, sharded=True)
     runs = [path for path in (*own, *cached) if "cross_encoder" in path]
-    [alone] = launch("tests.engine.jobs:through_lenses", 1, timeout=900, configs=own, cached=cached, runs=runs)
+    for kind, name, layer in (
+        ("dual_encoder", "own-head", {}),
+        ("cross_encoder", "at-chance", {"informative_margin": 1.0}),
+    ):
+        tree = settings(rooms, folder, kind, train=TRAIN, losses={"layer": {**losses["layer"], **layer}})
+        if kind == "dual_encoder":  # its first layer tells texts by their words, the others mix them at random
+            tree["teacher"]["pooling"] = "mean"
+            tree["losses"]["layer"] |= {"teacher_temperature": 0.3, "informative_margin": 0.3}
+        runs.append(write(name, tree))
+    tree = settings(
+        rooms, folder, "cross_encoder", {"lens": "tuned", "lens_path": str(folder / "cross_encoder" / "lens")}
+    )
+    tree["losses"]["layer"] |= losses["layer"] | {"every": 2}
+    tree["train"] |= {"steps": 5, "lr": 0.01}
+    resumed = write("resumed", tree)
+    jobs = {"configs": own, "cached": cached, "runs": runs, "resumed": resumed}
+    [alone] = launch("tests.engine.jobs:through_lenses", 1, timeout=900, **jobs)
     return {"folder": folder, "both": [dict(zip(KINDS, rank, strict=True)) for rank in both], **alone}
 
 
@@ -88,7 +105,7 @@ def test_a_cache_holds_what_the_teacher_says_through_it(fitted: dict[str, Any], 
 
 
 def test_a_run_learns_from_informative_layers_online_and_cached(fitted: dict[str, Any]) -> None:
-    online, cached = fitted["losses"]
+    online, cached = fitted["losses"][:2]
     assert len(online) == len(cached) == TRAIN["steps"], (online, cached)
     np.testing.assert_allclose(online, cached, rtol=5e-3)
     chosen = []
@@ -100,6 +117,24 @@ def test_a_run_learns_from_informative_layers_online_and_cached(fitted: dict[str
         assert json.loads((run / "run.json").read_text())["teacher"]["lens"]["checksum"] == record["checksum"]
     assert chosen[0] == chosen[1]
     assert {layer for layers in chosen[0] for layer in layers} <= {0, 2}
+
+
+def test_informative_layers_without_a_lens_are_measured_through_the_own_head_or_refused(fitted: dict[str, Any]) -> None:
+    own, at_chance = fitted["losses"][2:]
+    assert len(own) == TRAIN["steps"], own
+    rows = [json.loads(line) for line in (fitted["folder"] / "own-head" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["layers"]["teacher"] for row in rows] == [[0]] * TRAIN["steps"]
+    assert re.search(r"losses\.layer\.k: 1 layers .* 0 of the teacher's are informative .*--fit-lens", at_chance), (
+        at_chance
+    )
+    assert not (fitted["folder"] / "at-chance").exists()
+
+
+def test_a_run_through_a_lens_continues_exactly_and_through_the_same_lens_only(fitted: dict[str, Any]) -> None:
+    whole, continued, refused = fitted["resumed"]
+    assert len(whole) == len(set(whole)) == 5, whole
+    assert continued == whole
+    assert "is not the lens that this run began with" in refused
 
 
 def test_another_lens_than_the_cache_was_made_through_is_refused(fitted: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def test_filters(small: Dataset, tmp_path: Path, settings: dict[str, Any], expec
 
 def test_what_was_left_out_is_counted(small: Dataset, tmp_path: Path) -> None:
     result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(number=4, margin=-1.5), quiet=True)
-    assert result.left_out == {"positive or judged": 2, "rank": 0, "score": 2, "copy": 0}
+    assert result.left_out == {"positive": 2, "rank": 0, "score": 2, "copy": 0}
     assert result.short == 1
     result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(number=2), quiet=True)
     assert (result.left_out["copy"], result.short) == (1, 0)
@@ -133,6 +133,30 @@ def test_bm25(data: Path, tmp_path: Path) -> None:
     for group in with_negatives:  # a word or two of the query, against all of them
         found = group["scores"]
         assert min(found[name] for name in group["positives"]) >= max(found[name] for name in group["negatives"])
+
+
+def test_bm25_and_positives_that_it_ranks_low(small: Dataset, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    for query in ("blue fox", "unheard of"):
+        write_jsonl(small.corpus.path.parent / "queries.jsonl", [{"_id": "q", "text": query}])
+        (small.corpus.path.parent / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\tf\t1\n")
+        dataset = Dataset.open(small.corpus.path.parent)
+        mine("bm25", dataset, tmp_path / "all.jsonl", settings=MineSettings(number=2), quiet=True)
+        (group,) = lines(tmp_path / "all.jsonl")
+        assert "f" not in group.get("scores", {})
+        assert (len(group["negatives"]) > 0) == (query == "blue fox")
+        result = mine("bm25", dataset, tmp_path / "low.jsonl", settings=MineSettings(number=2, margin=0.1), quiet=True)
+        (group,) = lines(tmp_path / "low.jsonl")
+        assert group["scores"] == {"f": 0.0}
+        assert group["negatives"] == []
+        assert result.unscored == 0
+
+
+def test_positives_that_a_run_lacks_are_counted(small: Dataset, tmp_path: Path) -> None:
+    run = {"q": {name: score for name, score in RUN["q"].items() if name != "b"}}
+    for settings, unscored in ((MineSettings(margin=0.0), 1), (MineSettings(), 0)):
+        result = mine(run, small, tmp_path / "out.jsonl", settings=settings, quiet=True)
+        assert result.unscored == unscored
 
 
 def test_wrong_input_writes_nothing(small: Dataset, model: Path, tmp_path: Path) -> None:
