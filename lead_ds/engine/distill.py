@@ -81,6 +81,8 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
         for key, scorer in (("student", student), ("teacher", cotrained)):
             if scorer is not None and scorer.config.passes == "packed":
                 check_packing(scorer, scorer.all_layers, f"{key}.passes")
+            if scorer is not None:
+                scorer.capture.uninstall()  # what ran until now must not stand before DeepSpeed's hooks
         engine = build_engine(trainee, config, dtype, ranks)
         teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
 

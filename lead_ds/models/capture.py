@@ -36,7 +36,7 @@ class LayerCapture:
         norms = (getattr(owner, norm, None) for norm in _FINAL_NORMS)
         self.norm: nn.Module | None = next((norm for norm in norms if isinstance(norm, nn.Module)), None)
         self.path = path
-        self._installed = False
+        self._hooks: list[Any] = []
         self._wanted: frozenset[int] = frozenset()
         self._reduce: Reduce | None = None
         self._states: dict[int, Tensor] = {}
@@ -53,7 +53,7 @@ class LayerCapture:
         `reduce` raises is raised at the end, since raising out of a hook would leave ZeRO-3 layers gathered.
         """
         check_layers(layers, len(self.layers), self.path)
-        if not self._installed:
+        if not self._hooks:
             self._install()
         self._wanted, self._reduce, self._states, self._error = frozenset(layers), reduce, {}, None
         try:
@@ -68,8 +68,13 @@ class LayerCapture:
 
     def _install(self) -> None:
         for i, layer in enumerate(self.layers):
-            layer.register_forward_hook(torch.compiler.disable(partial(self._read, i)))
-        self._installed = True
+            self._hooks.append(layer.register_forward_hook(torch.compiler.disable(partial(self._read, i))))
+
+    def uninstall(self) -> None:
+        """Take the hooks away; the next reading installs them anew, then behind those that others have installed by then."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _read(self, i: int, layer: nn.Module, inputs: Any, output: Any) -> None:
         if i not in self._wanted or self._reduce is None or i in self._states:

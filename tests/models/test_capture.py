@@ -227,3 +227,16 @@ def test_a_modernbert_cut_without_its_first_layer_loads_again(tmp_path: Path) ->
     assert not info["unexpected_keys"]
     with pytest.raises(InputError, match="layer 4 asked of a model with 4 layers"):
         load_student(StudentConfig(path=path, layers=[0, 4]), torch.float32)
+
+
+def test_hooks_that_were_taken_away_stand_behind_those_of_others(tmp_path: Path) -> None:
+    scorer, seen = _encoder(tmp_path, "bert").eval(), []
+    with torch.no_grad():
+        before = scorer(tokens=tokens_of(LENGTHS), layers=[0, 2])
+    scorer.capture.uninstall()
+    layers = scorer.capture.layers
+    assert not any(layer._forward_hooks for layer in layers)
+    layers[0].register_forward_hook(lambda *_: seen.append(len(scorer.capture._states)))
+    with torch.no_grad():
+        assert torch.equal(scorer(tokens=tokens_of(LENGTHS), layers=[0, 2]), before)
+    assert seen == [0], "nothing was captured before the other's hook ran"
