@@ -123,7 +123,7 @@ def train(args: argparse.Namespace, models: dict[str, Path], arm: Arm, seed: int
     student = distill(config, resume=(output / "config.yaml").exists(), quiet=True)
     seconds = time.perf_counter() - started
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return student, {"seconds": seconds, "last": rows[-1]}
+    return student, {"seconds": seconds, "lr": config.train.lr, "last": rows[-1]}
 
 
 def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:

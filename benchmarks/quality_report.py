@@ -1,4 +1,4 @@
-"""Tables of the quality benchmark: means over seeds, bootstrap intervals over queries, paired tests against two references."""
+"""Tables of the quality benchmark: means over seeds, bootstrap intervals over queries, paired tests against an arm's rivals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lead_ds.retrieval.files import atomic, write_json
 from lead_ds.retrieval.metrics import Scores
 
 MEASURE = "nDCG@10"
-REFERENCES = ("labels", "response")
+COLUMNS = ("start", "labels", "response")
+RESPONSE = {None: "response", "ce": "response", "de": "response-de", "cb": "response-cb"}  # by teacher
 SAMPLES = 2_000
 ABOUT = {"start": "student as it is", "teacher-de": "the dual-encoder teacher itself"}
 
@@ -73,7 +74,7 @@ def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
             **{test: macro(values, (test,)) for test in tests},
             "by_seed": [macro(per_query({seed: run}, tests, MEASURE), tests) for seed, run in runs[name].items()],
         }
-        for reference in ("start", *REFERENCES):
+        for key, reference in rivals(name).items():
             if reference in table and reference != name:
                 # Of the same seeds, or the draw of a seed would pass for a difference between arms.
                 common = runs[name].keys() & runs[reference].keys()
@@ -84,7 +85,8 @@ def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
                 scores = [Scores({MEASURE: float(np.mean(list(x.values())))}, {MEASURE: x}) for x in weighed]
                 found = compare(*scores, MEASURE, samples=10_000)
                 low, high = interval(before, after, tests)
-                row[f"against_{reference}"] = {
+                row[f"against_{key}"] = {
+                    "arm": reference,
                     "difference": macro(after, tests) - macro(before, tests),
                     "seeds": sorted(common),
                     "interval": [low, high],
@@ -94,6 +96,16 @@ def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
         rows.append(row)
     order = {name: i for i, name in enumerate(["start", *BY_NAME, "teacher-de"])}
     return sorted(rows, key=lambda row: order.get(row["arm"], len(order)))
+
+
+def rivals(name: str) -> dict[str, str]:
+    """An arm's rivals by column: its student untrained, labels alone, response KL of its own teacher."""
+    arm = BY_NAME.get(name)
+    if arm is None:
+        return {column: column for column in COLUMNS}
+    if arm.cut:
+        return {"labels": "labels-cut", "response": "response-cut"}
+    return {"start": "start", "labels": "labels", "response": RESPONSE[arm.teacher]}
 
 
 def weigh(values: dict[str, float], tests: tuple[str, ...]) -> dict[str, float]:
@@ -123,7 +135,7 @@ def write(folder: Path, out: Path) -> str:
 
 def markdown(rows: list[dict[str, Any]], tests: tuple[str, ...]) -> str:
     """A table: nDCG@10 in points, differences with their 95% interval and p."""
-    against = [f"against_{reference}" for reference in ("start", *REFERENCES)]
+    against = [f"against_{column}" for column in COLUMNS]
     against = [key for key in against if any(key in row for row in rows)]
     head = ["arm", "seeds", "mean", *tests, *(key.replace("_", " ") for key in against)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
