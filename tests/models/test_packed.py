@@ -20,7 +20,7 @@ from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.packing import check_packing
 from lead_ds.models.scorer import Scorer
 from tests.helpers.rooms import TEACHERS
-from tests.models.test_passes import PASSAGES, QUERIES, tensors
+from tests.models.test_passes import PASSAGES, QUERIES, opened, tensors
 from tests.models.tiny_models import FAMILIES, tiny_model, tokens_of
 
 LENGTHS = (3, 17, 9, 1, 30, 12, 2, 2, 24, 7)
@@ -133,13 +133,7 @@ def test_half_precision_is_no_reason_to_refuse(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in TEACHERS if kind != "colbert"])
 def test_relevance_is_the_same(rooms: Path, kind: str) -> None:
-    settings = TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"]), "query_length": 40, "passage_length": 64}
-    config = TeacherConfig.model_validate(settings)
-    teacher, encoder = load_teacher(config, torch.float32), TextEncoder.from_config(config)
-    if kind in ("cross_encoder", "llm_reranker"):
-        batch = ModelBatch(3, pairs=encoder.pairs([q for q in QUERIES for _ in range(3)], PASSAGES))
-    else:
-        batch = ModelBatch(3, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
+    teacher, encoder, batch = opened(rooms, kind)
     with torch.no_grad():
         plain, found = (teacher(b, layers=list(range(teacher.num_layers))) for b in (batch, pack(batch, encoder)))
     for name in ("final", "layers"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lead_ds.data.batches import ModelBatch, split
 from lead_ds.data.passes import even, in_passes, least_padding
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.models.load import load_teacher
+from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
 from tests.helpers.rooms import TEACHERS
 
@@ -31,18 +33,24 @@ def tensors(features: Features) -> list[torch.Tensor]:
     return [features.q_KQD, features.p_KPD]
 
 
+def opened(rooms: Path, kind: str, **more: Any) -> tuple[Scorer, TextEncoder, ModelBatch]:
+    """A teacher in float32, its tokens, and a batch of QUERIES with three of PASSAGES each."""
+    lengths = {"query_length": 40, "passage_length": 64}
+    settings = TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"]), **lengths, "dtype": "fp32", **more}
+    config = TeacherConfig.model_validate(settings)
+    teacher, encoder = load_teacher(config, torch.float32), TextEncoder.from_config(config)
+    if kind in ("cross_encoder", "llm_reranker"):
+        pairs = encoder.pairs([q for q in QUERIES for _ in range(3)], PASSAGES)
+        return teacher, encoder, ModelBatch(3, pairs=pairs)
+    return teacher, encoder, ModelBatch(3, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
+
+
 @pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("expansion", [False, True])
 def test_features_do_not_depend_on_the_parts(rooms: Path, kind: str, expansion: bool) -> None:
     if expansion and kind != "colbert":
         pytest.skip("only ColBERT expands queries")
-    settings = TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"]), "query_length": 40, "passage_length": 64}
-    config = TeacherConfig.model_validate(settings | {"dtype": "fp32", "query_expansion": expansion})
-    teacher, encoder = load_teacher(config, torch.float32), TextEncoder.from_config(config)
-    if kind in ("cross_encoder", "llm_reranker"):
-        batch = ModelBatch(3, pairs=encoder.pairs([q for q in QUERIES for _ in range(3)], PASSAGES))
-    else:
-        batch = ModelBatch(3, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
+    teacher, encoder, batch = opened(rooms, kind, query_expansion=expansion)
     with torch.no_grad():
         plain = teacher(batch, layers=[0, 2])
         for n, cuts in ((1, least_padding), (3, least_padding), (4, even), (99, even)):
