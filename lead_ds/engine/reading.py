@@ -107,12 +107,8 @@ class Reader(ABC):
         """What is asked of the teacher about texts or pairs on its device: one forward."""
 
     @abstractmethod
-    def read_pairs(self, shard: Shard, tell: Callable[[float], None]) -> Any:
-        """What `read` gives of a model of pairs; `tell` takes the part that is done."""
-
-    @abstractmethod
-    def read_texts(self, shard: Shard, tell: Callable[[float], None]) -> Any:
-        """What `read` gives of a model of single texts."""
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> Any:
+        """What `read` gives; `tell` takes the part that is done."""
 
     def units(self, shard: Shard) -> int:
         """How much of what is counted for the user a shard holds."""
@@ -134,7 +130,7 @@ class Reader(ABC):
             meter.advance(now - done)
             done = now
 
-        out = (self.read_pairs if self.pairs else self.read_texts)(shard, tell)
+        out = self.said(shard, tell)
         for _ in range(forwards - self.forwards(shard)):
             self.look(self._tokens_of_pairs([("a", "a")]) if self.pairs else self.encoder.queries(["a"]))
         return out
@@ -175,15 +171,17 @@ class RelevanceReader(Reader):
         """Scores [T + 1, B] of pairs, vectors [T + 1, B, D] or token states [T + 1, B, L, D] of texts."""
         return self.teacher.all_layers(tokens)
 
-    def read_pairs(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
         """See `Reader`."""
+        return (self._of_pairs if self.pairs else self._of_texts)(shard, tell)
+
+    def _of_pairs(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
         out = self._empty(shard)
         for places, scores_TB in self.run_pairs(shard, tell):
             out[places] = scores_TB.float().T.cpu().numpy()
         return out
 
-    def read_texts(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
-        """See `Reader`."""
+    def _of_texts(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
         out = self._empty(shard)
         query_rows = {text: i for i, text in enumerate(dict.fromkeys(shard.queries))}
         passage_rows = {text: i for i, text in enumerate(dict.fromkeys(shard.passages))}
@@ -260,11 +258,7 @@ class VectorReader(Reader):
         """[K + 1, B, D]."""
         return self.teacher.read(tokens, self.layers)
 
-    def read_pairs(self, shard: Shard, tell: Callable[[float], None]) -> Any:
-        """Pairs have no vectors."""
-        raise NotImplementedError
-
-    def read_texts(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
         """See `Reader`."""
         texts = shard.queries or shard.passages
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}

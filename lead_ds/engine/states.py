@@ -173,8 +173,11 @@ class StateReader(Reader):
         self.teacher.all_layers(tokens)
         return torch.stack(list(self.recording.states))
 
-    def read_pairs(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
         """See `Reader`."""
+        return (self._of_pairs if self.pairs else self._of_texts)(shard, tell)
+
+    def _of_pairs(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
         layers, pairs, groups = self.teacher.num_layers, len(shard.passages), len(shard.queries)
         if not pairs:
             return {}
@@ -186,8 +189,7 @@ class StateReader(Reader):
         shape = groups, pairs // groups
         return {"states": states.reshape(layers, *shape, -1), "own": own.reshape(-1, *shape)}
 
-    def read_texts(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
-        """See `Reader`."""
+    def _of_texts(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
         if not shard.passages:
             return {}
         queries = self._vectors(shard.queries, self.encoder.queries, lambda part: tell(part / (1 + self._size(shard))))
