@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -103,8 +104,10 @@ def requirements(config: Config) -> Any:
 
     def texts(model: Any, queries: int, length: int | None = None) -> list[tuple[int, int]]:
         if model.kind in ("cross_encoder", "llm_reranker"):
-            return [(queries * group, length or model.max_length)]
-        return [(queries, model.query_length), (queries * group, length or model.passage_length)]
+            found = [(queries * group, length or model.max_length)]
+        else:
+            found = [(queries, model.query_length), (queries * group, length or model.passage_length)]
+        return in_forwards(found, model.passes)
 
     @cache
     def student_activations(checkpointing: bool, length: int | None = None) -> int:
@@ -136,6 +139,16 @@ def requirements(config: Config) -> Any:
         student_zero=zero,
         teacher_zero={name: teacher_configuration(config, name)["zero_optimization"] for name in TEACHER_FILES},
     )
+
+
+def in_forwards(texts: list[tuple[int, int]], passes: int | str | None) -> list[tuple[int, int]]:
+    """(rows, length) of each forward of `texts`, at their longest: as they are, in so many passes, or packed into one."""
+    if passes is None:
+        return texts
+    longest = max(length for _, length in texts)
+    rows = math.ceil(sum(rows * length for rows, length in texts) / longest)
+    forwards = 1 if passes == "packed" else min(int(passes), rows)
+    return [(math.ceil(rows / forwards), longest)] * forwards
 
 
 def lengths(config: Config, backbone: Any) -> tuple[int, ...]:

@@ -213,6 +213,31 @@ def test_grad_cache_keeps_the_activations_of_its_queries(bert: str) -> None:
     assert activations(batch_size=64, grad_cache=2) == activations(batch_size=2) < activations(batch_size=64) / 20
 
 
+def test_passes_are_counted_as_they_run(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {
+        "teacher": {"kind": "dual_encoder", "path": bert, "query_length": 16, "passage_length": 32},
+        "student": {"path": bert, "query_length": 16, "passage_length": 32},
+        "data": {"path": "-", "negatives": 7},
+    }
+    seen: list[list[tuple[int, int]]] = []
+
+    def counted(backbone: Any, texts: list[tuple[int, int]], **how: Any) -> int:
+        seen.append(texts)
+        return forward_bytes(backbone, texts, **how)
+
+    monkeypatch.setattr("lead_ds.plan.activations.forward_bytes", counted)
+
+    def planned(passes: int | str | None) -> int:
+        config = Config.model_validate({**tree, "teacher": {**tree["teacher"], "passes": passes}})
+        return operations.requirements(config).teacher_activations(64)
+
+    apart, packed, four = planned(None), planned("packed"), planned(4)
+    # 64 queries of 16 tokens and 512 passages of 32: as many tokens as 544 rows of 32.
+    assert seen == [[(64, 16), (512, 32)], [(544, 32)], [(136, 32)] * 4]
+    assert four < apart < packed
+    assert packed == pytest.approx(4 * four, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["dual_encoder", "llm_reranker"])
 def test_a_teacher_is_counted_as_deep_as_it_is_loaded(tmp_path: Path, bert: str, kind: str) -> None:
     deep = {**TINY_MISTRAL, "num_hidden_layers": 12}
