@@ -1,8 +1,8 @@
 """What layer distillation brings, measured: the same student trained in many ways, tested on held-out collections.
 
-    python -m benchmarks.quality build  --data DATA --models MODELS --work WORK
+    python -m benchmarks.quality build  --data DATA --work WORK
     python -m benchmarks.quality teach  --models MODELS --work WORK [--teacher ce de cb]
-    python -m benchmarks.quality run    --data DATA --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
+    python -m benchmarks.quality run    --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
     python -m benchmarks.quality report --work WORK --out benchmarks/results/quality.json
 
 `run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are asked once.

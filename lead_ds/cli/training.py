@@ -56,10 +56,10 @@ def warmup(
     passages. A teacher brings its own lr and lengths. A cross-encoder made of a model without a scoring head is given a
     new one. Writes model/ to the output folder, beside checkpoints/, metrics.jsonl, config.yaml, run.json and monitor/.
     """
-    from lead_ds.config import load_config
+    from lead_ds.engine.warmup import load_warmup
     from lead_ds.engine.warmup import warmup as run
 
-    settings = load_config(config, overrides or [])
+    settings = load_warmup(config, overrides or [])
     model = run(settings, of, resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
     say(f"model: {model}")
 

@@ -23,6 +23,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises InputError naming the file and key for what is unreadable, unknown (with the nearest valid name) or out of range.
     """
+    return parse_config(load_tree(path, overrides), path)
+
+
+def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The YAML file at `path`, with overrides applied, before any check of what it says."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
@@ -43,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(path, "does not hold a configuration", "it must be a mapping of sections")
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree, path)
+    return tree
 
 
 def parse_config(tree: dict[str, Any], where: str | Path) -> Config:

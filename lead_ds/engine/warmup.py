@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import Config, StudentConfig, TeacherConfig
-from lead_ds.config.load import parse_config
+from lead_ds.config import Config, LossesConfig, StudentConfig, TeacherConfig
+from lead_ds.config.load import load_tree, parse_config
 from lead_ds.engine.distill import train
 from lead_ds.errors import InputError
 
@@ -21,6 +21,21 @@ def warmup(
     Every process of the run calls this. Raises InputError and RunError as `lead_ds.engine.distill.distill`.
     """
     return train(warmup_config(config, of), "model", resume=resume, command=command, quiet=quiet)
+
+
+def load_warmup(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A configuration file for a warm-up: where it names no teacher, it need not switch off the losses that read one.
+
+    Raises InputError as `lead_ds.config.load_config`.
+    """
+    tree = load_tree(path, overrides)
+    losses = tree.setdefault("losses", {})
+    if tree.get("teacher") is None and isinstance(losses, dict):
+        for name in LossesConfig.model_fields:
+            loss = losses.setdefault(name, {})
+            if name != "contrastive" and isinstance(loss, dict):
+                loss["weight"] = 0.0
+    return parse_config(tree, path)
 
 
 def warmup_config(config: Config, of: str = "student") -> Config:

@@ -1,6 +1,6 @@
 """A language model that answers yes or no: relevance is how far its logit of yes is ahead, read from every selected layer.
 
-Dimensions: K selected layers, Q queries, N passages of each query, B = Q * N prompts, L tokens, D width.
+Dimensions: K selected layers, B prompts, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from torch import Tensor
 
 from lead_ds.config import TeacherConfig
 from lead_ds.errors import InputError
+from lead_ds.models.pair_scorer import PairScorer
 from lead_ds.models.pooling import pool
-from lead_ds.models.scorer import Output, Scorer
-from lead_ds.relevance import ScoreFeatures
 
 if TYPE_CHECKING:
-    from lead_ds.data.batches import ModelBatch
     from lead_ds.data.tokens import Tokens
 
 
-class LLMReranker(Scorer):
+class LLMReranker(PairScorer):
     """logit(yes) - logit(no) at the prompt's last token.
 
     Two rows of the language-model head are copied once (gathered, where ZeRO-3 shards it) and the head is dropped: a
@@ -31,7 +29,6 @@ class LLMReranker(Scorer):
     """
 
     kind = "llm_reranker"
-    scope = "group"
     rows_2D: Tensor
     bias_2: Tensor
 
@@ -46,37 +43,7 @@ class LLMReranker(Scorer):
         self.logit_scale = float(getattr(shape, "logit_scale", None) or 1.0)  # Cohere
         self.logit_scale /= float(getattr(shape, "logits_scaling", None) or 1.0)  # Granite
 
-    def forward(
-        self,
-        batch: ModelBatch | None = None,
-        layers: Sequence[int] = (),
-        tap_layers: Sequence[int] = (),
-        *,
-        tokens: Tokens | None = None,
-    ) -> Any:
-        """Output with ScoreFeatures of a batch's prompts; or the final scores [B] of `tokens`, with `layers` those of the
-        layers and then the final ones [K + 1, B]."""
-        if tokens is not None:
-            scores_KB = self._scores(tokens, layers)
-            return scores_KB if layers else scores_KB[-1]
-        assert batch is not None
-        assert batch.pairs is not None
-        with self.tapping(tap_layers) as taps:
-            if batch.passes is not None:
-                scores_KB = self.in_passes(batch.passes, lambda tokens: self._scores(tokens, layers))
-            else:
-                scores_KB = self._scores(batch.pairs, layers)
-        s_KQN = scores_KB.unflatten(1, (-1, batch.group))
-        scale = self.config.scale
-        return Output(
-            final=ScoreFeatures(s_KQN[-1:], self.final_scale),
-            layers=ScoreFeatures(s_KQN[:-1], scale) if layers else None,
-            taps_queries=None,
-            taps_passages=taps,
-        )
-
     def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B]: the layers asked for, then the final score."""
         mask_BL = tokens["attention_mask"]
         read = self.run(tokens, layers, lambda state: pool(state, mask_BL, "last"), through_norm=False)
         logits_KB2 = torch.stack(read).float() @ self.rows_2D.float().T + self.bias_2.float()

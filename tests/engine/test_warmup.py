@@ -16,7 +16,7 @@ from lead_ds.config import StudentConfig, TeacherConfig, load_config
 from lead_ds.data.dataset import Dataset
 from lead_ds.data.qrels import read_run, write_run
 from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.warmup import warmup_config
+from lead_ds.engine.warmup import load_warmup, warmup_config
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.retrieval.evaluate import evaluate_path
@@ -221,6 +221,21 @@ def test_no_teacher_section(rooms: Path, root: Path) -> None:
     losses = warmup_config(load_config(write(root, rooms, "silent", 1, silent))).losses
     assert losses.contrastive.weight == 1.0  # a configuration that distils without labels
     assert not losses.needs_teacher
+
+
+def test_a_file_without_a_teacher_need_not_switch_off_what_reads_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "student: {path: bert}\ndata: {path: data}\nlosses: {layer: {k: 2}, contrastive: {temperature: 0.1}}\n"
+    )
+    with pytest.raises(InputError, match="a teacher section is missing"):
+        load_config(path)
+    losses = warmup_config(load_warmup(path, ["losses.response.weight=2"])).losses
+    assert (losses.needs_teacher, losses.contrastive.weight, losses.contrastive.temperature) == (False, 1.0, 0.1)
+    with pytest.raises(InputError, match=r"losses.layer.k"):
+        load_warmup(path, ["losses.layer.k=-1"])
+    with pytest.raises(InputError, match=r"run.yaml: losses"):
+        load_warmup(path, ["losses=1"])
 
 
 def test_two_processes_learn_what_one_learns(warmed: dict[str, Any], rooms: Path, root: Path) -> None:
