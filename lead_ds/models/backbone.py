@@ -157,6 +157,15 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Have a transformers model compute activations again in the backward pass instead of keeping them."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name that stays from transformers 6 on
+        model.activation_checkpointing_enable(how)
+    else:
+        model.gradient_checkpointing_enable(how)
+
+
 def check_layers(layers: Sequence[int], total: int, path: str) -> None:
     """InputError where an index is not one of a model's layers."""
     for i in layers:

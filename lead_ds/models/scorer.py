@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lead_ds.config import ModelConfig, TeacherConfig
-from lead_ds.models.backbone import is_decoder
+from lead_ds.models.backbone import checkpoint_activations, is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
 from lead_ds.models.grad_cache import recomputed
 from lead_ds.models.packing import packed_inputs, unpacked
@@ -112,7 +112,7 @@ class Scorer(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; captured layers stay exact."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(self.model)
 
     def compile_layers(self, **settings: Any) -> None:
         """torch.compile each transformer layer on its own, so that capturing hooks stay outside of the graphs."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lead_ds.models.backbone import checkpoint_activations
+
 
 class Ledger(TorchDispatchMode):
     """Live and peak bytes of the storages that operators create while it is open."""
@@ -59,7 +61,7 @@ def forward_bytes(
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if training and checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     with FakeTensorMode(), _fused_attention(), torch.set_grad_enabled(training):
         _give_fake_storage(model)
         known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
