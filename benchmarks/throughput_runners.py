@@ -288,7 +288,7 @@ def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
     losses = config.losses
     answers = None
     if reranker:
-        from lead_ds.data.tokens import load_tokenizer
+        from lead_ds.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(config.teacher.path, read_layout(config.teacher.path).subfolder, False)
         answers = answer_tokens(tokenizer, config.teacher)

@@ -24,7 +24,8 @@ from lead_ds.data.groups import Group, Groups
 from lead_ds.data.id_groups import IdGroups
 from lead_ds.data.pair_tokens import PairForm
 from lead_ds.data.texts import Texts
-from lead_ds.data.tokens import TextEncoder, tokenizer_checksum
+from lead_ds.data.tokenizer import tokenizer_checksum
+from lead_ds.data.tokens import TextEncoder
 from lead_ds.errors import InputError, RunError
 
 SHARD = 1 << 15  # texts of a file
@@ -42,7 +43,7 @@ class Column:
             "version": 1,
             "source": signature(texts.path),
             "kind": texts.kind,
-            "tokenizer": tokenizer_checksum(encoder),
+            "tokenizer": tokenizer_checksum(encoder.tokenizer),
             "prompt": prompt,
             "length": length,
             "texts_of_shard": SHARD,

@@ -5,23 +5,25 @@ Dimensions: B texts or pairs, L tokens of the longest of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import string
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.hub import hub_settings
 from lead_ds.data.model_files import ReadingFacts, reading_facts
+from lead_ds.data.tokenizer import (
+    end_with_eos,
+    keep_markers_whole,
+    leading_tokens,
+    load_tokenizer,
+    punctuation_tokens,
+)
 from lead_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +33,6 @@ Tokens = dict[str, Tensor]
 """input_ids, attention_mask, where the model uses them token_type_ids, and for ColBERT score_mask: int64 [B, L]."""
 
 Rows = Sequence[Sequence[int] | np.ndarray]
-
-_TOKENIZER_FILE = re.compile(r".*token.*\.(json|model)$|vocab|.*\.model$|tekken")
 
 
 @dataclass
@@ -81,11 +81,11 @@ class TextEncoder:
             )
         ]
         if kind == "dual_encoder" and (config.pooling == "last" or (config.pooling == "auto" and facts.last_pooling)):
-            _end_with_eos(tokenizer)
+            end_with_eos(tokenizer)
         expansion = facts.query_expansion if config.query_expansion is None else config.query_expansion
         punctuation = facts.mask_punctuation if config.mask_punctuation is None else config.mask_punctuation
         if kind == "colbert":
-            _keep_markers_whole(tokenizer, prompts)
+            keep_markers_whole(tokenizer, prompts)
             if expansion and tokenizer.mask_token_id is None:
                 raise InputError(config.path, "its tokenizer has no mask token", "set query_expansion: false")
         if kind == "llm_reranker" and not tokenizer.is_fast:
@@ -102,10 +102,10 @@ class TextEncoder:
             max_length=max_length,
             token_types=types if facts.token_types is None else types and facts.token_types,
             query_expansion=kind == "colbert" and expansion,
-            skip_tokens=_punctuation(tokenizer) if kind == "colbert" and punctuation else frozenset(),
+            skip_tokens=punctuation_tokens(tokenizer) if kind == "colbert" and punctuation else frozenset(),
             template=str(getattr(config, "template", "")),
             instruction=str(getattr(config, "instruction", "")),
-            leading=_leading_tokens(tokenizer),
+            leading=leading_tokens(tokenizer),
         )
 
     def serving(self) -> TextEncoder:
@@ -315,45 +315,6 @@ class TextEncoder:
             self.tokenizer.backend_tokenizer.no_truncation()
 
 
-def tokenizer_checksum(encoder: TextEncoder) -> str:
-    """A hash of what a tokenizer does: of all its state, or of a slow one's vocabulary."""
-    tokenizer = encoder.tokenizer
-    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
-    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
-
-
-def load_tokenizer(path: str, subfolder: str = "", trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a local directory or hub repository, with a pad token. Raises InputError when there is none."""
-    from transformers import AutoTokenizer
-
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise InputError(path, "no such folder", "path is a model's directory, or its name on the Hugging Face hub")
-    if folder.is_dir() and not any(file.is_file() and _TOKENIZER_FILE.match(file.name) for file in folder.glob("**/*")):
-        raise InputError(path, "holds no tokenizer files", "copy the model's tokenizer.json and tokenizer_config.json")
-    where = str(folder) if folder.is_dir() else path
-    if subfolder and folder.is_dir() and not list((folder / subfolder).glob("*token*")):
-        subfolder = ""  # older sentence-transformers directories keep the tokenizer at the top
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, subfolder=subfolder, trust_remote_code=trust_remote_code, **hub_settings(path)
-        )
-    except Exception as error:  # a foreign file can be wrong in any way
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        what = f"its tokenizer cannot be loaded: {reason[0][:160]}"
-        raise InputError(path, what, "check the path, that it holds tokenizer files, and access to the hub") from None
-    if tokenizer is None or not len(tokenizer):
-        raise InputError(path, "its tokenizer is empty", "add the model's tokenizer files")
-    if tokenizer.pad_token_id is None:
-        spare = tokenizer.eos_token or tokenizer.unk_token
-        if spare is None:
-            raise InputError(
-                path, "its tokenizer has neither a pad nor an eos token", "set one in tokenizer_config.json"
-            )
-        tokenizer.pad_token = spare
-    return tokenizer
-
-
 def _check_lengths(config: ModelConfig, kind: str, facts: ReadingFacts, max_length: int) -> None:
     if facts.positions is None:
         return
@@ -364,53 +325,3 @@ def _check_lengths(config: ModelConfig, kind: str, facts: ReadingFacts, max_leng
         if length > facts.positions:
             what = f"{name} is {length}, the model has {facts.positions} positions"
             raise InputError(config.path, what, f"set {name} to at most {facts.positions}")
-
-
-def _end_with_eos(tokenizer: Any) -> None:
-    ids = tokenizer("a")["input_ids"]
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast or (ids and ids[-1] in special):
-        return
-    from tokenizers import processors
-
-    backend = tokenizer.backend_tokenizer
-    state = json.loads(backend.post_processor.__getstate__()) if backend.post_processor is not None else None
-    steps = state["processors"] if state and state["type"] == "Sequence" else [state] if state else []
-    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
-    if template is None:
-        text = {name: {"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")}
-        template = {"single": [text["A"]], "pair": [text["A"], text["B"]], "special_tokens": {}}
-        template["type"] = "TemplateProcessing"
-        steps.append(template)
-    eos = tokenizer.eos_token
-    for name, type_id in (("single", 0), ("pair", 1)):
-        template[name].append({"SpecialToken": {"id": eos, "type_id": type_id}})
-    template["special_tokens"][eos] = {"id": eos, "ids": [tokenizer.eos_token_id], "tokens": [eos]}
-    processor = processors.Sequence([])
-    processor.__setstate__(json.dumps({"type": "Sequence", "processors": steps}).encode())
-    backend.post_processor = processor
-
-
-def _leading_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts before a text (BOS). What it may put after one would hide the end of a prompt."""
-    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    return tuple(whole[: whole.index(plain[0])]) if plain else ()
-
-
-def _keep_markers_whole(tokenizer: Any, prompts: list[str]) -> None:
-    """A prompt that is one entry of the vocabulary, such as ColBERT's [unused0], becomes one token and not its pieces."""
-    vocabulary = tokenizer.get_vocab()
-    for marker in {prompt.strip() for prompt in prompts} - {""}:
-        if marker in vocabulary and len(tokenizer.tokenize(marker)) > 1:
-            tokenizer.add_tokens([marker], special_tokens=True)
-
-
-def _punctuation(tokenizer: Any) -> frozenset[int]:
-    """Ids of tokens that are nothing but ASCII punctuation, in the middle of a word or at its start."""
-    marks = set(string.punctuation)
-    found = set()
-    for token, i in tokenizer.get_vocab().items():
-        bare = token.removeprefix("##").lstrip("Ġ▁")  # how WordPiece, byte-level BPE and SentencePiece mark words
-        if bare and set(bare) <= marks:
-            found.add(i)
-    return frozenset(found - set(tokenizer.all_special_ids))

@@ -7,7 +7,8 @@ from typing import Any
 
 from lead_ds.config import TeacherConfig
 from lead_ds.data.groups import Groups
-from lead_ds.data.tokens import TextEncoder, tokenizer_checksum
+from lead_ds.data.tokenizer import tokenizer_checksum
+from lead_ds.data.tokens import TextEncoder
 from lead_ds.engine.agreement import flat
 from lead_ds.errors import InputError
 from lead_ds.relevance import Scale
@@ -25,7 +26,7 @@ def teacher_facts(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> di
         "kind": teacher.kind,
         "checksum": model_checksum(teacher.path),
         "settings": deciding_settings(teacher),
-        "tokenizer": tokenizer_checksum(encoder),
+        "tokenizer": tokenizer_checksum(encoder.tokenizer),
         "query_prompt": encoder.query_prompt,
         "passage_prompt": encoder.passage_prompt,
         "seed": seed if teacher.weights == "random" else None,

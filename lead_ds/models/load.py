@@ -138,7 +138,7 @@ def _load(config: ModelConfig, kind: str, dtype: torch.dtype, depth: int | None 
             _cut(load_model(config, "classifier", dtype, layout.subfolder, depth), config), config
         ).eval()
     assert isinstance(config, TeacherConfig)
-    from lead_ds.data.tokens import load_tokenizer
+    from lead_ds.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.path, layout.subfolder, config.trust_remote_code)
     yes, no = answer_tokens(tokenizer, config)
