@@ -105,7 +105,7 @@ def rivals(name: str) -> dict[str, str]:
         return {column: column for column in COLUMNS}
     if arm.cut:
         return {"labels": "labels-cut", "response": "response-cut"}
-    return {"start": "start", "labels": "labels", "response": RESPONSE[arm.teacher]}
+    return {"start": "start", "labels": "labels", "response": arm.beside or RESPONSE[arm.teacher]}
 
 
 def weigh(values: dict[str, float], tests: tuple[str, ...]) -> dict[str, float]:
