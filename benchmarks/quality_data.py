@@ -56,8 +56,16 @@ def build_training(folder: Path, sets: Mapping[str, Path], size: Size) -> Path:
     write_collection(folder, corpus, queries, qrels)
     settings = MineSettings(number=size.negatives, depth=10 * size.negatives)
     mine("bm25", Dataset.open(folder), folder / "train.jsonl", "train", settings, quiet=True)
+    keep_full(folder / "train.jsonl", size.negatives)
     write_json(folder / DONE, facts(size, sets))
     return folder
+
+
+def keep_full(groups: Path, negatives: int) -> None:
+    """Leave out groups that lack negatives: what is drawn at random in their place would differ from seed to seed."""
+    lines = groups.read_text("utf-8").splitlines(keepends=True)
+    with atomic(groups) as temporary:
+        temporary.write_text("".join(x for x in lines if len(json.loads(x)["negatives"]) == negatives), "utf-8")
 
 
 def build_test(folder: Path, name: str, path: Path, size: Size, split: str = "test") -> Path:
