@@ -112,9 +112,12 @@ ARMS = [
     ),
     Arm(
         "lead-de-tuned",
-        "dual-encoder teacher, tuned: LEAD, layers 10, 11, 11 to 0, 1, 2, weight 3",
+        "dual-encoder teacher, tuned: the same + layer 10 to layer 1, weight 1",
         "de",
-        losses=_layer(weight=3.0, select="given", teacher_layers=[10, 11, 11], student_layers=[0, 1, 2]),
+        losses={
+            "response": {"weight": 3.0},
+            **_layer(select="given", teacher_layers=[10], student_layers=[1]),
+        },
         source="vectors",
         lr=TUNED_LR,
         beside="response-de-tuned",
