@@ -69,7 +69,7 @@ def teach(args: argparse.Namespace) -> None:
     for name in args.teacher:
         if name == "cb" and not models["cb"].exists():
             warm_up_colbert(args, models)
-        for lens in (False, True) if name in ("ce", "de") else (False,):
+        for lens in (False, True) if name == "ce" else (False,):
             arm = Arm("teach", "", name, source="vectors" if name == "de" else "relevance", lens=lens)
             tree = settings(
                 replace(arm, source="model"),
@@ -82,10 +82,9 @@ def teach(args: argparse.Namespace) -> None:
             )
             tree["teacher"]["batch_size"] = 64
             if lens:
-                folder = args.work / ("lens" if name == "ce" else f"lens-{name}")
-                tree["losses"]["layer"]["teacher_temperature"] = LENS_TEMPERATURE[name]
-                fit_lens(Config.model_validate(tree), folder)
-                tree["teacher"] |= {"lens": "tuned", "lens_path": str(folder)}
+                tree["losses"]["layer"]["teacher_temperature"] = LENS_TEMPERATURE
+                fit_lens(Config.model_validate(tree), args.work / "lens")
+                tree["teacher"] |= {"lens": "tuned", "lens_path": str(args.work / "lens")}
             vectors = DE_LAYERS if name == "de" else None
             write_cache(Config.model_validate(tree), cache_of(arm, args.work), vectors=vectors)
 
@@ -205,7 +204,7 @@ def warm_up_colbert(args: argparse.Namespace, models: dict[str, Path]) -> None:
 
 
 def fit_lens(config: Config, folder: Path) -> None:
-    """A teacher's tuned lens, fitted on the training groups."""
+    """The cross-encoder's tuned lens, fitted on the training groups."""
     from lead_ds.engine.fit_lens import Fit
     from lead_ds.engine.fit_lens import fit_lens as fit
 

@@ -38,7 +38,7 @@ DE_LAYERS = "3,6,7,8,9,10,11"  # whose vectors are kept: the upper half, and wha
 # A unit-length model's relevance lies in [-1, 1]: 1/20 makes of it what a cross-encoder's logits are.
 COSINE_TEMPERATURE = 0.05
 TEACHER_TEMPERATURE = {"ce": 3.0, "de": COSINE_TEMPERATURE, "cb": 1.0}
-LENS_TEMPERATURE = {"ce": 1.0, "de": COSINE_TEMPERATURE}  # that a lens is fitted at, and read at
+LENS_TEMPERATURE = 1.0  # that the cross-encoder's lens is fitted at, and read at
 MODELS = {"student": "minilm-l3", "ce": "reranker-l12", "de": "bge-small"}
 
 
@@ -69,7 +69,7 @@ def _layer(**settings: Any) -> dict[str, dict[str, Any]]:
 
 
 def _lens(**settings: Any) -> dict[str, dict[str, Any]]:
-    return _layer(teacher_temperature=LENS_TEMPERATURE["ce"], **settings)
+    return _layer(teacher_temperature=LENS_TEMPERATURE, **settings)
 
 
 ARMS = [
@@ -193,5 +193,5 @@ def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[st
 def cache_of(arm: Arm, work: Path) -> Path:
     """The folder of what an arm's teacher said of the training groups."""
     if arm.source == "vectors":
-        return work / f"vectors-{arm.teacher}{'-lens' if arm.lens else ''}"
+        return work / f"vectors-{arm.teacher}"
     return work / f"cache-{arm.teacher}{'-lens' if arm.lens else ''}"
