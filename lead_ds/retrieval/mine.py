@@ -216,10 +216,11 @@ def _choose(
     # A copy of another negative is no use either, but only of a positive does it teach the wrong thing.
     avoided = [_words(text) for text in corpus.texts(corpus.rows(positives))]
     chosen: list[str] = []
-    for name in kept:
+    # All rows at once: ids looked up one by one were two thirds of the time.
+    for name, row in zip(kept, corpus.rows(kept).tolist(), strict=True):
         if len(chosen) == settings.number:
             break
-        words = _words(corpus.text(corpus.row(name)))
+        words = _words(corpus.text(row))
         if any(_similarity(words, other) >= settings.similar for other in avoided):
             counts["copy"] += 1
             continue
