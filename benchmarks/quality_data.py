@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lead_ds.data.dataset import Dataset
@@ -109,12 +110,18 @@ def without_dropout(model: Path, folder: Path) -> Path:
     """A copy of a model whose configuration has no dropout: half of a CPU's training time, and noise between arms."""
     if folder.exists():
         return folder
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.copytree(model, partial, dirs_exist_ok=True)
-    config = read_json(partial / "config.json", "name a Hugging Face directory")
-    config |= {key: 0.0 for key in config if "dropout" in key and isinstance(config[key], (int, float))}
-    write_json(partial / "config.json", config)
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as place:
+        made = Path(place) / folder.name
+        shutil.copytree(model, made)
+        config = read_json(made / "config.json", "name a Hugging Face directory")
+        config |= {key: 0.0 for key in config if "dropout" in key and isinstance(config[key], (int, float))}
+        write_json(made / "config.json", config)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was first
+            if not folder.exists():
+                raise
     return folder
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from lead_ds.config import Config, EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage, load_config
 from lead_ds.errors import InputError
-from lead_ds.pipeline.fingerprints import Fingerprints, digest
+from lead_ds.pipeline.fingerprints import Fingerprints
 from lead_ds.pipeline.settings import deciding, existing, flat, in_yaml, options_of
-from lead_ds.pipeline.stage import Stage
+from lead_ds.pipeline.stage_graph import StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
 
-VERSION = 1  # of what decides a stage's output
 MAIN = "distilled"
 
 
@@ -46,9 +45,10 @@ class Recipe:
         self.pipeline = self.config.pipeline or PipelineConfig()
         self.output = Path(self.config.output)
         self.fingerprints = fingerprints or Fingerprints(self.output / "stages" / "fingerprints.json")
-        self.stages: dict[str, Stage] = {}
-        self.evaluations: list[Evaluation] = []
         self._data = Path(self.config.data.path).expanduser()
+        self._graph = StageGraph(self.output / "stages", self._data, self.fingerprints)
+        self.stages = self._graph.stages
+        self.evaluations: list[Evaluation] = []
         self._plan()
 
     def unchanged(self) -> bool:
@@ -77,7 +77,7 @@ class Recipe:
         sources = {"student": student, "teacher": teacher, "lens": lens, "cache": cache}
         distilled = self._train("distill", "distill", "", {}, groups, **sources)
         run = self.stages[distilled].folder / "run"
-        self._add("report", ["report", run, "--out"], "report", ("report/*",), needs=[distilled])
+        self._graph.add("report", ["report", run, "--out"], "report", ("report/*",), needs=[distilled])
         for name in pipeline.models:
             self._evaluate(name, {"first": first, "teacher": teacher, "student": student, MAIN: distilled}[name])
 
@@ -88,7 +88,7 @@ class Recipe:
             options = stage.model_dump(exclude={"kind", "src", "triples"}, exclude_defaults=True)
             commands.append([*command, *options_of(options), *([] if stage.triples else ["--no-triples"])])
         deciding = {"prepare": [stage.model_dump(mode="json") for stage in self.pipeline.prepare]}
-        self._add(
+        self._graph.add(
             "prepare", commands[0], None, ("*.jsonl", "qrels/*.tsv"), deciding, root=self._data, more=commands[1:]
         )
 
@@ -120,8 +120,8 @@ class Recipe:
     ) -> str:
         options = settings.model_dump(include=set(Mining.model_fields))
         command = ["mine", "--data", self._data, *source, *options_of(options), "--out"]
-        files = self._files("corpus.jsonl", "queries.jsonl", f"qrels/{settings.split}.tsv")
-        return self._add(
+        files = self._graph.files("corpus.jsonl", "queries.jsonl", f"qrels/{settings.split}.tsv")
+        return self._graph.add(
             name, command, "train.jsonl", ("train.jsonl",), {"mine": options} | inputs, needs, files, models=models
         )
 
@@ -146,7 +146,7 @@ class Recipe:
         given = self._given(config, wiring, groups, (of,) if of else ("student", "teacher"))
         tree |= given.tree
         product = "student" if command == "distill" else "model"
-        return self._add(
+        return self._graph.add(
             name,
             [command, self.path, *overrides, *(["--of", of] if of else [])],
             "run",
@@ -154,7 +154,7 @@ class Recipe:
             tree,
             needs,
             self._training_files(config, groups),
-            optional=self._files(f"qrels/{config.evaluation.split}.tsv") if config.evaluation.split else (),
+            optional=self._graph.files(f"qrels/{config.evaluation.split}.tsv") if config.evaluation.split else (),
             models=given.models,
             distributed=True,
             resumes="run/config.yaml",
@@ -184,7 +184,7 @@ class Recipe:
             tree["layer"] = config.losses.layer.model_dump(mode="json")
         given = self._given(config, wiring, groups, ("teacher",))
         tree |= given.tree
-        return self._add(
+        return self._graph.add(
             name,
             ["teach", self.path, *overrides, *(["--fit-lens"] if fits else []), *options, "--out"],
             "lens" if fits else "cache",
@@ -257,14 +257,14 @@ class Recipe:
     ) -> None:
         settings = self.pipeline.encode
         options = options_of(settings.model_dump(exclude_defaults=True))
-        self._add(
+        self._graph.add(
             name,
             ["encode", "--model", path, "--data", data, *options, "--out"],
             "vectors",
             ("vectors/*",),
             {"encode": {"dtype": settings.dtype}} | inputs,
             needs,
-            self._files("corpus.jsonl", data=data),
+            self._graph.files("corpus.jsonl", data=data),
             models=models,
             distributed=True,
             repairs=True,
@@ -274,7 +274,7 @@ class Recipe:
         settings = self.pipeline.index
         options = settings.model_dump(include={"factory", "gpus", "layout"}, exclude_defaults=True)
         command = ["index", "--vectors", self.stages[encode].folder / "vectors", *options_of(options), "--out"]
-        self._add(name, command, "index", ("index/*",), {"index": {"factory": settings.factory}}, [encode])
+        self._graph.add(name, command, "index", ("index/*",), {"index": {"factory": settings.factory}}, [encode])
 
     def _search(
         self, item: EvaluateStage, path: str, data: Path, parts: list[str], needs: list[str], inputs: dict[str, str]
@@ -294,16 +294,16 @@ class Recipe:
         qrels = f"qrels/{item.split}.tsv"
         index = self.stages[needs[-1]].folder / "index"
         command = ["search", "--model", path, "--data", data, "--index", index, *options_of(options)]
-        self._add(
+        self._graph.add(
             search,
             [*command, "--tag", search, "--out"],
             "run.trec",
             ("run.trec",),
             {"search": {key: value for key, value in options.items() if key != "gpus"}} | inputs,
             needs,
-            self._files("queries.jsonl", "corpus.jsonl", qrels, data=data),
+            self._graph.files("queries.jsonl", "corpus.jsonl", qrels, data=data),
         )
-        return self._add(
+        return self._graph.add(
             "-".join(["evaluate", *parts, item.split]),
             [
                 *["evaluate", "--run", self.stages[search].folder / "run.trec", "--qrels", existing(data / qrels)],
@@ -314,7 +314,7 @@ class Recipe:
             ("scores.json",),
             {"evaluate": {"measures": item.measures, "relevance_level": item.relevance_level}},
             [search],
-            self._files(qrels, data=data),
+            self._graph.files(qrels, data=data),
         )
 
     def _wiring(self, groups: str, **sources: str) -> tuple[dict[str, Any], list[str]]:
@@ -353,63 +353,5 @@ class Recipe:
 
     def _training_files(self, config: Config, groups: str) -> tuple[Path, ...]:
         """What a training command reads of the data, beside the groups that a stage makes."""
-        files = self._files("corpus.jsonl", "queries.jsonl")
-        return files if groups in self.stages else (*files, *self._files(config.data.train))
-
-    def _files(self, *names: str, data: Path | None = None) -> tuple[Path, ...]:
-        return tuple(existing((data or self._data) / name) for name in names)
-
-    def _add(
-        self,
-        name: str,
-        command: Sequence[Any],
-        product: str | None,
-        outputs: tuple[str, ...],
-        settings: Mapping[str, Any] | None = None,
-        needs: Sequence[str] = (),
-        files: tuple[Path, ...] = (),
-        *,
-        optional: tuple[Path, ...] = (),
-        root: Path | None = None,
-        resumes: str | None = None,
-        repairs: bool = False,
-        more: Sequence[Sequence[Any]] = (),
-        **facts: Any,
-    ) -> str:
-        """Add a stage whose command ends with the place of its product, in a folder named after what decides it."""
-        needs = [need for need in needs if need]
-        prepared = "prepare" in self.stages and any(self._data in file.parents for file in (*files, *optional))
-        if prepared:
-            needs = ["prepare", *needs]
-        read = [file for file in (*files, *optional) if not (prepared and self._data in file.parents)]
-        decided = {
-            "version": VERSION,
-            **(settings or {}),
-            "stages": {need: self.stages[need].digest for need in needs},
-            "files": [self.fingerprints.file(file) for file in read],
-        }
-        key = digest(decided)
-        folder = self.output / "stages" / f"{name}-{key[:10]}"
-        commands = [tuple(map(str, one)) for one in (command, *more)]
-        if product is not None:
-            place = f"output={in_yaml(str(folder / product))}" if resumes else str(folder / product)
-            # An override stands with the others, before options.
-            at = next((i for i, word in enumerate(commands[0]) if i > 1 and word.startswith("--")), None)
-            at = at if resumes else None
-            head, tail = (commands[0], ()) if at is None else (commands[0][:at], commands[0][at:])
-            commands[0] = (*head, place, *tail)
-        self.stages[name] = Stage(
-            name=name,
-            folder=folder,
-            digest=key,
-            commands=tuple(commands),
-            outputs=outputs,
-            root=root or folder,
-            needs=tuple(needs),
-            deciding=decided,
-            files=tuple(file for file in files if file in read),
-            resumes=folder / resumes if resumes else None,
-            repairs=repairs or resumes is not None,
-            **facts,
-        )
-        return name
+        files = self._graph.files("corpus.jsonl", "queries.jsonl")
+        return files if groups in self.stages else (*files, *self._graph.files(config.data.train))
