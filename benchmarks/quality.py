@@ -247,6 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     one.set_defaults(call=run)
     one = commands.add_parser("report", parents=[every], help="tables of means, intervals and tests")
     one.add_argument("--out", type=Path, required=True, help="JSON; a page of the same name with .md beside it")
+    one.add_argument("--keep", action="store_true", help="keep rows of OUT whose arms WORK has no runs of")
     one.set_defaults(call=report)
     args = parser.parse_args(arguments)
     args.call(args)
@@ -256,7 +257,7 @@ def report(args: argparse.Namespace) -> None:
     """Write the tables."""
     from benchmarks.quality_report import write
 
-    print(write(scores_of(args), args.out))
+    print(write(scores_of(args), args.out, args.keep))
 
 
 if __name__ == "__main__":

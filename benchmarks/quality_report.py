@@ -11,8 +11,9 @@ import numpy as np
 
 from benchmarks.quality import OTHERS, TRAINED_ON
 from benchmarks.quality_arms import BY_NAME
+from lead_ds.errors import InputError
 from lead_ds.retrieval.evaluate import compare
-from lead_ds.retrieval.files import atomic, write_json
+from lead_ds.retrieval.files import atomic, read_json, write_json
 from lead_ds.retrieval.metrics import Scores
 
 MEASURE = "nDCG@10"
@@ -70,6 +71,7 @@ def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
             "arm": name,
             "about": ABOUT.get(name) or (BY_NAME[name].about if name in BY_NAME else name),
             "seeds": sorted(runs[name]),
+            "dates": sorted({str(run.get("date")) for run in runs[name].values()}),
             "mean": macro(values, tests),
             **{test: macro(values, (test,)) for test in tests},
             "by_seed": [macro(per_query({seed: run}, tests, MEASURE), tests) for seed, run in runs[name].items()],
@@ -94,6 +96,17 @@ def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
                     "test": found.test,
                 }
         rows.append(row)
+    return rows
+
+
+def with_earlier(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and those earlier ones whose arms they lack."""
+    made = {row["arm"] for row in rows}
+    return [*rows, *(row for row in earlier if row["arm"] not in made)]
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as the arms are told."""
     order = {name: i for i, name in enumerate(["start", *BY_NAME, "teacher-de"])}
     return sorted(rows, key=lambda row: order.get(row["arm"], len(order)))
 
@@ -114,13 +127,24 @@ def weigh(values: dict[str, float], tests: tuple[str, ...]) -> dict[str, float]:
     return {q: v * len(values) / (len(tests) * sizes[q.split(":")[0]]) for q, v in values.items()}
 
 
-def write(folder: Path, out: Path) -> str:
-    """JSON at `out` and the same as a Markdown table beside it; the table."""
+def write(folder: Path, out: Path, keep: bool = False) -> str:
+    """JSON at `out` and the same as a Markdown table beside it; the table.
+
+    keep: rows that `out` has and the runs of `folder` do not make stay. Raises InputError where those were made otherwise.
+    """
     runs = read_runs(folder)
-    trained, others = rows_of(runs, TRAINED_ON), rows_of(runs, OTHERS)
+    if not runs:
+        raise InputError(str(folder), "has no scores", "call `run` first")
     one = next(iter(next(iter(runs.values())).values()))
-    facts = {key: one.get(key) for key in ("date", "machine", "versions", "steps", "batch", "lr")}
-    write_json(out, {"measure": MEASURE, **facts, "trained_on": trained, "others": others})
+    facts = {"measure": MEASURE} | {
+        key: one.get(key) for key in ("date", "machine", "versions", "steps", "batch", "lr")
+    }
+    earlier = read_json(out, "leave --keep out") if keep and out.exists() else {}
+    if earlier and (different := [key for key in ("measure", "steps", "batch", "lr") if earlier[key] != facts[key]]):
+        raise InputError(str(out), f"was made with another {different[0]}", "name another file, or leave --keep out")
+    tables = {"trained_on": rows_of(runs, TRAINED_ON), "others": rows_of(runs, OTHERS)}
+    trained, others = (in_order(with_earlier(rows, earlier.get(key, []))) for key, rows in tables.items())
+    write_json(out, {**facts, "trained_on": trained, "others": others})
     text = "\n\n".join(
         f"### {title}\n\n{markdown(rows, tests)}"
         for title, rows, tests in (

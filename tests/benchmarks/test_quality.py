@@ -13,6 +13,7 @@ from benchmarks.quality_data import Size, build_test, build_training, without_dr
 from benchmarks.quality_report import rows_of, write
 from lead_ds.config import Config
 from lead_ds.data.dataset import Dataset
+from lead_ds.errors import InputError
 from tests.helpers.tiny import tiny_dataset
 
 TESTS = ("squadshifts", "medquad", "tldr")
@@ -81,3 +82,23 @@ def test_the_table_tells_a_difference_from_none(tmp_path: Path) -> None:
     assert rows["lead"]["seeds"] == [1, 2]
     assert table.count("| LEAD") == 1
     assert rows_of({}, TESTS) == []
+
+
+def test_rows_of_an_earlier_table_stay_where_asked(tmp_path: Path) -> None:
+    def runs(folder: str, arm: str, steps: int, value: float) -> Path:
+        (tmp_path / folder).mkdir()
+        tree = {"scores": {test: {"nDCG@10": {"q": value}} for test in TESTS}, "steps": steps}
+        (tmp_path / folder / f"{arm}-1.json").write_text(json.dumps(tree))
+        return tmp_path / folder
+
+    out = tmp_path / "out.json"
+    write(runs("one", "labels", 1, 0.25), out)
+    write(runs("two", "response", 1, 0.75), out, keep=True)
+    rows = json.loads(out.read_text())["trained_on"]
+    assert [(row["arm"], row["mean"]) for row in rows] == [("labels", 0.25), ("response", 0.75)]
+    with pytest.raises(InputError, match="another steps"):
+        write(runs("three", "lead", 2, 0.5), out, keep=True)
+    write(tmp_path / "two", out)
+    assert [row["arm"] for row in json.loads(out.read_text())["trained_on"]] == ["response"]
+    with pytest.raises(InputError, match="no scores"):
+        write(tmp_path / "four", out)
