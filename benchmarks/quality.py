@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -41,6 +42,7 @@ from benchmarks.quality_arms import (
 from benchmarks.quality_data import Size, build_test, build_training, without_dropout
 from lead_ds.config import Config, StudentConfig
 from lead_ds.data.dataset import Dataset
+from lead_ds.errors import LeadError
 from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
 from lead_ds.retrieval.files import read_json, write_json
 
@@ -250,7 +252,11 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--keep", action="store_true", help="keep rows of OUT whose arms WORK has no runs of")
     one.set_defaults(call=report)
     args = parser.parse_args(arguments)
-    args.call(args)
+    try:
+        args.call(args)
+    except LeadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
 
 
 def report(args: argparse.Namespace) -> None:
