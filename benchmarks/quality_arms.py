@@ -48,8 +48,9 @@ class Arm:
 
     source: what a teacher is read from. relevance: what `lead-ds teach` wrote of a query's own passages; vectors: of every text,
     so that all passages of the batch are compared; model: the model itself, where a dual encoder compares the same, and
-    `cotrain` trains it along. cut: the student is cut out of the dual encoder, and learns at CUT_LR. lr: another than the
-    others'. beside: the arm of response KL that it is held against, where that is not its teacher's own.
+    `cotrain` trains it along (without dropout, as the student). cut: the student is cut out of the dual encoder, and learns
+    at CUT_LR. lr: another than the others'. beside: the arm of response KL that it is held against, where that is not its
+    teacher's own.
     """
 
     name: str
@@ -93,8 +94,8 @@ ARMS = [
         losses=_layer(select="random", layer_temperature=10.0),
     ),
     Arm("lead-plain", "LEAD without re-weighting, last 3 layers", losses=_layer(reweight=False)),
-    Arm("response-de", "labels + response KL, dual-encoder teacher", "de", source="model"),
-    Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer(), source="model"),
+    Arm("response-de", "labels + response KL, dual-encoder teacher", "de", source="vectors"),
+    Arm("lead-de", "LEAD, last 3 layers, dual-encoder teacher", "de", losses=_layer(), source="vectors"),
     Arm(
         "lead-de-attention",
         "the same + attention KL",
@@ -135,7 +136,20 @@ ARMS = [
     Arm("response-cb", "labels + response KL, ColBERT teacher", "cb"),
     Arm("lead-cb", "LEAD, last 3 layers, ColBERT teacher", "cb", losses=_layer()),
     Arm(
-        "lead-cotrained", "LEAD, last 3 layers, co-trained cross-encoder", losses=_layer(), source="model", cotrain=True
+        "response-de-cotrained",
+        "labels + response KL, co-trained dual-encoder teacher",
+        "de",
+        source="model",
+        cotrain=True,
+    ),
+    Arm(
+        "lead-de-cotrained",
+        "LEAD, last 3 layers, co-trained dual-encoder teacher",
+        "de",
+        losses=_layer(),
+        source="model",
+        cotrain=True,
+        beside="response-de-cotrained",
     ),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -186,8 +200,8 @@ def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[st
     assert arm.teacher is not None
     if arm.source != "model":
         return {"kind": "cached", "path": str(cache_of(arm, work))}
-    own = {**TEACHERS[arm.teacher], "path": str(models[arm.teacher]), "dtype": "fp32"}
-    return {**own, "train": True} if arm.cotrain else own
+    path = models["cut" if arm.cotrain else arm.teacher]  # `cut` is the dual encoder without dropout
+    return {**TEACHERS[arm.teacher], "path": str(path), "dtype": "fp32", "train": arm.cotrain}
 
 
 def cache_of(arm: Arm, work: Path) -> Path:

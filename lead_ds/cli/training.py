@@ -53,8 +53,9 @@ def warmup(
     Then:           lead-ds distill run.yaml teacher.path=runs/teacher/model student.path=runs/student/model
 
     The contrastive loss of the configuration, over in-batch and hard negatives; a cross-encoder's over the query's own
-    passages. A teacher brings its own lr and lengths. A cross-encoder made of a model without a scoring head is given a
-    new one. Writes model/ to the output folder, beside checkpoints/, metrics.jsonl, config.yaml, run.json and monitor/.
+    passages. A teacher brings its own temperature, lr and lengths. A cross-encoder made of a model without a scoring head
+    is given a new one. Writes model/ to the output folder, beside checkpoints/, metrics.jsonl, config.yaml, run.json and
+    monitor/.
     """
     from lead_ds.engine.warmup import load_warmup
     from lead_ds.engine.warmup import warmup as run

@@ -155,6 +155,9 @@ class ContrastiveLoss(Section):
 
     weight: Weight = 1.0
     temperature: Temperature = 1.0
+    teacher_temperature: Temperature | None = Field(
+        None, description="of a teacher that is trained, along or by `warmup --of teacher`; null: temperature"
+    )
     scope: Literal["auto", "batch", "group"] = Field(
         "auto", description="over every passage of the batch, or the query's own; auto: batch"
     )

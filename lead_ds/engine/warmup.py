@@ -41,8 +41,8 @@ def load_warmup(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def warmup_config(config: Config, of: str = "student") -> Config:
     """The run that a warm-up is: the model of section `of` as student, no teacher, the contrastive loss alone.
 
-    A teacher brings its own lr and lengths. Where it will be read by cosines it is trained on them: with vectors of unit
-    length. Raises InputError for a section that is missing or whose kind cannot be trained on labels.
+    A teacher brings its own lr, temperature and lengths. Where it will be read by cosines it is trained on them: with
+    vectors of unit length. Raises InputError for a section that is missing or whose kind cannot be trained on labels.
     """
     if of not in ("student", "teacher"):
         raise InputError("--of", f"{of!r} is no model of the configuration", "use student or teacher")
@@ -50,6 +50,9 @@ def warmup_config(config: Config, of: str = "student") -> Config:
     if of == "teacher":
         tree["student"] = trained(config.teacher)
         tree["train"]["lr"] = tree["teacher"]["lr"] or tree["train"]["lr"]
+        contrastive = tree["losses"]["contrastive"]
+        contrastive["temperature"] = contrastive["teacher_temperature"] or contrastive["temperature"]
+    tree["losses"]["contrastive"]["teacher_temperature"] = None
     tree["teacher"] = None
     for name, loss in tree["losses"].items():
         # A configuration that distils without labels can be warmed up, too.

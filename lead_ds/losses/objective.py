@@ -133,13 +133,15 @@ class Objective(torch.nn.Module):
 
     def _add_contrastive(self, views: Views, add: Callable[[str, float, Tensor], None]) -> None:
         config = self.losses.contrastive
-        add("contrastive", config.weight, self._contrastive(views.contrastive, views.contrastive_target))
+        own = contrastive_loss(views.contrastive, views.contrastive_target, config.temperature)
+        add("contrastive", config.weight, own)
         if self.cotrain:
             teacher = _given(views.teacher_contrastive, "teacher_contrastive")
             # A model of pairs sees the query's own passages only, even where the student sees the whole batch.
             same = shape(teacher) == shape(views.contrastive)
             target = views.contrastive_target if same else _given(views.target, "target")
-            add("teacher_contrastive", config.weight, self._contrastive(teacher, target))
+            taught = contrastive_loss(teacher, target, config.teacher_temperature or config.temperature)
+            add("teacher_contrastive", config.weight, taught)
 
     def _add_final(self, views: Views, add: Callable[[str, float, Tensor], None]) -> None:
         response, margin = self.losses.response, self.losses.margin_mse
@@ -155,9 +157,6 @@ class Objective(torch.nn.Module):
         if margin.weight > 0:
             group = _given(views.group, "group")
             add("margin_mse", margin.weight, margin_mse(teacher, student, target, group, margin.teacher_scale))
-
-    def _contrastive(self, relevance: Relevance, target_Q: Tensor) -> Tensor:
-        return contrastive_loss(relevance, target_Q, self.losses.contrastive.temperature)
 
     def _teacher(self, relevance: Relevance | None) -> Relevance:
         relevance = _given(relevance, "teacher")

@@ -141,7 +141,8 @@ class Recipe:
         if of:
             for part in ("student" if of == "teacher" else "teacher", "losses"):
                 tree.pop(part, None)
-            tree |= {"contrastive": config.losses.contrastive.model_dump(exclude_defaults=True)}
+            others = {"teacher_temperature"} if of == "student" else set()
+            tree |= {"contrastive": config.losses.contrastive.model_dump(exclude_defaults=True, exclude=others)}
             del tree["deepspeed"]["teacher"]
         given = self._given(config, wiring, groups, (of,) if of else ("student", "teacher"))
         tree |= given.tree

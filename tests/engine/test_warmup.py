@@ -217,6 +217,10 @@ def test_no_teacher_section(rooms: Path, root: Path) -> None:
     config = load_config(write(root, rooms, "alone", 1, {})).model_copy(update={"teacher": None})
     with pytest.raises(InputError, match=r"teacher: is missing .*--of student"):
         warmup_config(config, "teacher")
+    warm = {"losses": {"contrastive": {"temperature": 0.05, "teacher_temperature": 2.0}}}
+    both = load_config(write(root, rooms, "both", 1, warm))
+    assert warmup_config(both, "teacher").losses.contrastive.temperature == 2.0
+    assert warmup_config(both, "student").losses.contrastive.temperature == 0.05
     silent = {"losses": {"contrastive": {"weight": 0.0}}}
     losses = warmup_config(load_config(write(root, rooms, "silent", 1, silent))).losses
     assert losses.contrastive.weight == 1.0  # a configuration that distils without labels

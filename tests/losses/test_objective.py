@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lead_ds.config import LossesConfig
 from lead_ds.errors import InputError
-from lead_ds.losses import Objective, Views, margin_mse
+from lead_ds.losses import Objective, Views, contrastive_loss, margin_mse
 from lead_ds.relevance import Relevance, VectorFeatures
 
 Q, N, P = 3, 4, 12
@@ -105,6 +105,22 @@ def test_a_cotrained_teacher_of_pairs_is_judged_in_its_group() -> None:
     output = Objective(losses(contrastive=1), cotrain=True)(scene.views)
     expected = -scores[0].log_softmax(-1)[:, 0].mean()
     torch.testing.assert_close(output.parts["teacher_contrastive"], expected)
+
+
+def test_a_cotrained_teacher_has_a_temperature_of_its_own() -> None:
+    scene = Scene()
+    settings = losses(contrastive=1)
+    alike = Objective(settings, cotrain=True)(scene.views).parts
+    settings = settings.model_copy(
+        update={"contrastive": settings.contrastive.model_copy(update={"teacher_temperature": 3.0})}
+    )
+    parts = Objective(settings, cotrain=True)(scene.views).parts
+    teacher = scene.views.teacher_contrastive
+    assert teacher is not None
+    expected = contrastive_loss(teacher, scene.views.contrastive_target, 3.0)
+    torch.testing.assert_close(parts["teacher_contrastive"], expected)
+    torch.testing.assert_close(parts["contrastive"], alike["contrastive"])
+    assert parts["teacher_contrastive"] != alike["teacher_contrastive"]
 
 
 def test_contrastive_by_hand_with_temperature() -> None:
