@@ -73,15 +73,7 @@ def teach(args: argparse.Namespace) -> None:
             warm_up_colbert(args, models)
         for lens in (False, True) if name == "ce" else (False,):
             arm = Arm("teach", "", name, source="vectors" if name == "de" else "relevance", lens=lens)
-            tree = settings(
-                replace(arm, source="model"),
-                args.work,
-                models,
-                steps=args.steps,
-                batch=args.batch,
-                lr=args.lr,
-                seed=888,
-            )
+            tree = settings(replace(arm, source="model"), args.work, models, seed=888, **sizes_of(args))
             tree["teacher"]["batch_size"] = 64
             if lens:
                 tree["losses"]["layer"]["teacher_temperature"] = LENS_TEMPERATURE
@@ -122,7 +114,7 @@ def train(args: argparse.Namespace, models: dict[str, Path], arm: Arm, seed: int
     """One run: the student's folder, and what is worth keeping of it."""
     from lead_ds.engine.distill import distill
 
-    tree = settings(arm, args.work, models, steps=args.steps, batch=args.batch, lr=args.lr, seed=seed)
+    tree = settings(arm, args.work, models, seed=seed, **sizes_of(args))
     for override in args.set or []:
         key, _, value = override.partition("=")
         at = tree
@@ -186,6 +178,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """How large a run is: what the command line says, and the negatives that `build` mined."""
+    size = read_json(args.work / SETTINGS, "call `build` first")["size"]
+    return {"negatives": size["negatives"], "steps": args.steps, "batch": args.batch, "lr": args.lr}
+
+
 def models_of(args: argparse.Namespace) -> dict[str, Path]:
     """Where the models are."""
     named = {key: args.models / name for key, name in MODELS.items()}
@@ -198,7 +196,7 @@ def warm_up_colbert(args: argparse.Namespace, models: dict[str, Path]) -> None:
     """A ColBERT out of the dual encoder, on the training groups' labels."""
     from lead_ds.engine.warmup import warmup
 
-    tree = settings(BY_NAME["labels"], args.work, models, steps=args.steps, batch=args.batch, lr=args.lr, seed=888)
+    tree = settings(BY_NAME["labels"], args.work, models, seed=888, **sizes_of(args))
     tree["student"] = {**TEACHERS["cb"], "path": str(models["de"]), "token_dim": 128, "normalize": True}
     tree["losses"]["contrastive"]["temperature"] = 1.0
     tree["output"] = str(args.work / "colbert")

@@ -156,15 +156,15 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 
 
 def settings(
-    arm: Arm, work: Path, models: Mapping[str, Path], *, steps: int, batch: int, lr: float, seed: int
+    arm: Arm, work: Path, models: Mapping[str, Path], *, negatives: int, steps: int, batch: int, lr: float, seed: int
 ) -> dict[str, Any]:
-    """The configuration of a run: a tree for `Config`."""
+    """The configuration of a run: a tree for `Config`. negatives: of each query, as many as `build` mined."""
     temperature = TEACHER_TEMPERATURE[arm.teacher or "ce"]
     student_temperature = COSINE_TEMPERATURE
     tree: dict[str, Any] = {
         "seed": seed,
         "student": {**STUDENT, "path": str(models["cut" if arm.cut else "student"]), **(CUT if arm.cut else {})},
-        "data": {"path": str(work / "train"), "negatives": 4},
+        "data": {"path": str(work / "train"), "negatives": negatives},
         "losses": {
             "contrastive": {"weight": 1.0, "temperature": student_temperature},
             "response": {
