@@ -1,22 +1,24 @@
 """The configuration: one pydantic tree (`schema`), read from YAML with `key=value` overrides (`load`)."""
 
 from lead_ds.config.load import load_config, save_config
-from lead_ds.config.mining import MineSettings
-from lead_ds.config.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
-from lead_ds.config.schema import (
+from lead_ds.config.losses import (
     AttentionLoss,
-    Config,
     ContrastiveLoss,
-    DataConfig,
-    DeepSpeedFiles,
-    EvaluationConfig,
     LayerLoss,
     LossesConfig,
     MarginMSELoss,
+    ResponseLoss,
+)
+from lead_ds.config.mining import MineSettings
+from lead_ds.config.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
+from lead_ds.config.schema import (
+    Config,
+    DataConfig,
+    DeepSpeedFiles,
+    EvaluationConfig,
     ModelConfig,
     MonitorConfig,
     ProfileConfig,
-    ResponseLoss,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
