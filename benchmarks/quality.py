@@ -4,6 +4,7 @@
     python -m benchmarks.quality teach  --models MODELS --work WORK [--teacher ce de cb]
     python -m benchmarks.quality run    --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
     python -m benchmarks.quality report --work WORK --out benchmarks/results/quality.json
+    python -m benchmarks.quality layers --work WORK --out benchmarks/results/quality-layers.json
 
 `run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are asked once.
 
@@ -40,7 +41,7 @@ from benchmarks.quality_arms import (
     settings,
 )
 from benchmarks.quality_data import Size, build_test, build_training, without_dropout
-from lead_ds.config import Config, StudentConfig
+from lead_ds.config import Config, DataConfig, StudentConfig
 from lead_ds.data.dataset import Dataset
 from lead_ds.errors import LeadError
 from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
@@ -245,6 +246,10 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--set", nargs="*", help="further settings, as KEY=JSON, for trials under another --tag")
     one.add_argument("--tag", default="", help="added to the names of results")
     one.set_defaults(call=run)
+    one = commands.add_parser("layers", parents=[every], help="what the dual encoder's layers know, by temperature")
+    one.add_argument("--batch", type=int, default=16, help="queries that share their passages")
+    one.add_argument("--out", type=Path, required=True, help="JSON")
+    one.set_defaults(call=layers)
     one = commands.add_parser("report", parents=[every], help="tables of means, intervals and tests")
     one.add_argument("--out", type=Path, required=True, help="JSON; a page of the same name with .md beside it")
     one.add_argument("--keep", action="store_true", help="keep rows of OUT whose arms WORK has no runs of")
@@ -255,6 +260,17 @@ def main(arguments: list[str] | None = None) -> None:
     except LeadError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
+
+
+def layers(args: argparse.Namespace) -> None:
+    """What `teach` kept of the dual encoder, layer by layer."""
+    from benchmarks.quality_layers import layers_of, markdown
+
+    negatives = read_json(args.work / SETTINGS, "call `build` first")["size"]["negatives"]
+    data = DataConfig(path=str(args.work / "train"), negatives=negatives)
+    rows = layers_of(data, args.work / "vectors-de", args.batch)
+    write_json(args.out, {"batch": args.batch, **machine(), "layers": rows})
+    print(markdown(rows))
 
 
 def report(args: argparse.Namespace) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.quality_arms import ARMS, settings
 from benchmarks.quality_data import Size, build_test, build_training, without_dropout
+from benchmarks.quality_layers import hidden, row_of
 from benchmarks.quality_report import rows_of, write
 from lead_ds.config import Config
 from lead_ds.data.dataset import Dataset
+from lead_ds.data.groups import Group
 from lead_ds.errors import InputError
 from tests.helpers.tiny import tiny_dataset
 
@@ -102,3 +107,19 @@ def test_rows_of_an_earlier_table_stay_where_asked(tmp_path: Path) -> None:
     assert [row["arm"] for row in json.loads(out.read_text())["trained_on"]] == ["response"]
     with pytest.raises(InputError, match="no scores"):
         write(tmp_path / "four", out)
+
+
+def test_what_a_layer_knows_by_hand() -> None:
+    def group(keys: list[int], positives: list[int]) -> Group:
+        return Group("q", "?", [], [], np.array(keys), np.array(positives))
+
+    # The second group's negative answers the first query too: no candidate for it.
+    mask = hidden([group([1, 5], [1, 7]), group([2, 7], [2])])
+    assert mask.tolist() == [[False, False, False, True], [False, False, False, False]]
+    cosines = torch.tensor([[0.4, 0.2, 0.2, 9.0], [0.1, 0.1, 0.1, 0.3]]).masked_fill(mask, -torch.inf)
+    row = row_of("3", cosines, cosines, batch=2, size=2)
+    assert (row["accuracy"], row["correlation"]) == (0.5, 1.0)
+    first = math.log(1 + 2 * math.exp(-1.0))
+    second = math.log(3 + math.exp(1.0))
+    assert row["nll"]["0.2"] == pytest.approx((first + second) / 2, abs=1e-3)
+    assert row["nll"][str(row["best_temperature"])] == min(row["nll"].values())
