@@ -149,7 +149,6 @@ ARMS = [
         losses=_layer(),
         source="model",
         cotrain=True,
-        beside="response-de-cotrained",
     ),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
