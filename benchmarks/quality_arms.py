@@ -199,6 +199,7 @@ def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[st
     assert arm.teacher is not None
     if arm.source != "model":
         return {"kind": "cached", "path": str(cache_of(arm, work))}
+    assert not arm.cotrain or arm.teacher == "de", "only the dual encoder is there without dropout"
     path = models["cut" if arm.cotrain else arm.teacher]  # `cut` is the dual encoder without dropout
     return {**TEACHERS[arm.teacher], "path": str(path), "dtype": "fp32", "train": arm.cotrain}
 
