@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "losses": {"contrastive": {"temperature": 0.2}},
             "extra_teacher": {
                 "token_dim": 12,
-                "lr": 5e-3,
+                "lr": 1e-3,
                 "query_expansion": True,
                 "mask_punctuation": True,
                 "query_length": 20,
