@@ -1,11 +1,13 @@
 """What layer distillation brings, measured: the same student trained in many ways, tested on held-out collections.
 
     python -m benchmarks.quality build  --data DATA --work WORK
+    python -m benchmarks.quality mine   --models MODELS --work WORK
     python -m benchmarks.quality teach  --models MODELS --work WORK [--teacher ce de cb]
     python -m benchmarks.quality run    --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
     python -m benchmarks.quality report --work WORK --out benchmarks/results/quality.json
     python -m benchmarks.quality layers --work WORK --out benchmarks/results/quality-layers.json
 
+`mine`, before `teach`, puts negatives that the student itself finds in the place of BM25's.
 `run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are asked once.
 
 DATA holds collections in BEIR's layout, one folder each (squadshifts, medquad, tldr, scifact, cranfield, vaswani); MODELS holds
@@ -40,7 +42,7 @@ from benchmarks.quality_arms import (
     cache_of,
     settings,
 )
-from benchmarks.quality_data import Size, build_test, build_training, without_dropout
+from benchmarks.quality_data import Size, build_test, build_training, mine_by, without_dropout
 from lead_ds.config import Config, DataConfig, StudentConfig
 from lead_ds.data.dataset import Dataset
 from lead_ds.errors import LeadError
@@ -62,6 +64,13 @@ def build(args: argparse.Namespace) -> None:
     for name in TRAINED_ON:
         build_test(args.work / "dev" / name, name, args.data / name, size, "dev")
     write_json(args.work / SETTINGS, {"size": vars(size)})
+
+
+def mine(args: argparse.Namespace) -> None:
+    """Hard negatives by the student as it is, in the place of BM25's."""
+    told = read_json(args.work / SETTINGS, "call `build` first")
+    mine_by(models_of(args)["student"], args.work / "train", told["size"]["negatives"])
+    write_json(args.work / SETTINGS, {**told, "negatives by": "student"})
 
 
 def teach(args: argparse.Namespace) -> None:
@@ -151,6 +160,7 @@ def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:
         scores = evaluate_model(scorer, encoder, dataset, args.split, MEASURES, quiet=True)
         known[test] = scores.per_query
     facts = {"arm": name, "seed": seed, "steps": args.steps, "batch": args.batch, "lr": args.lr, "set": args.set or []}
+    facts["negatives by"] = read_json(args.work / SETTINGS, "call `build` first").get("negatives by", "bm25")
     facts |= {**told, "test_seconds": time.perf_counter() - started, **machine()}
     write_json(path, {**facts, "scores": known})
     means = {test: round(mean(known[test]["nDCG@10"]), 4) for test in known}
@@ -222,9 +232,10 @@ def main(arguments: list[str] | None = None) -> None:
     every.add_argument("--split", choices=["test", "dev"], default="test", help="whose queries are asked")
     models = argparse.ArgumentParser(add_help=False)
     models.add_argument("--models", type=Path, required=True, help="folder of models")
-    models.add_argument("--steps", type=int, default=100)
-    models.add_argument("--batch", type=int, default=16, help="queries of a step")
-    models.add_argument("--lr", type=float, default=5e-5)
+    steps = argparse.ArgumentParser(add_help=False)
+    steps.add_argument("--steps", type=int, default=100, help="of a run")
+    steps.add_argument("--batch", type=int, default=16, help="queries of a step")
+    steps.add_argument("--lr", type=float, default=5e-5, help="highest learning rate, where an arm has none of its own")
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--data", type=Path, required=True, help="folder of collections")
     one = commands.add_parser("build", parents=[every, data], help="draw the collections")
@@ -233,10 +244,12 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--passages", type=int, default=2500, help="passages of a test corpus; 0: all")
     one.add_argument("--negatives", type=int, default=4, help="hard negatives of a query")
     one.set_defaults(call=build)
-    one = commands.add_parser("teach", parents=[every, models], help="run the teachers once")
+    one = commands.add_parser("mine", parents=[every, models], help="negatives by the student in the place of BM25's")
+    one.set_defaults(call=mine)
+    one = commands.add_parser("teach", parents=[every, models, steps], help="run the teachers once")
     one.add_argument("--teacher", nargs="+", default=["ce", "de", "cb"], choices=["ce", "de", "cb"])
     one.set_defaults(call=teach)
-    one = commands.add_parser("run", parents=[every, models], help="train and test")
+    one = commands.add_parser("run", parents=[every, models, steps], help="train and test")
     names = ["start", "teacher-de", *(arm.name for arm in ARMS)]
     one.add_argument("--arms", nargs="+", default=names, choices=names)
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])

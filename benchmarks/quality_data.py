@@ -62,6 +62,14 @@ def build_training(folder: Path, sets: Mapping[str, Path], size: Size) -> Path:
     return folder
 
 
+def mine_by(model: Path, folder: Path, negatives: int) -> None:
+    """A model's negatives for a training collection, drawn from the first 50 that it finds, in the place of those it has."""
+    dataset = Dataset.open(folder)
+    settings = MineSettings(number=negatives, depth=min(50, len(dataset.corpus)), sample="random")
+    mine(model, dataset, folder / "train.jsonl", "train", settings)
+    keep_full(folder / "train.jsonl", negatives)
+
+
 def keep_full(groups: Path, negatives: int) -> None:
     """Leave out groups that lack negatives: what is drawn at random in their place would differ from seed to seed."""
     lines = groups.read_text("utf-8").splitlines(keepends=True)

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from benchmarks.quality_arms import ARMS, settings
-from benchmarks.quality_data import Size, build_test, build_training, without_dropout
+from benchmarks.quality_data import Size, build_test, build_training, mine_by, without_dropout
 from benchmarks.quality_layers import hidden, row_of
 from benchmarks.quality_report import rows_of, write
 from lead_ds.config import Config
 from lead_ds.data.dataset import Dataset
 from lead_ds.data.groups import Group
 from lead_ds.errors import InputError
+from tests.helpers.rooms import save_bert
 from tests.helpers.tiny import tiny_dataset
 
 TESTS = ("squadshifts", "medquad", "tldr")
@@ -51,6 +52,24 @@ def test_collections(tmp_path: Path) -> None:
     before = (test / "corpus.jsonl").stat().st_mtime_ns
     build_test(tmp_path / "test", "one", sets["one"], size)
     assert (test / "corpus.jsonl").stat().st_mtime_ns == before
+
+
+def test_negatives_of_a_model_take_the_place_of_bm25s_and_stay(tmp_path: Path) -> None:
+    sets = {"one": tiny_dataset(tmp_path / "one")}
+    size = Size(train=6, dev=2, passages=20, negatives=3)
+    joined = build_training(tmp_path / "joined", sets, size)
+    groups = joined / "train.jsonl"
+    first = groups.read_text()
+    mine_by(save_bert(tmp_path / "model", layers=1, width=16), joined, 3)
+    mined = groups.read_text()
+    assert mined != first
+    positives = Dataset.open(joined).qrels("train")
+    found = [json.loads(line) for line in mined.splitlines()]
+    assert {group["query_id"] for group in found} == set(positives)
+    for group in found:
+        assert len(set(group["negatives"]) - set(positives[group["query_id"]])) == 3
+    build_training(tmp_path / "joined", sets, size)
+    assert groups.read_text() == mined
 
 
 def test_a_copy_without_dropout(tmp_path: Path) -> None:
