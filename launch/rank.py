@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 GRACE = 2.0  # seconds in which other ranks' failures are awaited before one is named the cause
@@ -265,16 +266,18 @@ def main() -> int:
 
 
 def resumed(arguments: list[str], root: str) -> list[str]:
-    """A restarted `distill` continues where its output folder already holds a run."""
-    if arguments[:1] != ["distill"] or "--resume" in arguments:
+    """A restarted `distill` or `warmup` continues where its output folder already holds a run."""
+    if arguments[:1] not in (["distill"], ["warmup"]) or "--resume" in arguments:
         return arguments
     sys.path.insert(1, root)
     from lead_ds.config import load_config
+    from lead_ds.engine.warmup import load_warmup
     from lead_ds.errors import InputError
 
-    plain = [a for a in arguments[1:] if not a.startswith("-")]
+    load = load_config if arguments[0] == "distill" else load_warmup
+    plain = [a for before, a in pairwise(arguments) if not a.startswith("-") and before != "--of"]
     try:
-        holds = (Path(load_config(plain[0], plain[1:]).output) / "config.yaml").exists()
+        holds = (Path(load(plain[0], plain[1:]).output) / "config.yaml").exists()
     except (InputError, IndexError):
         return arguments  # the command itself will say what is wrong
     return [*arguments, "--resume"] if holds else arguments

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _expanded(value: str) -> str:
+    return os.path.expanduser(value) if value.startswith("~") else value
+
+
+Place = Annotated[str, AfterValidator(_expanded)]  # a file, a folder or a name; ~ is the home folder
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes, also times steps and ranks
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]

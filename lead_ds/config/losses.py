@@ -11,6 +11,15 @@ from lead_ds.config.base import NonNegative, Positive, Section, Temperature, Wei
 Selection = Literal["random", "last", "skip", "given", "informative"]
 
 
+def check_given(select: Selection, teacher: list[int] | None, student: list[int] | None) -> None:
+    """Raise ValueError where layers are given without select: given, or the reverse, or cannot be paired."""
+    given = teacher is not None and student is not None
+    if (select == "given") != given or (teacher is None) != (student is None):
+        raise ValueError("teacher_layers and student_layers go with select: given, both of them")
+    if len(teacher or []) != len(student or []):
+        raise ValueError("teacher_layers and student_layers are paired in order and must be equally many")
+
+
 class ContrastiveLoss(Section):
     """L_stu: negative log-likelihood of the positive."""
 
@@ -54,8 +63,8 @@ class LayerLoss(Section):
     )
     k: Positive = 5
     every: Positive = Field(10, description="steps between two draws of select: random or informative")
-    teacher_layers: list[NonNegative] | None = Field(None, description="select: given")
-    student_layers: list[NonNegative] | None = Field(None, description="select: given")
+    teacher_layers: list[NonNegative] | None = Field(None, min_length=1, description="select: given")
+    student_layers: list[NonNegative] | None = Field(None, min_length=1, description="select: given")
     teacher_temperature: Temperature = 1.0
     student_temperature: Temperature = 1.0
     layer_temperature: Temperature = 10.0
@@ -63,11 +72,7 @@ class LayerLoss(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LayerLoss:
-        given = self.teacher_layers is not None and self.student_layers is not None
-        if (self.select == "given") != given or (self.teacher_layers is None) != (self.student_layers is None):
-            raise ValueError("teacher_layers and student_layers go with select: given, both of them")
-        if given and len(self.teacher_layers or []) != len(self.student_layers or []):
-            raise ValueError("teacher_layers and student_layers are paired in order and must be equally many")
+        check_given(self.select, self.teacher_layers, self.student_layers)
         return self
 
 
@@ -82,8 +87,8 @@ class AttentionLoss(Section):
     select: Literal["random", "last", "skip", "given"] = "last"
     k: Positive = 1
     every: Positive = 10
-    teacher_layers: list[NonNegative] | None = None
-    student_layers: list[NonNegative] | None = None
+    teacher_layers: list[NonNegative] | None = Field(None, min_length=1, description="select: given")
+    student_layers: list[NonNegative] | None = Field(None, min_length=1, description="select: given")
     heads: Literal["relation", "mean", "pair"] = Field(
         "relation", description="relation: MiniLMv2 relation heads; mean: averaged maps; pair: one to one"
     )
@@ -94,6 +99,11 @@ class AttentionLoss(Section):
     def _check(self) -> AttentionLoss:
         if self.divergence == "mse" and self.form != "interaction":
             raise ValueError("divergence: mse goes with form: interaction")
+        if self.form == "interaction" and self.heads == "mean":
+            raise ValueError("heads: mean does not go with form: interaction: use heads: relation")
+        if self.relation_heads is not None and self.heads != "relation":
+            raise ValueError("relation_heads goes with heads: relation")
+        check_given(self.select, self.teacher_layers, self.student_layers)
         return self
 
 

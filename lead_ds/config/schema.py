@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lead_ds.config.base import Fraction, NonNegative, Positive, Section
+from lead_ds.config.base import Fraction, NonNegative, Place, Positive, Section, Seed
 from lead_ds.config.losses import LossesConfig
 from lead_ds.config.pipeline import PipelineConfig
 
@@ -17,7 +17,7 @@ Impl = Literal["auto", "triton", "torch"]
 class ModelConfig(Section):
     """A retrieval model: where it is, how its text is read and how its relevance is computed."""
 
-    path: str = Field(description="a Hugging Face directory or hub name, or a sentence-transformers directory")
+    path: Place = Field(description="a Hugging Face directory or hub name, or a sentence-transformers directory")
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: build from config.json alone, for speed and memory measurements"
     )
@@ -69,7 +69,7 @@ class TeacherConfig(ModelConfig):
     )
     placement: Literal["auto", "replicate", "zero3"] = "auto"
     offload: Literal["none", "cpu", "nvme"] = Field("none", description="where zero3 keeps the shards")
-    offload_path: str | None = Field(None, description="a folder on a local NVMe disk, for offload: nvme")
+    offload_path: Place | None = Field(None, description="a folder on a local NVMe disk, for offload: nvme")
     max_length: Positive = Field(256, description="tokens of a query-passage pair: cross_encoder, llm_reranker")
     batch_size: Positive | None = Field(
         None, description="texts or pairs per teacher forward; null: the whole accumulation window at once"
@@ -82,7 +82,9 @@ class TeacherConfig(ModelConfig):
         True,
         description="do not load layers above the highest one that the losses read (select: given, no final relevance)",
     )
-    train: bool = Field(False, description="co-train the teacher, as LEAD's paper does")
+    train: bool = Field(
+        False, description="co-train the teacher, as LEAD's paper does: in the student's engine and dtype"
+    )
     lr: float | None = Field(None, gt=0, description="learning rate of a co-trained teacher; null: train.lr")
     instruction: str = Field(
         "Given a web search query, retrieve relevant passages that answer the query",
@@ -99,7 +101,7 @@ class TeacherConfig(ModelConfig):
         description="what layers are read through: the model's own head or vector space, or read-outs of their own, which "
         "`lead-ds teach CONFIG --fit-lens` fits; not colbert",
     )
-    lens_path: str | None = Field(None, description="the folder of a tuned lens; null: OUTPUT/lens")
+    lens_path: Place | None = Field(None, description="the folder of a tuned lens; null: OUTPUT/lens")
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
@@ -111,6 +113,11 @@ class TeacherConfig(ModelConfig):
             raise ValueError("offload: nvme needs offload_path, a folder on a local disk")
         if self.kind == "cached" and self.train:
             raise ValueError("a cached teacher cannot be trained: name the model itself, or set train: false")
+        if self.train and (self.placement == "zero3" or self.offload != "none" or self.compile):
+            raise ValueError(
+                "a teacher that is trained lives in the student's engine: take placement, offload and compile out of this "
+                "section, and choose in deepspeed.student how it is sharded and in train.compile whether both are compiled"
+            )
         if self.lens == "tuned" and self.train:
             raise ValueError("a tuned lens is fitted to a frozen teacher: set train: false, or lens: head")
         if self.lens == "tuned" and self.kind == "colbert":
@@ -130,18 +137,25 @@ class StudentConfig(ModelConfig):
     )
     max_length: Positive = Field(256, description="tokens of a query-passage pair: cross_encoder")
 
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("names a layer twice: the two would share their weights")
+        return value
+
 
 class DataConfig(Section):
     """Texts, judgements and training groups."""
 
-    path: str
-    train: str = Field("train.jsonl", description="training groups, or a qrels .tsv; relative to path")
+    path: Place
+    train: Place = Field("train.jsonl", description="training groups, or a qrels .tsv; relative to path")
     format: Literal["auto", "canonical", "qrels", "tevatron", "flagembedding", "sentence-transformers"] = "auto"
     negatives: NonNegative = 7
     mask_duplicates: bool = Field(
         True, description="an in-batch passage that is also a positive of the query is left out of its distribution"
     )
-    token_cache: bool | str = Field(
+    token_cache: bool | Place = Field(
         False,
         description="keep every text's tokens on disk, made once, and put batches together from them: true, or a folder. For "
         "slow tokenizers or few cores; groups of ids only; a model that reads pairs otherwise than text by text goes on "
@@ -197,7 +211,7 @@ class EvaluationConfig(Section):
     measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"])
     queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
     batch_size: Positive = 64
-    run: str | None = Field(
+    run: Place | None = Field(
         None, description="colbert, cross_encoder: a TREC run whose passages are reranked; null: BM25's, found at start"
     )
     depth: Positive = Field(100, description="colbert, cross_encoder: passages of each query that are reranked")
@@ -230,7 +244,7 @@ class DeepSpeedFiles(Section):
 class Config(Section):
     """A whole run: see `ds_configs/recipes/` for complete examples."""
 
-    seed: NonNegative = 888
+    seed: Seed = 888
     teacher: TeacherConfig | None = None
     student: StudentConfig
     data: DataConfig
@@ -241,7 +255,7 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     profile: ProfileConfig | None = Field(None, description="true, or the section: a table and a trace of some steps")
     kernels: Impl = Field("auto", description="triton, torch (chunked, no CUDA needed), or auto by device")
-    output: str = "runs/lead"
+    output: Place = "runs/lead"
     pipeline: PipelineConfig | None = Field(None, description="read by `lead-ds pipeline` alone; null: its defaults")
 
     @field_validator("profile", mode="before")
@@ -270,6 +284,13 @@ class Config(Section):
             raise ValueError(
                 "data.negatives is 0: the contrastive loss of a cross_encoder, and of scope: group, compares a query's own "
                 "passages, and there is but one"
+            )
+        pairs = {"cross_encoder", "llm_reranker"}
+        of_pairs = self.student.kind in pairs or (self.teacher is not None and self.teacher.kind in pairs)
+        if of_pairs and self.losses.needs_teacher and self.data.negatives == 0:
+            raise ValueError(
+                "data.negatives is 0: a model that reads pairs is compared over a query's own passages, and a distribution "
+                "over one passage tells nothing: set it to 1 or more"
             )
         for key, model in (("student", self.student), ("teacher", self.teacher)):
             if model is None or model.passes != "packed":

@@ -81,7 +81,10 @@ def _tevatron(record: Record) -> Lines:
 
 def _flagembedding(record: Record) -> Lines:
     shape = 'each line is {"query", "pos": [text], "neg": [text]}, and pos_scores, neg_scores, prompt if there are any'
-    query = (record.get("prompt") or "") + _text(record, "query", shape)
+    prompt = record.get("prompt") or ""
+    if not isinstance(prompt, str):
+        raise Unusable("the field 'prompt' is not a text", shape)
+    query = prompt + _text(record, "query", shape)
     lists = []
     for field in ("pos", "neg"):
         texts = record.get(field) or []

@@ -120,10 +120,13 @@ class Checkpoints:
         files = {str(p.relative_to(partial)): checksum(p, sync=True) for p in sorted(partial.rglob("*")) if p.is_file()}
         write_json(partial / MANIFEST, files)
         sync_folder(partial)
-        if final.exists():  # a step saved again after falling back past a damaged one
-            remove(final)
+        # A step saved again: after an evaluation that was owed, or falling back past a damaged one. Moved aside, not removed,
+        # until the new one has its name: removing takes long, and a kill meanwhile would leave neither.
+        older = move_aside(final) if final.exists() else None
         os.replace(partial, final)
         sync_folder(self.folder)
+        if older is not None:
+            shutil.rmtree(older)
         if best is not None:
             write_json(self.folder / BEST, best)
         self._prune()
@@ -182,9 +185,14 @@ def _raise(failures: list[str]) -> None:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint: renamed first, so that a kill half way leaves nothing under a checkpoint's name."""
-    leaving = path.with_name(path.name + ".old" + PARTIAL)
-    os.replace(path, leaving)
-    shutil.rmtree(leaving)
+    shutil.rmtree(move_aside(path))
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a checkpoint to what is none, and is removed when the next one is written."""
+    aside = path.with_name(path.name + ".old" + PARTIAL)
+    os.replace(path, aside)
+    return aside
 
 
 def damage(path: Path) -> str | None:

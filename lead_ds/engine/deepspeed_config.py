@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def read_deepspeed_config(source: str | dict[str, Any]) -> dict[str, Any]:
     Raises InputError where there is no such file, or it is not a JSON object.
     """
     if isinstance(source, dict):
-        return json.loads(json.dumps(source))
+        return _checked(json.loads(json.dumps(source)), "deepspeed")
     name = Path(source)
     package = Path(__file__).resolve().parents[1]
     candidates = [
@@ -36,8 +37,26 @@ def read_deepspeed_config(source: str | dict[str, Any]) -> dict[str, Any]:
         tree = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}", f"not valid JSON: {error.msg}", "correct the file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read: {error}", "it must be JSON in UTF-8") from None
     if not isinstance(tree, dict):
         raise InputError(path, "not a JSON object", "a DeepSpeed configuration is an object")
+    return _checked(tree, path)
+
+
+def _checked(tree: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """The tree, whose sections that are read here are objects and whose ZeRO stage is one."""
+    zero = tree.get("zero_optimization", {})
+    sections = {"zero_optimization": zero, "optimizer": tree.get("optimizer", {})}
+    if isinstance(sections["optimizer"], dict):
+        sections["optimizer.params"] = sections["optimizer"].get("params", {})
+    if isinstance(zero, dict):
+        sections |= {f"zero_optimization.{key}": zero.get(key) or {} for key in ("offload_param", "offload_optimizer")}
+    for key, section in sections.items():
+        if not isinstance(section, dict):
+            raise InputError(where, f"{key} is not an object", f'write {{"{key.rpartition(".")[2]}": {{...}}}}')
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise InputError(where, f"zero_optimization.stage is {zero['stage']!r}", "choose 0, 1, 2 or 3")
     return tree
 
 
@@ -46,9 +65,24 @@ def zero_stage(tree: dict[str, Any]) -> int:
     return int(tree.get("zero_optimization", {}).get("stage", 0))
 
 
+def _check_optimizer(tree: dict[str, Any], config: Config) -> None:
+    """Refuse what the run's own settings would silently override."""
+    if "scheduler" in tree:
+        remedy = "take it out: train.lr, train.schedule and train.warmup_ratio decide the learning rate"
+        raise InputError("deepspeed.student", "has a scheduler", remedy)
+    parameters = tree.get("optimizer", {}).get("params", {})
+    for key, ours in (("lr", config.train.lr), ("weight_decay", config.train.weight_decay)):
+        if parameters.get(key, ours) == "auto":
+            parameters[key] = ours
+        if parameters.get(key, ours) != ours:
+            what = f"its optimizer's {key} is {parameters[key]}, train.{key} is {ours}, which is what is used"
+            raise InputError("deepspeed.student", what, f"take it out, and set train.{key}")
+
+
 def student_deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """The student engine's configuration for this run: the JSON with batch sizes, precision, clipping and monitors."""
     tree = read_deepspeed_config(config.deepspeed.student)
+    _check_optimizer(tree, config)
     tree["train_micro_batch_size_per_gpu"] = config.train.batch_size
     tree["gradient_accumulation_steps"] = config.train.accumulation
     tree.pop("train_batch_size", None)
@@ -65,6 +99,8 @@ def student_deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, An
     if monitor.csv:
         tree["csv_monitor"] = {"enabled": True, "output_path": monitor_folder, "job_name": "csv"}
     if monitor.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            raise InputError("monitor.wandb", "wandb is not installed", "pip install wandb, or set it to false")
         tree["wandb"] = {"enabled": True, "project": monitor.project}
     return tree
 

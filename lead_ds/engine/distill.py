@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from lead_ds.engine.attention import candidates, choose_attention
 from lead_ds.engine.cached import CachedTeacher, open_cache, reads_cache, with_cached_settings
 from lead_ds.engine.checkpoint import Checkpoints, write_json
 from lead_ds.engine.evaluation import Evaluator
+from lead_ds.engine.identity import differing, input_facts
 from lead_ds.engine.informative import informative
 from lead_ds.engine.lens import open_lens
 from lead_ds.engine.loop import Training
@@ -64,6 +66,7 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
         check_agreement(config, resume, ranks)
         check_output(output, resume, ranks)
         check_shared(output, ranks)
+        kernels_used(config, ranks)  # told now, where they cannot run
         config = agreed(ranks, lambda: with_cached_settings(config))
 
         # Everything that can be wrong with the input is found out before anything is written.
@@ -89,12 +92,10 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
         check_lens(config, state, teacher)
+        check_inputs(config, state, groups, ranks)
         if "informative" not in state:
             state["informative"] = informative(config, teacher, batches, ranks)
         check_layers(config, student.num_layers, teacher or cotrained, state["informative"])
-        if ranks.main:
-            write_facts(output, config, command, ranks, teacher)
-        ranks.barrier()
         recorder = Recorder(
             output,
             ranks,
@@ -121,6 +122,8 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
             state=state,
             parts=profile_of(config, ranks, recorder, state),
         )
+        # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
+        agreed(ranks, lambda: write_facts(output, config, command, ranks, teacher) if ranks.main else None)
         with signals:
             try:
                 best = training.run()
@@ -185,6 +188,11 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
         raise InputError(output, "holds no run to resume", "start it without --resume")
     if ranks.from_main(output.exists() and not output.is_dir()):
         raise InputError(output, "is a file", "set output= to a folder")
+    nearest = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not ranks.from_main(nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise InputError(
+            output, f"cannot be made: {nearest} is no folder that you may write to", "set output= to another"
+        )
 
 
 def in_chunks(config: Config) -> Config:
@@ -201,6 +209,20 @@ def check_lens(config: Config, state: dict[str, Any], teacher: FrozenTeacher | C
     now = None if teacher is None or teacher.lens_facts is None else teacher.lens_facts["checksum"]
     if state and state.get("lens") != now:
         raise InputError(config.lens_folder, "is not the lens that this run began with", "bring that one back")
+
+
+def check_inputs(config: Config, state: dict[str, Any], groups: Groups, ranks: Ranks) -> None:
+    """Refuse to go on with other texts or another teacher than a checkpoint was trained on; `state` keeps what they are."""
+    now = agreed(ranks, lambda: input_facts(config, groups) if ranks.main else {})
+    before = state.get("inputs") or now
+    changed = agreed(ranks, lambda: differing(before, now) if ranks.main else [])
+    state["inputs"] = before
+    if changed := ranks.from_main(changed):
+        raise InputError(
+            config.output,
+            f"was trained on files that have changed: {', '.join(changed[:5])}",
+            "bring them back, or set output= to another folder for a new run",
+        )
 
 
 def check_layers(config: Config, student_layers: int, teacher: Any, informative_layers: Sequence[int]) -> None:
@@ -298,8 +320,11 @@ def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str
 def write_facts(
     output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: FrozenTeacher | CachedTeacher | None
 ) -> None:
-    """The resolved configuration, and where this run came from."""
-    output.mkdir(parents=True, exist_ok=True)
+    """The resolved configuration, and where this run came from. Raises InputError where the folder cannot be made."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(output, f"cannot be made: {error.strerror}", "set output= to another folder") from None
     facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
     if isinstance(teacher, CachedTeacher):
         facts["teacher"] = teacher.facts()
@@ -322,7 +347,10 @@ def kernels_used(config: Config, ranks: Ranks) -> str:
     """triton or torch: what `kernels` of the configuration means on this device."""
     from lead_ds.kernels.dispatch import resolve
 
-    return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
+    try:
+        return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
+    except ValueError as error:
+        raise InputError("kernels", str(error), "set kernels=auto, or torch") from None
 
 
 def describe(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import TeacherConfig
+from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups import Groups
+from lead_ds.data.teacher_cache import MANIFEST
 from lead_ds.data.tokenizer import tokenizer_checksum
 from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.agreement import flat
+from lead_ds.engine.agreement import flat, summary
 from lead_ds.errors import InputError
 from lead_ds.relevance import Scale
-from lead_ds.retrieval.files import checksum, model_checksum
+from lead_ds.retrieval.files import checksum, model_checksum, model_files
 
 ANOTHER_FOLDER = "delete it, or choose another folder with --out"
 # Settings of a teacher that do not change what it says.
@@ -49,6 +50,18 @@ def data_facts(groups: Groups) -> dict[str, Any]:
     """What decides the groups: checksums of their files, and their number."""
     sums = {name: checksum([path], lambda _: "") for name, path in groups.sources.items()}
     return {**sums, "groups": len(groups)}
+
+
+def input_facts(config: Config, groups: Groups) -> dict[str, str]:
+    """The files that decide a run beside its configuration, by size and checksum (of large ones: of pieces of them): the
+    training groups and their texts, and a teacher in a folder."""
+    files = {f"data: {name}": path for name, path in groups.sources.items()}
+    if config.teacher is not None and config.losses.needs_teacher and Path(config.teacher.path).is_dir():
+        folder = Path(config.teacher.path)
+        cached = config.teacher.kind == "cached"  # whose manifest holds the checksums of what is beside it
+        found = [folder / MANIFEST] if cached else model_files(folder)
+        files |= {f"teacher: {file.relative_to(folder)}": file for file in found}
+    return {name: told for name, path in files.items() if (told := summary(path)) is not None}
 
 
 def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Training:
         self.best: dict[str, Any] | None = state.get("best")
         self.worse: int = state.get("worse", 0)
         self.informative: list[int] = state.get("informative", [])
+        self.inputs: dict[str, str] = state.get("inputs", {})
         self.scope = Scope.of(config, ranks, batches.group, self.parts)
         cotrained = engine.module.teacher
         self.objective = Objective(
@@ -197,6 +198,7 @@ class Training:
             "best": self.best,
             "worse": self.worse,
             "informative": self.informative,
+            "inputs": self.inputs,
             "lens": lens["checksum"] if lens else None,
             "processes": self.ranks.world,
             "config": self.config.model_dump(mode="json"),

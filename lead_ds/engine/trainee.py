@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from lead_ds.config import Config, ModelConfig
 from lead_ds.data.batches import ModelBatch
 from lead_ds.engine.deepspeed_config import student_deepspeed_config
 from lead_ds.engine.ranks import Ranks
+from lead_ds.errors import InputError
 from lead_ds.models.load import DTYPES
 from lead_ds.models.scorer import Output, Scorer
 
@@ -64,12 +66,16 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     groups = parameter_groups(trainee, config)
     # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's is as good there.
     optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=ranks.device.type == "cuda")
-    engine = deepspeed.initialize(
-        model=trainee,
-        model_parameters=groups if optimizer is None else None,
-        optimizer=optimizer,
-        config=tree,
-    )[0]
+    try:
+        engine = deepspeed.initialize(
+            model=trainee,
+            model_parameters=groups if optimizer is None else None,
+            optimizer=optimizer,
+            config=tree,
+        )[0]
+    except (ValidationError, AssertionError) as error:  # what DeepSpeed says of a key or value that it does not know
+        what = " ".join(str(error).split())[:300] or "DeepSpeed refuses it"
+        raise InputError("deepspeed.student", what, "see ds_configs/README.md for what goes there") from error
     engine.train()
     return engine
 

@@ -126,12 +126,14 @@ def _load(config: ModelConfig, kind: str, dtype: torch.dtype, depth: int | None 
     if kind == "colbert":
         model = _cut(load_model(config, "base", dtype, layout.subfolder, depth), config)
         tokens = layout if layout.late_interaction else Layout()  # Dense on a pooled vector is no token projection
-        dense = _dense(config, tokens, model, config.token_dim, "token_dim", dtype)
         normalize = bool(_record(config.path).get("normalize", tokens.normalize))
+        published = None
         if not tokens.dense and config.weights == "pretrained":
             published = colbert_linear(config.path, dtype)
-            if published is not None:
-                dense, normalize = [published], True
+        if published is not None:
+            dense, normalize = [published], True
+        else:
+            dense = _dense(config, tokens, model, config.token_dim, "token_dim", dtype)
         return ColBERT(model, config, dense, normalize if config.normalize is None else config.normalize).eval()
     if kind == "cross_encoder":
         return CrossEncoder(
@@ -169,4 +171,9 @@ def _dense(
         if width is not None and width != dense[-1].out_features:
             raise InputError(key, f"{width} asked of a model that comes with one to {dense[-1].out_features}")
         return dense
-    return [] if width is None else [Dense(hidden, width, bias=key == "projection", dtype=dtype)]
+    if width is None:
+        return []
+    if isinstance(config, TeacherConfig) and not config.train and config.weights == "pretrained":
+        what = f"is {width}, and the model at {config.path} has no such layer: a frozen teacher's would stay random"
+        raise InputError(f"teacher.{key}", what, "take it out, or warm the teacher up with it first")
+    return [Dense(hidden, width, bias=key == "projection", dtype=dtype)]

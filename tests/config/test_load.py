@@ -65,6 +65,14 @@ def test_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
         (["losses.contrastive.weight=nan"], "losses.contrastive.weight", "finite"),
         (["teacher=null"], "configuration", "teacher section is missing"),
         (["losses.layer.select=given"], "losses.layer", "teacher_layers and student_layers"),
+        (["losses.layer={select: given, teacher_layers: [], student_layers: []}"], "teacher_layers", "at least 1"),
+        (["losses.attention.select=given"], "losses.attention", "teacher_layers and student_layers"),
+        (["losses.attention={teacher_layers: [1], student_layers: [0]}"], "losses.attention", "go with select: given"),
+        (["losses.attention={heads: pair, relation_heads: 2}"], "losses.attention", "heads: relation"),
+        (["losses.attention={form: interaction, heads: mean}"], "losses.attention", "heads: relation"),
+        (["teacher={kind: cross_encoder, path: x, train: true, placement: zero3}"], "teacher", "student's engine"),
+        (["student.layers=[0, 1, 1]"], "student.layers", "twice"),
+        (["seed=20240101120000"], "seed", "less than 4294967296"),
         (["teacher.offload=nvme"], "teacher", "offload_path"),
         (["nonsense"], "nonsense", "section.key=value"),
         (["train.steps.deeper=1", "train.steps=5"], "train.steps", "valid integer"),
@@ -77,6 +85,13 @@ def test_mistakes_are_told_with_their_place(tmp_path: Path, overrides: list[str]
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.status == 2
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "llm_reranker"])
+def test_a_teacher_of_pairs_needs_negatives(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(InputError, match=r"data\.negatives is 0"):
+        load_config(write(tmp_path), [f"teacher.kind={kind}", "data.negatives=0"])
+    assert load_config(write(tmp_path), ["data.negatives=0"]).data.negatives == 0  # others compare over the batch
 
 
 def test_several_mistakes_are_counted(tmp_path: Path) -> None:

@@ -244,6 +244,11 @@ def test_tevatron(opened: Callable[..., Any]) -> None:
     assert group.scores is None
 
 
+def test_flagembedding_with_a_prompt_that_is_none(opened: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match=r":1: the field 'prompt' is not a text"):
+        opened([FLAG | {"prompt": 3}])
+
+
 def test_flagembedding(opened: Callable[..., Any]) -> None:
     groups = opened([FLAG | {"prompt": "ask: "}], negatives=2)
     group = groups.draw(0, 0, 0)

@@ -34,14 +34,14 @@ def losses_of(run: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def distil_each(configs: list[str]) -> list[Any]:
-    """Distil every configuration in turn in one group of processes: the losses, or the error that ended it."""
+def distil_each(configs: list[str], resume: bool = False) -> list[Any]:
+    """Distil, or continue, every configuration in turn in one group of processes: the losses, or the error that ended it."""
     results: list[Any] = []
     with ranks():
         for path in configs:
-            config = load_config(path)
             try:
-                distill(config, quiet=True)
+                config = load_config(path)
+                distill(config, resume=resume, quiet=True)
                 results.append(losses_of(Path(config.output)))
             except LeadError as error:
                 results.append(str(error))

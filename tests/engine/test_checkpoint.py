@@ -135,16 +135,30 @@ def test_state_is_plain_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "step-00000001" / "state.json").read_text()) == {"step": 1}
 
 
+class Killed(BaseException):
+    pass
+
+
+def half(path: Path) -> None:
+    """A removal that is killed."""
+    (path / "model.pt").unlink()
+    raise Killed
+
+
+def test_a_kill_while_a_step_is_saved_again_leaves_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = save(tmp_path, [10], keep=1)
+    monkeypatch.setattr("lead_ds.engine.checkpoint.shutil.rmtree", half)
+    with pytest.raises(Killed):
+        checkpoints.save(FileEngine(), 10, {"step": 10, "owed": False})
+    monkeypatch.undo()
+    found = Checkpoints(tmp_path, ALONE, 1).newest(pytest.fail)
+    assert found is not None
+    assert found[1] == {"step": 10, "owed": False}
+
+
 def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def half(path: Path) -> None:
-        (path / "model.pt").unlink()
-        raise Killed
-
     checkpoints = save(tmp_path, [1], keep=1)
     monkeypatch.setattr("lead_ds.engine.checkpoint.shutil.rmtree", half)
     with pytest.raises(Killed):

@@ -139,6 +139,26 @@ def test_torchrun_restarts(house: Path) -> None:
     assert "rank 1 second attempt" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "resumes"),
+    [(["distill"], True), (["warmup", "--of", "student"], True), (["warmup", "--quiet"], True), (["teach"], False)],
+)
+def test_a_restarted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], resumes: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    from rank import resumed  # type: ignore[import-not-found]
+
+    config = tmp_path / "run.yaml"
+    config.write_text("{teacher: {kind: dual_encoder, path: t}, student: {path: s}, data: {path: d}}")
+    call = [command[0], str(config), *command[1:], f"output={tmp_path / 'run'}"]
+    root = str(LAUNCH.parent)
+    assert resumed(call, root) == call
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert resumed(call, root) == ([*call, "--resume"] if resumes else call)
+
+
 @pytest.mark.slow
 def test_torchrun_does_not_retry_wrong_input(house: Path) -> None:
     done = run(house, "torchrun.sh", "wrong", str(house / "out"), RESTARTS="2")
