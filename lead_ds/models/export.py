@@ -238,6 +238,9 @@ def _vacant(out: str | Path) -> Path:
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(out, "is there already", "choose another folder, or delete it")
+    nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise InputError(out, f"cannot be made: {nearest} is a file", "choose another folder")
     return out
 
 

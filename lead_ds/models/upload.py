@@ -117,7 +117,10 @@ def _is_module(folder: str) -> bool:
 def _licence(card: Path) -> str | None:
     if not card.is_file():
         return None
-    text = card.read_text(encoding="utf-8")
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(card, f"cannot be read: {error}", "it must be Markdown in UTF-8") from None
     if not text.startswith("---\n"):
         return None
     try:

@@ -85,7 +85,7 @@ def read_run_record(folder: str | Path) -> RunRecord:
             if not isinstance(row["step"], int):
                 raise TypeError
             kind = evaluations if isinstance(row.get("evaluation"), dict) else steps
-            if kind is steps and not isinstance(row["loss"], (int, float)):
+            if not (_is_evaluation(row["evaluation"]) if kind is evaluations else _is_step(row)):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
@@ -101,6 +101,20 @@ def read_run_record(folder: str | Path) -> RunRecord:
         _text(folder / "config.yaml"),
         _facts(folder / "run.json"),
     )
+
+
+def _is_evaluation(values: dict[str, Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in values.values())
+
+
+def _is_step(row: dict[str, Any]) -> bool:
+    """Whether a row is one of training: numbers, and statistics of layers that are as many as the layers."""
+    parts, layers = row.get("parts", {}), row.get("layers", {})
+    if not isinstance(row["loss"], (int, float)) or not isinstance(parts, dict) or not isinstance(layers, dict):
+        return False
+    if not all(isinstance(value, (int, float)) for value in parts.values()):
+        return False
+    return not layers or all(len(values) == len(layers["teacher"]) for values in layers.values())
 
 
 def _text(path: Path) -> str:

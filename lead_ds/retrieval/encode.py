@@ -30,6 +30,7 @@ SHORTER = 8  # a batch of short texts holds at most so many times more than one 
 SHARD_ROWS = 65_536
 Precision = Literal["fp32", "bf16", "fp16"]
 MANIFEST, IDS = "manifest.json", "ids.txt"
+AGAIN = "delete the folder, and run lead-ds encode again"
 
 
 @dataclass(frozen=True)
@@ -145,14 +146,23 @@ class Vectors:
 
     @classmethod
     def open(cls, folder: str | Path) -> Vectors:
-        """Finished vectors of `encode_to`. Raises InputError when there are none, or when they are not finished."""
+        """Finished vectors of `encode_to`. Raises InputError when there are none, or when they are not finished or damaged."""
         folder = Path(folder)
         manifest = read_json(folder / MANIFEST, "make it with lead-ds encode")
+        sizes = manifest.get("count"), manifest.get("shard_rows")
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise InputError(folder / MANIFEST, "does not tell how many vectors there are", AGAIN)
         vectors = cls(folder, manifest)
         missing = [shard for shard in range(vectors.shards) if not vectors.path(shard).exists()]
         if missing:
             what = f"{len(missing)} of {vectors.shards} shards are missing"
             raise InputError(folder, what, "run lead-ds encode again to finish it")
+        if not (folder / IDS).is_file():
+            raise InputError(folder / IDS, "no such file", AGAIN)
+        width = vectors.dimension
+        for shard in range(vectors.shards):
+            if vectors.block(shard).shape != (len(vectors.rows(shard)), width):
+                raise InputError(vectors.path(shard), "holds another number of vectors than the manifest tells", AGAIN)
         return vectors
 
     def __len__(self) -> int:
@@ -161,7 +171,7 @@ class Vectors:
     @property
     def dimension(self) -> int:
         """D."""
-        return int(np.load(self.path(0), mmap_mode="r").shape[1])
+        return int(self.block(0).shape[-1])
 
     @property
     def shards(self) -> int:
@@ -179,11 +189,30 @@ class Vectors:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Every shard in order, memory-mapped."""
-        return (np.load(self.path(shard), mmap_mode="r") for shard in range(self.shards))
+        return (self.block(shard) for shard in range(self.shards))
+
+    def block(self, shard: int) -> np.ndarray:
+        """A shard, memory-mapped: [rows, D]. Raises InputError for a file that is none."""
+        try:
+            return np.load(self.path(shard), mmap_mode="r")
+        except (OSError, ValueError) as error:
+            reason = str(error).split(". ")[0]
+            raise InputError(self.path(shard), f"is damaged: {reason}", AGAIN) from None
 
     def ids(self) -> list[str]:
-        """The id of every row."""
-        return (self.folder / IDS).read_text(encoding="utf-8").split("\n")[:-1]
+        """The id of every row. Raises InputError where there are not as many as vectors."""
+        ids = read_ids(self.folder / IDS, AGAIN)
+        if len(ids) != len(self):
+            raise InputError(self.folder / IDS, f"holds {len(ids)} ids of {len(self)} vectors", AGAIN)
+        return ids
+
+
+def read_ids(path: Path, remedy: str) -> list[str]:
+    """The lines of a file of ids. Raises InputError with `remedy` when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read: {error}", remedy) from None
 
 
 def check_texts(facts: dict[str, Any], texts: Texts, where: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lead_ds.errors import InputError, RunError
-from lead_ds.retrieval.encode import IDS, Side, Vectors
+from lead_ds.retrieval.encode import IDS, Side, Vectors, read_ids
 from lead_ds.retrieval.files import atomic, read_json, write_json
 from lead_ds.retrieval.progress import progress
 
@@ -68,9 +68,14 @@ def build_index(
         except RuntimeError as error:
             what = f"{len(vectors)} vectors cannot train {factory!r}: {_reason(error)}"
             raise InputError("factory", what, "use Flat, or fewer cells") from None
+    vectors.ids()  # are told before the work, if they are not as many
     with progress(f"indexing {factory}", len(vectors), "vectors", shown=not quiet) as meter:
         for chunk in _chunks(vectors):
-            index.add(chunk)
+            try:
+                index.add(chunk)
+            except RuntimeError as error:
+                what = f"{factory!r} does not take vectors without ids: {_reason(error)}"
+                raise InputError("factory", what, "leave IDMap out: ids are kept beside the index") from None
             meter.advance(len(chunk))
     if gpus:
         index = faiss.index_gpu_to_cpu(index)
@@ -118,9 +123,9 @@ class Index:
                 faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP
             )  # the latter, of older FAISS: IVF lists only
             index = faiss.read_index(str(folder / INDEX), 0 if gpus else mapped)
-            ids = (folder / IDS).read_text(encoding="utf-8").split("\n")[:-1]
         except (RuntimeError, OSError) as error:
             raise InputError(folder, f"its index cannot be read: {_reason(error)}", "build it again") from None
+        ids = read_ids(folder / IDS, "build the index again")
         if not index.ntotal == len(ids) == meta.get("count") or index.d != meta.get("dimension"):
             raise InputError(folder, "its index, ids and index.json do not belong together", "build it again")
         for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lead_ds.errors import InputError
 
+EXAMPLES = "for example nDCG@10, RR@10, AP@1000, R@100, P@10"
 DEFAULT_DEPTH = 1000  # of a measure without a cutoff, as trec_eval reads runs
 
 
@@ -35,14 +37,20 @@ def score_run(
     import ir_measures
 
     parsed = {name: parse_measure(name, relevance_level) for name in measures}
+    if not parsed:
+        raise InputError("measures", "none is named", EXAMPLES)
     if not any(qrels.values()):
         raise InputError("qrels", "no query has a judgement", "check the file")
     if not set(run) & set(qrels):
         raise InputError("run", "has no query that is judged", "check that run and qrels are of the same queries")
     names = {measure: name for name, measure in parsed.items()}
     per_query: dict[str, dict[str, float]] = {name: {} for name in names.values()}
-    for metric in ir_measures.iter_calc(list(names), _plain(qrels, int), _plain(run, float)):
-        per_query[names[metric.measure]][metric.query_id] = float(metric.value)
+    try:
+        for metric in ir_measures.iter_calc(list(names), _plain(qrels, int), _plain(run, float)):
+            per_query[names[metric.measure]][metric.query_id] = float(metric.value)
+    except subprocess.CalledProcessError as error:  # of measures that a program of their own computes
+        what = f"{', '.join(parsed)} could not be computed: a program ended with status {error.returncode}"
+        raise InputError("measures", what, EXAMPLES) from None
     values = {}
     for name, measure in parsed.items():
         per_query[name] = {query: per_query[names[measure]].get(query, 0.0) for query in qrels}
@@ -54,15 +62,17 @@ def parse_measure(name: str, relevance_level: int = 1) -> Any:
     """The measure of that name. Raises InputError for a name that ir-measures does not know or cannot compute here."""
     import ir_measures
 
-    remedy = "for example nDCG@10, RR@10, AP@1000, R@100, P@10"
     try:
         measure = ir_measures.parse_measure(name)
     except (NameError, ValueError, SyntaxError) as error:
-        raise InputError("measure", f"{name!r} is unknown: {error}", remedy) from None
+        raise InputError("measure", f"{name!r} is unknown: {error}", EXAMPLES) from None
+    cutoff = measure.params.get("cutoff", 1)
+    if not isinstance(cutoff, int) or cutoff < 1:
+        raise InputError("measure", f"{name!r} reads {cutoff} passages", EXAMPLES)
     if relevance_level != 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
         measure = measure(rel=relevance_level)
     if not any(one.is_available() and one.supports(measure) for one in ir_measures.providers.registry.values()):
-        raise InputError("measure", f"{name!r} cannot be computed with the packages installed here", remedy)
+        raise InputError("measure", f"{name!r} cannot be computed with the packages installed here", EXAMPLES)
     return measure
 
 

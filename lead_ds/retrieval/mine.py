@@ -117,7 +117,10 @@ def bm25_run(
     corpus, queries = dataset.corpus, dataset.queries
     shown = not quiet and sys.stderr.isatty()
     retriever = bm25s.BM25()
-    retriever.index(bm25s.tokenize(corpus.texts(range(len(corpus))), show_progress=shown), show_progress=shown)
+    words_of_corpus = bm25s.tokenize(corpus.texts(range(len(corpus))), show_progress=shown)
+    if not words_of_corpus.vocab:
+        raise InputError(corpus.path, "has no word that BM25 could look for", "mine with --model")
+    retriever.index(words_of_corpus, show_progress=shown)
     texts = queries.texts(queries.rows(query_ids))
     tokens = bm25s.tokenize(texts, return_ids=False, show_progress=shown)
     rows, scores = retriever.retrieve(tokens, k=min(k, len(corpus)), show_progress=shown)

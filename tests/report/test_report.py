@@ -138,3 +138,11 @@ def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"metrics\.jsonl:1: not a row"):
         write_report(write_run(tmp_path / "wrong", [{"hello": 1}, row(1)]))
     assert not (tmp_path / "wrong" / "report").exists()
+    for wrong in (
+        {"step": 1, "loss": 1.0, "parts": {"response": "x"}},
+        {"step": 1, "evaluation": {"nDCG@10": None}},
+        {"step": 1, "loss": 1.0, "layers": {"weights": [1, 2]}},
+        {"step": 1, "loss": 1.0, "layers": {"teacher": [1], "weights": [1, 2]}},
+    ):
+        with pytest.raises(InputError, match=r"metrics\.jsonl:1: not a row"):
+            write_report(write_run(tmp_path / "wrong", [wrong, row(2)]))

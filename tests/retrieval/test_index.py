@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_kinds_of_index(vectors: Vectors, flat: Path, tmp_path: Path, factory: s
     assert meta["model"]["pooling"] == "cls"
 
 
-@pytest.mark.parametrize("factory", ["nonsense", "IVFx,Flat", "", "PQ7", "IVF1000,Flat"])
+@pytest.mark.parametrize("factory", ["nonsense", "IVFx,Flat", "", "PQ7", "IVF1000,Flat", "IDMap,Flat"])
 def test_factory_strings_that_faiss_refuses(vectors: Vectors, tmp_path: Path, factory: str) -> None:
     with pytest.raises(InputError, match="factory: "):
         build_index(vectors, tmp_path / "index", factory, quiet=True)
@@ -118,6 +119,35 @@ def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path)
     (tmp_path / "index.faiss").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="cannot be read"):
         Index.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("manifest.json", b"{}", "does not tell how many"),
+        ("manifest.json", None, "make it with lead-ds encode"),
+        ("vectors-00001.npy", b"nonsense", "vectors-00001.npy: is damaged"),
+        ("vectors-00001.npy", -100, "vectors-00001.npy: is damaged"),
+        ("vectors-00002.npy", "vectors-00001.npy", "another number of vectors"),
+        ("vectors-00001.npy", None, "1 of 3 shards are missing"),
+        ("ids.txt", b"a\nb\n", "holds 2 ids of 60 vectors"),
+        ("ids.txt", b"\xff\n", "cannot be read"),
+        ("ids.txt", None, "no such file"),
+    ],
+)
+def test_vectors_that_are_damaged(vectors: Vectors, tmp_path: Path, file: str, content: object, message: str) -> None:
+    harmed = tmp_path / "v"
+    shutil.copytree(vectors.folder, harmed)
+    place = harmed / file
+    if content is None:
+        place.unlink()
+    elif isinstance(content, int):
+        place.write_bytes(place.read_bytes()[:content])
+    else:
+        place.write_bytes(content if isinstance(content, bytes) else (harmed / str(content)).read_bytes())
+    with pytest.raises(InputError, match=message):
+        build_index(Vectors.open(harmed), tmp_path / "index", quiet=True)
+    assert not (tmp_path / "index").exists()
 
 
 def test_search_with_and_without_an_index(model: Path, data: Path, flat: Path) -> None:

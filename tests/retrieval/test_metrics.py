@@ -107,6 +107,7 @@ def test_two_names_of_one_measure() -> None:
     ("run", "qrels", "measure", "message"),
     [
         ("q Q0 a 1 1.0 t\n", "q 0 a 1\n", "bogus@10", "measure: 'bogus@10' is unknown"),
+        ("q Q0 a 1 1.0 t\n", "q 0 a 1\n", "nDCG@0", "'nDCG@0' reads 0 passages"),
         ("z Q0 a 1 1.0 t\n", "q 0 a 1\n", "RR@10", "run: has no query that is judged"),
         ("q Q0 a 1 nan t\n", "q 0 a 1\n", "RR@10", "not a run line"),
         ("q Q0 a 1 1.0 t\nq Q0 a 2 0.5 t\n", "q 0 a 1\n", "RR@10", "listed twice"),
@@ -119,6 +120,11 @@ def test_wrong_input_is_told(tmp_path: Path, run: str, qrels: str, measure: str,
     (tmp_path / "qrels").write_text(qrels)
     with pytest.raises(InputError, match=message):
         evaluate_run(tmp_path / "run", tmp_path / "qrels", [measure])
+
+
+def test_no_measure_is_told() -> None:
+    with pytest.raises(InputError, match="measures: none is named"):
+        score_run({"q": {"a": 1.0}}, {"q": {"a": 1}}, [])
 
 
 def test_a_written_run_scores_the_same(tmp_path: Path) -> None:

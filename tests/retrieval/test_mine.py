@@ -159,6 +159,18 @@ def test_positives_that_a_run_lacks_are_counted(small: Dataset, tmp_path: Path) 
         assert result.unscored == unscored
 
 
+def test_bm25_of_passages_without_a_word(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": name, "text": "?!"} for name in "ab"])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "what"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
+    with pytest.raises(InputError, match="no word that BM25"):
+        mine(
+            "bm25", Dataset.open(tmp_path), tmp_path / "out.jsonl", settings=MineSettings(number=1, depth=2), quiet=True
+        )
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_wrong_input_writes_nothing(small: Dataset, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with pytest.raises(InputError, match="passage 'z' of query 'q' is not in corpus"):
