@@ -97,7 +97,7 @@ def test_processes_micro_batches_and_chunks_change_nothing(configure: Configure)
 
 
 def test_the_student_and_a_cotrained_teacher_learn(configure: Configure, tmp_path: Path) -> None:
-    train = {"steps": 60, "save_every": 60, "lr": 3e-3, "batch_size": 8, "warmup_ratio": 0.0}
+    train = {"steps": 120, "save_every": 120, "lr": 1e-3, "batch_size": 8, "warmup_ratio": 0.0}
     paths = [
         configure("frozen", train=train),
         configure("cotrained", extra_teacher={"train": True, "path": "bert"}, train=train),

@@ -27,7 +27,8 @@ from tests.helpers.tiny import write_jsonl
 
 JOB = "tests.engine.jobs:warm_each"
 PASSAGES = 60
-STEADY_LR = 1e-3  # on any CPU: at 3e-3 a cross-encoder, at 5e-3 a ColBERT now and then leaps and does not come back
+# With any tokenizer: at 3e-3 a cross-encoder, at 5e-3 a ColBERT now and then leaps and does not come back.
+STEADY_LR = 1e-3
 MEASURES = ["nDCG@10", "RR@10"]
 
 # name -> the section to train, and how the configuration differs from `settings`.

@@ -39,6 +39,30 @@ _PASSAGE = "The {subject} {fact}. People who study the {subject} wrote about thi
 _QUERY = "which thing {fact}"
 
 TokenizerKind = Literal["wordpiece", "bpe", "unigram"]
+_INPUTS = {
+    "wordpiece": ["input_ids", "token_type_ids", "attention_mask"],
+    "bpe": ["input_ids", "attention_mask"],
+    "unigram": ["input_ids", "attention_mask"],
+}
+_SPECIAL = {
+    "wordpiece": {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    },
+    "bpe": {"eos_token": "<|endoftext|>"},
+    "unigram": {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+        "mask_token": "<mask>",
+    },
+}
 
 
 def tiny_dataset(
@@ -113,78 +137,24 @@ def tiny_texts() -> Iterator[str]:
             yield _QUERY.format(fact=fact)
 
 
-def tiny_tokenizer(folder: str | Path, kind: TokenizerKind = "wordpiece", *, vocab_size: int = 400) -> Path:
-    """Train a tokenizer on `tiny_texts`, save it as a Hugging Face directory and return the folder.
+def tiny_tokenizer(folder: str | Path, kind: TokenizerKind = "wordpiece") -> Path:
+    """Save a tokenizer of 400 tokens of `tiny_texts` as a Hugging Face directory and return the folder.
 
     wordpiece: as BERT's ([CLS] a [SEP] b [SEP], token_type_ids, [MASK]); bpe: as a decoder's (byte level, nothing
     added, an eos token and no pad token); unigram: as XLM-R's (<s> a </s></s> b </s>, no token_type_ids).
+
+    They were trained once, by tokenizers' trainers, and are kept in `tokenizers/`: training WordPiece or Unigram anew
+    gives other tokens in every process, and with them other losses in every test run.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if kind == "wordpiece":
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-        single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
-        added = ["[CLS]", "[SEP]"]
-        names = {
-            "pad_token": "[PAD]",
-            "unk_token": "[UNK]",
-            "cls_token": "[CLS]",
-            "sep_token": "[SEP]",
-            "mask_token": "[MASK]",
-        }
-        inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    elif kind == "unigram":
-        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.normalizer = normalizers.NFKC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False
-        )
-        single, pair = "<s> $A </s>", "<s> $A </s> </s> $B </s>"
-        added = ["<s>", "</s>"]
-        names = {
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
-            "cls_token": "<s>",
-        }
-        names |= {"sep_token": "</s>", "mask_token": "<mask>"}
-        inputs = ["input_ids", "attention_mask"]
-    elif kind == "bpe":
-        special = ["<|endoftext|>"]
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        single = pair = ""
-        added = []
-        names = {"eos_token": "<|endoftext|>"}
-        inputs = ["input_ids", "attention_mask"]
-    else:
-        raise ValueError(f"kind must be wordpiece, bpe or unigram, not {kind!r}")
-
-    tokenizer.train_from_iterator(tiny_texts(), trainer)
-    if single:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in added]
-        )
-    folder = Path(folder)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=inputs, model_max_length=512, padding_side="right", **names
+        tokenizer_object=Tokenizer.from_file(str(Path(__file__).parent / "tokenizers" / f"{kind}.json")),
+        model_input_names=_INPUTS[kind],
+        model_max_length=512,
+        padding_side="right",
+        **_SPECIAL[kind],
     )
     fast.save_pretrained(folder)
-    return folder
+    return Path(folder)
