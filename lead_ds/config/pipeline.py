@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lead_ds.config.base import Fraction, NonNegative, Positive, Section
+from lead_ds.config.base import Fraction, NonNegative, Place, Positive, Section
 from lead_ds.config.mining import MineSettings
 
 Changes = dict[str, Any]
@@ -17,8 +17,8 @@ class PrepareStage(Section):
     """`lead-ds prepare KIND SRC data.path`, with its options."""
 
     kind: Literal["msmarco-passage", "msmarco-doc", "trec-dl", "beir", "ir-datasets", "hf"]
-    src: str = Field(description="the published folder, archive or file; an id for ir-datasets and hf")
-    corpus: str | None = None
+    src: Place = Field(description="the published folder, archive or file; an id for ir-datasets and hf")
+    corpus: Place | None = None
     task: str | None = None
     subset: str | None = None
     triples: bool = True
@@ -44,7 +44,7 @@ class FirstNegatives(Mining):
 class MineStage(Mining):
     """Hard negatives: what a retriever ranks high that is no positive."""
 
-    model: str | None = Field(None, description="a dual encoder; null: the first retriever that was trained")
+    model: Place | None = Field(None, description="a dual encoder; null: the first retriever that was trained")
 
 
 class LensStage(Section):
@@ -90,7 +90,7 @@ class EvaluateStage(Section):
     """One set of judged queries to search for and to measure on."""
 
     split: str = "dev"
-    data: str | None = Field(None, description="another dataset's folder; null: data.path")
+    data: Place | None = Field(None, description="another dataset's folder; null: data.path")
     name: str | None = Field(None, description="of the other dataset; null: its folder's")
     measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"], min_length=1)
     relevance_level: Positive = Field(

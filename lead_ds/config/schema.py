@@ -14,6 +14,14 @@ from lead_ds.config.pipeline import PipelineConfig
 Impl = Literal["auto", "triton", "torch"]
 
 
+# Settings of some kinds of model that another has of its own: given to that one, they would do nothing.
+_ELSEWHERE = {
+    ("dual_encoder", "token_dim"): "set projection, the width of its vectors",
+    ("dual_encoder", "max_length"): "set query_length and passage_length",
+    ("colbert", "max_length"): "set query_length and passage_length",
+}
+
+
 class ModelConfig(Section):
     """A retrieval model: where it is, how its text is read and how its relevance is computed."""
 
@@ -58,6 +66,14 @@ class ModelConfig(Section):
     token_dim: Positive | None = Field(None, description="colbert: width of a new token projection; null: none")
     allow_pickle: bool = Field(False, description="allow weights that come as pickle (pytorch_model.bin) only")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model: only if you read it")
+
+    @model_validator(mode="after")
+    def _of_kind(self) -> ModelConfig:
+        for (kind, name), instead in _ELSEWHERE.items():
+            field = type(self).model_fields.get(name)
+            if getattr(self, "kind", None) == kind and field and getattr(self, name) != field.default:
+                raise ValueError(f"{name} is nothing that a {kind} reads: {instead}")
+        return self
 
 
 class TeacherConfig(ModelConfig):
@@ -267,7 +283,7 @@ class Config(Section):
     def lens_folder(self) -> Path:
         """Where the teacher's tuned lens is, or will be."""
         named = None if self.teacher is None else self.teacher.lens_path
-        return Path(self.output) / "lens" if named is None else Path(named).expanduser()
+        return Path(self.output) / "lens" if named is None else Path(named)
 
     @field_validator("output")
     @classmethod

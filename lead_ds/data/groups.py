@@ -107,7 +107,7 @@ def open_groups(config: DataConfig) -> Groups:
 
     Raises InputError naming file and line for a group that cannot be used, and for too few passages to draw negatives from.
     """
-    folder = Path(config.path).expanduser()
+    folder = Path(config.path)
     if not folder.is_dir():
         raise InputError(folder, "no such folder", "data.path is the folder of the training data")
     path = require_file(folder / config.train, "data.train names the training groups, relative to data.path").absolute()

@@ -128,7 +128,7 @@ class TokenCache:
             pairs = PairForm.of(encoder, _probes(groups))
             if pairs is None:
                 return None
-        root = cache_dir() / "tokens" if place is True else Path(str(place)).expanduser()
+        root = cache_dir() / "tokens" if place is True else Path(str(place))
         prompts = (encoder.query_prompt, encoder.query_length), (encoder.passage_prompt, encoder.passage_length)
         columns = [
             Column(root, texts, encoder, prompt, length if pairs is None else None)

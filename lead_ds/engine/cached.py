@@ -109,7 +109,7 @@ def with_cached_settings(config: Config) -> Config:
     teacher = config.teacher
     if teacher is None or not reads_cache(config):
         return config
-    facts = read_manifest(Path(teacher.path).expanduser())["facts"]
+    facts = read_manifest(Path(teacher.path))["facts"]
     made, kind = {"lens": "head"} | facts["teacher"]["settings"], facts["teacher"]["kind"]
     for name in sorted(teacher.model_fields_set & made.keys()):
         value = getattr(teacher, name)
@@ -120,7 +120,7 @@ def with_cached_settings(config: Config) -> Config:
             what = f"is {value!r}, {teacher.path} was made with {made[name]!r}"
             raise InputError(f"teacher.{name}", what, f"take the key out, or {_ANEW}")
     if teacher.lens_path is not None:
-        _, record = load_lens(Path(teacher.lens_path).expanduser(), "take teacher.lens_path out")
+        _, record = load_lens(Path(teacher.lens_path), "take teacher.lens_path out")
         if record["checksum"] != (facts.get("lens") or {}).get("checksum"):
             raise InputError(teacher.path, f"was not made through the lens in {teacher.lens_path}", _ANEW)
     known = {name: value for name, value in made.items() if name not in teacher.model_fields_set}
@@ -134,7 +134,7 @@ def open_cache(config: Config, groups: Groups, ranks: Ranks) -> TeacherCache:
     """
     assert config.teacher is not None
     first = ranks.local_rank == 0  # one process of each machine reads everything
-    holds_vectors = "vectors" in read_manifest(Path(config.teacher.path).expanduser())["facts"]
+    holds_vectors = "vectors" in read_manifest(Path(config.teacher.path))["facts"]
     kind: type[TeacherCache] = VectorCache if holds_vectors else RelevanceCache
     cache = kind.open(config.teacher.path, verify=first)
     facts = cache.manifest["facts"]

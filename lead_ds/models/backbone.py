@@ -35,7 +35,7 @@ def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
         subfolder = read_layout(config.path, late_interaction=True).subfolder
     with _told(config):
         shape = AutoConfig.from_pretrained(
-            _expanded(config.path),
+            config.path,
             subfolder=subfolder,
             trust_remote_code=config.trust_remote_code,
             **hub_settings(config.path),
@@ -77,7 +77,7 @@ def load_model(
             return auto.from_config(shape, **settings).eval()
         settings |= hub_settings(config.path) | {"config": shape, "subfolder": subfolder, "output_loading_info": True}
         settings["use_safetensors"] = None if config.allow_pickle else True
-        model, info = auto.from_pretrained(_expanded(config.path), **settings)
+        model, info = auto.from_pretrained(config.path, **settings)
         missing = _missing(info)
     lost = _backbone_missing(model, missing)
     if lost:
@@ -196,13 +196,9 @@ def _no_head(config: ModelConfig, shape: Any) -> InputError:
     )
 
 
-def _expanded(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
 def _check_path(config: ModelConfig) -> None:
     """Refuse, before the hub is asked, what is plainly a local path that holds no model."""
-    folder = Path(config.path).expanduser()
+    folder = Path(config.path)
     if folder.is_dir():
         if find_file(config.path, "config.json") is None and find_file(config.path, "modules.json") is None:
             what = "not a model: it has no config.json"
@@ -233,7 +229,7 @@ def _told(config: ModelConfig) -> Iterator[None]:
                 "its weights come as pickle only, which can run code",
                 "set allow_pickle: true if you trust it",
             )
-        elif isinstance(error, OSError) and not Path(config.path).expanduser().is_dir():
+        elif isinstance(error, OSError) and not Path(config.path).is_dir():
             what, remedy = "no such directory, and not to be had from the hub", "check the name and the network"
         elif isinstance(error, OSError):
             what, remedy = "not a complete model: config.json or model.safetensors is absent or unreadable", ""

@@ -43,7 +43,7 @@ class Fingerprints:
 
     def model(self, path: str) -> str:
         """A checksum of a model's directory; the name of one on the hub."""
-        folder = Path(path).expanduser()
+        folder = Path(path)
         if not folder.is_dir():
             return f"hub {path}"
         return digest({file.relative_to(folder).as_posix(): self.file(file) for file in model_files(folder)})

@@ -45,7 +45,7 @@ class Recipe:
         self.pipeline = self.config.pipeline or PipelineConfig()
         self.output = Path(self.config.output)
         self.fingerprints = fingerprints or Fingerprints(self.output / "stages" / "fingerprints.json")
-        self._data = Path(self.config.data.path).expanduser()
+        self._data = Path(self.config.data.path)
         self._graph = StageGraph(self.output / "stages", self._data, self.fingerprints)
         self.stages = self._graph.stages
         self.evaluations: list[Evaluation] = []
@@ -230,7 +230,7 @@ class Recipe:
             path, needs = self._as_it_comes(model), []
             inputs, models = {"model": self.fingerprints.model(path)}, (path,)
         for item in self.pipeline.evaluate:
-            data = self._data if item.data is None else Path(item.data).expanduser()
+            data = self._data if item.data is None else Path(item.data)
             named = [] if item.data is None else [item.name or data.name]
             parts = [*([] if model == MAIN else [model]), *named]
             encode, index = "-".join(["encode", *parts]), "-".join(["index", *parts])

@@ -195,7 +195,7 @@ def check_inputs(recipe: Recipe, found: dict[str, Finding], chosen: set[str]) ->
             if not file.exists():
                 raise InputError(file, "no such file", f"stage {name} reads it; data.path is {recipe.config.data.path}")
         for model in stage.models:
-            local = Path(model).expanduser()
+            local = Path(model)
             if (local.is_absolute() or model.startswith(".") or model.count("/") > 1) and not local.is_dir():
                 raise InputError(
                     model, "no such folder", f"stage {name} reads a model there, or of that name on the hub"

@@ -20,10 +20,8 @@ from lead_ds.retrieval.progress import progress
 INDEX, META = "index.faiss", "index.json"
 CHUNK = 65_536  # vectors added at once
 PQ_CENTROIDS = 256
-PER_CENTROID, PER_CENTROID_AT_LEAST = (
-    256,
-    64,
-)  # training vectors per centroid: what FAISS uses at most, and does well with
+# Training vectors per centroid: what FAISS uses at most, and does well with.
+PER_CENTROID, PER_CENTROID_AT_LEAST = 256, 64
 TRAIN_MAX = 1 << 20  # vectors that an index is trained on, where the lower bound does not ask for more
 GPU_K = 2048  # what FAISS can return on a GPU
 GpuLayout = Literal["shard", "replicate"]
@@ -58,6 +56,7 @@ def build_index(
         raise InputError(
             "factory", what, "see FAISS's wiki, The index factory; for example Flat or IVF256,Flat"
         ) from None
+    vectors.ids()  # are told before the work, if they are not as many
     index = _to_gpus(index, gpus, layout, half=False)
     if not index.is_trained:
         cells = _cells(factory)
@@ -68,7 +67,6 @@ def build_index(
         except RuntimeError as error:
             what = f"{len(vectors)} vectors cannot train {factory!r}: {_reason(error)}"
             raise InputError("factory", what, "use Flat, or fewer cells") from None
-    vectors.ids()  # are told before the work, if they are not as many
     with progress(f"indexing {factory}", len(vectors), "vectors", shown=not quiet) as meter:
         for chunk in _chunks(vectors):
             try:
@@ -119,9 +117,8 @@ class Index:
         meta = read_json(folder / META, "make it with lead-ds index")
         try:
             # Mapped, not read: an index larger than memory can be searched, its pages come when they are looked at.
-            mapped = getattr(
-                faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP
-            )  # the latter, of older FAISS: IVF lists only
+            # Of older FAISS: IVF lists only.
+            mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
             index = faiss.read_index(str(folder / INDEX), 0 if gpus else mapped)
         except (RuntimeError, OSError) as error:
             raise InputError(folder, f"its index cannot be read: {_reason(error)}", "build it again") from None

@@ -46,6 +46,21 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.evaluation.split is None
 
 
+def test_the_home_folder_in_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    pipeline = "pipeline={mine: {model: ~/m}, prepare: [{kind: beir, src: ~/zip}], evaluate: [{data: ~/other}]}"
+    config = load_config(write(tmp_path), [pipeline, "data.path=~/data", "teacher.lens_path=~/lens", "output=~/out"])
+    stages = config.pipeline
+    assert stages is not None
+    assert stages.mine is not None
+    assert stages.mine.model == "/home/me/m"
+    assert stages.prepare[0].src == "/home/me/zip"
+    assert stages.evaluate[0].data == "/home/me/other"
+    assert config.data.path == "/home/me/data"
+    assert config.lens_folder == Path("/home/me/lens")
+    assert config.output == "/home/me/out"
+
+
 def test_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["train.lr=3e-5", "losses.layer.k=2"])
     save_config(config, tmp_path / "saved.yaml")

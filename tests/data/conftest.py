@@ -39,7 +39,9 @@ def config(folder: Path, tokenizer: Callable[..., str]) -> Callable[..., Config]
     """A run over the tiny dataset with a dual-encoder student and a cross-encoder teacher."""
 
     def make(*, negatives: int = 3, workers: int = 0, teacher: dict | None = None, **train: int) -> Config:
-        read = {"path": tokenizer(), "kind": "cross_encoder", "max_length": 48} | (teacher or {})
+        read = {"path": tokenizer(), "kind": "cross_encoder"} | (teacher or {})
+        if read["kind"] == "cross_encoder":
+            read = {"max_length": 48} | read
         return Config(
             seed=7,
             student=StudentConfig(path=tokenizer(), query_length=12, passage_length=24),

@@ -244,7 +244,7 @@ def test_tevatron(opened: Callable[..., Any]) -> None:
     assert group.scores is None
 
 
-def test_flagembedding_with_a_prompt_that_is_none(opened: Callable[..., Any]) -> None:
+def test_flagembedding_with_a_prompt_that_is_no_text(opened: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=r":1: the field 'prompt' is not a text"):
         opened([FLAG | {"prompt": 3}])
 

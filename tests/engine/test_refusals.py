@@ -41,6 +41,16 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "zero_optimization.offload_param is not an object",
     ),
+    # Told by the first step.
+    "attention": (
+        {"losses": {"attention": {"weight": 1.0, "k": 2, "relation_heads": 5}}, "extra_teacher": {"path": "bert"}},
+        "5 heads do not divide",
+    ),
+    "width": (
+        {"student": {"token_dim": 8}},
+        "token_dim is nothing that a dual_encoder reads: set projection",
+    ),
+    "length": ({"student": {"max_length": 8}}, "max_length is nothing that a dual_encoder reads: set query_length"),
     "repeated": ({"student": {"layers": [0, 1, 1]}}, "names a layer twice"),
 }
 
