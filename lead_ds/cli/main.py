@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from lead_ds import __version__
-from lead_ds.cli import operations, pipeline, preparation, retrieval, sharing, teaching, training
+from lead_ds.cli import evaluation, operations, pipeline, preparation, retrieval, sharing, teaching, training
 from lead_ds.errors import LeadError
 
 # Usage errors: click's own class, or that of the click which newer versions of typer carry inside.
@@ -50,6 +50,7 @@ training.add_commands(app)
 teaching.add_commands(app)
 pipeline.add_commands(app)
 retrieval.add_commands(app)
+evaluation.add_commands(app)
 sharing.add_commands(app)
 operations.add_commands(app)
 

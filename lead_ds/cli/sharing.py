@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from lead_ds.cli.retrieval import choice
+from lead_ds.cli.options import choice
 from lead_ds.errors import InputError
 
 

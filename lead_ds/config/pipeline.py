@@ -72,8 +72,9 @@ class TeachStage(Section):
 class EncodeStage(Section):
     """`lead-ds encode`."""
 
-    dtype: Literal["float32", "float16"] = "float32"
-    batch_size: Positive = 64
+    dtype: Literal["float32", "float16"] = Field("float32", description="of the stored vectors")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the model's matrix products")
+    batch_size: Positive | None = Field(None, description="null: 16 on a CPU, 64 on a GPU")
 
 
 class IndexStage(Section):

@@ -263,7 +263,7 @@ class Recipe:
             ["encode", "--model", path, "--data", data, *options, "--out"],
             "vectors",
             ("vectors/*",),
-            {"encode": {"dtype": settings.dtype}} | inputs,
+            {"encode": settings.model_dump(include={"dtype", "precision"})} | inputs,
             needs,
             self._graph.files("corpus.jsonl", data=data),
             models=models,

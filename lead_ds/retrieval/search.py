@@ -13,16 +13,17 @@ from torch import Tensor
 
 from lead_ds.config import StudentConfig
 from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import Run
+from lead_ds.data.qrels import Run, write_run
 from lead_ds.data.texts import Texts
 from lead_ds.data.tokens import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.dual_encoder import DualEncoder
 from lead_ds.retrieval.encode import Side, check_texts, encode_share
-from lead_ds.retrieval.evaluate import make_run, open_encoder
+from lead_ds.retrieval.evaluate import MEASURES, make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.files import model_checksum
 from lead_ds.retrieval.index import Index, check_k
+from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.progress import progress
 
 
@@ -143,3 +144,31 @@ class Searcher:
             with torch.no_grad():
                 scores, found = exact_search(vectors_QD, self.passages, k)
         return make_run(query_ids, scores.tolist(), found.tolist(), self.ids)
+
+
+def evaluate_index(
+    model: str | Path | StudentConfig,
+    index: str | Path,
+    data: str | Path,
+    split: str,
+    measures: Sequence[str] = MEASURES,
+    *,
+    relevance_level: int = 1,
+    out: str | Path | None = None,
+    quiet: bool = False,
+    **index_settings: Any,
+) -> Scores:
+    """Metrics of an index, searched for a split's judged queries: with what it costs to be approximate.
+
+    index_settings: of `Index.open`. out: a TREC run to write. Raises InputError as `Searcher.open` and `score_run`.
+    """
+    for name in measures:
+        parse_measure(name, relevance_level)
+    dataset = Dataset.open(data)
+    qrels = dataset.qrels(split)
+    searcher = Searcher.open(model, data, index=index, **index_settings)
+    texts = dataset.queries.texts(dataset.queries.rows(list(qrels)))
+    run = searcher.run(list(qrels), texts, min(depth(measures), len(searcher.ids)), quiet=quiet)
+    if out is not None:
+        write_run(out, run)
+    return score_run(run, qrels, measures, relevance_level)

@@ -143,6 +143,7 @@ SEARCH = "search --model model --data data --index index --split dev --out out"
 INDEX = "index --vectors vectors --out out"
 MINE = "mine --data data --out out"
 EVALUATE = "evaluate --run run --qrels data/qrels/dev.tsv --json out"
+OF_INDEX = "evaluate --model model --data data --index index --split dev --out out"
 COMPARE = "compare run run --qrels data/qrels/dev.tsv --json out"
 
 # What is done to a folder of good things, the command, and what it must say.
@@ -171,6 +172,12 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "index of another pooling": (other_pooling, SEARCH, ["index", "pooling mean, here cls"]),
     "index of another prompt": (other_prompt, SEARCH, ["index", "prompt 'passage: '"]),
     "index that does not fit its file": (index_of_another, SEARCH, ["do not belong together"]),
+    "to evaluate an index of other weights": (other_weights, OF_INDEX, ["index", "another model", "checksum"]),
+    "to evaluate an index of another corpus": (another_corpus, OF_INDEX, ["corpus.jsonl", "encode and index it again"]),
+    "to evaluate an index of cells that it lacks": (nothing, OF_INDEX + " --nprobe 4", ["Flat index has no nprobe"]),
+    "to rerank what an index finds": (nothing, OF_INDEX + " --depth 9", ["--index", "reranking"]),
+    "cells of no index": (nothing, EVALUATE + " --nprobe 4", ["--nprobe", "add --index"]),
+    "an index without a model": (nothing, EVALUATE + " --index index", ["--index", "add --model"]),
     "unknown factory string": (nothing, INDEX + " --factory IFV16,Flat", ["factory", "'IFV16,Flat'"]),
     "factory for more vectors": (nothing, INDEX + " --factory IVF4096,Flat", ["factory", "60 vectors cannot train"]),
     "k beyond the index": (nothing, SEARCH + " -k 61", ["61 results asked of 60 passages"]),

@@ -95,6 +95,11 @@ def test_index_search_and_evaluate_agree(run: Path, rooms: Path) -> None:
     by_run = json.loads(ok("evaluate", "--run", trec, "--qrels", f"{data}/qrels/test.tsv", "--json", "-").stdout)
     by_model = json.loads(ok("evaluate", "--model", student, "--data", data, "--json", "-").stdout)
     assert by_run["mean"] == pytest.approx(by_model["mean"], abs=1e-6)
+    again = str(run / "again.trec")
+    of_index = ("--index", str(run / "index"), "--out", again)
+    by_index = json.loads(ok("evaluate", "--model", student, "--data", data, *of_index, "--json", "-").stdout)
+    assert by_index["mean"] == pytest.approx(by_run["mean"], abs=1e-6)
+    assert Path(again).read_text() == Path(trec).read_text()
     hits = json.loads(ok("search", "--model", student, "--data", data, "-k", "3", "--json", "three hearts").stdout)[
         "hits"
     ]

@@ -140,6 +140,10 @@ def test_a_change_runs_its_stage_and_those_behind_it_and_keeps_what_was(place: P
     assert place.run() == []  # taken back: what was made before still stands
     assert place.run("pipeline.first.train.steps=5") == [name for name in STAGES if name != "negatives"]
     assert place.run("pipeline.index.factory=HNSW8") == [name for name in EVALUATED if not name.startswith("encode")]
+    assert place.run("pipeline.encode.precision=bf16") == EVALUATED
+    encoding = [one["commands"][0] for one in place.tree["stages"] if one["stage"].startswith("encode")]
+    assert len(encoding) == 2
+    assert all("--precision bf16" in command for command in encoding)
 
 
 def test_what_decides_nothing_makes_nothing_anew(place: Place) -> None:

@@ -1,0 +1,196 @@
+"""Commands that measure: evaluate, compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, NPROBE, batch_of, choice
+from lead_ds.errors import InputError
+
+MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
+LEVEL = typer.Option(1, "--relevance-level", min=1, help="Judgements from here on count; nDCG is graded.")
+
+
+def evaluate(
+    settings: list[str] | None = typer.Argument(
+        None,
+        help="Settings of the model, as in a configuration's teacher section: max_length=512, yes_token=Yes ...",
+        metavar="[KEY=VALUE]...",
+    ),
+    model: Path | None = typer.Option(
+        None, "--model", help="A model's directory: a dual encoder searches the corpus, exactly; others rerank."
+    ),
+    kind: str | None = typer.Option(
+        None,
+        "--kind",
+        help="dual_encoder, colbert, cross_encoder or llm_reranker; default: what the model's files say.",
+    ),
+    data: Path | None = typer.Option(None, "--data", help="With --model: the dataset's folder."),
+    split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),
+    run: Path | None = typer.Option(
+        None, "--run", help="A TREC run: evaluated with --qrels, reranked with --model (default there: BM25's)."
+    ),
+    depth: int | None = typer.Option(
+        None, "--depth", min=1, help="Passages of each query that are reranked; default: 100."
+    ),
+    index: Path | None = typer.Option(
+        None,
+        "--index",
+        help="With --model, a dual encoder: what `lead-ds index` wrote, searched instead of the corpus.",
+    ),
+    gpus: int = GPUS,
+    nprobe: int | None = NPROBE,
+    ef_search: int | None = EF_SEARCH,
+    out: Path | None = typer.Option(None, "--out", help="With --model: write what it ranked, as a TREC run."),
+    qrels: Path | None = typer.Option(None, "--qrels", help="With --run alone: the judgements."),
+    measures: str = MEASURES,
+    relevance_level: int = LEVEL,
+    per_query: bool = typer.Option(False, "--per-query", help="Also each query's values (with --json)."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
+    batch_size: int | None = BATCH,
+) -> None:
+    """Metrics of a model on a dataset, of an index, or of a TREC run.
+
+    Under a launcher, every rank encodes its share; an index is searched by one of them.
+
+    lead-ds evaluate --model runs/x/student --data data/scifact --split test
+
+    lead-ds evaluate --model runs/x/student --data data/scifact --index index --nprobe 32
+
+    lead-ds evaluate --model runs/teacher/model --data data/scifact --run bm25.trec --depth 100 --out reranked.trec
+
+    lead-ds evaluate --model qwen3-reranker --kind llm_reranker --data data/scifact max_length=512 yes_token=yes no_token=no
+
+    lead-ds evaluate --run run.trec --qrels qrels.dl19-passage.txt --relevance-level 2
+
+    A ColBERT, a cross-encoder and a decoder reranker order the passages of --run, or BM25's best; a dual encoder does so
+    where --run or --depth is given, and searches the whole corpus otherwise.
+    """
+    if model is None and run is None:
+        raise InputError("evaluate", "give --model with --data, or --run with --qrels", "see lead-ds evaluate --help")
+    if model is not None and data is None:
+        raise InputError("--data", "is needed with --model", "name the dataset's folder")
+    if model is not None and qrels is not None:
+        raise InputError("--qrels", "goes with --run alone", "a model is judged by --data and --split")
+    if model is None and qrels is None:
+        raise InputError("--qrels", "is needed with --run", "name the file of judgements")
+    if model is None and (settings or kind or depth or out or index):
+        what = "settings, --kind, --depth, --index and --out are of a model"
+        raise InputError("evaluate", what, "add --model and --data")
+    if index is not None and (settings or kind or depth or run):
+        what = "is searched by its model as it is: settings, --kind, --run and --depth are for reranking"
+        raise InputError("--index", what, "give one or the other")
+    if index is None and (gpus or nprobe or ef_search):
+        raise InputError("evaluate", "--gpus, --nprobe and --ef-search are of an index", "add --index")
+    if kind is not None:
+        choice("--kind", kind, "dual_encoder", "colbert", "cross_encoder", "llm_reranker")
+    from lead_ds.data.dataset import Dataset
+    from lead_ds.engine.agreement import agreed
+    from lead_ds.engine.ranks import ranks
+    from lead_ds.retrieval.evaluate import evaluate_model, evaluate_run
+
+    names = measures.replace(",", " ").split()
+    if model is None:
+        assert run is not None
+        assert qrels is not None
+        tell(evaluate_run(run, qrels, names, relevance_level), json_file, per_query)
+        return
+    assert data is not None
+    if index is not None:
+        from lead_ds.retrieval.search import evaluate_index
+
+        search: dict[str, Any] = {"gpus": gpus, "nprobe": nprobe, "ef_search": ef_search}
+        with ranks() as here:
+            if here.main:
+                level = relevance_level
+                scores = evaluate_index(model, index, data, split, names, relevance_level=level, out=out, **search)
+                tell(scores, json_file, per_query)
+        return
+    from lead_ds.retrieval.rerank import DEPTH, Reranker, evaluate_reranked, find_candidates
+
+    with ranks() as here:
+        dataset = Dataset.open(data)
+        queries = list(dataset.qrels(split))
+        opened = agreed(here, lambda: Reranker.open(model, kind, settings or [], here.device))
+        options: dict[str, Any] = {
+            "relevance_level": relevance_level,
+            "batch_size": batch_of(batch_size, here.device),
+            "peers": here,
+            "out": out,
+        }
+        if opened.scorer.kind == "dual_encoder" and run is None and depth is None:
+            scores = evaluate_model(opened.scorer, opened.encoder, dataset, split, names, **options)
+        else:
+            found = agreed(here, lambda: find_candidates(dataset, queries, depth or DEPTH, run) if here.main else {})
+            found = here.from_main(found)
+            scores = evaluate_reranked(opened.scorer, opened.encoder, dataset, split, found, names, **options)
+        if here.main:
+            tell(scores, json_file, per_query)
+
+
+def compare(
+    run_a: Path = typer.Argument(..., metavar="A", help="A TREC run."),
+    run_b: Path = typer.Argument(..., metavar="B", help="Another one, over the same queries."),
+    qrels: Path = typer.Option(..., "--qrels", help="The judgements, of BEIR's or TREC's form."),
+    measures: str = MEASURES,
+    relevance_level: int = LEVEL,
+    json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
+) -> None:
+    """Compare two TREC runs: is the difference more than chance?
+
+    The p value is that of the two-sided paired randomisation test over queries, the interval the 95% bootstrap interval of
+    the difference B - A. Runs come from `lead-ds search --out`.
+
+    lead-ds compare before.trec after.trec --qrels data/scifact/qrels/test.tsv --measures "nDCG@10 R@100"
+    """
+    from dataclasses import asdict
+
+    from lead_ds.retrieval.evaluate import compare_runs
+
+    rows = compare_runs(run_a, run_b, qrels, measures.replace(",", " ").split(), relevance_level)
+    tree = {"a": str(run_a), "b": str(run_b), "comparisons": [asdict(row) for row in rows]}
+    if told_as_json(tree, json_file):
+        return
+    width = max(len(row.measure) for row in rows)
+    print(f"{'':<{width}}  {'A':>6}  {'B':>6}  {'B - A':>7}  {'95% interval':^18}  {'p':>7}")
+    for row in rows:
+        interval = f"[{row.low:+.4f}, {row.high:+.4f}]"
+        values = f"{row.a:.4f}  {row.b:.4f}  {row.difference:+.4f}  {interval:^18}  {row.p_value:.5f}"
+        print(f"{row.measure:<{width}}  {values}")
+    flips = " or ".join(dict.fromkeys(row.test for row in rows))
+    print(
+        f"{rows[0].queries} queries; p: {flips}; interval: bootstrap; {len(rows)} tests, not corrected for their number"
+    )
+
+
+def tell(scores: Any, json_file: Path | None, per_query: bool) -> None:
+    """Print a table of means, or write JSON."""
+    tree = {"mean": scores.mean, **({"per_query": scores.per_query} if per_query else {})}
+    if told_as_json(tree, json_file):
+        return
+    width = max(len(name) for name in scores.mean)
+    for name, value in scores.mean.items():
+        print(f"{name:<{width}}  {value:.4f}")
+
+
+def told_as_json(tree: dict[str, Any], json_file: Path | None) -> bool:
+    """Write JSON to the file that was asked for, if any; whether it went to standard output, which then holds nothing else."""
+    if json_file is None:
+        return False
+    if str(json_file) == "-":
+        print(json.dumps(tree, indent=1))
+        return True
+    from lead_ds.retrieval.files import write_json
+
+    write_json(json_file, tree)
+    return False
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register this file's commands."""
+    for command in (evaluate, compare):
+        app.command()(command)

@@ -1,0 +1,30 @@
+"""Options that several commands have, and how their values are checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from lead_ds.errors import InputError
+
+BATCH = typer.Option(
+    None,
+    "--batch-size",
+    min=1,
+    help="Texts of full length per forward; of shorter ones more. Default: 64, and 16 on a CPU, whose caches hold no more.",
+)
+GPUS = typer.Option(0, "--gpus", min=0, help="GPUs for the index.")
+NPROBE = typer.Option(None, "--nprobe", min=1, help="Cells searched of an IVF index.")
+EF_SEARCH = typer.Option(None, "--ef-search", min=1, help="Breadth of the search in an HNSW index.")
+
+
+def batch_of(given: int | None, device: Any) -> int:
+    """The batch size that was given, or the device's default."""
+    return given or (16 if device.type == "cpu" else 64)
+
+
+def choice(option: str, value: str, *valid: str) -> None:
+    """Refuse a value that is not among the valid ones."""
+    if value not in valid:
+        raise InputError(option, f"{value!r} is unknown", f"use {' or '.join(valid)}")
