@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, NPROBE, batch_of, choice
+from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, LAYOUT, NPROBE, batch_of, choice
 from lead_ds.errors import InputError
 
 MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
@@ -43,6 +43,7 @@ def evaluate(
         help="With --model, a dual encoder: what `lead-ds index` wrote, searched instead of the corpus.",
     ),
     gpus: int = GPUS,
+    layout: str = LAYOUT,
     nprobe: int | None = NPROBE,
     ef_search: int | None = EF_SEARCH,
     out: Path | None = typer.Option(None, "--out", help="With --model: write what it ranked, as a TREC run."),
@@ -86,6 +87,7 @@ def evaluate(
         raise InputError("--index", what, "give one or the other")
     if index is None and (gpus or nprobe or ef_search):
         raise InputError("evaluate", "--gpus, --nprobe and --ef-search are of an index", "add --index")
+    choice("--layout", layout, "shard", "replicate")
     if kind is not None:
         choice("--kind", kind, "dual_encoder", "colbert", "cross_encoder", "llm_reranker")
     from lead_ds.data.dataset import Dataset
@@ -103,7 +105,7 @@ def evaluate(
     if index is not None:
         from lead_ds.retrieval.search import evaluate_index
 
-        search: dict[str, Any] = {"gpus": gpus, "nprobe": nprobe, "ef_search": ef_search}
+        search: dict[str, Any] = {"gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
         with ranks() as here:
             if here.main:
                 level = relevance_level

@@ -14,6 +14,7 @@ BATCH = typer.Option(
     min=1,
     help="Texts of full length per forward; of shorter ones more. Default: 64, and 16 on a CPU, whose caches hold no more.",
 )
+LAYOUT = typer.Option("shard", "--layout", help="shard or replicate, over several GPUs.")
 GPUS = typer.Option(0, "--gpus", min=0, help="GPUs for the index.")
 NPROBE = typer.Option(None, "--nprobe", min=1, help="Cells searched of an IVF index.")
 EF_SEARCH = typer.Option(None, "--ef-search", min=1, help="Breadth of the search in an HNSW index.")

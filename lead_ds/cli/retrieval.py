@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, NPROBE, batch_of, choice
+from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, LAYOUT, NPROBE, batch_of, choice
 from lead_ds.errors import InputError
 
 MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory.")
@@ -62,7 +62,7 @@ def index(
         "Flat", "--factory", help="FAISS's index string: Flat (exact), IVF4096,Flat, HNSW32, PQ64 ..."
     ),
     gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs to train and fill it on."),
-    layout: str = typer.Option("shard", "--layout", help="shard or replicate, over several GPUs."),
+    layout: str = LAYOUT,
     data: Path | None = typer.Option(None, "--data", help="Check that the vectors are of this dataset as it is now."),
 ) -> None:
     """Build a FAISS index from encoded vectors. Vectors are added in chunks, so that they need not fit in memory.
@@ -100,6 +100,7 @@ def search(
     out: Path | None = typer.Option(None, "--out", help="Write a TREC run instead of showing hits."),
     tag: str = typer.Option("lead-ds", "--tag", help="The run's name in the TREC file."),
     gpus: int = GPUS,
+    layout: str = LAYOUT,
     nprobe: int | None = NPROBE,
     ef_search: int | None = EF_SEARCH,
     as_json: bool = typer.Option(False, "--json", help="Print hits as JSON lines."),
@@ -110,13 +111,14 @@ def search(
 
     lead-ds search --model runs/x/student --data data --index index --split test -k 1000 --out run.trec
     """
+    choice("--layout", layout, "shard", "replicate")
     from lead_ds.data.dataset import Dataset
     from lead_ds.data.qrels import write_run
     from lead_ds.retrieval.search import Searcher
 
     settings: dict[str, Any] = {}
     if index is not None:
-        settings = {"index": index, "gpus": gpus, "nprobe": nprobe, "ef_search": ef_search}
+        settings = {"index": index, "gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
     if not query and data is None:
         raise InputError(
             "search", "no query was given", 'add one, such as "read a json file", or --data with queries.jsonl'

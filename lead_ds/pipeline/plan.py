@@ -291,7 +291,7 @@ class Recipe:
             depth(item.measures) > DEFAULT_DEPTH
         ):  # else as many as measures without a cutoff read, or all that there are
             options["k"] = depth(item.measures)
-        options |= settings.model_dump(include={"gpus", "nprobe", "ef_search"}, exclude_defaults=True)
+        options |= settings.model_dump(include={"gpus", "layout", "nprobe", "ef_search"}, exclude_defaults=True)
         qrels = f"qrels/{item.split}.tsv"
         index = self.stages[needs[-1]].folder / "index"
         command = ["search", "--model", path, "--data", data, "--index", index, *options_of(options)]
@@ -300,7 +300,7 @@ class Recipe:
             [*command, "--tag", search, "--out"],
             "run.trec",
             ("run.trec",),
-            {"search": {key: value for key, value in options.items() if key != "gpus"}} | inputs,
+            {"search": {key: value for key, value in options.items() if key not in ("gpus", "layout")}} | inputs,
             needs,
             self._graph.files("queries.jsonl", "corpus.jsonl", qrels, data=data),
         )

@@ -40,7 +40,8 @@ def build_index(
     """Build an inner-product index of `vectors` and write it to the folder `out`.
 
     factory: FAISS's index string: Flat (exact), IVF4096,Flat, HNSW32, PQ64, IVF4096,PQ64, OPQ64,IVF4096,PQ64x4fs, ... Vectors
-    are read from disk a chunk at a time. gpus: train and add on so many, the index sharded over them or replicated.
+    are read from disk a chunk at a time. gpus: train and add on so many, the index sharded over them or replicated; an index
+    that is not trained is filled on the CPU, where that is a copy.
     `out` holds the index, the ids, and what the vectors were made of. Raises InputError for a factory string that FAISS
     does not know, or too few vectors for it; RunError when FAISS or the disk fails.
     """
@@ -57,8 +58,9 @@ def build_index(
             "factory", what, "see FAISS's wiki, The index factory; for example Flat or IVF256,Flat"
         ) from None
     vectors.ids()  # are told before the work, if they are not as many
-    index = _to_gpus(index, gpus, layout, half=False)
+    on_gpus = gpus > 0 and not index.is_trained  # FAISS fills a sharded Flat in one call only, and HNSW not at all
     if not index.is_trained:
+        index = _to_gpus(index, gpus, layout, half=False)
         cells = _cells(factory)
         wanted = min(PER_CENTROID * max(cells, PQ_CENTROIDS), max(TRAIN_MAX, PER_CENTROID_AT_LEAST * cells))
         sample = _sample(vectors, min(len(vectors), wanted), seed)
@@ -75,7 +77,7 @@ def build_index(
                 what = f"{factory!r} does not take vectors without ids: {_reason(error)}"
                 raise InputError("factory", what, "leave IDMap out: ids are kept beside the index") from None
             meter.advance(len(chunk))
-    if gpus:
+    if on_gpus:
         index = faiss.index_gpu_to_cpu(index)
     with atomic(out / INDEX) as temporary:
         try:

@@ -176,6 +176,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "to evaluate an index of another corpus": (another_corpus, OF_INDEX, ["corpus.jsonl", "encode and index it again"]),
     "to evaluate an index of cells that it lacks": (nothing, OF_INDEX + " --nprobe 4", ["Flat index has no nprobe"]),
     "to rerank what an index finds": (nothing, OF_INDEX + " --depth 9", ["--index", "reranking"]),
+    "an unknown layout": (nothing, SEARCH + " --layout both", ["--layout", "'both' is unknown", "shard or replicate"]),
     "cells of no index": (nothing, EVALUATE + " --nprobe 4", ["--nprobe", "add --index"]),
     "an index without a model": (nothing, EVALUATE + " --index index", ["--index", "add --model"]),
     "unknown factory string": (nothing, INDEX + " --factory IFV16,Flat", ["factory", "'IFV16,Flat'"]),

@@ -79,6 +79,14 @@ def test_factory_strings_that_faiss_refuses(vectors: Vectors, tmp_path: Path, fa
     assert not (tmp_path / "index").exists()
 
 
+def test_only_what_is_trained_is_built_on_gpus(vectors: Vectors, flat: Path, tmp_path: Path) -> None:
+    queries = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    folder = build_index(vectors, tmp_path / "flat", "Flat", gpus=1000, quiet=True)
+    np.testing.assert_array_equal(Index.open(folder).search(queries, 7)[1], Index.open(flat).search(queries, 7)[1])
+    with pytest.raises(InputError, match="1000 asked for, FAISS sees"):
+        build_index(vectors, tmp_path / "cells", "IVF4,Flat", gpus=1000, quiet=True)
+
+
 def test_an_index_is_mapped_and_not_read(tmp_path: Path) -> None:
     import faiss
 
