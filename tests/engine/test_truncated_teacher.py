@@ -41,9 +41,7 @@ def test_losses_and_memory(configure: Callable[..., Path], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_its_layers_say_what_they_say_in_the_whole_model(rooms: Path, kind: str) -> None:
-    config = TeacherConfig.model_validate(
-        TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"]), "max_length": 64}
-    )
+    config = TeacherConfig.model_validate(TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"])})
     encoder = TextEncoder.from_config(config)
     if kind in ("cross_encoder", "llm_reranker"):
         batch = ModelBatch(3, pairs=encoder.pairs([q for q in QUERIES for _ in range(3)], PASSAGES))
