@@ -119,7 +119,7 @@ class Index:
         meta = read_json(folder / META, "make it with lead-ds index")
         try:
             # Mapped, not read: an index larger than memory can be searched, its pages come when they are looked at.
-            # Of older FAISS: IVF lists only.
+            # Older versions of FAISS map IVF lists only.
             mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
             index = faiss.read_index(str(folder / INDEX), 0 if gpus else mapped)
         except (RuntimeError, OSError) as error:

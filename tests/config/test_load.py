@@ -47,18 +47,18 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_the_home_folder_in_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     pipeline = "pipeline={mine: {model: ~/m}, prepare: [{kind: beir, src: ~/zip}], evaluate: [{data: ~/other}]}"
     config = load_config(write(tmp_path), [pipeline, "data.path=~/data", "teacher.lens_path=~/lens", "output=~/out"])
     stages = config.pipeline
     assert stages is not None
     assert stages.mine is not None
-    assert stages.mine.model == "/home/me/m"
-    assert stages.prepare[0].src == "/home/me/zip"
-    assert stages.evaluate[0].data == "/home/me/other"
-    assert config.data.path == "/home/me/data"
-    assert config.lens_folder == Path("/home/me/lens")
-    assert config.output == "/home/me/out"
+    assert stages.mine.model == str(tmp_path / "m")
+    assert stages.prepare[0].src == str(tmp_path / "zip")
+    assert stages.evaluate[0].data == str(tmp_path / "other")
+    assert config.data.path == str(tmp_path / "data")
+    assert config.lens_folder == tmp_path / "lens"
+    assert config.output == str(tmp_path / "out")
 
 
 def test_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
