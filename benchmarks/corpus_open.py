@@ -44,7 +44,7 @@ def memory() -> dict[str, float]:
 
 def measure_open(path: Path) -> dict[str, Any]:
     """Open the corpus: seconds and memory growth."""
-    from lead_ds.data.texts import Texts
+    from lead_ds.data.collections.texts import Texts
 
     before, start = memory(), time.perf_counter()
     corpus = Texts.open(path, "corpus")
@@ -57,7 +57,7 @@ def measure_open(path: Path) -> dict[str, Any]:
 
 def measure_reads(path: Path, reads: int = 100_000) -> dict[str, Any]:
     """Texts per second by random row, ids per second in one bulk lookup, and memory growth."""
-    from lead_ds.data.texts import Texts
+    from lead_ds.data.collections.texts import Texts
 
     corpus = Texts.open(path, "corpus")
     before = memory()

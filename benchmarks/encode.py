@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.kernels import machine
-from lead_ds.data.dataset import Dataset
+from lead_ds.data.collections.dataset import Dataset
 from lead_ds.models.export import export_sentence_transformers
 from lead_ds.retrieval.encode import encode_share, in_precision
 from lead_ds.retrieval.evaluate import open_encoder

@@ -22,14 +22,14 @@ import torch
 from benchmarks.throughput_presets import bert, write_data, write_model
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches, Window
-from lead_ds.data.groups import open_groups
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.ranks import Ranks
-from lead_ds.engine.teacher import FrozenTeacher, build_teacher, depth_needed
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.models.load import load_student
 from lead_ds.models.scorer import Scorer
 from lead_ds.plan.activations import Ledger
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
+from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, depth_needed
 
 HERE = Ranks(0, 0, 1, torch.device("cpu"))
 Timed = Callable[[int], Any]

@@ -44,10 +44,10 @@ from benchmarks.quality_arms import (
 )
 from benchmarks.quality_data import Size, build_test, build_training, mine_by, without_dropout
 from lead_ds.config import Config, DataConfig, StudentConfig
-from lead_ds.data.dataset import Dataset
+from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import LeadError
+from lead_ds.io.files import read_json, write_json
 from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
-from lead_ds.retrieval.files import read_json, write_json
 
 TRAINED_ON = ("squadshifts", "medquad", "tldr")
 OTHERS = ("scifact", "cranfield", "vaswani")
@@ -75,7 +75,7 @@ def mine(args: argparse.Namespace) -> None:
 
 def teach(args: argparse.Namespace) -> None:
     """What teachers say of the training groups: relevance by every layer, by own heads and lenses; a dual encoder's vectors."""
-    from lead_ds.engine.teach import teach as write_cache
+    from lead_ds.teachers.teach import teach as write_cache
 
     models = models_of(args)
     for name in args.teacher:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
             path = models["student" if name == "start" else "de"]
             student = {**settings_student(name), "path": str(path)}
             keep(args, name, 0, partial(untrained, student))
-    from lead_ds.engine.ranks import ranks
+    from lead_ds.engine.distributed.ranks import ranks
 
     with ranks():  # one process group for all runs
         for seed, name in ((seed, name) for seed in args.seeds for name in args.arms if name in BY_NAME):
@@ -122,7 +122,7 @@ def settings_student(name: str) -> dict[str, Any]:
 
 def train(args: argparse.Namespace, models: dict[str, Path], arm: Arm, seed: int) -> tuple[Any, dict[str, Any]]:
     """One run: the student's folder, and what is worth keeping of it."""
-    from lead_ds.engine.distill import distill
+    from lead_ds.engine.training.distill import distill
 
     tree = settings(arm, args.work, models, seed=seed, **sizes_of(args))
     for override in args.set or []:
@@ -205,7 +205,7 @@ def models_of(args: argparse.Namespace) -> dict[str, Path]:
 
 def warm_up_colbert(args: argparse.Namespace, models: dict[str, Path]) -> None:
     """A ColBERT out of the dual encoder, on the training groups' labels."""
-    from lead_ds.engine.warmup import warmup
+    from lead_ds.engine.training.warmup import warmup
 
     tree = settings(BY_NAME["labels"], args.work, models, seed=888, **sizes_of(args))
     tree["student"] = {**TEACHERS["cb"], "path": str(models["de"]), "token_dim": 128, "normalize": True}
@@ -216,8 +216,8 @@ def warm_up_colbert(args: argparse.Namespace, models: dict[str, Path]) -> None:
 
 def fit_lens(config: Config, folder: Path) -> None:
     """The cross-encoder's tuned lens, fitted on the training groups."""
-    from lead_ds.engine.fit_lens import Fit
-    from lead_ds.engine.fit_lens import fit_lens as fit
+    from lead_ds.teachers.fit_lens import Fit
+    from lead_ds.teachers.fit_lens import fit_lens as fit
 
     if not (folder / "lens.json").exists():
         fit(config, folder, Fit(groups=100_000))

@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.texts import Texts
-from lead_ds.retrieval.files import atomic, read_json, write_json
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.texts import Texts
+from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.retrieval.mine import MineSettings, mine
 
 DONE = "built.json"

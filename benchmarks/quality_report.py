@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks.quality import OTHERS, TRAINED_ON
 from benchmarks.quality_arms import BY_NAME
 from lead_ds.errors import InputError
+from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.retrieval.evaluate import compare
-from lead_ds.retrieval.files import atomic, read_json, write_json
 from lead_ds.retrieval.metrics import Scores
 
 MEASURE = "nDCG@10"

@@ -50,8 +50,8 @@ STUDENT = {"model_type": "distilbert", "dim": 768, "hidden_dim": 3072, "n_heads"
 @cache
 def requirements(name: str, work: Work) -> Any:
     """lead_ds.plan's requirements of a run, from the models' shapes alone: on the meta device, nothing downloaded."""
-    from lead_ds.cli.operations import requirements as of_run
     from lead_ds.config import Config
+    from lead_ds.plan.requirements import requirements as of_run
 
     with tempfile.TemporaryDirectory() as folder:
         for part, shape in (("teacher", TEACHERS[name]), ("student", STUDENT)):
@@ -83,7 +83,7 @@ def models(name: str, work: Work) -> tuple[Model, Model]:
 @cache
 def memory(name: str, work: Work, gpus: int, nodes: int, accumulation: int, gpu_memory: float) -> dict[str, Any]:
     """lead_ds.plan's estimate of each placement, for the whole window in one teacher forward. gpu_memory: GB."""
-    from lead_ds.engine.deepspeed_config import read_deepspeed_config
+    from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
     from lead_ds.plan import Cluster, make_plan
 
     r = requirements(name, work)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import Texts
 from lead_ds.config import Config
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.distill import open_inputs
-from lead_ds.engine.ranks import Ranks
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training.distill import open_inputs
 from lead_ds.losses.selection import select_layers
 from lead_ds.models.backbone import find_layers, read_model_config
 from lead_ds.models.scorer import Scorer

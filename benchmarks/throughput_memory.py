@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lead_ds.engine.parts import Part, Parts
+from lead_ds.engine.records.parts import Part, Parts
 
 
 class PeakMemory(Parts):

@@ -20,23 +20,23 @@ from benchmarks.baselines import LOOPS, LeadLoop, Loop, Settings
 from benchmarks.throughput_inputs import Inputs, Work
 from benchmarks.throughput_memory import PeakMemory, allocated, settle
 from lead_ds.config import Config
-from lead_ds.engine.ahead import with_next
-from lead_ds.engine.cached import CachedTeacher, with_cached_settings
-from lead_ds.engine.checkpoint import Checkpoints
-from lead_ds.engine.distill import fit_attention, open_inputs, open_teacher
-from lead_ds.engine.loop import Training
-from lead_ds.engine.parts import Part, Parts, PartsClock
-from lead_ds.engine.ranks import Ranks
-from lead_ds.engine.record import Recorder
-from lead_ds.engine.signals import Signals, Stop
-from lead_ds.engine.teach import teach
-from lead_ds.engine.teacher import FrozenTeacher, build_teacher, teacher_dtype
-from lead_ds.engine.trainee import Trainee, build_engine, student_dtype
-from lead_ds.engine.watchdog import Watchdog
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.distributed.signals import Signals, Stop
+from lead_ds.engine.distributed.watchdog import Watchdog
+from lead_ds.engine.records.checkpoint import Checkpoints
+from lead_ds.engine.records.parts import Part, Parts, PartsClock
+from lead_ds.engine.records.recorder import Recorder
+from lead_ds.engine.training.ahead import with_next
+from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher
+from lead_ds.engine.training.loop import Training
+from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
 from lead_ds.models.backbone import load_model
+from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.layout import read_layout
-from lead_ds.models.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.load import load_student
+from lead_ds.teachers.cached import CachedTeacher, with_cached_settings
+from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, teacher_dtype
+from lead_ds.teachers.teach import teach
 
 Tokens = dict[str, Tensor]
 
@@ -288,7 +288,7 @@ def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
     losses = config.losses
     answers = None
     if reranker:
-        from lead_ds.data.tokenizer import load_tokenizer
+        from lead_ds.data.tokens.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(config.teacher.path, read_layout(config.teacher.path).subfolder, False)
         answers = answer_tokens(tokenizer, config.teacher)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import load_config
-from lead_ds.data.groups import open_groups
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.models.load import load_teacher
 from lead_ds.report.summary import Table, aligned
 

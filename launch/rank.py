@@ -271,7 +271,7 @@ def resumed(arguments: list[str], root: str) -> list[str]:
         return arguments
     sys.path.insert(1, root)
     from lead_ds.config import load_config
-    from lead_ds.engine.warmup import load_warmup
+    from lead_ds.engine.training.warmup import load_warmup
     from lead_ds.errors import InputError
 
     load = load_config if arguments[0] == "distill" else load_warmup

@@ -90,9 +90,9 @@ def evaluate(
     choice("--layout", layout, "shard", "replicate")
     if kind is not None:
         choice("--kind", kind, "dual_encoder", "colbert", "cross_encoder", "llm_reranker")
-    from lead_ds.data.dataset import Dataset
-    from lead_ds.engine.agreement import agreed
-    from lead_ds.engine.ranks import ranks
+    from lead_ds.data.collections.dataset import Dataset
+    from lead_ds.engine.distributed.agreement import agreed
+    from lead_ds.engine.distributed.ranks import ranks
     from lead_ds.retrieval.evaluate import evaluate_model, evaluate_run
 
     names = measures.replace(",", " ").split()
@@ -186,7 +186,7 @@ def told_as_json(tree: dict[str, Any], json_file: Path | None) -> bool:
     if str(json_file) == "-":
         print(json.dumps(tree, indent=1))
         return True
-    from lead_ds.retrieval.files import write_json
+    from lead_ds.io.files import write_json
 
     write_json(json_file, tree)
     return False

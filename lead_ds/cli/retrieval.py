@@ -37,8 +37,8 @@ def encode(
     choice("--kind", kind, "corpus", "queries")
     choice("--dtype", dtype, "float32", "float16")
     choice("--precision", precision, "fp32", "bf16", "fp16")
-    from lead_ds.data.dataset import Dataset
-    from lead_ds.engine.ranks import ranks
+    from lead_ds.data.collections.dataset import Dataset
+    from lead_ds.engine.distributed.ranks import ranks
     from lead_ds.retrieval.encode import encode_to
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import model_facts
@@ -70,7 +70,7 @@ def index(
     lead-ds index --vectors vectors --out index --factory IVF4096,Flat
     """
     choice("--layout", layout, "shard", "replicate")
-    from lead_ds.data.dataset import Dataset
+    from lead_ds.data.collections.dataset import Dataset
     from lead_ds.retrieval.encode import Vectors, check_texts
     from lead_ds.retrieval.index import build_index
 
@@ -112,8 +112,8 @@ def search(
     lead-ds search --model runs/x/student --data data --index index --split test -k 1000 --out run.trec
     """
     choice("--layout", layout, "shard", "replicate")
-    from lead_ds.data.dataset import Dataset
-    from lead_ds.data.qrels import write_run
+    from lead_ds.data.collections.dataset import Dataset
+    from lead_ds.data.collections.qrels import write_run
     from lead_ds.retrieval.search import Searcher
 
     settings: dict[str, Any] = {}
@@ -176,7 +176,7 @@ def mine(
         raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
     from lead_ds.config import MineSettings
     from lead_ds.config.load import parse_section
-    from lead_ds.data.dataset import Dataset
+    from lead_ds.data.collections.dataset import Dataset
     from lead_ds.retrieval.mine import mine as run_mine
 
     options = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio, "similar": similar}

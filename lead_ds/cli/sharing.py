@@ -30,7 +30,7 @@ def export(
     from lead_ds.models.export import MODEL, OnnxEncoder, export_onnx, export_sentence_transformers
 
     if data is not None:
-        from lead_ds.data.dataset import Dataset
+        from lead_ds.data.collections.dataset import Dataset
 
         dataset = Dataset.open(data)
         dataset.qrels(split)  # what is wrong with it is told before the work

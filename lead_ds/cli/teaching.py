@@ -109,8 +109,8 @@ def teach(
 
 
 def _teach(settings: Config, folder: Path, config: Path, quiet: bool, **options: Any) -> None:
-    from lead_ds.engine.teach import teach as run
     from lead_ds.report.lens import layer_table
+    from lead_ds.teachers.teach import teach as run
 
     command = ["lead-ds", *sys.argv[1:]]
     cache = run(settings, folder, command=command, quiet=quiet, **options)
@@ -121,8 +121,8 @@ def _teach(settings: Config, folder: Path, config: Path, quiet: bool, **options:
 
 
 def _fit_lens(settings: Config, folder: Path, asked: dict[str, Any], config: Path, quiet: bool) -> None:
-    from lead_ds.engine.fit_lens import fit_lens, fit_settings
     from lead_ds.report.lens import lens_table
+    from lead_ds.teachers.fit_lens import fit_lens, fit_settings
 
     record = fit_lens(settings, folder, fit_settings(asked), command=["lead-ds", *sys.argv[1:]], quiet=quiet)
     size = sum(file.stat().st_size for file in (folder / "states").glob("*"))

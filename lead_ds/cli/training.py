@@ -29,7 +29,7 @@ def distill(
     config.yaml, run.json, monitor/ and report/.
     """
     from lead_ds.config import load_config
-    from lead_ds.engine.distill import distill as run
+    from lead_ds.engine.training.distill import distill as run
 
     student = run(load_config(config, overrides or []), resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
     say(f"student: {student}")
@@ -57,8 +57,8 @@ def warmup(
     is given a new one. Writes model/ to the output folder, beside checkpoints/, metrics.jsonl, config.yaml, run.json and
     monitor/.
     """
-    from lead_ds.engine.warmup import load_warmup
-    from lead_ds.engine.warmup import warmup as run
+    from lead_ds.engine.training.warmup import load_warmup
+    from lead_ds.engine.training.warmup import warmup as run
 
     settings = load_warmup(config, overrides or [])
     model = run(settings, of, resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
@@ -99,7 +99,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def say(text: str) -> None:
-    from lead_ds.engine.ranks import launched_rank
+    from lead_ds.engine.distributed.ranks import launched_rank
 
     if launched_rank() == 0:
         print(text)

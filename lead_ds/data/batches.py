@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lead_ds.data.alignment import UNGROUPED, token_groups
-from lead_ds.data.groups import Group, Groups
-from lead_ds.data.id_groups import IdGroups
-from lead_ds.data.passes import Cuts, Passes, even, in_passes, least_padding, packed
-from lead_ds.data.teacher_cache import TeacherCache
-from lead_ds.data.token_cache import TokenCache
-from lead_ds.data.tokens import TextEncoder, Tokens
+from lead_ds.data.groups.by_id import IdGroups
+from lead_ds.data.groups.group import Group, Groups
+from lead_ds.data.taught.relevance import TeacherCache
+from lead_ds.data.tokens.alignment import UNGROUPED, token_groups
+from lead_ds.data.tokens.cache import TokenCache
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
 from lead_ds.errors import InputError, LeadError, RunError
 
 if TYPE_CHECKING:

@@ -164,8 +164,8 @@ def has_cuda() -> bool:
 def compare(out: Path, data: Path, teacher: Path, students: dict[str, Path], steps: int) -> dict[str, dict[str, float]]:
     """Test-split metrics of the four models; kept in comparison.json."""
     from lead_ds.config import StudentConfig
+    from lead_ds.io.files import write_json
     from lead_ds.retrieval.evaluate import evaluate_path
-    from lead_ds.retrieval.files import write_json
 
     kept = out / "comparison.json"
     if kept.exists():

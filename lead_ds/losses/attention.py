@@ -54,7 +54,7 @@ class Tapped(Protocol):
 class TextTaps:
     """Taps of both models on the same texts, layer pair by layer pair.
 
-    teacher_groups [B, Lt], student_groups [B, Ls] (int64, -1: none; see `lead_ds.data.alignment`) where the tokenizers differ;
+    teacher_groups [B, Lt], student_groups [B, Ls] (int64, -1: none; see `data.tokens.alignment`) where tokenizers differ;
     None where they are the same.
     """
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lead_ds.config import ModelConfig, TeacherConfig
-from lead_ds.data.hub import find_file, hub_settings
 from lead_ds.errors import InputError
+from lead_ds.io.hub import find_file, hub_settings
 from lead_ds.models.layout import read_layout
 
 Family = Literal["base", "classifier", "causal"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lead_ds.data.hub import find_file
 from lead_ds.errors import InputError
+from lead_ds.io.hub import find_file
 from lead_ds.models.layout import read_json
 
 _ACTIVATIONS = {"Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid"}

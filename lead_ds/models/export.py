@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lead_ds.data.hub import find_file
 from lead_ds.errors import InputError, LeadError, RunError
+from lead_ds.io.hub import find_file
 from lead_ds.models.backbone import quiet
-from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.layout import RECORD
 from lead_ds.models.load import load_encoder
 from lead_ds.models.pooling import pool
 from lead_ds.models.student_dir import whole_folder, write_student
 
 if TYPE_CHECKING:
-    from lead_ds.data.tokens import TextEncoder, Tokens
+    from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 
 OPSET = 17  # the first with LayerNormalization; every onnxruntime since 1.12 runs it
 MODEL = "onnx/model.onnx"  # where sentence-transformers looks

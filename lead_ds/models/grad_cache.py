@@ -17,7 +17,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lead_ds.data.passes import Tokens
+from lead_ds.data.tokens.passes import Tokens
 
 
 def recomputed(read: Callable[[Tokens], Tensor], tokens: Tokens) -> Tensor:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lead_ds.data.hub import find_file
-from lead_ds.data.model_files import RECORD
+from lead_ds.data.tokens.model_files import RECORD
 from lead_ds.errors import InputError
+from lead_ds.io.hub import find_file
 
 PoolingMode = Literal["cls", "mean", "last"]
 

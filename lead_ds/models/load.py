@@ -9,19 +9,19 @@ import torch
 
 from lead_ds.config import ModelConfig, StudentConfig, TeacherConfig
 from lead_ds.config.load import apply_override, parse_section
-from lead_ds.data.hub import find_file
 from lead_ds.errors import InputError
+from lead_ds.io.hub import find_file
 from lead_ds.models.backbone import has_classifier, is_decoder, keep_layers, load_model, read_model_config
-from lead_ds.models.colbert import ColBERT
-from lead_ds.models.cross_encoder import CrossEncoder
 from lead_ds.models.dense import Dense, colbert_linear, load_dense
-from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.models.kinds.colbert import ColBERT
+from lead_ds.models.kinds.cross_encoder import CrossEncoder
+from lead_ds.models.kinds.dual_encoder import DualEncoder
+from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.layout import RECORD, Layout, read_json, read_layout, serving_length
-from lead_ds.models.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.scorer import Scorer
 
 if TYPE_CHECKING:
-    from lead_ds.data.tokens import TextEncoder
+    from lead_ds.data.tokens.encoder import TextEncoder
 
 __all__ = ["load_encoder", "load_scorer", "load_student", "load_teacher", "read_model_config"]
 
@@ -51,7 +51,7 @@ def load_encoder(path: str, dtype: torch.dtype = torch.float32, **overrides: Any
     long as the model was saved for. `overrides` are fields of StudentConfig.
     Raises InputError for a directory that holds another kind of model.
     """
-    from lead_ds.data.tokens import TextEncoder
+    from lead_ds.data.tokens.encoder import TextEncoder
 
     settings: dict[str, Any] = {"path": str(path), "kind": "dual_encoder"}
     record = _record(str(path))
@@ -77,7 +77,7 @@ def load_scorer(
     an llm_reranker's on CUDA float16.
     Raises InputError for a directory that holds another kind of model, and for a setting that is none.
     """
-    from lead_ds.data.tokens import TextEncoder
+    from lead_ds.data.tokens.encoder import TextEncoder
 
     tree: dict[str, Any] = {}
     for setting in settings:
@@ -140,7 +140,7 @@ def _load(config: ModelConfig, kind: str, dtype: torch.dtype, depth: int | None 
             _cut(load_model(config, "classifier", dtype, layout.subfolder, depth), config), config
         ).eval()
     assert isinstance(config, TeacherConfig)
-    from lead_ds.data.tokenizer import load_tokenizer
+    from lead_ds.data.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.path, layout.subfolder, config.trust_remote_code)
     yes, no = answer_tokens(tokenizer, config)

@@ -16,7 +16,7 @@ from lead_ds.relevance import ScoreFeatures
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch
-    from lead_ds.data.tokens import Tokens
+    from lead_ds.data.tokens.encoder import Tokens
 
 
 class PairScorer(Scorer):

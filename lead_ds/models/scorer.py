@@ -25,8 +25,8 @@ from lead_ds.relevance import Features, Scale, pad_tokens
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch
-    from lead_ds.data.passes import Passes
-    from lead_ds.data.tokens import Tokens
+    from lead_ds.data.tokens.encoder import Tokens
+    from lead_ds.data.tokens.passes import Passes
 
 
 LayerReading = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lead_ds.models.backbone import quiet
-from lead_ds.models.colbert import ColBERT
-from lead_ds.models.cross_encoder import CrossEncoder
 from lead_ds.models.dense import Dense
-from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.models.kinds.colbert import ColBERT
+from lead_ds.models.kinds.cross_encoder import CrossEncoder
+from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.layout import RECORD
 from lead_ds.models.scorer import Scorer
 from lead_ds.report.card import USES, front_matter
 
 if TYPE_CHECKING:
-    from lead_ds.data.tokens import TextEncoder
+    from lead_ds.data.tokens.encoder import TextEncoder
 
 _POOLING = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 

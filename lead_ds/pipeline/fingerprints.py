@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.errors import RunError
-from lead_ds.retrieval.files import checksum, model_files, write_json
+from lead_ds.io.files import checksum, model_files, write_json
 
 ABSENT = "absent"
 

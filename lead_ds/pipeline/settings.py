@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lead_ds.config import Config
-from lead_ds.engine.deepspeed_config import read_deepspeed_config
+from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 
 # What may change without a stage's output changing: where things lie (their content counts), how often a run speaks and
 # saves, where and how fast the same is computed, and on how many processes something was made.

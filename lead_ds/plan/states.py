@@ -109,7 +109,7 @@ def teacher_states(
 def gathered_elements(shape: ModelShape, zero: dict[str, Any]) -> int:
     """Elements that ZeRO-3 holds beside its shard: one layer, the bucket that is prefetched, and what is never let go.
 
-    "auto" values are those of `lead_ds.engine.deepspeed_config`: a bucket of 12 width^2, tensors up to 10 width resident.
+    "auto" values are those of `engine.distributed.deepspeed_files`: a bucket of 12 width^2, tensors up to 10 width resident.
     """
     prefetch = int(_number(zero, "stage3_prefetch_bucket_size", 12 * shape.width**2, default=50_000_000))
     threshold = int(_number(zero, "stage3_param_persistence_threshold", 10 * shape.width, default=100_000))

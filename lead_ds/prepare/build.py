@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from lead_ds.data.jsonl import dumps
-from lead_ds.data.qrels import read_judgements
-from lead_ds.data.texts import Texts
+from lead_ds.data.collections.qrels import read_judgements
+from lead_ds.data.collections.texts import Texts
 from lead_ds.errors import InputError
+from lead_ds.io.jsonl import dumps
+from lead_ds.io.progress import progress
 from lead_ds.prepare.grouping import Grouper
 from lead_ds.prepare.manifest import Manifest, Output, open_manifest, parts_folder
 from lead_ds.prepare.source import Judgement, Part, Source, Tick
-from lead_ds.retrieval.progress import progress
 
 _ROWS = 8192  # rows that are written, or looked up, together
 _NAMED = 3  # missing ids that an error names

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from lead_ds.data.cache import signature
-from lead_ds.data.jsonl import parse_record, unreadable
-from lead_ds.data.qrels import parse_judgements
+from lead_ds.data.collections.qrels import parse_judgements
 from lead_ds.errors import InputError
+from lead_ds.io.jsonl import parse_record, unreadable
+from lead_ds.io.mapped import signature
 from lead_ds.prepare.source import Judgement, Part, Text, Tick
 
 BLOCK = 4 << 20

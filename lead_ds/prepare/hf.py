@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lead_ds.data.cache import signature
-from lead_ds.data.formats import Lines, Listed, Unusable, key_of, reader_of
-from lead_ds.data.groups import LABELS
+from lead_ds.data.groups.formats import LABELS, Lines, Listed, Unusable, key_of, reader_of
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.mapped import signature
 from lead_ds.prepare.irds import library
 from lead_ds.prepare.source import Judgement, Part, Source, Text, Tick
 

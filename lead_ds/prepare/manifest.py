@@ -12,8 +12,8 @@ from typing import IO, Any
 
 from lead_ds import __version__
 from lead_ds.errors import InputError
+from lead_ds.io.files import alone, atomic, checksum, read_json, write_json
 from lead_ds.prepare.source import Source
-from lead_ds.retrieval.files import alone, atomic, checksum, read_json, write_json
 
 NAME = "prepare.json"
 _VERSION = 1

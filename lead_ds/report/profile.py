@@ -1,4 +1,4 @@
-"""The tables of a run's profile, from `RUN/profile/profile.json`: see `lead_ds.engine.profile`."""
+"""The tables of a run's profile, from `RUN/profile/profile.json`: see `lead_ds.engine.records.profile`."""
 
 from __future__ import annotations
 

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.texts import Texts
-from lead_ds.data.tokens import Rows, TextEncoder, Tokens
+from lead_ds.data.collections.texts import Texts
+from lead_ds.data.tokens.encoder import Rows, TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
-from lead_ds.retrieval.files import atomic, data_checksum, read_json, write_json
+from lead_ds.io.files import atomic, data_checksum, read_json, write_json
+from lead_ds.io.prefetch import ahead
+from lead_ds.io.progress import Progress, progress
 from lead_ds.retrieval.peers import ALONE, Peers
-from lead_ds.retrieval.progress import Progress, progress
 
 Embed = Callable[[Tokens], Tensor]
 """Tokens on the model's device -> final vectors [B, D]: `DualEncoder.embed`, or a sharded engine called with `tokens=`."""
@@ -338,14 +339,3 @@ def _cut(order: list[int], lengths: list[int], batch_size: int, budget: int | No
             size = min(max(budget // max(lengths[order[start]], 1), 1), batch_size * SHORTER)
         yield order[start : start + size]
         start += size
-
-
-def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterator[Any], count: int) -> Iterator[Any]:
-    """function(item) of every item, in order, computed up to `count` items ahead by the pool."""
-    pending = []
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > count:
-            yield pending.pop(0).result()
-    for future in pending:
-        yield future.result()

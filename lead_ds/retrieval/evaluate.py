@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from lead_ds.config import ModelConfig, StudentConfig
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import Qrels, Run, read_qrels, read_run, write_run
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, write_run
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.io.progress import progress
+from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.scorer import Scorer
 from lead_ds.retrieval.encode import Embed, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
-from lead_ds.retrieval.progress import progress
 
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
 

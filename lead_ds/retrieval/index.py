@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.files import atomic, read_json, write_json
+from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import IDS, Side, Vectors, read_ids
-from lead_ds.retrieval.files import atomic, read_json, write_json
-from lead_ds.retrieval.progress import progress
 
 INDEX, META = "index.faiss", "index.json"
 CHUNK = 65_536  # vectors added at once

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from lead_ds.config import MineSettings, StudentConfig
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import Run, read_run
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import Run, read_run
 from lead_ds.errors import InputError
+from lead_ds.io.files import atomic
+from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import encode_share
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
-from lead_ds.retrieval.files import atomic
 from lead_ds.retrieval.index import check_k
-from lead_ds.retrieval.progress import progress
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted
 

@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import Run, read_run, write_run
-from lead_ds.data.tokens import TextEncoder, Tokens
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import Run, read_run, write_run
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.errors import InputError, RunError
-from lead_ds.models.colbert import score_mask
+from lead_ds.io.files import checksum
+from lead_ds.io.prefetch import ahead
+from lead_ds.io.progress import Progress, progress
+from lead_ds.models.kinds.colbert import score_mask
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
-from lead_ds.retrieval.encode import ahead
 from lead_ds.retrieval.evaluate import MEASURES, draw_queries
-from lead_ds.retrieval.files import checksum
 from lead_ds.retrieval.metrics import Scores, parse_measure, score_run
 from lead_ds.retrieval.mine import bm25_run, known_passages
 from lead_ds.retrieval.peers import ALONE, Peers, share
-from lead_ds.retrieval.progress import Progress, progress
 
 T = TypeVar("T")
 TextsOf = Callable[[Sequence[int]], list[str]]

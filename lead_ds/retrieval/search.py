@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import StudentConfig
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import Run, write_run
-from lead_ds.data.texts import Texts
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import Run, write_run
+from lead_ds.data.collections.texts import Texts
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.io.files import model_checksum
+from lead_ds.io.progress import progress
+from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.retrieval.encode import Side, check_texts, encode_share
 from lead_ds.retrieval.evaluate import MEASURES, make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
-from lead_ds.retrieval.files import model_checksum
 from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
-from lead_ds.retrieval.progress import progress
 
 
 @dataclass(frozen=True)

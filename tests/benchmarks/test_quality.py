@@ -16,8 +16,8 @@ from benchmarks.quality_data import Size, build_test, build_training, mine_by, w
 from benchmarks.quality_layers import hidden, row_of
 from benchmarks.quality_report import rows_of, write
 from lead_ds.config import Config
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.groups import Group
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.groups.group import Group
 from lead_ds.errors import InputError
 from tests.helpers.rooms import save_bert
 from tests.helpers.tiny import tiny_dataset

@@ -19,8 +19,8 @@ from benchmarks.throughput_inputs import Inputs, costs
 from benchmarks.throughput_presets import MISTRAL_7B, PRESETS, QWEN3, Preset, bert
 from benchmarks.throughput_runners import same_losses
 from lead_ds.config import Config
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.ranks import Ranks, ranks
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks, ranks
 from tests.helpers.launch import ROOT
 
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"

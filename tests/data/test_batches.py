@@ -8,8 +8,9 @@ import torch
 
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches, ModelBatch, Window
-from lead_ds.data.groups import Group, open_groups
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.groups.group import Group
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 
 

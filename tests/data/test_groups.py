@@ -11,8 +11,8 @@ import pytest
 
 from lead_ds.config import DataConfig
 from lead_ds.data import cache
-from lead_ds.data.drawing import Draw
-from lead_ds.data.groups import open_groups
+from lead_ds.data.groups.drawing import Draw
+from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
 from tests.helpers.tiny import write_jsonl
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.data.jsonl import open_text, read_blocks, read_jsonl, require_file
 from lead_ds.errors import InputError
+from lead_ds.io.jsonl import open_text, read_blocks, read_jsonl, require_file
 
 
 def test_lines_are_numbered_as_in_an_editor(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [1, 7, 40, 1 << 20])
 def test_blocks_hold_every_record_at_its_offset(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lead_ds.data.jsonl.BLOCK", block)
+    monkeypatch.setattr("lead_ds.io.jsonl.BLOCK", block)
     lines = [b'{"i": %d, "x": "%s"}' % (i, b"y" * (i % 30)) for i in range(50)]
     content = b"\xef\xbb\xbf" + b"\n".join(lines[:20]) + b"\n\n\r\n" + b"\n".join(lines[20:])
     blocks = list(read_blocks(tmp_path / "a", content))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import read_qrels, read_run, write_run
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import read_qrels, read_run, write_run
 from lead_ds.errors import InputError, RunError
 
 

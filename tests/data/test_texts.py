@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lead_ds.data import cache, texts
-from lead_ds.data.texts import Texts, hash_ids
+from lead_ds.data.collections.texts import Texts, hash_ids
 from lead_ds.errors import InputError
 from tests.helpers.tiny import tiny_dataset, write_jsonl
 
@@ -213,7 +213,7 @@ def test_the_standard_librarys_parser_serves_where_orjson_is_missing(tmp_path: P
     folder = tiny_dataset(tmp_path / "d")
     script = (
         "import sys; sys.modules['orjson'] = None\n"
-        "from lead_ds.data import jsonl; from lead_ds.data.texts import Texts; import json\n"
+        "from lead_ds.data import jsonl; from lead_ds.data.collections.texts import Texts; import json\n"
         "assert jsonl.loads is json.loads\n"
         f"corpus = Texts.open({str(folder / 'corpus.jsonl')!r}, 'corpus')\n"
         "print(len(corpus), corpus.text(1)[:7])\n"

@@ -14,10 +14,10 @@ import torch
 from lead_ds.config import Config
 from lead_ds.data import token_cache
 from lead_ds.data.batches import Batches, ModelBatch
-from lead_ds.data.groups import open_groups
-from lead_ds.data.pair_tokens import PairForm, longest_first
-from lead_ds.data.token_cache import TokenCache
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens.cache import TokenCache
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.pairs import PairForm, longest_first
 from lead_ds.errors import InputError, RunError
 from tests.helpers.tiny import TokenizerKind, tiny_dataset, tiny_tokenizer, write_jsonl
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lead_ds.config import StudentConfig, TeacherConfig
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from tests.helpers.tiny import tiny_texts
 

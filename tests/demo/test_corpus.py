@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.data.dataset import Dataset
+from lead_ds.data.collections.dataset import Dataset
 from lead_ds.demo.corpus import build_corpus, collect, first_sentence, functions_of, split_of
 
 

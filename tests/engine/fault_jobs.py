@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.config import load_config
-from lead_ds.engine.distill import distill
-from lead_ds.engine.ranks import ranks
+from lead_ds.engine.distributed.ranks import ranks
+from lead_ds.engine.training.distill import distill
 from lead_ds.errors import LeadError
 from tests.engine.jobs import losses_of
 

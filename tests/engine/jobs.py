@@ -13,18 +13,18 @@ import torch
 
 from lead_ds.config import Config, load_config
 from lead_ds.data.batches import Batches
-from lead_ds.data.groups import open_groups
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.cached import CachedTeacher, open_cache, with_cached_settings
-from lead_ds.engine.distill import distill
-from lead_ds.engine.fit_lens import Fit, fit_lens, save_lens
-from lead_ds.engine.ranks import Ranks, ranks
-from lead_ds.engine.teach import teach
-from lead_ds.engine.teacher import build_teacher
-from lead_ds.engine.warmup import warmup
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks, ranks
+from lead_ds.engine.training.distill import distill
+from lead_ds.engine.training.warmup import warmup
 from lead_ds.errors import LeadError
 from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
+from lead_ds.teachers.cached import CachedTeacher, open_cache, with_cached_settings
+from lead_ds.teachers.fit_lens import Fit, fit_lens, save_lens
+from lead_ds.teachers.frozen import build_teacher
+from lead_ds.teachers.teach import teach
 from tests.helpers.sharded import resident_parameters
 
 

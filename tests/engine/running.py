@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import yaml
 
-from lead_ds.engine.ranks import free_port
-from lead_ds.engine.record import trim_metrics
+from lead_ds.engine.distributed.ranks import free_port
+from lead_ds.engine.records.recorder import trim_metrics
 from tests.helpers.launch import ROOT
 
 GONE = 60.0  # seconds after a fault in which every process must have ended

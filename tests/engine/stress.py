@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from lead_ds.engine.checkpoint import damage
-from lead_ds.engine.ranks import free_port
+from lead_ds.engine.distributed.ranks import free_port
+from lead_ds.engine.records.checkpoint import damage
 from tests.engine.jobs import losses_of
 from tests.engine.running import GONE, steps_of
 from tests.helpers.rooms import make_rooms, settings
@@ -105,7 +105,7 @@ def stress(kills: int, seed: int, folder: Path, say: bool = False) -> dict[str, 
     import transformers.models.bert.modeling_bert
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import lead_ds.engine.distill  # noqa: F401
+    import lead_ds.engine.training.distill  # noqa: F401
 
     rooms = folder / "rooms"
     # The models are made by another process: this one must not have begun to compute when it forks.

@@ -12,11 +12,11 @@ import torch
 
 from lead_ds.config import Config, TeacherConfig, load_config
 from lead_ds.data.batches import Batches
-from lead_ds.data.groups import open_groups
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.ahead import with_next
-from lead_ds.engine.attention import candidates, choose_attention
-from lead_ds.engine.ranks import Ranks
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training.ahead import with_next
+from lead_ds.engine.training.attention import candidates, choose_attention
 from lead_ds.models.load import load_teacher
 from tests.helpers.launch import launch
 from tests.models.zero3_jobs import tokens_of

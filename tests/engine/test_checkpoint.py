@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lead_ds.engine.checkpoint import MANIFEST, Checkpoints, damage
-from lead_ds.engine.ranks import Ranks
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.records.checkpoint import MANIFEST, Checkpoints, damage
 from lead_ds.errors import RunError
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -147,7 +147,7 @@ def half(path: Path) -> None:
 
 def test_a_kill_while_a_step_is_saved_again_leaves_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = save(tmp_path, [10], keep=1)
-    monkeypatch.setattr("lead_ds.engine.checkpoint.shutil.rmtree", half)
+    monkeypatch.setattr("lead_ds.engine.records.checkpoint.shutil.rmtree", half)
     with pytest.raises(Killed):
         checkpoints.save(FileEngine(), 10, {"step": 10, "owed": False})
     monkeypatch.undo()
@@ -160,7 +160,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = save(tmp_path, [1], keep=1)
-    monkeypatch.setattr("lead_ds.engine.checkpoint.shutil.rmtree", half)
+    monkeypatch.setattr("lead_ds.engine.records.checkpoint.shutil.rmtree", half)
     with pytest.raises(Killed):
         checkpoints.save(FileEngine(), 2, {"step": 2})
     monkeypatch.undo()

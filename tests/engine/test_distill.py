@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from lead_ds.engine.checkpoint import damage
-from lead_ds.engine.ranks import free_port
+from lead_ds.engine.distributed.ranks import free_port
+from lead_ds.engine.records.checkpoint import damage
 from tests.engine.jobs import losses_of
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import TEACHERS
@@ -49,7 +49,7 @@ def test_two_runs_in_one_process_that_leave_nothing_behind(configure: Configure,
     code = (
         "import os, sys; before = set(os.environ)\n"
         "from lead_ds.config import load_config\n"
-        "from lead_ds.engine.distill import distill\n"
+        "from lead_ds.engine.training.distill import distill\n"
         "for path in sys.argv[1:]: distill(load_config(path), quiet=True)\n"
         "print({'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'} & (set(os.environ) - before))"
     )

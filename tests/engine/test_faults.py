@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from lead_ds.engine.checkpoint import MANIFEST, checksum, damage, write_json
+from lead_ds.engine.records.checkpoint import MANIFEST, checksum, damage, write_json
 from tests.engine.jobs import losses_of
 from tests.engine.running import Run, copy_run, steps_of
 from tests.helpers.launch import launch

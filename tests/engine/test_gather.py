@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lead_ds.config import Config
-from lead_ds.engine.parts import Parts
-from lead_ds.engine.ranks import Ranks, ranks
-from lead_ds.engine.step import Pair, Scope, make_views
+from lead_ds.engine.distributed.ranks import Ranks, ranks
+from lead_ds.engine.records.parts import Parts
+from lead_ds.engine.training.step import Pair, Scope, make_views
 from lead_ds.losses.objective import Objective
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures
 from tests.helpers.launch import launch

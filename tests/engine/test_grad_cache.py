@@ -12,16 +12,16 @@ import torch
 
 from lead_ds.config import Config, load_config
 from lead_ds.data.batches import Batches
-from lead_ds.data.groups import open_groups
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.parts import Parts
-from lead_ds.engine.ranks import Ranks, ranks
-from lead_ds.engine.step import Pair, Scope, make_views
-from lead_ds.engine.teacher import build_teacher
-from lead_ds.engine.trainee import Trainee, build_engine
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks, ranks
+from lead_ds.engine.records.parts import Parts
+from lead_ds.engine.training.step import Pair, Scope, make_views
+from lead_ds.engine.training.trainee import Trainee, build_engine
 from lead_ds.losses.objective import Objective
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.plan.activations import Ledger
+from lead_ds.teachers.frozen import build_teacher
 from tests.helpers.launch import launch
 
 Configure = Callable[..., Path]

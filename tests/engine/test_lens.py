@@ -19,15 +19,15 @@ import torch
 import yaml
 
 from lead_ds.config import TeacherConfig, load_config
-from lead_ds.data.teacher_cache import save_arrays
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.cached import with_cached_settings
-from lead_ds.engine.fit_lens import Fit, Task, fit_settings, fittable, split
-from lead_ds.engine.lens import open_lens
-from lead_ds.engine.states import SHARD_GROUPS, States, shard_paths
+from lead_ds.data.taught.relevance import save_arrays
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.lens import Lens, load_lens
 from lead_ds.models.load import load_teacher
+from lead_ds.teachers.cached import with_cached_settings
+from lead_ds.teachers.fit_lens import Fit, Task, fit_settings, fittable, split
+from lead_ds.teachers.lens import open_lens
+from lead_ds.teachers.states import SHARD_GROUPS, States, shard_paths
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import TEACHERS, settings
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lead_ds.config import load_config
-from lead_ds.engine import parts as parts_module
-from lead_ds.engine.distill import distill
-from lead_ds.engine.parts import Parts, PartsClock, mean_parts
-from lead_ds.engine.profile import exposed
-from lead_ds.engine.ranks import ranks
-from lead_ds.engine.resume import FREE_TO_CHANGE, changed_keys
+from lead_ds.engine.distributed.ranks import ranks
+from lead_ds.engine.records import parts as parts_module
+from lead_ds.engine.records.parts import Parts, PartsClock, mean_parts
+from lead_ds.engine.records.profile import exposed
+from lead_ds.engine.training.distill import distill
+from lead_ds.engine.training.resume import FREE_TO_CHANGE, changed_keys
 from lead_ds.errors import InputError
 from lead_ds.report import write_report
 from lead_ds.report.profile import profile_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lead_ds.config import TrainConfig
-from lead_ds.engine.schedule import learning_rate
+from lead_ds.engine.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(

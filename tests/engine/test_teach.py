@@ -20,11 +20,11 @@ import torch
 import yaml
 
 from lead_ds.config import load_config
-from lead_ds.data.groups import open_groups
-from lead_ds.data.teacher_cache import RelevanceCache, mapped, shard_path
-from lead_ds.engine.cached import open_cache, with_cached_settings
-from lead_ds.engine.ranks import Ranks
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.taught.relevance import RelevanceCache, mapped, shard_path
+from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
+from lead_ds.teachers.cached import open_cache, with_cached_settings
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import TEACHERS, settings
 
@@ -298,7 +298,7 @@ def test_what_no_cache_can_give_is_refused_at_once(taught: Taught) -> None:
 
 
 def test_plan_counts_no_teacher(taught: Taught) -> None:
-    from lead_ds.cli.operations import requirements
+    from lead_ds.plan.requirements import requirements
 
     assert requirements(load_config(taught.config("cross_encoder"))).teacher is None
     assert requirements(load_config(taught.folder / "cross_encoder-online.yaml")).teacher is not None

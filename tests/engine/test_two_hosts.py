@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lead_ds.engine.ranks import free_port
+from lead_ds.engine.distributed.ranks import free_port
 from tests.engine.jobs import losses_of
 from tests.engine.running import copy_run, steps_of
 from tests.helpers.launch import ROOT, launch

@@ -15,14 +15,14 @@ import pytest
 import yaml
 
 from lead_ds.config import load_config
-from lead_ds.data.groups import open_groups
-from lead_ds.data.teacher_cache import mapped
-from lead_ds.data.vector_cache import VectorCache, index_arrays, vector_arrays
-from lead_ds.engine.cached import CachedTeacher, open_cache, with_cached_settings
-from lead_ds.engine.distill import check_layers
-from lead_ds.engine.shards import layers_to_keep
-from lead_ds.engine.teach import teachable
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.taught.relevance import mapped
+from lead_ds.data.taught.vectors import VectorCache, index_arrays, vector_arrays
+from lead_ds.engine.training.distill import check_layers
 from lead_ds.errors import InputError
+from lead_ds.teachers.cached import CachedTeacher, open_cache, with_cached_settings
+from lead_ds.teachers.shards import layers_to_keep
+from lead_ds.teachers.teach import teachable
 from tests.engine.test_teach import ALONE
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import settings

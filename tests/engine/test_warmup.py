@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from lead_ds.config import StudentConfig, TeacherConfig, load_config
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import read_run, write_run
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.warmup import load_warmup, warmup_config
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import read_run, write_run
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.training.warmup import load_warmup, warmup_config
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.retrieval.evaluate import evaluate_path

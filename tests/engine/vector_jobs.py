@@ -14,16 +14,16 @@ import torch
 
 from lead_ds.config import Config, load_config
 from lead_ds.data.batches import Batches
-from lead_ds.data.groups import open_groups
-from lead_ds.data.teacher_cache import TeacherCache, mapped
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.data.vector_cache import VectorCache, vector_arrays
-from lead_ds.engine import shards
-from lead_ds.engine.cached import CachedTeacher, open_cache, with_cached_settings
-from lead_ds.engine.ranks import Ranks, ranks
-from lead_ds.engine.teach import teach
-from lead_ds.engine.teacher import build_teacher
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.taught.relevance import TeacherCache, mapped
+from lead_ds.data.taught.vectors import VectorCache, vector_arrays
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.relevance import VectorFeatures
+from lead_ds.teachers import shards
+from lead_ds.teachers.cached import CachedTeacher, open_cache, with_cached_settings
+from lead_ds.teachers.frozen import build_teacher
+from lead_ds.teachers.teach import teach
 from tests.engine.jobs import distil_each
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lead_ds.engine.ranks import free_port
+from lead_ds.engine.distributed.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.engine.ranks import free_port
+from lead_ds.engine.distributed.ranks import free_port
 
 
 @pytest.fixture

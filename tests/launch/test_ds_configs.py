@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from lead_ds.config import Config
-from lead_ds.engine.deepspeed_config import read_deepspeed_config, student_deepspeed_config, teacher_deepspeed_config
+from lead_ds.engine.distributed.deepspeed_files import (
+    read_deepspeed_config,
+    student_deepspeed_config,
+    teacher_deepspeed_config,
+)
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))

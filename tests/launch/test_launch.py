@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from lead_ds.engine.ranks import free_port
+from lead_ds.engine.distributed.ranks import free_port
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ARGUMENTS = [

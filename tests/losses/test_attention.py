@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import AttentionLoss
-from lead_ds.data.alignment import token_groups
+from lead_ds.data.tokens.alignment import token_groups
 from lead_ds.errors import InputError
 from lead_ds.losses import TextTaps, attention_loss, pair_taps
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lead_ds.config import StudentConfig, TeacherConfig
-from lead_ds.data import hub
 from lead_ds.errors import InputError
+from lead_ds.io import hub
 from lead_ds.models.load import load_student, load_teacher, read_model_config
 from tests.models.tiny_models import tiny_config, tiny_model, tokens_of
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lead_ds.config import StudentConfig
 from lead_ds.data.batches import ModelBatch
 from lead_ds.errors import InputError
-from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import load_student
 from lead_ds.models.pooling import pool
 from tests.models.tiny_models import DECODERS, FAMILIES, tiny_model, tokens_of

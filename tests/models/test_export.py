@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lead_ds.config import StudentConfig
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.models import export
 from lead_ds.models.load import load_encoder, load_student

@@ -13,11 +13,11 @@ from transformers import AttentionInterface
 
 from lead_ds.config import Config, StudentConfig, TeacherConfig
 from lead_ds.data.batches import ModelBatch, pack
-from lead_ds.data.passes import packed
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.passes import packed
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_student, load_teacher
-from lead_ds.models.packing import check_packing
+from lead_ds.models.packing_check import check_packing
 from lead_ds.models.scorer import Scorer
 from tests.helpers.rooms import TEACHERS
 from tests.models.test_passes import PASSAGES, QUERIES, opened, tensors

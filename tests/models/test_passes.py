@@ -12,8 +12,8 @@ import torch
 
 from lead_ds.config import TeacherConfig
 from lead_ds.data.batches import ModelBatch, split
-from lead_ds.data.passes import even, in_passes, least_padding
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.passes import even, in_passes, least_padding
 from lead_ds.models.load import load_teacher
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.data.batches import ModelBatch
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.models.colbert import ColBERT
 from lead_ds.models.dense import Dense
+from lead_ds.models.kinds.colbert import ColBERT
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.scorer import Output
 from lead_ds.relevance import ScoreFeatures, TokenFeatures, VectorFeatures

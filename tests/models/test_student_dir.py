@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from lead_ds.config import StudentConfig
 from lead_ds.data.batches import ModelBatch
-from lead_ds.data.tokens import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.models.colbert import ColBERT
-from lead_ds.models.cross_encoder import CrossEncoder
-from lead_ds.models.dual_encoder import DualEncoder
+from lead_ds.models.kinds.colbert import ColBERT
+from lead_ds.models.kinds.cross_encoder import CrossEncoder
+from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import load_encoder, load_student
 from lead_ds.models.scorer import Scorer
 from lead_ds.models.student_dir import save_student

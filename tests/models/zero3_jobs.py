@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.data.batches import ModelBatch
-from lead_ds.data.tokens import TextEncoder
-from lead_ds.engine.ranks import ranks
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import ranks
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.scorer import Output, Scorer
 from lead_ds.models.student_dir import save_student

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PRELOADED = [
-    *["lead_ds.engine.distill", "lead_ds.engine.warmup", "lead_ds.engine.teach", "lead_ds.report"],
+    *["lead_ds.engine.training.distill", "lead_ds.engine.training.warmup", "lead_ds.teachers.teach", "lead_ds.report"],
     *["lead_ds.retrieval.mine", "lead_ds.retrieval.search", "lead_ds.cli.main"],
     *["bm25s", "faiss", "ir_measures", "transformers.models.bert.modeling_bert"],
 ]

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.files import alone
 from lead_ds.pipeline.run import run_pipeline
-from lead_ds.retrieval.files import alone
 from tests.helpers.launch import ROOT
 from tests.helpers.tiny import tiny_dataset
 

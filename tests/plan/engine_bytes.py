@@ -13,8 +13,8 @@ from lead_ds.config import Config
 def student(path: str, stage: int, dtype: str) -> dict[str, int]:
     """Bytes of a student's engine after one step."""
     from lead_ds.data.batches import ModelBatch
-    from lead_ds.engine.ranks import ranks
-    from lead_ds.engine.trainee import Trainee, build_engine
+    from lead_ds.engine.distributed.ranks import ranks
+    from lead_ds.engine.training.trainee import Trainee, build_engine
     from lead_ds.models.load import load_student
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,8 +42,8 @@ def student(path: str, stage: int, dtype: str) -> dict[str, int]:
 def teacher(path: str) -> dict[str, int]:
     """Bytes of a frozen ZeRO-3 teacher's shard, and what stays gathered after a forward pass."""
     from lead_ds.data.batches import ModelBatch
-    from lead_ds.engine.ranks import ranks
-    from lead_ds.engine.teacher import build_teacher
+    from lead_ds.engine.distributed.ranks import ranks
+    from lead_ds.teachers.frozen import build_teacher
     from tests.helpers.sharded import resident_parameters
 
     with ranks() as joined:

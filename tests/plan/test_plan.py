@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lead_ds.cli import operations
 from lead_ds.config import Config, StudentConfig, TeacherConfig
-from lead_ds.engine.deepspeed_config import read_deepspeed_config, teacher_deepspeed_config
+from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, teacher_deepspeed_config
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.plan import Cluster, make_plan, student_states, teacher_states
 from lead_ds.plan.activations import Ledger, _fused_attention, forward_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.data.dataset import Dataset
+from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
 from tests.prepare import official
 

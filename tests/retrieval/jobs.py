@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import read_run
-from lead_ds.engine.ranks import Ranks
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import read_run
+from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import LeadError
 from lead_ds.retrieval.encode import encode_to
 from lead_ds.retrieval.evaluate import evaluate_model, open_encoder

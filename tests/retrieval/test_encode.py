@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from lead_ds.data.dataset import Dataset
+from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.files import model_checksum
 from lead_ds.retrieval.encode import Vectors, encode_share, encode_to
 from lead_ds.retrieval.evaluate import open_encoder
-from lead_ds.retrieval.files import model_checksum
 from tests.helpers.launch import ROOT, launch
 
 MODEL = {"checksum": "m"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lead_ds.config import StudentConfig
-from lead_ds.data.dataset import Dataset
+from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_student
 from lead_ds.retrieval.evaluate import draw_queries, evaluate_model, evaluate_path, open_encoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lead_ds.data.dataset import Dataset
+from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
 from lead_ds.retrieval.encode import Vectors, encode_to
 from lead_ds.retrieval.evaluate import evaluate_path, evaluate_run, open_encoder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.data.qrels import write_run
+from lead_ds.data.collections.qrels import write_run
 from lead_ds.errors import InputError
 from lead_ds.retrieval.evaluate import compare, evaluate_run
 from lead_ds.retrieval.metrics import Scores, depth, score_run

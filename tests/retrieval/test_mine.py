@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from lead_ds.config import DataConfig
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.groups import open_groups
-from lead_ds.data.qrels import write_run
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import write_run
+from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
 from lead_ds.retrieval.mine import MineSettings, mine

@@ -13,8 +13,8 @@ import torch
 
 from lead_ds.cli.main import main
 from lead_ds.config import StudentConfig
-from lead_ds.data.dataset import Dataset
-from lead_ds.data.qrels import Run, read_run, write_run
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import Run, read_run, write_run
 from lead_ds.errors import InputError, RunError
 from lead_ds.models.load import kind_of, load_scorer, load_student
 from lead_ds.retrieval.metrics import score_run

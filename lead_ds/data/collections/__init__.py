@@ -1,0 +1,1 @@
+"""Collections: texts, judgements and runs."""

@@ -1,0 +1,67 @@
+"""A dataset in the canonical (BEIR) layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from lead_ds.data.collections.qrels import Qrels, read_judgements, read_qrels
+from lead_ds.data.collections.texts import Texts
+from lead_ds.errors import InputError
+from lead_ds.io.jsonl import require_file
+
+
+class Dataset:
+    """A folder of texts and judgements; nothing is read until it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Dataset:
+        """The dataset in `folder`. Raises InputError when there is no such folder."""
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "no such folder"
+            raise InputError(folder, what, "data.path is a folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
+        return cls(folder)
+
+    @cached_property
+    def corpus(self) -> Texts:
+        """The passages. Raises InputError as `Texts.open`."""
+        return Texts.open(self.folder / "corpus.jsonl", "corpus")
+
+    @cached_property
+    def queries(self) -> Texts:
+        """The queries of all splits. Raises InputError as `Texts.open`."""
+        return Texts.open(self.folder / "queries.jsonl", "queries")
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that have judgements."""
+        found = [path.name for path in (self.folder / "qrels").glob("*.tsv*")]
+        return sorted(
+            name.removesuffix(".gz").removesuffix(".tsv") for name in found if name.endswith((".tsv", ".tsv.gz"))
+        )
+
+    def qrels(self, split: str) -> Qrels:
+        """Judgements of a split. Raises InputError, also for a judged id that has no text."""
+        has = ", ".join(self.splits)
+        path = require_file(
+            self.folder / "qrels" / f"{split}.tsv", f"splits here: {has}" if has else "add qrels/SPLIT.tsv"
+        )
+        qrels = read_qrels(path)
+        passages = list({passage for judged in qrels.values() for passage in judged})
+        for texts, names in ((self.queries, list(qrels)), (self.corpus, passages)):
+            missing = {name for name, row in zip(names, texts.rows(names).tolist(), strict=True) if row < 0}
+            if missing:
+                number, name = next(
+                    (number, name)
+                    for number, query, passage, _ in read_judgements(path)
+                    for name in (query, passage)
+                    if name in missing
+                )
+                kind = "query" if texts is self.queries else "passage"
+                remedy = f"{len(missing)} such; add it there or take its judgements out"
+                raise InputError(f"{path}:{number}", f"{kind} {name!r} is not in {texts.path.name}", remedy)
+        return qrels

@@ -1,0 +1,122 @@
+"""Relevance judgements (BEIR or TREC) and runs (TREC)."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from lead_ds.errors import InputError, RunError
+from lead_ds.io.jsonl import read_lines
+
+Qrels = dict[str, dict[str, int]]
+Run = dict[str, dict[str, float]]
+
+_HEADER = ("score", "rel", "label", "judg", "grade", "qrel")  # how the last column of a header line begins
+
+
+def read_judgements(path: str | Path) -> Iterator[tuple[int, str, str, int]]:
+    """(line number, query id, passage id, judgement) of a qrels file.
+
+    BEIR: query-id, corpus-id, score with a header line; TREC: query, iteration, passage, judgement. Raises InputError
+    naming file and line.
+    """
+    return parse_judgements(read_lines(path), path)
+
+
+def parse_judgements(lines: Iterable[tuple[int, str]], where: object) -> Iterator[tuple[int, str, str, int]]:
+    """As `read_judgements`, of numbered lines; `where` names their file in an error."""
+    for number, line in lines:
+        fields = line.split("\t") if "\t" in line else line.split()
+        if len(fields) == 1 or (len(fields) not in (3, 4)):
+            fields = line.split()
+        try:
+            if len(fields) == 3:
+                query, passage, score = fields
+            else:
+                query, _, passage, score = fields
+            judgement = int(score)
+        except ValueError:
+            if number == 1 and len(fields) in (3, 4) and fields[-1].strip().lower().startswith(_HEADER):
+                continue
+            raise InputError(
+                f"{where}:{number}",
+                f"not a judgement: {line[:80]!r}",
+                "query-id, corpus-id, score (BEIR), or query, 0, passage, judgement (TREC); the score is an integer",
+            ) from None
+        yield number, query.strip(), passage.strip(), judgement
+
+
+def read_qrels(path: str | Path) -> Qrels:
+    """query id -> passage id -> judgement (the last, for a pair judged twice). Raises InputError, also when empty."""
+    qrels: Qrels = {}
+    for _, query, passage, judgement in read_judgements(path):
+        qrels.setdefault(query, {})[passage] = judgement
+    if not qrels:
+        raise InputError(path, "holds no judgements", "each line is query-id, corpus-id, score")
+    return qrels
+
+
+def read_run(path: str | Path) -> Run:
+    """query id -> passage id -> score of a TREC run. Raises InputError naming file and line.
+
+    Scores decide the order, as in trec_eval; ranks are only checked: one that a query has twice tells of two runs in a file.
+    """
+    run: Run = {}
+    ranks: dict[str, set[int]] = {}
+    for number, line in read_lines(path):
+        fields = line.split()
+        try:
+            query, _, passage, rank, score = fields[:5]
+            value, place = float(score), int(rank)
+        except ValueError:
+            value = math.nan
+        if len(fields) != 6 or not math.isfinite(value):
+            raise InputError(f"{path}:{number}", f"not a run line: {line[:80]!r}", "query Q0 passage rank score tag")
+        ranking = run.setdefault(query, {})
+        if passage in ranking:
+            raise InputError(f"{path}:{number}", f"{passage!r} is listed twice for query {query!r}", "list it once")
+        if place in ranks.setdefault(query, set()):
+            what = f"rank {place} of query {query!r} is given twice"
+            raise InputError(f"{path}:{number}", what, "is it two runs in one file? number each query's results")
+        ranks[query].add(place)
+        ranking[passage] = value
+    if not run:
+        raise InputError(path, "holds no results", "each line is query Q0 passage rank score tag")
+    return run
+
+
+def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str = "lead-ds") -> None:
+    """Write a TREC run, each query's passages by falling score, atomically; gzipped when `path` ends in `.gz`.
+
+    Raises RunError when it cannot be written.
+    """
+    path = Path(path)
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as raw:
+            file = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
+            for query, ranking in run.items():
+                ranked = sorted(ranking.items(), key=lambda item: -item[1])
+                lines = (
+                    f"{query} Q0 {passage} {rank} {float(score)!r} {tag}\n"
+                    for rank, (passage, score) in enumerate(ranked, 1)
+                )
+                file.write("".join(lines).encode())
+            if file is not raw:
+                file.close()
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(path, f"cannot be written: {error}", "check the folder and the free space") from None
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)

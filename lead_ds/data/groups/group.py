@@ -1,0 +1,96 @@
+"""Training groups: a query, one of its positives and its negatives, drawn anew each epoch.
+
+Two stores behind one interface: groups of ids (`by_id`), and groups whose lines carry their texts (`by_text`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass
+class Group:
+    """One drawn group of N passages, the positive first."""
+
+    query_id: str
+    query: str
+    passage_ids: list[str]
+    passages: list[str]
+    keys: np.ndarray  # int64 [N]; equal keys are the same passage
+    positive_keys: np.ndarray  # int64; every known positive of the query
+    query_key: int = -1  # groups of ids: the query's row; -1: its tokens are kept nowhere
+    scores: np.ndarray | None = None  # float32 [N] teacher scores, NaN where absent
+
+
+@dataclass
+class Pool:
+    """Every passage that a group's own lines offer to a draw: its positives, and its negatives that are no known positive."""
+
+    query: str
+    keys: np.ndarray  # int64 [n], distinct
+    passages: list[str]
+
+
+class Groups(Protocol):
+    """Training groups, addressed by row. Picklable."""
+
+    path: Path
+    has_scores: bool
+    sources: dict[str, Path]  # the files whose content decides the groups: train, and corpus and queries if any
+
+    def __len__(self) -> int: ...
+
+    def draw(self, row: int, seed: int, epoch: int) -> Group:
+        """The group of a row; its positive and negatives depend on (seed, epoch, row) and nothing else."""
+        ...
+
+    def pool(self, row: int) -> Pool:
+        """What a draw of the row chooses from before it takes random passages."""
+        ...
+
+    def listed(self, row: int) -> tuple[int, np.ndarray]:
+        """The query, equal where two rows ask the same, and the keys of the pool."""
+        ...
+
+    def offered(self, row: int) -> int:
+        """How many negatives the row's pool has."""
+        ...
+
+
+class KnownPositives:
+    """All positives of a query, also those of other lines of the file that ask the same."""
+
+    def __init__(self, queries: np.ndarray, starts: np.ndarray, keys: np.ndarray) -> None:
+        """`queries` [n]: equal where two rows ask the same; row i's positives are keys[starts[i]:starts[i+1]]."""
+        self._starts, self._keys, self._queries = starts, keys, queries
+        order = np.argsort(queries, kind="stable")
+        ordered = np.asarray(queries)[order]
+        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+        self._order: np.ndarray | None = order if len(repeated) else None
+        self._ordered: np.ndarray | None = ordered if len(repeated) else None
+
+    def of(self, row: int) -> np.ndarray:
+        """Keys of the known positives of the query of `row`, without repetition. int64."""
+        if self._order is None:
+            return np.unique(self._own(row)).astype(np.int64)
+        assert self._ordered is not None
+        query = self._queries[row]
+        first, last = np.searchsorted(self._ordered, query, "left"), np.searchsorted(self._ordered, query, "right")
+        return np.unique(np.concatenate([self._own(int(other)) for other in self._order[first:last]])).astype(np.int64)
+
+    def leave(self, passages: int, wanted: int) -> bool:
+        """Whether every query has `wanted` of `passages` that are not its known positives."""
+        counts = np.diff(self._starts)
+        if self._order is None or self._ordered is None:
+            return passages - int(counts.max(initial=0)) >= wanted
+        firsts = np.flatnonzero(np.concatenate([[True], self._ordered[1:] != self._ordered[:-1]]))
+        bounds = np.add.reduceat(counts[self._order], firsts)  # too high where lines repeat a positive
+        doubtful = self._order[firsts[passages - bounds < wanted]]
+        return all(passages - len(self.of(int(row))) >= wanted for row in doubtful)
+
+    def _own(self, row: int) -> np.ndarray:
+        return self._keys[int(self._starts[row]) : int(self._starts[row + 1])]

@@ -1,0 +1,53 @@
+"""Open training groups, whatever their format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lead_ds.config import DataConfig
+from lead_ds.data.groups.by_id import IdGroups
+from lead_ds.data.groups.by_text import TextGroups
+from lead_ds.data.groups.formats import LABELS
+from lead_ds.data.groups.group import Groups
+from lead_ds.errors import InputError
+from lead_ds.io.jsonl import read_jsonl, require_file
+
+
+def open_groups(config: DataConfig) -> Groups:
+    """The training groups of a configuration, checked: every id has a text, every group a positive.
+
+    Raises InputError naming file and line for a group that cannot be used, and for too few passages to draw negatives from.
+    """
+    folder = Path(config.path)
+    if not folder.is_dir():
+        raise InputError(folder, "no such folder", "data.path is the folder of the training data")
+    path = require_file(folder / config.train, "data.train names the training groups, relative to data.path").absolute()
+    form = config.format if config.format != "auto" else recognise(path)
+    if form in ("canonical", "qrels"):
+        return IdGroups.open(config, path, form)
+    return TextGroups.open(config, path, form)
+
+
+def recognise(path: Path) -> str:
+    """The format of a training file, by its name and first record. Raises InputError when it is none that is known."""
+    if path.name.removesuffix(".gz").endswith(".tsv"):
+        return "qrels"
+    first: tuple[int, dict[str, Any]] | None = next(read_jsonl(path), None)
+    if first is None:
+        raise InputError(path, "holds no groups", 'each line is {"query_id", "positives", "negatives"}')
+    number, record = first
+    if "query_id" in record and "positives" in record:
+        return "canonical"
+    if "positive_passages" in record:
+        return "tevatron"
+    if "query" in record and "pos" in record:
+        return "flagembedding"
+    columns = [name for name, value in record.items() if isinstance(value, str | list) and name not in LABELS]
+    if len(columns) >= 2 and isinstance(record[columns[0]], str) and "query_id" not in record:
+        return "sentence-transformers"
+    raise InputError(
+        f"{path}:{number}",
+        f"no known format of training groups has the fields {', '.join(map(repr, record)) or 'of an empty object'}",
+        'each line is {"query_id", "positives", "negatives"}; see data.format for others',
+    )

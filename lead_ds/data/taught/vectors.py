@@ -1,0 +1,121 @@
+"""A teacher's vectors on disk: of every query and passage that training may draw, from chosen layers, each text once.
+
+Any two texts can then be compared, as with the dual encoder itself: a query with every passage of a batch. Beside the manifest
+lie an index and shards of consecutive queries or passages, safetensors files that are mapped into memory. The index holds
+
+    queries         int64 [G]   of each group, the row of its query
+    query_groups    int64 [Q]   of each query, a group that asks it
+    passages        int64 [P]   the key of each passage (see Group.keys), ascending
+    passage_groups  int64 [P]   of each passage, a group for which it may be drawn
+
+and a shard of S texts, of K chosen layers and the final one, D wide,
+
+    deviation  float16 [S, K + 1, D]    their vectors, less the shard's mean
+    mean       float32 [K + 1, D]       that mean
+
+A layer's vectors lie close together: what tells texts apart is a small part of each, of which float16's 11 bits would keep
+little. Relevance in the lower layers of BGE-small is wrong by more than its spread when vectors are stored as they are, by
+less than a thousandth of it as deviations (benchmarks/throughput.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lead_ds.data.taught.relevance import Arrays, TeacherCache
+
+Kind = Literal["queries", "passages"]
+KINDS: tuple[Kind, Kind] = ("queries", "passages")
+
+
+class VectorCache(TeacherCache):
+    """Vectors of all texts of the groups."""
+
+    @property
+    def layers(self) -> list[int]:
+        """See `TeacherCache`."""
+        return list(self.manifest["facts"]["vectors"])
+
+    @property
+    def paths(self) -> list[Path]:
+        """See `TeacherCache`."""
+        return [index_path(self.folder), *shard_paths(self.folder, self.manifest)]
+
+    def held(self) -> str:
+        """See `TeacherCache`."""
+        layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))} and "
+        return f"vectors of {layers if self.layers else ''}the final state"
+
+    def read(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
+        """queries [K + 1, len(rows), D] and passages [K + 1, len(rows) * N, D], float32. See `TeacherCache`."""
+        index = self._open(index_path(self.folder))
+        drawn, known = np.concatenate(keys), index["passages"]
+        places = np.searchsorted(known, drawn)
+        lost = np.flatnonzero(known[np.minimum(places, len(known) - 1)] != drawn)
+        if len(lost):
+            raise self.lacks(int(rows[int(lost[0]) // len(keys[0])]))
+        asked = index["queries"][np.asarray(rows)]
+        return {"queries": self._vectors("queries", asked), "passages": self._vectors("passages", places)}
+
+    def _vectors(self, kind: Kind, rows: np.ndarray) -> np.ndarray:
+        """float32 [K + 1, len(rows), D]."""
+        shards, places = np.divmod(rows, int(self.manifest["shard_texts"]))
+        out = np.empty((len(self.layers) + 1, len(rows), int(self.manifest["width"])), np.float32)
+        for shard in np.unique(shards):
+            arrays, mine = self._open(shard_path(self.folder, kind, int(shard))), np.flatnonzero(shards == shard)
+            out[:, mine] = arrays["deviation"][places[mine]].swapaxes(0, 1) + arrays["mean"][:, None]
+        return out
+
+
+def index_path(folder: Path) -> Path:
+    """The file in which texts are looked up."""
+    return folder / "index.safetensors"
+
+
+def shard_path(folder: Path, kind: Kind, shard: int) -> Path:
+    """The file of a shard."""
+    return folder / f"{kind}-{shard:05d}.safetensors"
+
+
+def shards_of(manifest: dict[str, Any]) -> list[tuple[Kind, int]]:
+    """Every shard of a cache: what it holds, and its number among these."""
+    size = manifest["shard_texts"]
+    return [(kind, shard) for kind in KINDS for shard in range(-(-manifest[kind] // size))]
+
+
+def shard_paths(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The files of `shards_of`."""
+    return [shard_path(folder, kind, shard) for kind, shard in shards_of(manifest)]
+
+
+def index_arrays(listed: Iterable[tuple[int, np.ndarray]]) -> Arrays:
+    """The arrays of an index. `listed`: of each group, the key of its query and those of the passages that may be drawn."""
+    asked, keys = zip(*listed, strict=True)
+    _, query_groups, queries = np.unique(np.array(asked, np.int64), return_index=True, return_inverse=True)
+    passages, first = np.unique(np.concatenate(keys), return_index=True)
+    owners = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
+    return {
+        "queries": queries.astype(np.int64),
+        "query_groups": query_groups.astype(np.int64),
+        "passages": passages.astype(np.int64),
+        "passage_groups": owners[first].astype(np.int64),
+    }
+
+
+def vector_arrays(vectors: np.ndarray, dtype: type[np.floating[Any]] = np.float16) -> Arrays:
+    """The arrays of a shard of texts' vectors, float32 [S, K + 1, D]. dtype: of the deviations; float32 loses nothing.
+
+    Raises ValueError for what is no number, or too far from the mean for float16.
+    """
+    mean = vectors.mean(0, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(mean).all():
+        raise ValueError("vectors that are not finite numbers")
+    with np.errstate(over="ignore"):
+        deviation = (vectors - mean).astype(dtype)
+    if not np.isfinite(deviation).all():
+        raise ValueError(f"vectors with numbers up to {np.abs(vectors).max():.3g}, beyond what float16 holds")
+    return {"deviation": deviation, "mean": mean}

@@ -1,0 +1,1 @@
+"""Each model's own tokens of a text."""

@@ -1,0 +1,1 @@
+"""Processes that work together: ranks, agreement, gathering, signals, the watchdog, DeepSpeed files."""

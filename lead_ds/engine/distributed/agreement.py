@@ -1,0 +1,161 @@
+"""Ranks that were started differently would compute nonsense together, or wait for ever: they are refused at start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lead_ds.config import Config
+from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.errors import InputError, LeadError
+from lead_ds.io.provenance import versions
+
+T = TypeVar("T")
+
+# Where the same files lie may differ between machines; what is in them may not.
+PLACES = (
+    "data.path",
+    "evaluation.run",
+    "teacher.path",
+    "teacher.lens_path",
+    "teacher.offload_path",
+    "student.path",
+    "deepspeed.student",
+    "deepspeed.teacher",
+)
+WHOLE, SAMPLES, SAMPLE = 1 << 26, 64, 1 << 16  # bytes: files up to WHOLE are read whole, of others SAMPLES pieces
+VISIBLE = 15.0  # seconds in which a network file system must show a new file
+
+
+def agreed(ranks: Ranks, act: Callable[[], T]) -> T:
+    """`act()`, which does not communicate; where it fails on any rank, every rank raises the first one's error.
+
+    Otherwise the failing rank would leave, and the others wait for it.
+    """
+    result: list[T] = []
+    failure: LeadError | None = None
+    try:
+        result.append(act())
+    except LeadError as error:
+        failure = error
+    failures = ranks.all(failure)
+    first = next((rank for rank, told in enumerate(failures) if told is not None), None)
+    if first is None:
+        return result[0]
+    cause = failures[first]
+    assert cause is not None
+    if None in failures:  # not on all: say whose machine to look at
+        host = ranks.all(socket.gethostname())[first]
+        raise type(cause)(cause.where, f"rank {first} on {host}: {cause.what}", cause.remedy)
+    raise cause
+
+
+def check_agreement(config: Config, resume: bool, ranks: Ranks) -> None:
+    """Raise InputError on every rank, naming rank and key, where configuration, package versions or files differ."""
+    if ranks.world == 1:
+        return
+    mine = agreed(ranks, lambda: {**facts(config), "--resume": str(resume)})
+    digest = hashlib.blake2b(json.dumps(mine, sort_keys=True).encode(), digest_size=16).hexdigest()
+    digests = ranks.all(digest)
+    if len(set(digests)) == 1:
+        return
+    everyone, hosts = ranks.all(mine), ranks.all(socket.gethostname())
+    rank = next(r for r, other in enumerate(digests) if other != digests[0])
+    first, other = everyone[0], everyone[rank]
+    key = next(k for k in sorted({*first, *other}) if first.get(k) != other.get(k))
+    raise InputError(
+        key,
+        f"rank {rank} on {hosts[rank]} has {other.get(key, 'none')}, rank 0 on {hosts[0]} has {first.get(key, 'none')}",
+        "start every rank with the same configuration, packages and files",
+    )
+
+
+def facts(config: Config) -> dict[str, str]:
+    """What must be the same on every rank: settings by dotted key, versions, files by name with size and checksum."""
+    tree = config.model_dump(mode="json")
+    found = {key: json.dumps(value) for key, value in flat(tree) if key not in PLACES}
+    for name in ("student", "teacher"):
+        source = read_deepspeed_config(getattr(config.deepspeed, name))
+        found |= {f"deepspeed.{key}": json.dumps(value) for key, value in flat(source, name)}
+    found |= {f"version of {name}": version for name, version in versions().items()}
+    data = Path(config.data.path)
+    for name in (config.data.train, "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"):
+        content = summary(data / name)
+        if content is not None:
+            found[name] = content
+    for model in ("student", "teacher"):
+        section = getattr(config, model)
+        if section is not None and os.path.isdir(section.path):
+            folder = Path(section.path)
+            for file in sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".txt", ".safetensors", ".model")):
+                content = summary(file)
+                if content is not None:
+                    found[f"{model}: {file.relative_to(folder)}"] = content
+    lens = summary(config.lens_folder / "lens.json")  # which holds the checksum of all of it
+    return found if lens is None else {**found, "tuned lens": lens}
+
+
+def flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries, by dotted key."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from flat(value, f"{at}.{key}" if at else str(key))
+    else:
+        yield at, tree
+
+
+def summary(path: Path) -> str | None:
+    """Size and checksum of a file; of a large one, of pieces at even distances. None where there is none."""
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        else:
+            for piece in range(SAMPLES):
+                file.seek(piece * (size - SAMPLE) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return f"{size} bytes, checksum {digest.hexdigest()}"
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise InputError on every rank where a machine does not see what rank 0 writes: checkpoints are written by all."""
+    hosts = ranks.all(socket.gethostname())
+    if len(set(hosts)) == 1:
+        return
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    name = ranks.from_main(f".lead-ds-{os.getpid()}-{time.time_ns()}")
+    mark = Path(ranks.from_main(str(nearest.absolute()))) / name
+    failure = ranks.from_main(_touch(mark) if ranks.main else "")
+    if failure:
+        raise InputError(folder, f"cannot be written: {failure}", "set output= to another folder")
+    deadline = time.monotonic() + VISIBLE
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [rank for rank, sees in enumerate(ranks.all(seen)) if not sees]
+    if ranks.main:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise InputError(
+            folder,
+            f"rank {blind[0]} on {hosts[blind[0]]} does not see what rank 0 on {hosts[0]} writes there",
+            "set output= to a folder that all machines share",
+        )
+
+
+def _touch(path: Path) -> str:
+    try:
+        path.touch()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -1,0 +1,223 @@
+"""What a run tells: `metrics.jsonl`, DeepSpeed's monitors, a progress bar or plain lines. Never a sync per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.distributed.signals import Stop
+from lead_ds.errors import RunError
+from lead_ds.losses.objective import ObjectiveOutput
+
+# Names in metrics.jsonl -> fields of ObjectiveOutput.
+LAYER_FIELDS = {
+    "kl": "layer_kl",
+    "weights": "layer_weights",
+    "nll": "layer_nll",
+    "teacher_entropy": "teacher_entropy",
+    "student_entropy": "student_entropy",
+}
+
+
+class StepSums:
+    """The detached statistics of a step's micro-batches, averaged on the device."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def add(self, output: ObjectiveOutput) -> None:
+        """Take one micro-batch in."""
+        parts = {"loss": output.loss, **output.parts}
+        vectors = [torch.stack([value.detach().float() for value in parts.values()])]
+        self.names = list(parts)
+        for field in LAYER_FIELDS.values():
+            vector = getattr(output, field)
+            if vector is not None:
+                vectors.append(vector.detach().float())
+        flat = torch.cat(vectors)
+        self.sum = flat if self.sum is None else self.sum + flat
+        self.count += 1
+
+    def mean(self, ranks: Ranks, more: float = 0.0) -> Tensor:
+        """[parts + layer fields + 1] averaged over micro-batches and ranks; the last is the ranks' mean of `more`."""
+        assert self.sum is not None
+        return ranks.mean(torch.cat([self.sum / self.count, self.sum.new_full((1,), more)]))
+
+
+class Recorder:
+    """Keeps the statistics of steps on the device, and every `log_every` steps reads, checks and writes them at once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        engine: Any,
+        *,
+        stop: Stop,
+        log_every: int,
+        steps: int,
+        start: int,
+        quiet: bool,
+    ) -> None:
+        self.folder, self.ranks, self.engine, self.stop = folder, ranks, engine, stop
+        self.log_every, self.steps = log_every, steps
+        self.pending: OrderedDict[int, tuple[Tensor, list[str], dict[str, Any], Sequence[str]]] = OrderedDict()
+        self.clock, self.queries = time.perf_counter(), 0
+        self.progress = _Progress(start, steps) if ranks.main and not quiet else None
+        if ranks.main:
+            trim_metrics(folder / "metrics.jsonl", start)
+
+    def step(self, step: int, sums: StepSums, meta: dict[str, Any], query_ids: Sequence[str], queries: int) -> None:
+        """Take one finished step (1-based) in."""
+        reduced = sums.mean(self.ranks, self.stop.wish())
+        self.stop.reduced(reduced[-1])
+        self.pending[step] = (reduced[:-1], sums.names, meta, query_ids)
+        self.queries += queries * self.ranks.world
+        if step % self.log_every == 0 or step == self.steps:
+            self.flush()
+        elif self.progress:
+            self.progress.update(step)
+
+    def flush(self) -> None:
+        """Read the pending steps from the device, stop on a loss that is not finite, write the rest.
+
+        Raises RunError naming the first bad step and its queries.
+        """
+        if not self.pending:
+            return
+        rows = []
+        for step, (vector, names, meta, query_ids) in self.pending.items():
+            values = vector.tolist()
+            parts = dict(zip(names, values[: len(names)], strict=True))
+            loss = parts.pop("loss")
+            if not math.isfinite(loss):
+                shown = ", ".join(query_ids[:4]) + (" ..." if len(query_ids) > 4 else "")
+                bad = [name for name, value in parts.items() if not math.isfinite(value)] or ["loss"]
+                raise RunError(
+                    f"step {step}",
+                    f"the loss is not finite ({', '.join(bad)}) in the batch of queries {shown}",
+                    "the last checkpoint is intact: lower train.lr, set teacher.scale=cosine, or inspect these texts, "
+                    "then continue with --resume",
+                )
+            row = {"step": step, "loss": loss, "parts": parts, "lr": meta["lr"]}
+            layers = values[len(names) :]
+            if layers:
+                k = len(meta["teacher_layers"])
+                fields = dict(zip(LAYER_FIELDS, (layers[i : i + k] for i in range(0, len(layers), k)), strict=True))
+                row["layers"] = {"teacher": meta["teacher_layers"], "student": meta["student_layers"], **fields}
+            rows.append(row)
+        self.pending.clear()
+        now = time.perf_counter()
+        rate = self.queries / max(now - self.clock, 1e-9)
+        self.clock, self.queries = now, 0
+        rows[-1]["queries_per_second"] = rate
+        self._write(rows)
+        if self.progress:
+            self.progress.tell(rows[-1], rate)
+        self.engine.monitor.write_events(
+            [(f"train/{name}", row["parts"][name], row["step"]) for row in rows[-1:] for name in row["parts"]]
+            + [("train/loss", rows[-1]["loss"], rows[-1]["step"]), ("train/lr", rows[-1]["lr"], rows[-1]["step"])]
+            + [("train/queries_per_second", rate, rows[-1]["step"])]
+        )
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Record an evaluation."""
+        self._write([{"step": step, "evaluation": values}])
+        self.engine.monitor.write_events([(f"evaluation/{name}", value, step) for name, value in values.items()])
+        if self.progress:
+            self.progress.line(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.clock = time.perf_counter()  # the time that evaluating took is not training's
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches."""
+        if self.progress:
+            self.progress.line(text)
+
+    def close(self) -> None:
+        """End the progress bar."""
+        if self.progress:
+            self.progress.close()
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not self.ranks.main:
+            return
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            remedy = "checkpoints are intact: make room and continue with --resume"
+            raise RunError(path, f"cannot be written: {error.strerror}", remedy) from error
+
+
+class _Progress:
+    """A bar where a person watches, a line per log step where a file does."""
+
+    def __init__(self, start: int, steps: int) -> None:
+        self.steps = steps
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[told]}"),
+                console=Console(stderr=True),
+            )
+            self.task = self.bar.add_task("", total=steps, completed=start, told="")
+            self.bar.start()
+
+    def update(self, step: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
+    def tell(self, row: dict[str, Any], rate: float) -> None:
+        parts = "  ".join(f"{name} {value:.4f}" for name, value in row["parts"].items())
+        told = f"loss {row['loss']:.4f}  {parts}  {rate:.1f} queries/s"
+        if self.bar:
+            self.bar.update(self.task, completed=row["step"], told=told)
+        else:
+            print(f"step {row['step']}/{self.steps}  {told}", file=sys.stderr, flush=True)
+
+    def line(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def trim_metrics(path: Path, start: int) -> None:
+    """Drop rows past step `start`, which a resumed run will write again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row.get("step", 0) <= start:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(kept), "utf-8")
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""A run: steps, evaluation, resuming, from configuration to student."""

@@ -1,0 +1,310 @@
+"""`distill`: from a configuration to a student directory. `train` reads as the table of contents of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lead_ds.config import Config, save_config
+from lead_ds.data.batches import Batches
+from lead_ds.data.groups.group import Groups
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.taught.relevance import TeacherCache
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
+from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
+from lead_ds.engine.distributed.ranks import ranks as joined_ranks
+from lead_ds.engine.distributed.signals import Signals, Stop
+from lead_ds.engine.distributed.watchdog import Watchdog
+from lead_ds.engine.records.checkpoint import Checkpoints, write_json
+from lead_ds.engine.records.profile import Profile
+from lead_ds.engine.records.recorder import Recorder
+from lead_ds.engine.training.attention import candidates, choose_attention
+from lead_ds.engine.training.evaluation import Evaluator
+from lead_ds.engine.training.loop import Training
+from lead_ds.engine.training.resume import check_inputs, check_lens, find_state
+from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
+from lead_ds.errors import InputError, RunError
+from lead_ds.io.provenance import provenance
+from lead_ds.losses.selection import select_layers
+from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.packing_check import check_packing
+from lead_ds.models.student_dir import save_student
+from lead_ds.report.card import model_card
+from lead_ds.teachers.cached import CachedTeacher, open_cache, reads_cache, with_cached_settings
+from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, depth_needed, teacher_dtype
+from lead_ds.teachers.informative import informative
+from lead_ds.teachers.lens import open_lens
+
+
+def distill(config: Config, *, resume: bool = False, command: Sequence[str] = (), quiet: bool = False) -> Path:
+    """Run (or, with `resume`, continue) the distillation that `config` describes; returns the student's directory.
+
+    Every process of the run calls this. Raises InputError before anything is written where the input cannot work, and
+    RunError, with the last checkpoint intact, where the work fails.
+    """
+    return train(config, "student", resume=resume, command=command, quiet=quiet)
+
+
+def train(config: Config, product: str, *, resume: bool, command: Sequence[str], quiet: bool) -> Path:
+    """Train the configuration's student by its losses, with a teacher or without; the directory OUTPUT/`product`.
+
+    Called, and raises, as `distill`.
+    """
+    output = Path(config.output)
+    minutes, signals = config.train.watchdog_minutes, Signals()
+    with (
+        # The watchdog comes before the collectives' own timeout, which could not say who hangs.
+        joined_ranks(minutes + 5 if minutes else 30.0) as ranks,
+        closed_to_others(),
+        Watchdog(ranks, minutes, output, signals) as watchdog,
+    ):
+        check_agreement(config, resume, ranks)
+        check_output(output, resume, ranks)
+        check_shared(output, ranks)
+        kernels_used(config, ranks)  # told now, where they cannot run
+        config = agreed(ranks, lambda: with_cached_settings(config))
+
+        # Everything that can be wrong with the input is found out before anything is written.
+        uses_teacher = config.teacher is not None and config.losses.needs_teacher
+        groups, student_text, batches, evaluator = agreed(ranks, lambda: open_inputs(config, uses_teacher, ranks))
+        torch.manual_seed(config.seed)  # the same new layers on every rank
+        dtype = student_dtype(config.student, ranks.device)
+        student = agreed(ranks, lambda: load_student(config.student, dtype))
+        cotrained = None
+        if uses_teacher and config.teacher and config.teacher.train:
+            teacher_settings = config.teacher
+            cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
+        trainee = Trainee(student, cotrained).to(ranks.device)
+        fit_attention(trainee, config, batches, dtype, ranks)
+        for key, scorer in (("student", student), ("teacher", cotrained)):
+            if scorer is not None and scorer.config.passes == "packed":
+                check_packing(scorer, scorer.all_layers, f"{key}.passes")
+            if scorer is not None:
+                scorer.capture.uninstall()  # what ran until now must not stand before DeepSpeed's hooks
+        engine = build_engine(trainee, config, dtype, ranks)
+        teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
+
+        checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
+        state = find_state(config, checkpoints, engine, ranks) if resume else {}
+        check_lens(config, state, teacher)
+        check_inputs(config, state, groups, ranks)
+        if "informative" not in state:
+            state["informative"] = informative(config, teacher, batches, ranks)
+        check_layers(config, student.num_layers, teacher or cotrained, state["informative"])
+        recorder = Recorder(
+            output,
+            ranks,
+            engine,
+            stop=Stop(signals, ranks),
+            log_every=config.train.log_every,
+            steps=config.train.steps,
+            start=state.get("step", 0),
+            quiet=quiet,
+        )
+        recorder.say(describe(config, ranks, student, teacher, len(groups)))
+        if state["informative"]:
+            recorder.say(f"informative layers of the teacher: {', '.join(map(str, state['informative']))}")
+        training = Training(
+            config=config,
+            ranks=ranks,
+            engine=engine,
+            teacher=teacher,
+            batches=batches,
+            checkpoints=checkpoints,
+            recorder=recorder,
+            evaluator=evaluator,
+            watchdog=watchdog,
+            state=state,
+            parts=profile_of(config, ranks, recorder, state),
+        )
+        # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
+        agreed(ranks, lambda: write_facts(output, config, command, ranks, teacher) if ranks.main else None)
+        with signals:
+            try:
+                best = training.run()
+            except InputError:
+                # The first step tells what only it can see, such as attention maps that cannot be compared.
+                if ranks.main and not resume and training.step == 0:
+                    (output / "config.yaml").unlink()
+                raise
+            finally:
+                recorder.close()
+        watchdog.at("export")
+        return export(config, output / product, engine, checkpoints, training, best, student_text, ranks)
+
+
+def open_inputs(
+    config: Config, uses_teacher: bool, ranks: Ranks
+) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
+    """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
+    groups = open_groups(config.data)
+    student_text = TextEncoder.from_config(config.student)
+    teacher: TextEncoder | TeacherCache | None = None
+    if reads_cache(config):
+        teacher = open_cache(config, groups, ranks)
+    elif uses_teacher and config.teacher:
+        teacher = TextEncoder.from_config(config.teacher)
+        open_lens(config, teacher)  # is told before any model is loaded
+    batches = Batches(groups, student_text, teacher, in_chunks(config), rank=ranks.rank, world=ranks.world)
+    return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
+
+
+def open_teacher(config: Config, batches: Batches, ranks: Ranks) -> FrozenTeacher | CachedTeacher:
+    """The teacher that is not trained: its cache, or the model itself."""
+    if isinstance(batches.teacher, TeacherCache) and config.teacher is not None:
+        return CachedTeacher(batches.teacher, config.teacher, ranks.device)
+    teacher = build_teacher(config, ranks, depth_needed(config))
+    assert config.teacher is not None
+    backends = candidates(config.teacher, teacher_dtype(config.teacher, ranks.device), ranks.device)
+    if backends:
+        sample = batches.window(0).teacher
+        choose_attention(teacher.scorer, backends, lambda: teacher.window(sample, []), ranks)
+    if config.teacher.passes == "packed":
+        check_packing(teacher.scorer, teacher.all_layers, "teacher.passes")
+    return teacher
+
+
+def fit_attention(trainee: Trainee, config: Config, batches: Batches, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Give the student the attention backend that is the fastest for it, forward and backward."""
+    backends = candidates(config.student, dtype, ranks.device)
+    if not backends:
+        return
+    sample = batches.window(0).student[0].to(ranks.device)
+
+    def run() -> None:
+        final = trainee.student(sample).final
+        final.group_relevance(batches.group).logits.sum().backward()
+
+    choose_attention(trainee.student, backends, run, ranks)
+    trainee.zero_grad(set_to_none=True)
+
+
+def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
+    """Refuse to mix two runs in one folder, and to resume one that is not there."""
+    holds = ranks.from_main((output / "config.yaml").exists())
+    if holds and not resume:
+        raise InputError(output, "already holds a run", "add --resume to continue it, or set output= to another folder")
+    if resume and not holds:
+        raise InputError(output, "holds no run to resume", "start it without --resume")
+    if ranks.from_main(output.exists() and not output.is_dir()):
+        raise InputError(output, "is a file", "set output= to a folder")
+    nearest = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not ranks.from_main(nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise InputError(
+            output, f"cannot be made: {nearest} is no folder that you may write to", "set output= to another"
+        )
+
+
+def in_chunks(config: Config) -> Config:
+    """Where the teacher is co-trained or its attention is read, it sees the student's micro-batches, one by one."""
+    teacher = config.teacher
+    if teacher is None or not (teacher.train or config.losses.attention.weight > 0):
+        return config
+    texts = config.train.batch_size * (1 + config.data.negatives)
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"batch_size": texts})})
+
+
+def check_layers(config: Config, student_layers: int, teacher: Any, informative_layers: Sequence[int]) -> None:
+    """Draw once from each selection, so that a layer that does not exist is told at start."""
+    if teacher is None:
+        return
+    stored = teacher.layers if isinstance(teacher, CachedTeacher) else None
+    for name in ("layer", "attention"):
+        loss = getattr(config.losses, name)
+        if loss.weight > 0:
+            depth, seed = (teacher.num_layers, student_layers), config.seed
+            select_layers(loss, *depth, seed=seed, step=0, informative=informative_layers, stored=stored)
+
+
+def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Profile | None:
+    """The profile that the configuration asks for."""
+    if config.profile is None:
+        return None
+    return Profile(config.profile, Path(config.output), ranks, recorder.say, start=state.get("step", 0))
+
+
+def write_facts(
+    output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: FrozenTeacher | CachedTeacher | None
+) -> None:
+    """The resolved configuration, and where this run came from. Raises InputError where the folder cannot be made."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(output, f"cannot be made: {error.strerror}", "set output= to another folder") from None
+    facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
+    if isinstance(teacher, CachedTeacher):
+        facts["teacher"] = teacher.facts()
+    elif teacher is not None and config.teacher is not None:
+        held, whole = teacher.parameter_bytes()
+        facts["teacher"] = {
+            "placement": teacher.placement,
+            "attention": teacher.scorer.backbone.config._attn_implementation,
+            "dtype": str(teacher_dtype(config.teacher, ranks.device)),
+            "parameter_bytes": whole,
+            "parameter_bytes_per_rank": held,
+            "lens": teacher.lens_facts,
+        }
+    write_json(output / "run.json", provenance(command, ranks.world, **facts))
+    # Last: its presence is what marks the folder as holding a run.
+    save_config(config, output / "config.yaml")
+
+
+def kernels_used(config: Config, ranks: Ranks) -> str:
+    """triton or torch: what `kernels` of the configuration means on this device."""
+    from lead_ds.kernels.dispatch import resolve
+
+    try:
+        return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
+    except ValueError as error:
+        raise InputError("kernels", str(error), "set kernels=auto, or torch") from None
+
+
+def describe(
+    config: Config, ranks: Ranks, student: Any, teacher: FrozenTeacher | CachedTeacher | None, groups: int
+) -> str:
+    """The first lines of a run."""
+    depth = f"{student.num_layers} layers, {student.width} wide"
+    run = f"{groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
+    role = "student" if config.teacher else config.student.kind.replace("_", " ")
+    lines = [f"{role} {config.student.path}: {depth}; {run}"]
+    if isinstance(teacher, CachedTeacher):
+        lines.append(teacher.describe())
+    elif teacher is not None and config.teacher is not None:
+        held, whole = teacher.parameter_bytes()
+        lines.append(
+            f"teacher {config.teacher.path}: {teacher.scorer.num_layers} layers, {teacher.placement}, "
+            f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank"
+            + ("" if teacher.lens_facts is None else f", read through the lens in {config.lens_folder}")
+        )
+    return "\n".join(lines)
+
+
+def export(
+    config: Config,
+    folder: Path,
+    engine: Any,
+    checkpoints: Checkpoints,
+    training: Training,
+    best: dict[str, Any] | None,
+    encoder: TextEncoder,
+    ranks: Ranks,
+) -> Path:
+    """Write the trained model's directory: of the best checkpoint where an evaluation chose one, else of the last step."""
+    if best is not None and best["step"] != training.step:
+        try:
+            checkpoints.load(engine, checkpoints.folder / best["checkpoint"])
+        except RunError as error:
+            if ranks.main:
+                print(f"the best checkpoint is lost, the last step is exported: {error}", file=sys.stderr, flush=True)
+    student = engine.module.student
+    state = gathered_state_dict(student, ranks)
+    if ranks.main:
+        save_student(student, encoder, folder, state_dict=state, card=model_card(config, folder.parent))
+    ranks.barrier()
+    return folder

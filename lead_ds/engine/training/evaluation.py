@@ -1,0 +1,85 @@
+"""Evaluation while training, with the model as it stands, every rank doing its share: exact search over the corpus; or,
+of a model that gives no vector per text, reranking of what BM25 or a TREC run found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lead_ds.config import Config, EvaluationConfig
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import Run
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.errors import InputError
+from lead_ds.models.scorer import Scorer
+from lead_ds.retrieval.evaluate import draw_queries, evaluate_model
+from lead_ds.retrieval.metrics import parse_measure
+from lead_ds.retrieval.mine import bm25_package
+from lead_ds.retrieval.rerank import evaluate_reranked, find_candidates
+
+
+class Evaluator:
+    """Evaluates the student on the configured split."""
+
+    def __init__(
+        self, settings: EvaluationConfig, dataset: Dataset, encoder: TextEncoder, ranks: Ranks, seed: int, folder: Path
+    ) -> None:
+        self.settings, self.dataset, self.encoder, self.seed = settings, dataset, encoder, seed
+        self.ranks, self.folder = ranks, folder
+        self.found: Run | None = None  # rank 0's candidates, of models that rerank
+        self.candidates: Run | None = None  # the same on every rank
+
+    @classmethod
+    def open(cls, config: Config, encoder: TextEncoder, ranks: Ranks) -> Evaluator | None:
+        """None where no split is configured or the data has none of that name.
+
+        Raises InputError for what could not be evaluated; candidates of a TREC run are read now, BM25's looked for later.
+        """
+        settings = config.evaluation
+        folder = Path(config.data.path)
+        if settings.split is None:
+            return None
+        if not any((folder / "qrels" / f"{settings.split}.tsv{suffix}").exists() for suffix in ("", ".gz")):
+            return None
+        if settings.metric not in settings.measures:
+            raise InputError(
+                "evaluation.metric",
+                f"{settings.metric} is not among evaluation.measures",
+                "add it to evaluation.measures",
+            )
+        dataset = Dataset.open(folder)
+        dataset.qrels(settings.split)  # a judged id without a text is told now, not after an hour of training
+        for name in settings.measures:
+            parse_measure(name)
+        evaluator = cls(settings, dataset, encoder, ranks, config.seed, Path(config.output))
+        if config.student.kind != "dual_encoder" and ranks.main:
+            if settings.run is None:
+                bm25_package()
+            else:
+                evaluator.found = evaluator.find_candidates()
+        return evaluator
+
+    def __call__(self, scorer: Scorer) -> dict[str, float]:
+        """The measures' means, equal on every rank."""
+        settings, split = self.settings, self.settings.split
+        assert split is not None
+        options: dict[str, Any] = {"queries": settings.queries, "seed": self.seed, "batch_size": settings.batch_size}
+        options |= {"peers": self.ranks, "quiet": True}
+        if scorer.kind == "dual_encoder":
+            encoder = self.encoder.serving()
+            return evaluate_model(scorer, encoder, self.dataset, split, settings.measures, **options).mean
+        if self.candidates is None:
+            found = agreed(self.ranks, lambda: self.found or (self.find_candidates() if self.ranks.main else {}))
+            self.candidates = self.ranks.from_main(found)
+        candidates, measures = self.candidates, settings.measures
+        return evaluate_reranked(scorer, self.encoder, self.dataset, split, candidates, measures, **options).mean
+
+    def find_candidates(self) -> Run:
+        """The passages that are reranked, of the run's evaluation queries."""
+        assert self.settings.split is not None
+        queries = draw_queries(self.dataset.qrels(self.settings.split), self.settings.queries, self.seed)
+        return find_candidates(
+            self.dataset, list(queries), self.settings.depth, self.settings.run, self.folder, quiet=True
+        )

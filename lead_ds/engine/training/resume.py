@@ -1,0 +1,109 @@
+"""What a continued run starts from: the newest checkpoint, if what the run computes is what it computed before."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lead_ds.config import Config
+from lead_ds.data.groups.group import Groups
+from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.records.checkpoint import Checkpoints
+from lead_ds.errors import InputError
+from lead_ds.teachers.cached import CachedTeacher
+from lead_ds.teachers.frozen import FrozenTeacher
+from lead_ds.teachers.identity import differing, input_facts
+
+# What may differ between a run and its continuation: how often it speaks and saves, where the same data lie now, and what is
+# bit for bit the same.
+FREE_TO_CHANGE = {
+    "output",
+    "train.save_every",
+    "train.log_every",
+    "train.keep",
+    "train.watchdog_minutes",
+    "monitor",
+    "profile",
+    "pipeline",
+    "data.path",
+    "data.workers",
+    "data.token_cache",
+    "train.overlap",
+    "teacher.path",
+    "teacher.truncate",
+    "teacher.lens_path",
+}
+
+
+def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ranks) -> dict[str, Any]:
+    """Load the newest good checkpoint; its state, or {} where the run was ended before its first."""
+    found = checkpoints.newest(tell=lambda text: print(text, file=sys.stderr, flush=True))
+    if found is None:
+        return {}
+    path, state = found
+    old, processes = Config.model_validate(state["config"]), state["processes"]
+    changed = changed_keys(old.model_dump(mode="json"), config.model_dump(mode="json"))
+    if groups_per_step(old, processes) == groups_per_step(config, ranks.world):
+        changed = [key for key in changed if key not in ("train.batch_size", "train.accumulation")]
+    if changed:
+        raise InputError(
+            path,
+            f"was written with another configuration: {', '.join(changed)} changed",
+            "resume with the configuration that is in the run's folder, config.yaml",
+        )
+    if groups_per_step(old, processes) != groups_per_step(config, ranks.world):
+        raise InputError(
+            path,
+            f"was written by {processes} processes, this run has {ranks.world}, and a step would take "
+            f"{groups_per_step(config, ranks.world)} groups instead of {groups_per_step(old, processes)}",
+            "set train.batch_size or train.accumulation so that their product with the processes stays the same",
+        )
+    if ranks.main and compared(old, processes) != compared(config, ranks.world):
+        print(f"{path.name}: a query is now compared with other in-batch passages than before", file=sys.stderr)
+    checkpoints.load(engine, path)
+    return state
+
+
+def groups_per_step(config: Config, processes: int) -> int:
+    """Groups that an optimizer step takes, over all processes."""
+    return processes * config.train.batch_size * config.train.accumulation
+
+
+def compared(config: Config, processes: int) -> int:
+    """Queries whose passages are compared with each other: the micro-batches of all processes, or of one."""
+    return config.train.batch_size * (processes if config.train.in_batch == "global" else 1)
+
+
+def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
+    """The dotted keys in which two plain configurations differ, of those that decide what a run computes."""
+    if at in FREE_TO_CHANGE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            changed
+            for key in sorted(set(old) | set(new))
+            for changed in changed_keys(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+        ]
+    return [] if old == new else [at]
+
+
+def check_lens(config: Config, state: dict[str, Any], teacher: FrozenTeacher | CachedTeacher | None) -> None:
+    """Refuse to go on through another lens than a checkpoint was trained through."""
+    now = None if teacher is None or teacher.lens_facts is None else teacher.lens_facts["checksum"]
+    if state and state.get("lens") != now:
+        raise InputError(config.lens_folder, "is not the lens that this run began with", "bring that one back")
+
+
+def check_inputs(config: Config, state: dict[str, Any], groups: Groups, ranks: Ranks) -> None:
+    """Refuse to go on with other texts or another teacher than a checkpoint was trained on; `state` keeps what they are."""
+    now = agreed(ranks, lambda: input_facts(config, groups) if ranks.main else {})
+    before = state.get("inputs") or now
+    changed = agreed(ranks, lambda: differing(before, now) if ranks.main else [])
+    state["inputs"] = before
+    if changed := ranks.from_main(changed):
+        raise InputError(
+            config.output,
+            f"was trained on files that have changed: {', '.join(changed[:5])}",
+            "bring them back, or set output= to another folder for a new run",
+        )

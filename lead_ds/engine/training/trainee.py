@@ -1,0 +1,117 @@
+"""What is trained, in one DeepSpeed engine: the student, and beside it the teacher where that is co-trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from lead_ds.config import Config, ModelConfig
+from lead_ds.data.batches import ModelBatch
+from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.errors import InputError
+from lead_ds.models.load import DTYPES
+from lead_ds.models.scorer import Output, Scorer
+
+
+class Trainee(nn.Module):
+    """Student and co-trained teacher as one module: one engine, one optimizer, one checkpoint."""
+
+    def __init__(self, student: Scorer, teacher: Scorer | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+
+    def forward(
+        self,
+        batch: ModelBatch,
+        layers: Sequence[int],
+        tap_layers: Sequence[int] = (),
+        teacher_batch: ModelBatch | None = None,
+        teacher_layers: Sequence[int] = (),
+        teacher_tap_layers: Sequence[int] = (),
+    ) -> tuple[Output, Output | None]:
+        """The student's and the co-trained teacher's outputs for one micro-batch."""
+        student = self.student(batch, layers=layers, tap_layers=tap_layers)
+        if self.teacher is None:
+            return student, None
+        return student, self.teacher(teacher_batch, layers=teacher_layers, tap_layers=teacher_tap_layers)
+
+
+def student_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
+    """bf16 on CUDA that has it, else fp16; float32 on CPU; or what the configuration says."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ranks) -> Any:
+    """The DeepSpeed engine that trains `trainee`."""
+    import deepspeed
+
+    tree = student_deepspeed_config(config, dtype)
+    for scorer in (trainee.student, trainee.teacher):
+        if scorer is not None and config.train.gradient_checkpointing:
+            scorer.gradient_checkpointing_enable()
+        if scorer is not None:
+            scorer.recompute = config.train.grad_cache is not None
+        if scorer is not None and config.train.compile:
+            scorer.compile_layers()
+    groups = parameter_groups(trainee, config)
+    # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's is as good there.
+    optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=ranks.device.type == "cuda")
+    try:
+        engine = deepspeed.initialize(
+            model=trainee,
+            model_parameters=groups if optimizer is None else None,
+            optimizer=optimizer,
+            config=tree,
+        )[0]
+    except (ValidationError, AssertionError) as error:  # what DeepSpeed says of a key or value that it does not know
+        what = " ".join(str(error).split())[:300] or "DeepSpeed refuses it"
+        raise InputError("deepspeed.student", what, "see ds_configs/README.md for what goes there") from error
+    engine.train()
+    return engine
+
+
+def parameter_groups(trainee: Trainee, config: Config) -> list[dict[str, Any]]:
+    """Optimizer groups: weight decay on matrices only, and a co-trained teacher's own learning rate."""
+    train = config.train
+    groups = []
+    for scorer, lr in (
+        (trainee.student, train.lr),
+        (trainee.teacher, (config.teacher.lr if config.teacher else None) or train.lr),
+    ):
+        if scorer is None:
+            continue
+        parameters = [p for p in scorer.parameters() if p.requires_grad]
+        decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+        plain = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+        for members, decay in ((decayed, train.weight_decay), (plain, 0.0)):
+            if members:
+                groups.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
+    return groups
+
+
+def gathered_state_dict(scorer: Scorer, ranks: Ranks) -> dict[str, torch.Tensor] | None:
+    """The whole state dict on rank 0's CPU (None elsewhere), one ZeRO-3 parameter gathered at a time. Every rank calls it."""
+    import deepspeed
+
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in (*scorer.named_parameters(), *_persistent_buffers(scorer)):
+        sharded = hasattr(tensor, "ds_id")
+        with deepspeed.zero.GatheredParameters([tensor], enabled=sharded):
+            if ranks.main:
+                state[name] = tensor.detach().cpu().clone()
+    return state if ranks.main else None
+
+
+def _persistent_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    kept = set(module.state_dict().keys())
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]

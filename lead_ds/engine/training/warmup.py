@@ -1,0 +1,78 @@
+"""`warmup`: one model, of any family that can be saved, trained on labels alone. A run whose losses read no teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lead_ds.config import Config, LossesConfig, StudentConfig, TeacherConfig
+from lead_ds.config.load import load_tree, parse_config
+from lead_ds.engine.training.distill import train
+from lead_ds.errors import InputError
+
+
+def warmup(
+    config: Config, of: str = "student", resume: bool = False, command: Sequence[str] = (), quiet: bool = False
+) -> Path:
+    """Train the model of a configuration's section `of` on labels, or with `resume` continue; returns OUTPUT/model.
+
+    The directory is one that `student.path` and `teacher.path` take: a dual encoder's, a ColBERT's or a cross-encoder's.
+    Every process of the run calls this. Raises InputError and RunError as `lead_ds.engine.training.distill.distill`.
+    """
+    return train(warmup_config(config, of), "model", resume=resume, command=command, quiet=quiet)
+
+
+def load_warmup(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A configuration file for a warm-up: where it names no teacher, it need not switch off the losses that read one.
+
+    Raises InputError as `lead_ds.config.load_config`.
+    """
+    tree = load_tree(path, overrides)
+    losses = tree.setdefault("losses", {})
+    if tree.get("teacher") is None and isinstance(losses, dict):
+        for name in LossesConfig.model_fields:
+            loss = losses.setdefault(name, {})
+            if name != "contrastive" and isinstance(loss, dict):
+                loss["weight"] = 0.0
+    return parse_config(tree, path)
+
+
+def warmup_config(config: Config, of: str = "student") -> Config:
+    """The run that a warm-up is: the model of section `of` as student, no teacher, the contrastive loss alone.
+
+    A teacher brings its own lr, temperature and lengths. Where it will be read by cosines it is trained on them: with
+    vectors of unit length. Raises InputError for a section that is missing or whose kind cannot be trained on labels.
+    """
+    if of not in ("student", "teacher"):
+        raise InputError("--of", f"{of!r} is no model of the configuration", "use student or teacher")
+    tree = config.model_dump()
+    if of == "teacher":
+        tree["student"] = trained(config.teacher)
+        tree["train"]["lr"] = tree["teacher"]["lr"] or tree["train"]["lr"]
+        contrastive = tree["losses"]["contrastive"]
+        contrastive["temperature"] = contrastive["teacher_temperature"] or contrastive["temperature"]
+    tree["losses"]["contrastive"]["teacher_temperature"] = None
+    tree["teacher"] = None
+    for name, loss in tree["losses"].items():
+        # A configuration that distils without labels can be warmed up, too.
+        loss["weight"] = (loss["weight"] or 1.0) if name == "contrastive" else 0.0
+    return parse_config(tree, "warmup")
+
+
+def trained(teacher: TeacherConfig | None) -> dict[str, Any]:
+    """A teacher's section as that of a student."""
+    if teacher is None:
+        raise InputError("teacher", "is missing", "add the section, or warm up the student: --of student")
+    if teacher.kind == "cached":
+        raise InputError("teacher.kind", "a cached teacher has no weights to train", "name the model and its kind")
+    if teacher.kind == "llm_reranker":
+        raise InputError(
+            "teacher.kind",
+            "an llm_reranker reads two rows of a language-model head, which are not trained here",
+            "train the same model with teacher.kind=cross_encoder: it is given a scoring head",
+        )
+    section = {name: value for name, value in teacher.model_dump().items() if name in StudentConfig.model_fields}
+    if teacher.scale == "cosine" and teacher.kind != "cross_encoder" and teacher.normalize is None:
+        section["normalize"] = True
+    return section

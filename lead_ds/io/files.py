@@ -1,0 +1,124 @@
+"""Files that a reader sees whole or not at all, and checksums of models and data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lead_ds.errors import InputError, RunError
+from lead_ds.io.mapped import cached_arrays, signature
+
+# What decides a model's vectors, in a Hugging Face or sentence-transformers directory.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+_PER_MODEL = {"README.md", "training_args.bin"}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file to fill, renamed to `path` when the block ends well. Raises RunError when it cannot be written."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        yield Path(temporary)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(path, f"cannot be written: {error}", "check the folder and the free space") from None
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+@contextmanager
+def alone(folder: Path, who: str, remedy: str) -> Iterator[int]:
+    """`folder`, made where it is absent, to this process alone: a lock on it, as an open descriptor.
+
+    Raises InputError, of `who` and with `remedy`, where another process has it; RunError when it cannot be made.
+    """
+    import fcntl  # not on Windows
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RunError(folder, f"cannot be made: {error}", "check the path and its permissions") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(folder, f"{who} is at work here", remedy) from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError with `remedy` when it is absent or not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(path, "no such file", remedy) from None
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be read: {error}", remedy) from None
+    if not isinstance(value, dict):
+        raise InputError(path, f"a JSON {type(value).__name__}, not an object", remedy)
+    return value
+
+
+def checksum(paths: Iterable[Path], name: Callable[[Path], str] = lambda path: path.name) -> str:
+    """A hash of the names and contents of files. Raises InputError for one that cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        digest.update(name(path).encode() + b"\0")
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InputError(path, f"cannot be read: {error}", "check its permissions") from None
+    return digest.hexdigest()
+
+
+def data_checksum(path: Path) -> str:
+    """`checksum` of one file of texts, remembered beside it as long as its size and time of change stay the same."""
+    key = {"version": 1, **signature(path)}
+
+    def build() -> dict[str, np.ndarray]:
+        return {"digest": np.frombuffer(bytes.fromhex(checksum([path])), np.uint8)}
+
+    return cached_arrays(path, "checksum", key, build)["digest"].tobytes().hex()
+
+
+def model_checksum(path: str | Path) -> str:
+    """A hash of the files that decide what a model's directory computes; of the name for a model of the hub."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
+    return checksum(model_files(folder), lambda file: file.relative_to(folder).as_posix())
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that decide what a model's directory computes, sorted."""
+    files = {file for pattern in _MODEL_FILES for file in folder.glob(f"**/{pattern}")}
+    return sorted(file for file in files if file.is_file() and file.name not in _PER_MODEL)

@@ -1,0 +1,91 @@
+"""Late interaction: a vector per token, relevance their MaxSim.
+
+Dimensions: K selected layers, Q queries, P passages, B texts, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lead_ds.config import ModelConfig
+from lead_ds.models.dense import Dense
+from lead_ds.models.scorer import Output, Scorer
+from lead_ds.relevance import Scale, TokenFeatures
+
+if TYPE_CHECKING:
+    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.tokens.encoder import Tokens
+
+
+class ColBERT(Scorer):
+    """Token states, then Dense layers if any, then unit length if `normalize`: of the final state and of every layer alike.
+
+    Which tokens count is the tokens' `score_mask` (query expansion, punctuation), else their `attention_mask`.
+    """
+
+    kind = "colbert"
+    scope = "batch"
+
+    def __init__(self, model: Any, config: ModelConfig, dense: Sequence[Dense] = (), normalize: bool = False) -> None:
+        super().__init__(model, config)
+        self.normalize = normalize
+        self.dense = nn.ModuleList(dense)
+        pooler = getattr(model, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.requires_grad_(False)
+
+    def forward(
+        self,
+        batch: ModelBatch | None = None,
+        layers: Sequence[int] = (),
+        tap_layers: Sequence[int] = (),
+        *,
+        tokens: Tokens | None = None,
+    ) -> Any:
+        """Output with TokenFeatures of a batch's queries and passages; or the final token vectors [B, L, D] of `tokens`,
+        with `layers` those of the layers and then the final ones [K + 1, B, L, D]."""
+        if tokens is not None:
+            states = self._states(tokens, layers)
+            return states if layers else states[-1]
+        assert batch is not None
+        assert batch.queries is not None
+        assert batch.passages is not None
+        q_mask, p_mask = score_mask(batch.queries), score_mask(batch.passages)
+        taps_queries = taps_passages = None
+        if batch.passes is not None:
+            states = self.in_passes(batch.passes, lambda tokens: self._states(tokens, layers))
+            (count, q_length), p_length = q_mask.shape, p_mask.shape[1]
+            queries, passages = states[:, :count, :q_length], states[:, count:, :p_length]
+        else:
+            with self.tapping(tap_layers) as taps_queries:
+                queries = self._states(batch.queries, layers)
+            with self.tapping(tap_layers) as taps_passages:
+                passages = self._states(batch.passages, layers)
+
+        def features(part: slice, scale: Scale) -> TokenFeatures:
+            return TokenFeatures(queries[part], q_mask, passages[part], p_mask, scale)
+
+        return Output(
+            final=features(slice(-1, None), self.final_scale),
+            layers=features(slice(0, -1), self.config.scale) if layers else None,
+            taps_queries=taps_queries,
+            taps_passages=taps_passages,
+        )
+
+    def _states(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        """[K + 1, B, L, D]: the layers asked for, then the final states."""
+        return torch.stack(self.run(tokens, layers, self._read_out, through_norm=True))
+
+    def _read_out(self, state_BLD: Tensor) -> Tensor:
+        for dense in self.dense:
+            state_BLD = dense(state_BLD)
+        return nn.functional.normalize(state_BLD, dim=-1) if self.normalize else state_BLD
+
+
+def score_mask(tokens: Tokens) -> Tensor:
+    """[B, L]: 1 where a token counts in MaxSim."""
+    return tokens.get("score_mask", tokens["attention_mask"])

@@ -1,0 +1,89 @@
+"""A language model that answers yes or no: relevance is how far its logit of yes is ahead, read from every selected layer.
+
+Dimensions: K selected layers, B prompts, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lead_ds.config import TeacherConfig
+from lead_ds.errors import InputError
+from lead_ds.models.pair_scorer import PairScorer
+from lead_ds.models.pooling import pool
+
+if TYPE_CHECKING:
+    from lead_ds.data.tokens.encoder import Tokens
+
+
+class LLMReranker(PairScorer):
+    """logit(yes) - logit(no) at the prompt's last token.
+
+    Two rows of the language-model head are copied once (gathered, where ZeRO-3 shards it) and the head is dropped: a
+    vocabulary of logits per prompt is never computed. The rows are multiplied in float32, for in half precision the
+    difference of two large logits is coarse.
+    """
+
+    kind = "llm_reranker"
+    rows_2D: Tensor
+    bias_2: Tensor
+
+    def __init__(self, causal: Any, config: TeacherConfig, yes: int, no: int) -> None:
+        rows_2D, bias_2 = _head_rows(causal, yes, no, config.path)
+        super().__init__(causal.base_model, config)
+        # Buffers, not parameters: two rows are not worth sharding.
+        self.register_buffer("rows_2D", rows_2D)
+        self.register_buffer("bias_2", bias_2)
+        shape = causal.config.get_text_config()
+        self.softcap: float | None = getattr(shape, "final_logit_softcapping", None)
+        self.logit_scale = float(getattr(shape, "logit_scale", None) or 1.0)  # Cohere
+        self.logit_scale /= float(getattr(shape, "logits_scaling", None) or 1.0)  # Granite
+
+    def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        mask_BL = tokens["attention_mask"]
+        read = self.run(tokens, layers, lambda state: pool(state, mask_BL, "last"), through_norm=False)
+        logits_KB2 = torch.stack(read).float() @ self.rows_2D.float().T + self.bias_2.float()
+        logits_KB2 = logits_KB2 * self.logit_scale
+        if self.softcap is not None:
+            logits_KB2 = self.softcap * torch.tanh(logits_KB2 / self.softcap)
+        scores_KB = logits_KB2[..., 0] - logits_KB2[..., 1]
+        return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)
+
+
+def answer_tokens(tokenizer: Any, config: TeacherConfig) -> tuple[int, int]:
+    """The ids of yes_token and no_token. Raises InputError where one of them is not one token of the model."""
+    found = []
+    for key, text in (("yes_token", config.yes_token), ("no_token", config.no_token)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            pieces = " ".join(tokenizer.convert_ids_to_tokens(ids))
+            raise InputError(
+                f"teacher.{key}", f"{text!r} is {len(ids)} tokens of this model: {pieces}", "choose another"
+            )
+        found.append(int(ids[0]))
+    if found[0] == found[1]:
+        raise InputError("teacher.yes_token", f"yes and no are the same token of this model: {config.yes_token!r}")
+    return found[0], found[1]
+
+
+def _head_rows(causal: Any, yes: int, no: int, path: str) -> tuple[Tensor, Tensor]:
+    head = causal.get_output_embeddings()
+    if head is None:
+        raise InputError(path, "has no language-model head to read yes and no from")
+    parameters = [p for p in (head.weight, getattr(head, "bias", None)) if p is not None]
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters):
+            return _copied(parameters, yes, no)
+    return _copied(parameters, yes, no)
+
+
+def _copied(parameters: list[Tensor], yes: int, no: int) -> tuple[Tensor, Tensor]:
+    rows = parameters[0].detach()[[yes, no]].clone()
+    bias = parameters[1].detach()[[yes, no]].clone() if len(parameters) > 1 else rows.new_zeros(2)
+    return rows, bias

@@ -1,0 +1,1 @@
+"""Teachers: frozen models and what was kept of them; tuned lenses."""

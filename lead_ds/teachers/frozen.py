@@ -1,0 +1,190 @@
+"""The frozen teacher: where its parameters live, and its one forward pass per accumulation window."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.batches import ModelBatch
+from lead_ds.data.tokens.encoder import Tokens
+from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.deepspeed_files import teacher_deepspeed_config
+from lead_ds.engine.distributed.ranks import Ranks, local_world
+from lead_ds.errors import InputError
+from lead_ds.losses.selection import teacher_layers_needed
+from lead_ds.models.backbone import cut_shape
+from lead_ds.models.load import DTYPES, load_teacher, read_model_config
+from lead_ds.models.scorer import Output, Scorer
+from lead_ds.relevance import Features, merge
+from lead_ds.teachers.lens import FittedLens, open_lens
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher says of a window: final (K = 1) and selected layers' features; taps of each chunk where asked."""
+
+    final: Features
+    layers: Features | None
+    outputs: list[Output]
+
+
+class FrozenTeacher:
+    """A frozen scorer, replicated or sharded by ZeRO-3, that answers whole accumulation windows without gradient.
+
+    One large forward per window is what hides ZeRO-3's gathers: their cost does not depend on how many tokens pass.
+    """
+
+    def __init__(
+        self, scorer: Scorer, engine: Any, placement: str, device: torch.device, fitted: FittedLens | None = None
+    ) -> None:
+        self.scorer, self.engine, self.placement, self.device = scorer, engine, placement, device
+        self.lens_facts = None if fitted is None else fitted.facts
+        if fitted is not None:
+            scorer.lens = fitted.lens.to(device)
+
+    @torch.no_grad()  # not inference_mode: its tensors could not enter the student's graph
+    def window(
+        self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
+    ) -> TeacherView:
+        """Features of the window's chunks, joined. Every rank must call this with equally many chunks."""
+        module = self.engine if self.engine is not None else self.scorer
+        outputs = [module(chunk.to(self.device), layers=layers, tap_layers=tap_layers) for chunk in chunks]
+        return TeacherView(
+            final=merge([output.final for output in outputs]),
+            layers=merge([output.layers for output in outputs if output.layers is not None]) if layers else None,
+            outputs=outputs if tap_layers else [],
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers can be read."""
+        return self.scorer.num_layers
+
+    @torch.no_grad()
+    def read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        """What the scorer says of texts or pairs from `layers`, then from its final state: see `Scorer.forward`.
+
+        Every rank must call this equally often, with tokens of its own.
+        """
+        module = self.engine if self.engine is not None else self.scorer
+        moved = {name: x.to(self.device) for name, x in tokens.items()}
+        said = module(tokens=moved, layers=layers)
+        return said if layers else said.unsqueeze(0)
+
+    def all_layers(self, tokens: Tokens) -> Tensor:
+        """`read` of every layer."""
+        return self.read(tokens, list(range(self.num_layers)))
+
+    def parameter_bytes(self) -> tuple[int, int]:
+        """Bytes of parameters that this rank holds between forwards, and of the whole model."""
+        held = whole = 0
+        for parameter in self.scorer.parameters():
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            whole += numel * parameter.element_size()
+            sharded = getattr(parameter, "ds_tensor", None)
+            held += (numel if sharded is None else sharded.numel()) * parameter.element_size()
+        return held, whole
+
+
+def build_teacher(config: Config, ranks: Ranks, depth: int | None = None) -> FrozenTeacher:
+    """Load, place and freeze the teacher of a configuration; with `depth`, its first layers only."""
+    assert config.teacher is not None
+    settings = config.teacher
+    fitted = agreed(ranks, lambda: open_lens(config))
+    dtype = teacher_dtype(settings, ranks.device)
+    placement = choose_placement(settings, dtype, ranks, depth)
+    if settings.compile and placement != "replicate":
+        what = f"the teacher's placement is {placement}, whose gathers cannot be compiled"
+        raise InputError("teacher.compile", what, "set it to false, or teacher.placement=replicate")
+    if placement == "replicate":
+        scorer = _frozen(load_teacher(settings, dtype, depth)).to(ranks.device)
+        if settings.compile:
+            scorer.compile_layers()
+        return FrozenTeacher(scorer, None, placement, ranks.device, fitted)
+    import deepspeed
+
+    shape = read_model_config(settings)
+    tree = teacher_deepspeed_config(
+        config.deepspeed.teacher,
+        dtype,
+        hidden=int(shape.get_text_config().hidden_size),
+        local_world=local_world(ranks.world),
+        offload=settings.offload,
+        offload_path=settings.offload_path,
+    )
+    with _sharded_loading(tree):
+        scorer = load_teacher(settings, dtype, depth)
+    engine = deepspeed.initialize(model=_frozen(scorer), config=tree)[0]
+    engine.eval()
+    return FrozenTeacher(scorer, engine, placement, ranks.device, fitted)
+
+
+def teacher_dtype(settings: TeacherConfig, device: torch.device) -> torch.dtype:
+    """fp16 on CUDA and bf16 on CPU, where fp16 is refused; or what the configuration says."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def depth_needed(config: Config) -> int | None:
+    """How many of the teacher's layers a distillation needs; None: all of them."""
+    assert config.teacher is not None
+    if not config.teacher.truncate:
+        return None
+    whole = int(read_model_config(config.teacher).get_text_config().num_hidden_layers)
+    needed = teacher_layers_needed(config.losses, whole)
+    return needed if needed < whole else None
+
+
+def choose_placement(settings: TeacherConfig, dtype: torch.dtype, ranks: Ranks, depth: int | None = None) -> str:
+    """`auto`: a copy per rank where it takes less than a third of the memory there is, else shards."""
+    if settings.placement != "auto" or settings.offload != "none":
+        return "replicate" if settings.placement == "replicate" else "zero3"
+    if ranks.world == 1:
+        return "replicate"
+    needed = count_parameters(settings, depth) * dtype.itemsize
+    if ranks.device.type == "cuda":
+        room = torch.cuda.mem_get_info(ranks.device)[0]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world(ranks.world)
+    # Ranks may see different free memory: the tightest decides for all, or they would wait for each other for ever.
+    return "replicate" if needed * 3 < min(ranks.all(room)) else "zero3"
+
+
+def count_parameters(settings: TeacherConfig, depth: int | None = None) -> int:
+    """Parameters of the backbone, or of its first layers, from its configuration alone."""
+    from transformers import AutoModel
+
+    shape = read_model_config(settings)
+    if depth is not None:
+        cut_shape(shape, range(depth))
+    with torch.device("meta"):
+        model = AutoModel.from_config(shape, trust_remote_code=settings.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _frozen(scorer: Scorer) -> Scorer:
+    scorer.requires_grad_(False)
+    scorer.eval()
+    return scorer
+
+
+@contextmanager
+def _sharded_loading(tree: dict[str, Any]) -> Iterator[None]:
+    """While open, from_pretrained shards parameters as it reads them. Closed at once: the scope is global to the process."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    scope = HfDeepSpeedConfig(tree)
+    try:
+        yield
+    finally:
+        del scope
+        unset_hf_deepspeed_config()

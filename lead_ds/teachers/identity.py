@@ -1,0 +1,77 @@
+"""What decides what a teacher says, and of which data: written beside everything that is made of it, compared before use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.groups.group import Groups
+from lead_ds.data.taught.relevance import MANIFEST
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.tokenizer import tokenizer_checksum
+from lead_ds.engine.distributed.agreement import flat, summary
+from lead_ds.errors import InputError
+from lead_ds.io.files import checksum, model_checksum, model_files
+from lead_ds.relevance import Scale
+
+ANOTHER_FOLDER = "delete it, or choose another folder with --out"
+# Settings of a teacher that do not change what it says.
+_FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
+_FREE |= {"allow_pickle", "trust_remote_code", "passes", "truncate", "compile", "lens_path"}
+
+
+def teacher_facts(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> dict[str, Any]:
+    """A teacher, and how it reads. `seed`: of a teacher of random weights."""
+    return {
+        "kind": teacher.kind,
+        "checksum": model_checksum(teacher.path),
+        "settings": deciding_settings(teacher),
+        "tokenizer": tokenizer_checksum(encoder.tokenizer),
+        "query_prompt": encoder.query_prompt,
+        "passage_prompt": encoder.passage_prompt,
+        "seed": seed if teacher.weights == "random" else None,
+    }
+
+
+def differing(old: Any, new: Any) -> list[str]:
+    """The dotted keys in which two sets of facts differ."""
+    one, other = dict(flat(old)), dict(flat(new))
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+
+
+def check_facts(folder: Path, holds: str, old: Any, new: Any, remedy: str = ANOTHER_FOLDER) -> None:
+    """Raise InputError where what `folder` holds was made of other facts than it would be now, with the keys that differ."""
+    if changed := differing(old, new):
+        raise InputError(folder, f"{holds} of another {', '.join(changed)}", remedy)
+
+
+def data_facts(groups: Groups) -> dict[str, Any]:
+    """What decides the groups: checksums of their files, and their number."""
+    sums = {name: checksum([path], lambda _: "") for name, path in groups.sources.items()}
+    return {**sums, "groups": len(groups)}
+
+
+def input_facts(config: Config, groups: Groups) -> dict[str, str]:
+    """The files that decide a run beside its configuration, by size and checksum (of large ones: of pieces of them): the
+    training groups and their texts, and a teacher in a folder."""
+    files = {f"data: {name}": path for name, path in groups.sources.items()}
+    if config.teacher is not None and config.losses.needs_teacher and Path(config.teacher.path).is_dir():
+        folder = Path(config.teacher.path)
+        cached = config.teacher.kind == "cached"  # whose manifest holds the checksums of what is beside it
+        found = [folder / MANIFEST] if cached else model_files(folder)
+        files |= {f"teacher: {file.relative_to(folder)}": file for file in found}
+    return {name: told for name, path in files.items() if (told := summary(path)) is not None}
+
+
+def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:
+    """The settings that decide what a teacher says of a text."""
+    return {name: value for name, value in teacher.model_dump(mode="json").items() if name not in _FREE}
+
+
+def stored_scale(kind: str, scale: str) -> Scale:
+    """In which scale relevance is stored: cosines as such; none and z-scores, which depend on the draw, as the model says.
+
+    A model of pairs gives scores, which have no cosine.
+    """
+    return "cosine" if scale == "cosine" and kind in ("dual_encoder", "colbert") else "none"

@@ -1,0 +1,92 @@
+"""What a teacher's layers know: each layer's NLL of the positive within its group, and which layers are therefore worth learning.
+
+Dimensions: T layers of the teacher, Q queries, N passages of each.
+"""
+
+from __future__ import annotations
+
+import math
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lead_ds.config import Config
+from lead_ds.data.batches import Batches, ModelBatch
+from lead_ds.data.groups.group import Groups
+from lead_ds.data.taught.relevance import TeacherCache
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.losses.selection import informative_layers
+from lead_ds.teachers.cached import CachedTeacher
+from lead_ds.teachers.frozen import FrozenTeacher
+
+MEASURED = 256  # groups, at the start of a run
+MEASURED_OF_CACHE, AT_ONCE = 1000, 50
+
+
+def informative(
+    config: Config, teacher: FrozenTeacher | CachedTeacher | None, batches: Batches, ranks: Ranks
+) -> list[int]:
+    """The teacher's layers that `select: informative` draws from; [] where it is not asked for. Every rank calls this.
+
+    A lens was measured on groups that it was not fitted on. A model's own read-out was fitted on none of them: it is
+    measured on the run's first groups, at the layer loss's temperature.
+    """
+    loss = config.losses.layer
+    if teacher is None or loss.weight == 0 or loss.select != "informative":
+        return []
+    layers = readable(teacher)
+    if teacher.lens_facts is not None:
+        nll, chance = [teacher.lens_facts["nll"][layer] for layer in layers], teacher.lens_facts["chance"]
+    else:
+        nll, chance = measure(teacher, batches, loss.teacher_temperature, ranks), math.log(batches.group)
+    return [layers[place] for place in informative_layers(nll, chance, loss.informative_margin)]
+
+
+def readable(teacher: FrozenTeacher | CachedTeacher) -> list[int]:
+    """The layers that a teacher can be asked for."""
+    return teacher.layers if isinstance(teacher, CachedTeacher) else list(range(teacher.num_layers))
+
+
+def measure(teacher: FrozenTeacher | CachedTeacher, batches: Batches, temperature: float, ranks: Ranks) -> list[float]:
+    """NLL of the positive within its group, by each readable layer, over the run's first groups; equal on all ranks."""
+    layers = readable(teacher)
+    step = ranks.world * batches.batch_size * batches.accumulation
+    sums, count = torch.zeros(len(layers)), 0
+    for window in map(batches.window, range(min(-(-MEASURED // step), batches.steps_per_epoch))):
+        view = teacher.window(window.teacher, layers)
+        assert view.layers is not None
+        nll_TQ = worth(view.layers.group_relevance(batches.group).logits / temperature)[0]
+        sums, count = sums + nll_TQ.sum(1).cpu(), count + nll_TQ.shape[1]
+    return ranks.mean((sums / count).to(ranks.device)).tolist()
+
+
+def worth(logits_TQN: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of the positive, which is column 0, and whether it is ranked first (1/m: among m equal ones): [T, Q] each, float32."""
+    best_TQN = (logits_TQN == logits_TQN.amax(-1, keepdim=True)).float()
+    return -logits_TQN.log_softmax(-1)[..., 0], best_TQN[..., 0] / best_TQN.sum(-1)
+
+
+def worth_of_cache(cache: TeacherCache, groups: Groups, config: Config) -> dict[str, Any]:
+    """NLL and accuracy of each cached layer and of the final state, over draws of some training groups."""
+    assert config.teacher is not None
+    rows = Random(config.seed).sample(range(len(groups)), min(MEASURED_OF_CACHE, len(groups)))
+    teacher, group = CachedTeacher(cache, config.teacher, torch.device("cpu")), 1 + config.data.negatives
+    found = []
+    for first in range(0, len(rows), AT_ONCE):
+        some = rows[first : first + AT_ONCE]
+        said = cache.read(some, [groups.draw(row, config.seed, epoch=0).keys for row in some])
+        chunk = ModelBatch(group, cached={name: torch.from_numpy(x) for name, x in said.items()})
+        view = teacher.window([chunk], teacher.layers)
+        parts = [part.group_relevance(group).logits for part in (view.layers, view.final) if part is not None]
+        found.append(worth(torch.cat(parts) / config.losses.layer.teacher_temperature))
+    nll_T, first_T = (torch.cat(parts, 1).mean(1).tolist() for parts in zip(*found, strict=True))
+    return {
+        "groups": len(rows),
+        "passages": group,
+        "chance": math.log(group),
+        "layers": teacher.layers,
+        "nll": nll_T,
+        "accuracy": first_T,
+    }

@@ -1,0 +1,58 @@
+"""The tuned lens that a configuration names: where it is, whether it is this teacher's, and what it was measured to give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lead_ds.config import Config
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.models.lens import Lens, load_lens
+from lead_ds.teachers.identity import check_facts, teacher_facts
+
+_FIT = "fit one: lead-ds teach CONFIG --fit-lens"
+
+
+@dataclass(frozen=True)
+class FittedLens:
+    """A lens, the NLL of each layer through it on groups that it was not fitted on, and what that is by chance."""
+
+    lens: Lens
+    checksum: str
+    nll: list[float]
+    chance: float
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ties a cache to it."""
+        return {"checksum": self.checksum, "nll": self.nll, "chance": self.chance}
+
+
+def lens_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
+    """What a lens is fitted to: the teacher and how it reads, whatever it computes in and however its layers are read."""
+    assert config.teacher is not None
+    facts = teacher_facts(config.teacher, encoder, config.seed)
+    settings = {name: value for name, value in facts["settings"].items() if name not in ("lens", "dtype")}
+    return {**facts, "settings": settings}
+
+
+def open_lens(config: Config, encoder: TextEncoder | None = None) -> FittedLens | None:
+    """The lens of a configuration's teacher; None where its layers are read through its own head.
+
+    Raises InputError where there is none, it is damaged, or of another teacher or reading.
+    """
+    teacher = config.teacher
+    if teacher is None or teacher.lens == "head":
+        return None
+    folder = config.lens_folder
+    lens, record = load_lens(folder, f"{_FIT}; or name its folder, teacher.lens_path=")
+    facts = lens_identity(config, encoder or TextEncoder.from_config(teacher))
+    check_facts(folder, "is the lens", record["facts"], facts, f"{_FIT} lens_path=ANOTHER_FOLDER")
+    nll = [row["after"]["nll"] for row in record["layers"]]
+    return FittedLens(lens, record["checksum"], nll, record["chance"]["nll"])
+
+
+def lens_facts(config: Config, encoder: TextEncoder) -> dict[str, Any] | None:
+    """What a cache notes of the lens that it was read through."""
+    fitted = open_lens(config, encoder)
+    return None if fitted is None else fitted.facts

@@ -1,0 +1,316 @@
+"""The frozen teacher reading groups: long texts first, a text that several groups share once, every rank equally often.
+
+Dimensions: T layers of the teacher, C candidates of a shard's groups, Q its queries, P its passages, B texts of a forward,
+L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.groups.group import Group, Groups
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.taught.relevance import damage
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
+from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
+from lead_ds.engine.distributed.ranks import ranks as joined_ranks
+from lead_ds.io.prefetch import ahead
+from lead_ds.io.progress import Progress
+from lead_ds.models.kinds.colbert import score_mask
+from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
+from lead_ds.teachers.frozen import FrozenTeacher
+from lead_ds.teachers.identity import stored_scale
+
+PAIRS = ("cross_encoder", "llm_reranker")
+AHEAD = 4  # batches tokenised ahead of the model
+PAIRS_AT_ONCE = 32  # of which late interaction compares all tokens
+
+
+@contextmanager
+def opened(config: Config, settings: TeacherConfig, out: Path) -> Iterator[tuple[Ranks, Groups, TextEncoder]]:
+    """The ranks that read together, the training groups, and how the teacher reads texts; `out`: where all of them write.
+
+    Every process calls this. Raises InputError on all of them where they differ, or an input cannot be read.
+    """
+    with joined_ranks() as ranks, closed_to_others():
+        check_agreement(config, False, ranks)
+        check_shared(out, ranks)
+        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), TextEncoder.from_config(settings)))
+        yield ranks, groups, encoder
+
+
+@dataclass
+class Shard:
+    """Texts of consecutive groups: each group's query, and its candidates by key."""
+
+    queries: list[str]
+    keys: list[np.ndarray]
+    passages: list[str]  # C, group after group
+
+    @cached_property
+    def owners(self) -> np.ndarray:
+        """The group of each candidate, int64 [C]."""
+        return np.repeat(np.arange(len(self.keys)), [len(keys) for keys in self.keys])
+
+    @classmethod
+    def read(cls, groups: Groups, rows: Sequence[int], negatives: int, draws: dict[str, int] | None) -> Shard:
+        """Every passage that a draw of these groups may choose."""
+        shard = cls([], [], [])
+        for row in rows:
+            pool = groups.pool(row)
+            found = dict(zip(pool.keys.tolist(), pool.passages, strict=True))
+            for drawn in drawn_besides(groups, row, negatives, draws):
+                found |= dict(zip(drawn.keys.tolist(), drawn.passages, strict=True))
+            shard.queries.append(pool.query)
+            shard.keys.append(np.array(list(found), np.int64))
+            shard.passages += found.values()
+        return shard
+
+    @classmethod
+    def drawn(cls, groups: Groups, rows: Sequence[int], seed: int) -> Shard:
+        """One draw of each of these groups, the positive first."""
+        draws = [groups.draw(row, seed, epoch=0) for row in rows]
+        passages = [passage for drawn in draws for passage in drawn.passages]
+        return cls([drawn.query for drawn in draws], [drawn.keys for drawn in draws], passages)
+
+
+def drawn_besides(groups: Groups, row: int, negatives: int, draws: dict[str, int] | None) -> Iterator[Group]:
+    """A group's draws of the epochs of `draws`, where its pool alone does not decide which passages they take."""
+    if draws is not None and groups.offered(row) < negatives:
+        for epoch in range(draws["epochs"]):
+            yield groups.draw(row, draws["seed"], epoch)
+
+
+class Reader(ABC):
+    """The teacher reading a shard: long texts first, a text that several groups share once."""
+
+    def __init__(self, settings: TeacherConfig, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> None:
+        self.teacher, self.encoder, self.batch_size = teacher, encoder, batch_size
+        self.scale: Scale = stored_scale(settings.kind, settings.scale)
+        self.pairs = settings.kind in PAIRS
+
+    @abstractmethod
+    def look(self, tokens: Tokens) -> Tensor:
+        """What is asked of the teacher about texts or pairs on its device: one forward."""
+
+    @abstractmethod
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> Any:
+        """What `read` gives; `tell` takes the part that is done."""
+
+    def units(self, shard: Shard) -> int:
+        """How much of what is counted for the user a shard holds."""
+        return len(shard.queries)
+
+    def forwards(self, shard: Shard) -> int:
+        """How often the model will run."""
+        if self.pairs:
+            return -(-len(shard.passages) // self.batch_size)
+        return sum(-(-len(set(texts)) // self.batch_size) for texts in (shard.queries, shard.passages))
+
+    def read(self, shard: Shard, forwards: int, meter: Progress) -> Any:
+        """What the teacher says of a shard, by `forwards` runs of the model."""
+        done = 0
+
+        def tell(part: float) -> None:
+            nonlocal done
+            now = int(part * self.units(shard) + 1e-9)
+            meter.advance(now - done)
+            done = now
+
+        out = self.said(shard, tell)
+        for _ in range(forwards - self.forwards(shard)):
+            self.look(self._tokens_of_pairs([("a", "a")]) if self.pairs else self.encoder.queries(["a"]))
+        return out
+
+    def run_pairs(self, shard: Shard, tell: Callable[[float], None]) -> Iterator[tuple[list[int], Tensor]]:
+        """(candidates, what was looked at) of every candidate with its query, batch after batch."""
+        pairs = [(shard.queries[owner], text) for owner, text in zip(shard.owners, shard.passages, strict=True)]
+        sizes = [len(query) + len(passage) for query, passage in pairs]
+        read = 0
+        for places, _, looked in self.run(pairs, sizes, self._tokens_of_pairs):
+            yield places, looked
+            read += len(places)
+            tell(read / len(pairs))
+
+    def run(
+        self, items: Sequence[Any], sizes: Sequence[int], tokenize: Callable[[list[Any]], Tokens]
+    ) -> Iterator[tuple[list[int], Tokens, Tensor]]:
+        """(places in items, their tokens on the device, what was looked at), batch after batch, the longest first."""
+        order = sorted(range(len(items)), key=lambda i: -sizes[i])
+        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+
+        def read(places: list[int]) -> tuple[list[int], Tokens]:
+            return places, tokenize([items[i] for i in places])
+
+        with ThreadPoolExecutor(1) as pool:
+            for places, tokens in ahead(pool, read, iter(batches), AHEAD):
+                moved = {name: x.to(self.teacher.device) for name, x in tokens.items()}
+                yield places, moved, self.look(moved)
+
+    def _tokens_of_pairs(self, pairs: Sequence[tuple[str, str]]) -> Tokens:
+        return self.encoder.pairs([query for query, _ in pairs], [passage for _, passage in pairs])
+
+
+class RelevanceReader(Reader):
+    """Reads the relevance of every candidate from every layer: float32 [C, T + 1]."""
+
+    def look(self, tokens: Tokens) -> Tensor:
+        """Scores [T + 1, B] of pairs, vectors [T + 1, B, D] or token states [T + 1, B, L, D] of texts."""
+        return self.teacher.all_layers(tokens)
+
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+        """See `Reader`."""
+        return (self._of_pairs if self.pairs else self._of_texts)(shard, tell)
+
+    def _of_pairs(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+        out = self._empty(shard)
+        for places, scores_TB in self.run_pairs(shard, tell):
+            out[places] = scores_TB.float().T.cpu().numpy()
+        return out
+
+    def _of_texts(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+        out = self._empty(shard)
+        query_rows = {text: i for i, text in enumerate(dict.fromkeys(shard.queries))}
+        passage_rows = {text: i for i, text in enumerate(dict.fromkeys(shard.passages))}
+        if not query_rows:
+            return out
+        queries = self._read_queries(list(query_rows))
+        query_of = np.array([query_rows[shard.queries[owner]] for owner in shard.owners])
+        passage_of = np.array([passage_rows[text] for text in shard.passages])
+        by_passage = np.argsort(passage_of, kind="stable")
+        bounds = np.searchsorted(passage_of[by_passage], np.arange(len(passage_rows) + 1))
+        texts = list(passage_rows)
+        read = 0
+        for places, tokens, states in self.run(texts, [len(text) for text in texts], self.encoder.passages):
+            candidates = [by_passage[bounds[place] : bounds[place + 1]] for place in places]
+            own = np.repeat(np.arange(len(places)), [len(found) for found in candidates])
+            slots = np.concatenate(candidates)
+            for first in range(0, len(slots), PAIRS_AT_ONCE):
+                some = slice(first, first + PAIRS_AT_ONCE)
+                out[slots[some]] = self._compare(queries, query_of[slots[some]], states, tokens, own[some])
+            read += len(places)
+            tell(read / len(texts))
+        return out
+
+    def _empty(self, shard: Shard) -> np.ndarray:
+        return np.empty((len(shard.passages), self.teacher.num_layers + 1), np.float32)
+
+    def _read_queries(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """States [T + 1, Q, D] or [T + 1, Q, L, D] of queries, in their order, and which tokens count [Q, L]."""
+        places, masks, states = [], [], []
+        for some, tokens, read in self.run(texts, [len(text) for text in texts], self.encoder.queries):
+            places += some
+            masks.append(score_mask(tokens))
+            states.append(read)
+        longest = max(mask.shape[1] for mask in masks)
+        mask_QL = torch.cat([pad_tokens(mask, 1, longest) for mask in masks])
+        if states[0].ndim == 4:
+            states = [pad_tokens(read, 2, longest) for read in states]
+        order = torch.tensor(np.argsort(places), device=mask_QL.device)
+        return torch.cat(states, 1)[:, order], mask_QL[order]
+
+    def _compare(
+        self, queries: tuple[Tensor, Tensor], query_of: np.ndarray, states: Tensor, tokens: Tokens, own: np.ndarray
+    ) -> np.ndarray:
+        """Relevance [C', T + 1] of pairs of a query and a passage of the batch at hand."""
+        q, p = (torch.from_numpy(rows).to(states.device) for rows in (query_of, own))
+        features: VectorFeatures | TokenFeatures
+        if states.ndim == 3:
+            features = VectorFeatures(queries[0][:, q], states[:, p], self.scale)
+        else:
+            mask_PL = score_mask(tokens)
+            features = TokenFeatures(queries[0][:, q], queries[1][q], states[:, p], mask_PL[p], self.scale)
+        return features.group_relevance(1).logits[..., 0].T.cpu().numpy()
+
+
+class VectorReader(Reader):
+    """Reads the vectors of chosen layers and of the final state: float32 [S, K + 1, D] of a shard of queries or passages."""
+
+    def __init__(
+        self,
+        settings: TeacherConfig,
+        teacher: FrozenTeacher,
+        encoder: TextEncoder,
+        batch_size: int,
+        layers: Sequence[int],
+    ) -> None:
+        super().__init__(settings, teacher, encoder, batch_size)
+        self.layers = layers
+
+    def units(self, shard: Shard) -> int:
+        """See `Reader`."""
+        return len(shard.queries) + len(shard.passages)
+
+    def look(self, tokens: Tokens) -> Tensor:
+        """[K + 1, B, D]."""
+        return self.teacher.read(tokens, self.layers)
+
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+        """See `Reader`."""
+        texts = shard.queries or shard.passages
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        read, done = np.empty((0, 0, 0), np.float32), 0
+        tokenize = self.encoder.queries if shard.queries else self.encoder.passages
+        for places, _, vectors_KBD in self.run(list(rows), [len(text) for text in rows], tokenize):
+            found = vectors_KBD.float().transpose(0, 1).cpu().numpy()
+            if not len(read):
+                read = np.empty((len(rows), *found.shape[1:]), np.float32)
+            read[places] = found
+            done += len(places)
+            tell(done / len(rows))
+        return read[[rows[text] for text in texts]] if len(rows) < len(texts) else read
+
+
+def write_in_turns(
+    todo: Sequence[int],
+    ranks: Ranks,
+    reader: Reader,
+    load: Callable[[int | None], Shard],
+    save: Callable[[int, Shard, Any], None],
+    meter: Progress,
+) -> None:
+    """Read and save the shards of `todo`, every rank its own; they take turns together, for a sharded teacher needs them
+    all. `load` of None: no texts."""
+    turns = -(-len(todo) // ranks.world)
+    mine: list[int | None] = [*todo[ranks.rank :: ranks.world]]
+    mine += [None] * (turns - len(mine))
+    with ThreadPoolExecutor(1) as pool:
+        for shard, texts in zip(mine, ahead(pool, load, iter(mine), 1), strict=True):
+            forwards = max(ranks.all(reader.forwards(texts)))
+            said = reader.read(texts, forwards, meter)
+            if shard is not None:
+                agreed(ranks, lambda: save(shard, texts, said))  # noqa: B023 - called at once
+            else:
+                agreed(ranks, lambda: None)
+
+
+def unfinished(paths: Sequence[Path], owner: str, ranks: Ranks) -> list[int]:
+    """Places of the shards that are not there, or not as they were written for `owner`, on every rank."""
+    todo: list[int] = []
+    if ranks.main:
+        for shard, path in enumerate(paths):
+            problem = damage(path, owner) if path.exists() else ""
+            if problem:
+                say(f"{path.name} is damaged ({problem}): it is made anew")
+            if problem is not None:
+                todo.append(shard)
+    return ranks.from_main(todo)
+
+
+def say(text: str) -> None:
+    """Tell the user, on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,246 @@
+"""What `teach` keeps of a teacher: relevance of each group's candidates, or vectors of all texts, shard by shard.
+
+Dimensions: T layers of the teacher, K chosen ones, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.groups.group import Groups
+from lead_ds.data.taught import relevance as relevance_files
+from lead_ds.data.taught import vectors as vector_files
+from lead_ds.data.taught.relevance import Arrays, RelevanceCache, TeacherCache, damage, identity, mapped, save_arrays
+from lead_ds.data.taught.vectors import VectorCache, index_arrays, index_path, shards_of, vector_arrays
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.errors import InputError, RunError
+from lead_ds.io.files import atomic
+from lead_ds.losses.selection import select_layers
+from lead_ds.models.kinds.dual_encoder import DualEncoder
+from lead_ds.models.load import read_model_config
+from lead_ds.teachers.frozen import FrozenTeacher
+from lead_ds.teachers.identity import stored_scale
+from lead_ds.teachers.reading import PAIRS, Reader, RelevanceReader, Shard, VectorReader, drawn_besides
+
+GROUPS_OF_PAIRS, GROUPS_OF_TEXTS = 512, 2048  # of a shard; texts that its groups share are read once
+TEXTS = 4096  # of a shard of vectors
+
+
+class Shards(ABC):
+    """What a cache keeps, and how it is read from a teacher and written. `manifest` is complete once `sizes` are in it."""
+
+    unit: str  # what progress counts
+    kept: str  # in messages
+    cache: type[TeacherCache]
+    remedy: str  # where what the teacher gives cannot be stored
+
+    def __init__(self, config: Config, settings: TeacherConfig, out: Path, groups: Groups) -> None:
+        self.config, self.settings, self.out, self.groups = config, settings, out, groups
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What decides the content, besides the teacher and the data."""
+
+    @abstractmethod
+    def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
+        """What the manifest says of sizes; `asked`: groups or texts of a shard, if the user says."""
+
+    def prepare(self, manifest: dict[str, Any]) -> None:  # noqa: B027 - most have nothing to prepare
+        """Write what lies beside the shards, if it is not there. One process calls this."""
+
+    @abstractmethod
+    def describe(self, manifest: dict[str, Any]) -> str:
+        """How much there is to keep, for the user."""
+
+    @abstractmethod
+    def paths(self, manifest: dict[str, Any]) -> list[Path]:
+        """The files of the shards."""
+
+    @abstractmethod
+    def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
+        """What reads a shard."""
+
+    @abstractmethod
+    def amount(self, shard: int, manifest: dict[str, Any]) -> int:
+        """How many of `unit` a shard holds."""
+
+    @abstractmethod
+    def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
+        """The texts of a shard; of None, none."""
+
+    @abstractmethod
+    def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
+        """The arrays of a shard. Raises ValueError for what cannot be stored."""
+
+    def save(self, manifest: dict[str, Any], shard: int, texts: Shard, said: np.ndarray) -> None:
+        """Write a shard, whole or not at all. Raises RunError for what cannot be stored."""
+        path = self.paths(manifest)[shard]
+        try:
+            arrays = self.arrays(texts, said)
+        except ValueError as error:
+            raise RunError(path, f"the teacher gave {error}", self.remedy) from None
+        with atomic(path) as temporary:
+            save_arrays(temporary, arrays, identity(manifest))
+
+
+class RelevanceShards(Shards):
+    """Relevance of each group's own candidates, from every layer."""
+
+    unit, kept, cache, remedy = "groups", "relevance", RelevanceCache, "try teacher.scale=cosine"
+
+    def facts(self) -> dict[str, Any]:
+        """See `Shards`."""
+        return {"scale": stored_scale(self.settings.kind, self.settings.scale)}
+
+    def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
+        """Groups of a shard: few enough that every rank has work until the end, and that a kill costs little."""
+        most = GROUPS_OF_PAIRS if self.settings.kind in PAIRS else GROUPS_OF_TEXTS
+        return {"shard_groups": asked or max(1, min(most, -(-len(self.groups) // (4 * world))))}
+
+    def describe(self, manifest: dict[str, Any]) -> str:
+        """See `Shards`."""
+        return f"{len(self.groups)} groups"
+
+    def paths(self, manifest: dict[str, Any]) -> list[Path]:
+        """See `Shards`."""
+        count = -(-len(self.groups) // manifest["shard_groups"])
+        return [relevance_files.shard_path(self.out, shard) for shard in range(count)]
+
+    def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
+        """See `Shards`."""
+        return RelevanceReader(self.settings, teacher, encoder, batch_size)
+
+    def amount(self, shard: int, manifest: dict[str, Any]) -> int:
+        """See `Shards`."""
+        return len(self._rows(shard, manifest))
+
+    def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
+        """See `Shards`."""
+        rows = range(0) if shard is None else self._rows(shard, manifest)
+        return Shard.read(self.groups, rows, self.config.data.negatives, manifest["facts"]["draws"])
+
+    def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
+        """See `Shards`."""
+        return relevance_files.shard_arrays(texts.keys, said)
+
+    def _rows(self, shard: int, manifest: dict[str, Any]) -> range:
+        size = manifest["shard_groups"]
+        return range(shard * size, min((shard + 1) * size, len(self.groups)))
+
+
+class VectorShards(Shards):
+    """Vectors of every query and passage, from chosen layers and the final state."""
+
+    unit, kept, cache, remedy = "texts", "vectors", VectorCache, "distil from the teacher itself"
+
+    def __init__(
+        self, config: Config, settings: TeacherConfig, out: Path, groups: Groups, layers: Sequence[int]
+    ) -> None:
+        super().__init__(config, settings, out, groups)
+        self.layers = list(layers)
+        self._index: Arrays | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """See `Shards`."""
+        return {"vectors": self.layers}
+
+    def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
+        """Texts of a shard, chosen as groups are; and how many there are of each kind."""
+        assert isinstance(teacher.scorer, DualEncoder)
+        index = self._index = self._scan(manifest["facts"]["draws"])
+        queries, passages = len(index["query_groups"]), len(index["passages"])
+        size = asked or max(1, min(TEXTS, -(-passages // (4 * world))))
+        return {"shard_texts": size, "queries": queries, "passages": passages, "width": teacher.scorer.vector_width}
+
+    def prepare(self, manifest: dict[str, Any]) -> None:
+        """The index of all texts."""
+        path = index_path(self.out)
+        if path.exists() and damage(path, identity(manifest)) is None:
+            return
+        arrays = self._index or self._scan(manifest["facts"]["draws"])
+        with atomic(path) as temporary:
+            save_arrays(temporary, arrays, identity(manifest))
+
+    def describe(self, manifest: dict[str, Any]) -> str:
+        """See `Shards`."""
+        texts = manifest["queries"] + manifest["passages"]
+        size = texts * (len(self.layers) + 1) * manifest["width"] * 2
+        held = f"{manifest['queries']} queries and {manifest['passages']} passages"
+        return f"vectors of {held}, {size / 1e6:.1f} MB"
+
+    def paths(self, manifest: dict[str, Any]) -> list[Path]:
+        """See `Shards`."""
+        return vector_files.shard_paths(self.out, manifest)
+
+    def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
+        """See `Shards`."""
+        return VectorReader(self.settings, teacher, encoder, batch_size, self.layers)
+
+    def amount(self, shard: int, manifest: dict[str, Any]) -> int:
+        """See `Shards`."""
+        size, (kind, place) = manifest["shard_texts"], shards_of(manifest)[shard]
+        return min(size, manifest[kind] - place * size)
+
+    def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
+        """See `Shards`. A shard holds queries or passages alone."""
+        if shard is None:
+            return Shard([], [], [])
+        size, (kind, place) = manifest["shard_texts"], shards_of(manifest)[shard]
+        index, mine = mapped(index_path(self.out))[0], slice(place * size, (place + 1) * size)
+        if kind == "queries":
+            return Shard([self.groups.pool(int(row)).query for row in index["query_groups"][mine]], [], [])
+        owners = np.unique(index["passage_groups"][mine]).tolist()
+        read = Shard.read(self.groups, owners, self.config.data.negatives, manifest["facts"]["draws"])
+        texts = dict(zip(np.concatenate(read.keys).tolist(), read.passages, strict=True))
+        return Shard([], [], [texts[key] for key in index["passages"][mine].tolist()])
+
+    def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
+        """See `Shards`."""
+        return vector_arrays(said)
+
+    def _scan(self, draws: dict[str, int] | None) -> Arrays:
+        """Look through all groups for the texts that training may draw."""
+
+        def listed(row: int) -> tuple[int, np.ndarray]:
+            query, keys = self.groups.listed(row)
+            more = [drawn.keys for drawn in drawn_besides(self.groups, row, self.config.data.negatives, draws)]
+            return query, np.concatenate([keys, *more])
+
+        return index_arrays(listed(row) for row in range(len(self.groups)))
+
+
+def layers_to_keep(config: Config, asked: str) -> list[int]:
+    """The layers of `--vectors`, ascending: numbers, last:K, all, final (none besides it), or auto (what the losses read).
+
+    Raises InputError for what names none, or one that the teacher lacks.
+    """
+    assert config.teacher is not None
+    depth = int(read_model_config(config.teacher).get_text_config().num_hidden_layers)
+    loss, everything = config.losses.layer, list(range(depth))
+    if asked == "auto":
+        if loss.weight == 0:
+            return []
+        if loss.select in ("random", "informative"):
+            return everything
+        student = 1 + max(depth, *(loss.student_layers or [0]))  # the student's depth is not at issue
+        return sorted(set(select_layers(loss, depth, student, seed=config.seed, step=0)[0]))
+    if asked in ("all", "final"):
+        return everything if asked == "all" else []
+    try:
+        if asked.startswith("last:"):
+            count = int(asked.removeprefix("last:"))
+            chosen = everything[-count:] if 0 < count <= depth else [depth]
+        else:
+            chosen = sorted({int(layer) for layer in asked.split(",")})
+    except ValueError:
+        what, remedy = f"is {asked!r}", "give layers such as 9,10,11, or last:3, all, final or auto"
+        raise InputError("--vectors", what, remedy) from None
+    if not set(chosen) <= set(everything):
+        raise InputError("--vectors", f"is {asked}, the teacher has {depth} layers", f"use 0 to {depth - 1}")
+    return chosen

@@ -1,0 +1,183 @@
+"""`teach`: what the frozen teacher says of every passage that training may draw, into a cache: relevance, or vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lead_ds.config import Config, TeacherConfig
+from lead_ds.data.groups.group import Groups
+from lead_ds.data.taught.relevance import MANIFEST, VERSION, TeacherCache, identity, read_manifest
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.errors import InputError
+from lead_ds.io.files import write_json
+from lead_ds.io.progress import progress
+from lead_ds.io.provenance import provenance
+from lead_ds.teachers.cached import epochs_of
+from lead_ds.teachers.frozen import build_teacher, teacher_dtype
+from lead_ds.teachers.identity import ANOTHER_FOLDER, check_facts, data_facts, teacher_facts
+from lead_ds.teachers.informative import worth_of_cache
+from lead_ds.teachers.lens import lens_facts
+from lead_ds.teachers.reading import PAIRS, Reader, opened, say, unfinished, write_in_turns
+from lead_ds.teachers.shards import RelevanceShards, Shards, VectorShards, layers_to_keep
+
+
+def teach(
+    config: Config,
+    out: Path,
+    *,
+    vectors: str | None = None,
+    epochs: int | None = None,
+    shard_size: int | None = None,
+    command: Sequence[str] = (),
+    quiet: bool = False,
+) -> TeacherCache:
+    """Write what the teacher says of every training group to `out`, or finish what an earlier call began.
+
+    Relevance within the groups, from every layer; or with `vectors` (see `layers_to_keep`) vectors of all their texts. Every
+    process calls this, on a file system they share. epochs: whose random negatives are included, where groups list too
+    few (default: those that train.steps take on as many processes as now). shard_size: groups, or texts, of a file.
+    Raises InputError where the input cannot work or `out` holds another cache; RunError, with the finished shards
+    intact, where the work fails.
+    """
+    settings = teachable(config, vectors is not None)
+    with opened(config, settings, out) as (ranks, groups, encoder):
+        shards = agreed(ranks, lambda: shards_of(config, settings, out, groups, vectors))
+        manifest = ranks.from_main(
+            agreed(ranks, lambda: begin(config, shards, encoder, epochs, ranks) if ranks.main else {})
+        )
+        dtype = str(teacher_dtype(settings, ranks.device))
+        if manifest["layers"] is None or (todo := unfinished_of(shards, manifest, ranks)):
+            torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
+            teacher = build_teacher(config, ranks)
+            if manifest["layers"] is None:
+                manifest |= {"layers": teacher.num_layers, **provenance(command, ranks.world)}
+                manifest |= ranks.from_main(
+                    agreed(
+                        ranks,
+                        lambda: shards.sizes(shard_size, teacher, manifest, ranks.world) if ranks.main else {},
+                    )
+                )
+                if ranks.main:
+                    write_json(out / MANIFEST, manifest)
+                ranks.barrier()
+                todo = unfinished_of(shards, manifest, ranks)
+            if ranks.main and not quiet:
+                held, whole = teacher.parameter_bytes()
+                say(f"teacher {settings.path}: {teacher.num_layers} layers, {teacher.placement}, {dtype[6:]}")
+                say(f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank; {shards.describe(manifest)}")
+            window = config.train.batch_size * config.train.accumulation * (1 + config.data.negatives)
+            reader = shards.reader(teacher, encoder, settings.batch_size or window)
+            write_shards(shards, reader, manifest, todo, ranks, quiet)
+        ranks.barrier()
+        cache = agreed(ranks, lambda: shards.cache.open(out, verify=False))
+        if "measured" not in cache.manifest:
+            agreed(ranks, lambda: note_worth(config, cache, groups) if ranks.main else None)
+        ranks.barrier()
+        return agreed(ranks, lambda: shards.cache.open(out, verify=False))
+
+
+def shards_of(config: Config, settings: TeacherConfig, out: Path, groups: Groups, vectors: str | None) -> Shards:
+    """What is to be kept."""
+    if vectors is None:
+        return RelevanceShards(config, settings, out, groups)
+    return VectorShards(config, settings, out, groups, layers_to_keep(config, vectors))
+
+
+def unfinished_of(shards: Shards, manifest: dict[str, Any], ranks: Ranks) -> list[int]:
+    """Shards that are still to be made; what lies beside them is made now."""
+    agreed(ranks, lambda: shards.prepare(manifest) if ranks.main else None)
+    return unfinished(shards.paths(manifest), identity(manifest), ranks)
+
+
+def note_worth(config: Config, cache: TeacherCache, groups: Groups) -> None:
+    """Write into the manifest what each layer was found to be worth."""
+    write_json(cache.folder / MANIFEST, {**cache.manifest, "measured": worth_of_cache(cache, groups, config)})
+
+
+def teachable(config: Config, vectors: bool = False) -> TeacherConfig:
+    """The teacher of a configuration. Raises InputError where it, or its `vectors`, cannot be cached."""
+    teacher = config.teacher
+    if teacher is None:
+        raise InputError("teacher", "is missing", "name the model to learn from")
+    if teacher.kind == "cached":
+        raise InputError("teacher.kind", "is cached already", "name the teacher itself, with its kind")
+    if teacher.train:
+        raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
+    if vectors and teacher.kind != "dual_encoder":
+        has = (
+            "reads a query with a passage"
+            if teacher.kind in PAIRS
+            else "has a vector for every token, not one for a text"
+        )
+        raise InputError("--vectors", f"a teacher of kind {teacher.kind} {has}", "leave it out: relevance is kept then")
+    return teacher
+
+
+def begin(config: Config, shards: Shards, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
+    """The manifest of a cache that an earlier call began, if it is of the same; else a new one, with layers None."""
+    out = shards.out
+    facts = {**facts_of(config, shards.groups, encoder, epochs, ranks), **shards.facts()}
+    if (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        had = "vectors" if "vectors" in manifest["facts"] else "relevance"
+        if had != shards.kept:
+            raise InputError(out, f"holds a teacher's {had}, not {shards.kept}", ANOTHER_FOLDER)
+        check_facts(out, f"holds the {had}", manifest["facts"], facts)
+        return manifest
+    if out.exists() and not out.is_dir():
+        raise InputError(out, "is a file", "choose a folder with --out")
+    if any(out.glob("*-*.safetensors")):
+        raise InputError(out, "holds shards without a manifest", ANOTHER_FOLDER)
+    assert config.teacher is not None
+    return {"facts": facts, "layers": None, "teacher_path": config.teacher.path}
+
+
+def facts_of(config: Config, groups: Groups, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
+    """Everything that decides what a cache holds, and nothing else."""
+    teacher = config.teacher
+    assert teacher is not None
+    fewest = min(groups.offered(row) for row in range(len(groups)))
+    draws = None
+    if fewest < config.data.negatives:
+        draws = {"seed": config.seed, "negatives": config.data.negatives}
+        draws["epochs"] = epochs or epochs_of(config, len(groups), ranks)
+        say(
+            f"a group lists {fewest} of {config.data.negatives} negatives: the random ones of {draws['epochs']} epochs are "
+            "included; mined ones would do for any seed and length (lead-ds mine)"
+        )
+    return {
+        "version": VERSION,
+        "teacher": {
+            **teacher_facts(teacher, encoder, config.seed),
+            "computed_in": str(teacher_dtype(teacher, ranks.device)).removeprefix("torch."),
+        },
+        "lens": lens_facts(config, encoder),
+        "stored_in": "float16",
+        "data": data_facts(groups),
+        "fewest_negatives": fewest,
+        "draws": draws,
+    }
+
+
+def write_shards(
+    shards: Shards, reader: Reader, manifest: dict[str, Any], todo: list[int], ranks: Ranks, quiet: bool
+) -> None:
+    """Write the shards of `todo`, every rank its own; they take turns together, for a sharded teacher needs them all."""
+    total = sum(shards.amount(shard, manifest) for shard in todo[ranks.rank :: ranks.world])
+    shown = ranks.main and not quiet and total > 0
+    with progress("teaching", total, shards.unit, shown=shown) as meter:
+        write_in_turns(
+            todo,
+            ranks,
+            reader,
+            partial(shards.load, manifest),
+            partial(shards.save, manifest),
+            meter,
+        )
