@@ -43,11 +43,12 @@ from benchmarks.quality_arms import (
     settings,
 )
 from benchmarks.quality_data import Size, build_test, build_training, mine_by, without_dropout
-from lead_ds.config import Config, DataConfig, StudentConfig
+from lead_ds.config import Config, StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import LeadError
 from lead_ds.io.files import read_json, write_json
 from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
+from lead_ds.settings.data import DataConfig
 
 TRAINED_ON = ("squadshifts", "medquad", "tldr")
 OTHERS = ("scifact", "cranfield", "vaswani")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lead_ds.config import DataConfig
 from lead_ds.data.groups.group import Group
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.vectors import VectorCache
+from lead_ds.settings.data import DataConfig
 
 TEMPERATURES = (0.2, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.005, 0.002, 0.001)
 

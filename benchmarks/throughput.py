@@ -41,12 +41,13 @@ from benchmarks.throughput_memory import return_freed
 from benchmarks.throughput_presets import PRESETS, Preset, configuration, write_data, write_model
 from benchmarks.throughput_runners import ProcessorClock, Runner, build_runner, same_losses
 from lead_ds.config import Config, load_config
-from lead_ds.config.load import apply_override, parse_config
+from lead_ds.config.load import parse_config
 from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.records.parts import PartsClock, mean_parts
 from lead_ds.engine.records.profile import read_trace
 from lead_ds.errors import InputError, LeadError
 from lead_ds.io.provenance import versions
+from lead_ds.settings.parse import apply_override
 
 MIB = 2**20
 TRACED = 2  # steps under the profiler, for the communication that nothing hides

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "lead_ds"
 
 FLOORS = (
     ("errors",),
+    ("settings",),
     ("io", "kernels", "doctor"),
     ("relevance", "config"),
     ("data.collections", "losses", "report"),

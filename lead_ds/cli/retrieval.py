@@ -174,10 +174,10 @@ def mine(
     """
     if model is not None and run is not None:
         raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
-    from lead_ds.config import MineSettings
-    from lead_ds.config.load import parse_section
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.retrieval.mine import mine as run_mine
+    from lead_ds.settings.mining import MineSettings
+    from lead_ds.settings.parse import parse_section
 
     options = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio, "similar": similar}
     settings = parse_section(MineSettings, {**options, "sample": sample, "seed": seed}, "mine")

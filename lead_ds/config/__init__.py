@@ -9,20 +9,12 @@ from lead_ds.config.losses import (
     MarginMSELoss,
     ResponseLoss,
 )
-from lead_ds.config.mining import MineSettings
-from lead_ds.config.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
-from lead_ds.config.schema import (
-    Config,
-    DataConfig,
-    DeepSpeedFiles,
-    EvaluationConfig,
-    ModelConfig,
-    MonitorConfig,
-    ProfileConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from lead_ds.config.schema import Config, StudentConfig, TeacherConfig
+from lead_ds.settings.data import DataConfig
+from lead_ds.settings.mining import MineSettings
+from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
+from lead_ds.settings.train import DeepSpeedFiles, EvaluationConfig, MonitorConfig, ProfileConfig, TrainConfig
 
 __all__ = [
     "AttentionLoss",

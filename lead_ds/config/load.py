@@ -1,21 +1,15 @@
-"""Read a configuration: YAML, then `key=value` overrides, then one check that names the place of every mistake."""
+"""Read and write the configuration of a run."""
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from lead_ds.config.schema import Config, Section
-from lead_ds.errors import InputError
-
-S = TypeVar("S", bound=Section)
+from lead_ds.config.schema import Config
+from lead_ds.settings.parse import load_tree, parse_section
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,116 +20,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(load_tree(path, overrides), path)
 
 
-def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The YAML file at `path`, with overrides applied, before any check of what it says."""
-    path = Path(path)
-    try:
-        with path.open(encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
-    except FileNotFoundError:
-        raise InputError(path, "no such configuration file", "see ds_configs/recipes/ for examples") from None
-    except IsADirectoryError:
-        raise InputError(path, "is a folder", "name the YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read: {error}", "check the path and its permissions") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        raise InputError(
-            place, f"not valid YAML: {getattr(error, 'problem', error)}", "check the indentation"
-        ) from None
-    if not isinstance(tree, dict):
-        raise InputError(path, "does not hold a configuration", "it must be a mapping of sections")
-    for override in overrides:
-        apply_override(tree, override)
-    return tree
-
-
 def parse_config(tree: dict[str, Any], where: str | Path) -> Config:
     """The checked configuration of a plain tree; `where` names its source in errors."""
     return parse_section(Config, tree, where)
-
-
-def parse_section(section: type[S], tree: dict[str, Any], where: str | Path) -> S:
-    """One checked section of a plain tree; `where` names its source in errors."""
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        # One mistake a line would break "one line"; the first is told, and the count of the others.
-        first, *others = error.errors(include_url=False)
-        key = ".".join(str(part) for part in first["loc"]) or "configuration"
-        what, remedy = _describe(first, section)
-        if others:
-            remedy += f"; {len(others)} more such error{'s' if len(others) > 1 else ''} after this one"
-        raise InputError(f"{where}: {key}", what, remedy) from None
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in `tree`, the value read as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(override, "is not an override", "write section.key=value, such as train.lr=2e-5")
-    *sections, last = key.strip().split(".")
-    node = tree
-    for section in sections:
-        child = node.get(section)
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
-            raise InputError(override, f"{section!r} is a value, not a section", "check the key")
-        node = child
-    try:
-        node[last] = _scalar(yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise InputError(override, "the value is not valid YAML", "quote it") from None
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write a run's resolved configuration as YAML; the pipeline that it may be a stage of is none of its concern."""
     tree = config.model_dump(mode="json", exclude={"pipeline"})
     Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), "utf-8")
-
-
-def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads `5e-5` as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if value[:1] in "+-.0123456789" and "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
-
-
-def _describe(error: Any, section: type[Section]) -> tuple[str, str]:
-    """What is wrong and what to do, of one pydantic error."""
-    location = [part for part in error["loc"] if isinstance(part, str)]
-    if error["type"] == "extra_forbidden":
-        names = _valid_names(location[:-1], section)
-        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        return "unknown key", f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
-    if error["type"] == "missing":
-        return "is required", "add it to the configuration"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], (dict, list)) else f", got {error['input']!r}"
-    return message[:1].lower() + message[1:] + given, "correct the value"
-
-
-def _valid_names(location: Sequence[str], root: type[Section]) -> list[str]:
-    """The keys valid in the section that `location` leads to from `root`."""
-    model: type[BaseModel] = root
-    for part in location:
-        field = model.model_fields.get(part)
-        found = _section_of(field.annotation) if field else None
-        if found is None:
-            return []
-        model = found
-    return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section in an annotation such as `TeacherConfig | None` or `list[EvaluateStage]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
-        return next((found for arg in typing.get_args(annotation) if (found := _section_of(arg))), None)
-    return None

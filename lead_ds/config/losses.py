@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lead_ds.config.base import NonNegative, Positive, Section, Temperature, Weight
+from lead_ds.settings.base import NonNegative, Positive, Section, Temperature, Weight
 
 Selection = Literal["random", "last", "skip", "given", "informative"]
 

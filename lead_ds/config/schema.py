@@ -7,73 +7,19 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lead_ds.config.base import Fraction, NonNegative, Place, Positive, Section, Seed
 from lead_ds.config.losses import LossesConfig
-from lead_ds.config.pipeline import PipelineConfig
-
-Impl = Literal["auto", "triton", "torch"]
-
-
-# Settings of some kinds of model that another has of its own: given to that one, they would do nothing.
-_ELSEWHERE = {
-    ("dual_encoder", "token_dim"): "set projection, the width of its vectors",
-    ("dual_encoder", "max_length"): "set query_length and passage_length",
-    ("colbert", "max_length"): "set query_length and passage_length",
-}
-
-
-class ModelConfig(Section):
-    """A retrieval model: where it is, how its text is read and how its relevance is computed."""
-
-    path: Place = Field(description="a Hugging Face directory or hub name, or a sentence-transformers directory")
-    weights: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: build from config.json alone, for speed and memory measurements"
-    )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    pooling: Literal["auto", "cls", "mean", "last"] = Field(
-        "auto", description="auto: from modules.json; else cls for encoders, last for decoders"
-    )
-    normalize: bool | None = Field(None, description="unit-length final vectors; null: from modules.json, else false")
-    projection: Positive | None = Field(None, description="width of a new linear layer on top of pooling")
-    scale: Literal["none", "cosine", "standard"] = Field(
-        "none",
-        description="of layer relevance, and of a teacher's final one: as the model gives it, cosines, or z-scores per "
-        "query. A student's final relevance is what it will serve: see normalize",
-    )
-    query_prompt: str | None = Field(None, description="null: from the model's own sentence-transformers configuration")
-    passage_prompt: str | None = None
-    query_length: Positive = 32
-    passage_length: Positive = 128
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto",
-        description="auto: sdpa; on a GPU with flash-attn installed and a 16-bit dtype, the faster of sdpa and "
-        "flash_attention_2, measured on the run's first batch",
-    )
-    passes: Positive | Literal["packed"] | None = Field(
-        None,
-        description="forwards per micro-batch of the student, per window of the teacher: texts are sorted by length, so that "
-        "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
-        "model once, not twice; 2 to 4 save padding; packed does both: one forward over rows in which texts stand side by "
-        "side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: one for queries, one "
-        "for passages (or one for pairs)",
-    )
-    query_expansion: bool | None = Field(
-        None, description="colbert: pad queries to query_length with mask tokens that count; null: as its files say"
-    )
-    mask_punctuation: bool | None = Field(
-        None, description="colbert: punctuation tokens of a passage never match; null: as its files say"
-    )
-    token_dim: Positive | None = Field(None, description="colbert: width of a new token projection; null: none")
-    allow_pickle: bool = Field(False, description="allow weights that come as pickle (pytorch_model.bin) only")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model: only if you read it")
-
-    @model_validator(mode="after")
-    def _of_kind(self) -> ModelConfig:
-        for (kind, name), instead in _ELSEWHERE.items():
-            field = type(self).model_fields.get(name)
-            if getattr(self, "kind", None) == kind and field and getattr(self, name) != field.default:
-                raise ValueError(f"{name} is nothing that a {kind} reads: {instead}")
-        return self
+from lead_ds.settings.base import NonNegative, Place, Positive, Section, Seed
+from lead_ds.settings.data import DataConfig
+from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.pipeline import PipelineConfig
+from lead_ds.settings.train import (
+    DeepSpeedFiles,
+    EvaluationConfig,
+    Impl,
+    MonitorConfig,
+    ProfileConfig,
+    TrainConfig,
+)
 
 
 class TeacherConfig(ModelConfig):
@@ -159,102 +105,6 @@ class StudentConfig(ModelConfig):
         if value is not None and len(set(value)) < len(value):
             raise ValueError("names a layer twice: the two would share their weights")
         return value
-
-
-class DataConfig(Section):
-    """Texts, judgements and training groups."""
-
-    path: Place
-    train: Place = Field("train.jsonl", description="training groups, or a qrels .tsv; relative to path")
-    format: Literal["auto", "canonical", "qrels", "tevatron", "flagembedding", "sentence-transformers"] = "auto"
-    negatives: NonNegative = 7
-    mask_duplicates: bool = Field(
-        True, description="an in-batch passage that is also a positive of the query is left out of its distribution"
-    )
-    token_cache: bool | Place = Field(
-        False,
-        description="keep every text's tokens on disk, made once, and put batches together from them: true, or a folder. For "
-        "slow tokenizers or few cores; groups of ids only; a model that reads pairs otherwise than text by text goes on "
-        "tokenising",
-    )
-    workers: NonNegative = Field(0, description="data-loader processes per rank; 0: a thread of the rank itself")
-
-
-class TrainConfig(Section):
-    """The training loop. Batch sizes count queries, per rank."""
-
-    steps: Positive = 50_000
-    batch_size: Positive = 16
-    accumulation: Positive = 1
-    lr: float = Field(5.0e-5, gt=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: Fraction = 0.1
-    clip: float = Field(2.0, ge=0, description="gradient norm; 0: no clipping")
-    in_batch: Literal["global", "local"] = Field(
-        "global", description="other queries' passages as negatives: of every rank, or of the rank's micro-batch"
-    )
-    gradient_checkpointing: bool = False
-    grad_cache: Positive | None = Field(
-        None,
-        description="GradCache: as many in-batch passages as you like in the memory of this many queries' and their passages'. "
-        "Same loss and gradient, for one more forward of the student. null: off, every activation is kept",
-    )
-    compile: bool = Field(False, description="torch.compile the student")
-    overlap: bool = Field(
-        False,
-        description="the teacher of the next window runs beside the student of this one, on a CUDA stream of its own; needs "
-        "teacher.placement: replicate, and a second window in memory. Same losses. On a CPU there is nothing to gain",
-    )
-    log_every: Positive = 10
-    save_every: Positive = 1000
-    evaluate_every: NonNegative = Field(1000, description="0: only at the end")
-    keep: Positive = Field(3, description="checkpoints kept; the best one is kept besides")
-    patience: NonNegative = Field(0, description="evaluations without a better metric before stopping; 0: never stop")
-    watchdog_minutes: float = Field(
-        30.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="a run that stands still so long is ended, naming the rank to blame; 0: never",
-    )
-
-
-class EvaluationConfig(Section):
-    """During training: of a dual encoder by exact search over the corpus, of others by reranking candidates."""
-
-    split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or a split that is absent: no evaluation")
-    metric: str = Field("nDCG@10", description="decides which checkpoint is best; ir-measures' names")
-    measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"])
-    queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
-    batch_size: Positive = 64
-    run: Place | None = Field(
-        None, description="colbert, cross_encoder: a TREC run whose passages are reranked; null: BM25's, found at start"
-    )
-    depth: Positive = Field(100, description="colbert, cross_encoder: passages of each query that are reranked")
-
-
-class MonitorConfig(Section):
-    """Where the curves go: DeepSpeed's monitor."""
-
-    tensorboard: bool = True
-    csv: bool = True
-    wandb: bool = False
-    project: str = "lead-ds"
-
-
-class ProfileConfig(Section):
-    """Where the steps' time goes, written to OUTPUT/profile/. `profile: true` takes the defaults."""
-
-    skip: NonNegative = Field(3, description="steps that pass first: their time is warming up")
-    steps: Positive = Field(5, description="steps that are timed by part; as many after them are traced")
-    operators: Positive = Field(15, description="how many of the costliest operators the table lists")
-
-
-class DeepSpeedFiles(Section):
-    """DeepSpeed configurations: a path (also by its name in ds_configs/), or the dictionary itself."""
-
-    student: str | dict[str, Any] = "ds_configs/student_zero1.json"
-    teacher: str | dict[str, Any] = "ds_configs/teacher_zero3.json"
 
 
 class Config(Section):

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lead_ds.config import ModelConfig, TeacherConfig
+from lead_ds.config import TeacherConfig
 from lead_ds.errors import InputError
 from lead_ds.io.hub import find_file, hub_settings
 from lead_ds.models.layout import read_layout
+from lead_ds.settings.model import ModelConfig
 
 Family = Literal["base", "classifier", "causal"]
 

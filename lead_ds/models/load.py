@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lead_ds.config import ModelConfig, StudentConfig, TeacherConfig
-from lead_ds.config.load import apply_override, parse_section
+from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.errors import InputError
 from lead_ds.io.hub import find_file
 from lead_ds.models.backbone import has_classifier, is_decoder, keep_layers, load_model, read_model_config
@@ -19,6 +18,8 @@ from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.layout import RECORD, Layout, read_json, read_layout, serving_length
 from lead_ds.models.scorer import Scorer
+from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.parse import apply_override, parse_section
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import TextEncoder

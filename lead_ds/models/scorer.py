@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lead_ds.config import ModelConfig, TeacherConfig
+from lead_ds.config import TeacherConfig
 from lead_ds.models.backbone import checkpoint_activations, is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
 from lead_ds.models.grad_cache import recomputed
 from lead_ds.models.packing import packed_inputs, unpacked
 from lead_ds.models.taps import AttentionTaps, tap_attention
 from lead_ds.relevance import Features, Scale, pad_tokens
+from lead_ds.settings.model import ModelConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch

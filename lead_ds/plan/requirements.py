@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from lead_ds.config import Config, ModelConfig, StudentConfig, TeacherConfig
+from lead_ds.config import Config, StudentConfig, TeacherConfig
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, zero_stage
 from lead_ds.io.hub import find_file
 from lead_ds.models.backbone import cut_shape, find_layers, read_model_config
@@ -20,6 +20,7 @@ from lead_ds.models.load import load_student, load_teacher
 from lead_ds.plan.activations import forward_bytes
 from lead_ds.plan.placement import Requirements
 from lead_ds.plan.shapes import ModelShape
+from lead_ds.settings.model import ModelConfig
 from lead_ds.teachers.frozen import depth_needed
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lead_ds.config import ModelConfig, StudentConfig
+from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder
@@ -23,6 +23,7 @@ from lead_ds.retrieval.encode import Embed, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
+from lead_ds.settings.model import ModelConfig
 
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lead_ds.config import MineSettings, StudentConfig
+from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, read_run
 from lead_ds.errors import InputError
@@ -23,6 +23,7 @@ from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import encode_share
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
 from lead_ds.retrieval.index import check_k
+from lead_ds.settings.mining import MineSettings
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted
 

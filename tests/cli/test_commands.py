@@ -111,8 +111,8 @@ def test_index_search_and_evaluate_agree(run: Path, rooms: Path) -> None:
 
 @pytest.mark.parametrize("source", ["model", "bm25"])
 def test_mine_writes_groups_that_distill_reads(run: Path, rooms: Path, source: str) -> None:
-    from lead_ds.config import DataConfig
     from lead_ds.data.groups.open import open_groups
+    from lead_ds.settings.data import DataConfig
 
     if source == "bm25":
         pytest.importorskip("bm25s")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.config import Config, DataConfig, StudentConfig, TeacherConfig, TrainConfig
+from lead_ds.config import Config, StudentConfig, TeacherConfig
+from lead_ds.settings.data import DataConfig
+from lead_ds.settings.train import TrainConfig
 from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
 
 

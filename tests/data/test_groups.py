@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lead_ds.config import DataConfig
 from lead_ds.data import cache
 from lead_ds.data.groups.drawing import Draw
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
+from lead_ds.settings.data import DataConfig
 from tests.helpers.tiny import write_jsonl
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lead_ds.config import TrainConfig
 from lead_ds.engine.training.schedule import learning_rate
+from lead_ds.settings.train import TrainConfig
 
 
 @pytest.mark.parametrize(

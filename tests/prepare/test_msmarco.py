@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lead_ds.config import DataConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
+from lead_ds.settings.data import DataConfig
 from tests.prepare import official
 from tests.prepare.official import PASSAGES, QRELS, QUERIES, TRIPLES, document_files, passage_files, read, rows, tsv
 

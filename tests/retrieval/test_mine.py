@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lead_ds.config import DataConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
 from lead_ds.retrieval.mine import MineSettings, mine
+from lead_ds.settings.data import DataConfig
 from tests.helpers.tiny import write_jsonl
 
 

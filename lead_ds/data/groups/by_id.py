@@ -23,7 +23,7 @@ from lead_ds.io.jsonl import Block, read_blocks
 from lead_ds.io.mapped import Arrays, cached_arrays, open_buffer, signature
 
 if TYPE_CHECKING:
-    from lead_ds.config import DataConfig
+    from lead_ds.settings.data import DataConfig
 
 _SHAPE = (
     'each line is {"query_id", "positives": [id], "negatives": [id], "scores": {id: number}}, scores if there are any'

@@ -19,7 +19,7 @@ from lead_ds.io.jsonl import Block, Buffer, loads, read_blocks
 from lead_ds.io.mapped import Arrays, cached_arrays, open_buffer, signature
 
 if TYPE_CHECKING:
-    from lead_ds.config import DataConfig
+    from lead_ds.settings.data import DataConfig
 
 
 class TextGroups:

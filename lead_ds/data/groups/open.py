@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import DataConfig
 from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.by_text import TextGroups
 from lead_ds.data.groups.formats import LABELS
 from lead_ds.data.groups.group import Groups
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import read_jsonl, require_file
+from lead_ds.settings.data import DataConfig
 
 
 def open_groups(config: DataConfig) -> Groups:

@@ -27,7 +27,7 @@ from lead_ds.data.tokens.tokenizer import (
 from lead_ds.errors import InputError
 
 if TYPE_CHECKING:
-    from lead_ds.config import ModelConfig
+    from lead_ds.settings.model import ModelConfig
 
 Tokens = dict[str, Tensor]
 """input_ids, attention_mask, where the model uses them token_type_ids, and for ColBERT score_mask: int64 [B, L]."""

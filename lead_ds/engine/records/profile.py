@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lead_ds.config import ProfileConfig
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.parts import Part, PartsClock, mean_parts
 from lead_ds.io.files import atomic
 from lead_ds.io.provenance import device_name
 from lead_ds.report.profile import profile_text
+from lead_ds.settings.train import ProfileConfig
 
 RANGE = "lead-ds: "  # before a part's name in the trace
 Spans = list[tuple[float, float]]

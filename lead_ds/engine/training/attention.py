@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lead_ds.config import ModelConfig
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.models.scorer import Scorer
+from lead_ds.settings.model import ModelConfig
 
 RUNS = 3  # of each backend, after one that warms up
 

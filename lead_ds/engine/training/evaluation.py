@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import Config, EvaluationConfig
+from lead_ds.config import Config
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run
 from lead_ds.data.tokens.encoder import TextEncoder
@@ -18,6 +18,7 @@ from lead_ds.retrieval.evaluate import draw_queries, evaluate_model
 from lead_ds.retrieval.metrics import parse_measure
 from lead_ds.retrieval.mine import bm25_package
 from lead_ds.retrieval.rerank import evaluate_reranked, find_candidates
+from lead_ds.settings.train import EvaluationConfig
 
 
 class Evaluator:

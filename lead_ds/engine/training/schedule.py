@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lead_ds.config import TrainConfig
+from lead_ds.settings.train import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -9,13 +9,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from lead_ds.config import Config, ModelConfig
+from lead_ds.config import Config
 from lead_ds.data.batches import ModelBatch
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.models.load import DTYPES
 from lead_ds.models.scorer import Output, Scorer
+from lead_ds.settings.model import ModelConfig
 
 
 class Trainee(nn.Module):

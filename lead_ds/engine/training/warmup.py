@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.config import Config, LossesConfig, StudentConfig, TeacherConfig
-from lead_ds.config.load import load_tree, parse_config
+from lead_ds.config.load import parse_config
 from lead_ds.engine.training.distill import train
 from lead_ds.errors import InputError
+from lead_ds.settings.parse import load_tree
 
 
 def warmup(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lead_ds.config import ModelConfig
 from lead_ds.models.dense import Dense
 from lead_ds.models.scorer import Output, Scorer
 from lead_ds.relevance import Scale, TokenFeatures
+from lead_ds.settings.model import ModelConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lead_ds.config import ModelConfig
 from lead_ds.models.heads import check_labels, classification_head, relevance_logit
 from lead_ds.models.pair_scorer import PairScorer
 from lead_ds.models.pooling import pool
+from lead_ds.settings.model import ModelConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import Tokens

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lead_ds.config import ModelConfig
 from lead_ds.models.dense import Dense
 from lead_ds.models.pooling import PoolingMode, pool
 from lead_ds.models.scorer import Output, Scorer
 from lead_ds.relevance import VectorFeatures
+from lead_ds.settings.model import ModelConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lead_ds.config.base import NonNegative, Positive, Section
+from lead_ds.settings.base import NonNegative, Positive, Section
 
 
 class MineSettings(Section):

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lead_ds.config.base import Fraction, NonNegative, Place, Positive, Section
-from lead_ds.config.mining import MineSettings
+from lead_ds.settings.base import Fraction, NonNegative, Place, Positive, Section
+from lead_ds.settings.mining import MineSettings
 
 Changes = dict[str, Any]
 """Sections of this very file, as far as a stage has them otherwise: {student: {path: ...}, train: {steps: 20000}}."""

@@ -1,0 +1,28 @@
+"""Settings of the training data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lead_ds.settings.base import NonNegative, Place, Section
+
+
+class DataConfig(Section):
+    """Texts, judgements and training groups."""
+
+    path: Place
+    train: Place = Field("train.jsonl", description="training groups, or a qrels .tsv; relative to path")
+    format: Literal["auto", "canonical", "qrels", "tevatron", "flagembedding", "sentence-transformers"] = "auto"
+    negatives: NonNegative = 7
+    mask_duplicates: bool = Field(
+        True, description="an in-batch passage that is also a positive of the query is left out of its distribution"
+    )
+    token_cache: bool | Place = Field(
+        False,
+        description="keep every text's tokens on disk, made once, and put batches together from them: true, or a folder. For "
+        "slow tokenizers or few cores; groups of ids only; a model that reads pairs otherwise than text by text goes on "
+        "tokenising",
+    )
+    workers: NonNegative = Field(0, description="data-loader processes per rank; 0: a thread of the rank itself")

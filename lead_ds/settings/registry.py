@@ -1,0 +1,63 @@
+"""Parts that can be named in a configuration, ours and those of other packages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by name: registered where they are defined, or found through an entry point of another package.
+
+    >>> parts = Registry[type]("lead_ds.examples")
+    >>> @parts.register("one")
+    ... class One: ...
+    >>> parts["one"].__name__
+    'One'
+    """
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+        self._parts: dict[str, T] = {}
+        self._searched = False
+
+    def register(self, name: str):  # type: ignore[no-untyped-def]  # a decorator of whatever it is given
+        """A decorator that names a class. Raises ValueError where the name is another's."""
+
+        def named(part: T) -> T:
+            if self._parts.get(name, part) is not part:
+                raise ValueError(f"{self.group}: {name!r} is registered twice")
+            self._parts[name] = part
+            return part
+
+        return named
+
+    def __getitem__(self, name: str) -> T:
+        self._search()
+        try:
+            return self._parts[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self._parts, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self)}"
+            raise KeyError(f"no {name!r} in {self.group}: {hint}") from None
+
+    def __contains__(self, name: object) -> bool:
+        self._search()
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        self._search()
+        return iter(self._parts)
+
+    def _search(self) -> None:
+        """Load the entry points of other packages, once, when a name is first looked up."""
+        if self._searched:
+            return
+        self._searched = True
+        for point in entry_points(group=self.group):
+            if point.name not in self._parts:
+                self.register(point.name)(point.load())

@@ -1,0 +1,88 @@
+"""Settings of a run: its loop, its evaluation, its monitors and profile, its DeepSpeed files."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lead_ds.settings.base import Fraction, NonNegative, Place, Positive, Section
+
+Impl = Literal["auto", "triton", "torch"]
+
+
+class TrainConfig(Section):
+    """The training loop. Batch sizes count queries, per rank."""
+
+    steps: Positive = 50_000
+    batch_size: Positive = 16
+    accumulation: Positive = 1
+    lr: float = Field(5.0e-5, gt=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.1
+    clip: float = Field(2.0, ge=0, description="gradient norm; 0: no clipping")
+    in_batch: Literal["global", "local"] = Field(
+        "global", description="other queries' passages as negatives: of every rank, or of the rank's micro-batch"
+    )
+    gradient_checkpointing: bool = False
+    grad_cache: Positive | None = Field(
+        None,
+        description="GradCache: as many in-batch passages as you like in the memory of this many queries' and their passages'. "
+        "Same loss and gradient, for one more forward of the student. null: off, every activation is kept",
+    )
+    compile: bool = Field(False, description="torch.compile the student")
+    overlap: bool = Field(
+        False,
+        description="the teacher of the next window runs beside the student of this one, on a CUDA stream of its own; needs "
+        "teacher.placement: replicate, and a second window in memory. Same losses. On a CPU there is nothing to gain",
+    )
+    log_every: Positive = 10
+    save_every: Positive = 1000
+    evaluate_every: NonNegative = Field(1000, description="0: only at the end")
+    keep: Positive = Field(3, description="checkpoints kept; the best one is kept besides")
+    patience: NonNegative = Field(0, description="evaluations without a better metric before stopping; 0: never stop")
+    watchdog_minutes: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a run that stands still so long is ended, naming the rank to blame; 0: never",
+    )
+
+
+class EvaluationConfig(Section):
+    """During training: of a dual encoder by exact search over the corpus, of others by reranking candidates."""
+
+    split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or a split that is absent: no evaluation")
+    metric: str = Field("nDCG@10", description="decides which checkpoint is best; ir-measures' names")
+    measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"])
+    queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
+    batch_size: Positive = 64
+    run: Place | None = Field(
+        None, description="colbert, cross_encoder: a TREC run whose passages are reranked; null: BM25's, found at start"
+    )
+    depth: Positive = Field(100, description="colbert, cross_encoder: passages of each query that are reranked")
+
+
+class MonitorConfig(Section):
+    """Where the curves go: DeepSpeed's monitor."""
+
+    tensorboard: bool = True
+    csv: bool = True
+    wandb: bool = False
+    project: str = "lead-ds"
+
+
+class ProfileConfig(Section):
+    """Where the steps' time goes, written to OUTPUT/profile/. `profile: true` takes the defaults."""
+
+    skip: NonNegative = Field(3, description="steps that pass first: their time is warming up")
+    steps: Positive = Field(5, description="steps that are timed by part; as many after them are traced")
+    operators: Positive = Field(15, description="how many of the costliest operators the table lists")
+
+
+class DeepSpeedFiles(Section):
+    """DeepSpeed configurations: a path (also by its name in ds_configs/), or the dictionary itself."""
+
+    student: str | dict[str, Any] = "ds_configs/student_zero1.json"
+    teacher: str | dict[str, Any] = "ds_configs/teacher_zero3.json"
