@@ -14,7 +14,9 @@ class DataConfig(Section):
 
     path: Place
     train: Place = Field("train.jsonl", description="training groups, or a qrels .tsv; relative to path")
-    format: Literal["auto", "canonical", "qrels", "tevatron", "flagembedding", "sentence-transformers"] = "auto"
+    format: Literal["auto", "canonical", "qrels", "texts", "tevatron", "flagembedding", "sentence-transformers"] = (
+        "auto"
+    )
     negatives: NonNegative = 7
     mask_duplicates: bool = Field(
         True, description="an in-batch passage that is also a positive of the query is left out of its distribution"

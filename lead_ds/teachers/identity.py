@@ -49,7 +49,7 @@ def check_facts(folder: Path, holds: str, old: Any, new: Any, remedy: str = ANOT
 def data_facts(groups: Groups) -> dict[str, Any]:
     """What decides the groups: checksums of their files, and their number."""
     sums = {name: checksum([path], lambda _: "") for name, path in groups.sources.items()}
-    return {**sums, "groups": len(groups)}
+    return {**sums, **groups.checksums, "groups": len(groups)}
 
 
 def input_facts(config: Config, groups: Groups) -> dict[str, str]:
@@ -61,7 +61,8 @@ def input_facts(config: Config, groups: Groups) -> dict[str, str]:
         cached = config.teacher.kind == "cached"  # whose manifest holds the checksums of what is beside it
         found = [folder / MANIFEST] if cached else model_files(folder)
         files |= {f"teacher: {file.relative_to(folder)}": file for file in found}
-    return {name: told for name, path in files.items() if (told := summary(path)) is not None}
+    found_files = {name: told for name, path in files.items() if (told := summary(path)) is not None}
+    return {f"data: {name}": told for name, told in groups.checksums.items()} | found_files
 
 
 def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lead_ds.data import cache
 from lead_ds.data.groups.drawing import Draw
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
+from lead_ds.io import mapped
 from lead_ds.settings.data import DataConfig
 from tests.helpers.tiny import write_jsonl
 
@@ -144,7 +144,7 @@ def test_gz_and_absolute_paths(folder: Path, tmp_path: Path, opened: Callable[..
 def test_the_index_of_groups_is_rebuilt_when_the_corpus_changes(
     folder: Path, opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(mapped, "MIN_CACHED_BYTES", 0)
     expected = opened().draw(3, 0, 0)
     again = opened().draw(3, 0, 0)
     assert again.passage_ids == expected.passage_ids
@@ -326,7 +326,7 @@ def test_text_groups_draw_the_same_again(opened: Callable[..., Any], monkeypatch
     lines = [{"query": f"q{i}", "pos": [f"p{i}", f"r{i}"], "neg": FILLER} for i in range(20)]
     groups = opened(lines, negatives=4)
     expected = [groups.draw(row, 5, 2).passages for row in range(20)]
-    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(mapped, "MIN_CACHED_BYTES", 0)
     built, kept = opened(negatives=4), opened(negatives=4)
     for again in (built, kept, pickle.loads(pickle.dumps(groups))):
         assert [again.draw(row, 5, 2).passages for row in range(20)] == expected

@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lead_ds.data import cache, texts
+from lead_ds.data.collections import texts
 from lead_ds.data.collections.texts import Texts, hash_ids
 from lead_ds.errors import InputError
+from lead_ds.io import mapped
 from tests.helpers.tiny import tiny_dataset, write_jsonl
 
 
 @pytest.fixture
 def cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """Index files are written for files of any size."""
-    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(mapped, "MIN_CACHED_BYTES", 0)
 
 
 def passages(count: int) -> list[dict[str, str]]:
@@ -147,14 +148,14 @@ def test_the_index_goes_to_the_cache_folder_when_the_file_lies_where_nothing_can
     tmp_path: Path, cached: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "data" / "c.jsonl", passages(30))
-    original = cache.write_arrays
+    original = mapped.write_arrays
 
     def refuse(target: Path, *rest: object) -> None:  # the tests may run as root, whom no permission stops
         if target.parent == path.parent:
             raise PermissionError(13, "Permission denied", str(target))
         original(target, *rest)
 
-    monkeypatch.setattr(cache, "write_arrays", refuse)
+    monkeypatch.setattr(mapped, "write_arrays", refuse)
     assert len(Texts.open(path, "corpus")) == 30
     assert [p.name for p in path.parent.iterdir()] == ["c.jsonl"]
     assert list((tmp_path / "cache" / "indexes").glob("*.idx"))
@@ -164,7 +165,7 @@ def test_the_index_goes_to_the_cache_folder_when_the_file_lies_where_nothing_can
 
 @pytest.mark.parametrize("least", [0, 1 << 30])
 def test_gz(tmp_path: Path, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", least)
+    monkeypatch.setattr(mapped, "MIN_CACHED_BYTES", least)
     plain = write_jsonl(tmp_path / "plain.jsonl", passages(30))
     zipped = tmp_path / "c.jsonl.gz"
     zipped.write_bytes(gzip.compress(plain.read_bytes()))
@@ -190,7 +191,7 @@ def test_pickled_stores_open_the_file_again(folder: Path) -> None:
 
 
 def _open_once(path: Path, marks: Path) -> None:
-    cache.MIN_CACHED_BYTES = 0
+    mapped.MIN_CACHED_BYTES = 0
     original = texts._build
     texts._build = lambda *args: (marks / str(os.getpid())).touch() or original(*args)
     assert len(Texts.open(path, "corpus")) == 20_000

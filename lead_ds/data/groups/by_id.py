@@ -37,6 +37,7 @@ class IdGroups:
         self.path, self._form, self._config = path, form, config
         self.corpus, self.queries = dataset.corpus, dataset.queries
         self.sources = {"train": path, "corpus": self.corpus.path, "queries": self.queries.path}
+        self.checksums: dict[str, str] = {}
         self._query, self._scores = arrays["query"], arrays["scores"]
         self._positives, self._positive_starts = arrays["positives"], arrays["positive_starts"]
         self._negatives, self._negative_starts = arrays["negatives"], arrays["negative_starts"]

@@ -1,4 +1,4 @@
-"""Foreign formats of training groups whose lines carry their texts: Tevatron, FlagEmbedding, sentence-transformers."""
+"""Formats of training groups whose records carry their texts: our own, Tevatron, FlagEmbedding, sentence-transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from typing import Any
 from lead_ds.data.collections.texts import passage_text
 
 Record = dict[str, Any]
+
+# What a record of each format looks like, as errors say it.
+FORMATS = {
+    "texts": '{"query", "positives": [text], "negatives": [text], "scores": [number]}, scores if there are any',
+    "tevatron": '{"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages"}',
+    "flagembedding": '{"query", "pos": [text], "neg": [text]}, and pos_scores, neg_scores, prompt if there are any',
+}
 
 LABELS = ("label", "labels", "score", "scores")  # sentence-transformers: columns that are not text
 
@@ -62,7 +69,7 @@ class Reader:
 
 
 def _tevatron(record: Record) -> Lines:
-    shape = 'each line is {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages"}'
+    shape = f"each line is {FORMATS['tevatron']}"
     query = _text(record, "query", shape)
     lists = []
     for field in ("positive_passages", "negative_passages"):
@@ -81,16 +88,14 @@ def _tevatron(record: Record) -> Lines:
 
 
 def _flagembedding(record: Record) -> Lines:
-    shape = 'each line is {"query", "pos": [text], "neg": [text]}, and pos_scores, neg_scores, prompt if there are any'
+    shape = f"each line is {FORMATS['flagembedding']}"
     prompt = record.get("prompt") or ""
     if not isinstance(prompt, str):
         raise Unusable("the field 'prompt' is not a text", shape)
     query = prompt + _text(record, "query", shape)
     lists = []
     for field in ("pos", "neg"):
-        texts = record.get(field) or []
-        if not isinstance(texts, list) or not set(map(type, texts)) <= {str}:
-            raise Unusable(f"the field {field!r} is not a list of texts", shape)
+        texts = _texts(record, field, shape)
         scores = record.get(f"{field}_scores")
         if scores is None:
             scores = [math.nan] * len(texts)
@@ -98,6 +103,19 @@ def _flagembedding(record: Record) -> Lines:
             raise Unusable(f"the field '{field}_scores' is not one number for each text of {field!r}", shape)
         lists.append([Listed(text, None, score) for text, score in zip(texts, scores, strict=True)])
     return Lines(query, lists[0], lists[1])
+
+
+def _plain(record: Record) -> Lines:
+    shape = f"each record is {FORMATS['texts']}"
+    query = _text(record, "query", shape)
+    positives, negatives = _texts(record, "positives", shape), _texts(record, "negatives", shape)
+    texts, scores = [*positives, *negatives], record.get("scores")
+    if scores is None:
+        scores = [math.nan] * len(texts)
+    if not _numbers(scores) or len(scores) != len(texts):
+        raise Unusable("the field 'scores' is not one number for each positive, then each negative", shape)
+    listed = [Listed(text, None, score) for text, score in zip(texts, scores, strict=True)]
+    return Lines(query, listed[: len(positives)], listed[len(positives) :])
 
 
 class Columns:
@@ -162,12 +180,34 @@ def _listed(query: str, texts: list[Any], scores: list[float]) -> Lines:
 
 def reader_of(form: str, first: Record) -> Reader:
     """The reader of a format, which for columns goes by the file's first record. Raises Unusable."""
+    if form == "texts":
+        return Reader(_plain)
     if form == "tevatron":
         return Reader(_tevatron)
     if form == "flagembedding":
         return Reader(_flagembedding)
     columns = Columns(first)
     return Reader(columns, columns.grouped)
+
+
+def form_of(first: Record) -> str | None:
+    """The format of records that carry their texts, by the first of them; None where it is none that is known."""
+    if "query" in first and "positives" in first:
+        return "texts"
+    if "positive_passages" in first:
+        return "tevatron"
+    if "query" in first and "pos" in first:
+        return "flagembedding"
+    columns = [name for name, value in first.items() if isinstance(value, str | list) and name not in LABELS]
+    known = len(columns) >= 2 and isinstance(first[columns[0]], str) and "query_id" not in first
+    return "sentence-transformers" if known else None
+
+
+def _texts(record: Record, field: str, shape: str) -> list[str]:
+    texts = record.get(field) or []
+    if not isinstance(texts, list) or not set(map(type, texts)) <= {str}:
+        raise Unusable(f"the field {field!r} is not a list of texts", shape)
+    return texts
 
 
 def _text(record: Record, field: str, shape: str) -> str:

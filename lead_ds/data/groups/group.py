@@ -1,6 +1,7 @@
 """Training groups: a query, one of its positives and its negatives, drawn anew each epoch.
 
-Two stores behind one interface: groups of ids (`by_id`), and groups whose lines carry their texts (`by_text`).
+Three stores behind one interface: groups of ids (`by_id`), and groups that list their texts, in a file (`by_text`) or in
+memory (`rows`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Groups(Protocol):
     path: Path
     has_scores: bool
     sources: dict[str, Path]  # the files whose content decides the groups: train, and corpus and queries if any
+    checksums: dict[str, str]  # of what decides them and is in no file
 
     def __len__(self) -> int: ...
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.by_text import TextGroups
-from lead_ds.data.groups.formats import LABELS
+from lead_ds.data.groups.formats import form_of
 from lead_ds.data.groups.group import Groups
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import read_jsonl, require_file
@@ -39,13 +39,9 @@ def recognise(path: Path) -> str:
     number, record = first
     if "query_id" in record and "positives" in record:
         return "canonical"
-    if "positive_passages" in record:
-        return "tevatron"
-    if "query" in record and "pos" in record:
-        return "flagembedding"
-    columns = [name for name, value in record.items() if isinstance(value, str | list) and name not in LABELS]
-    if len(columns) >= 2 and isinstance(record[columns[0]], str) and "query_id" not in record:
-        return "sentence-transformers"
+    form = form_of(record)
+    if form is not None:
+        return form
     raise InputError(
         f"{path}:{number}",
         f"no known format of training groups has the fields {', '.join(map(repr, record)) or 'of an empty object'}",

@@ -1,0 +1,157 @@
+"""Groups whose records carry their texts: how they are drawn, wherever their records lie.
+
+Passages are told apart by a hash of their text, or of their docid where they have one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from lead_ds.data.groups.drawing import Draw
+from lead_ds.data.groups.formats import Lines, Listed, Reader, Record, Unusable, key_of
+from lead_ds.data.groups.group import Group, KnownPositives, Pool
+from lead_ds.errors import InputError
+from lead_ds.io.mapped import Arrays
+
+
+class ListedGroups(ABC):
+    """Groups that list their passages' texts. `arrays` are those of `index_records`; `wanted`: negatives of a draw."""
+
+    sources: dict[str, Path]
+
+    def __init__(self, path: Path, arrays: Arrays, wanted: int) -> None:
+        self.path, self._starts, self._wanted = path, arrays["starts"], wanted
+        self.has_scores = bool(arrays["has_scores"][0])
+        self._known = KnownPositives(arrays["query"], arrays["positive_starts"], arrays["positives"])
+
+    @abstractmethod
+    def _lines(self, row: int) -> Lines:
+        """What the records of a row's group hold."""
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def draw(self, row: int, seed: int, epoch: int) -> Group:
+        """See `Groups.draw`. Negatives come from the row, then from other rows at random; none is a positive."""
+        draw = Draw(seed, epoch, row)
+        lines = self._lines(row)
+        known = self._known.of(row)
+        passages = [lines.positives[draw.below(len(lines.positives))]]
+        keys = [passages[0].key]
+        taken = set(known.tolist())
+        order = draw.shuffled(len(lines.negatives))
+        while len(passages) <= self._wanted and (i := next(order, None)) is not None:
+            self._add(lines.negatives[i], passages, keys, taken)
+        while len(passages) <= self._wanted:
+            other = self._lines(draw.below(len(self)))
+            pool = [*other.positives, *other.negatives]
+            picked = pool[draw.below(len(pool))]
+            # The score that the other row gives is for its own query.
+            self._add(Listed(picked.text, picked.name), passages, keys, taken)
+        return Group(
+            query_id=lines.name if lines.name is not None else f"{key_of(lines.query):016x}",
+            query=lines.query,
+            passage_ids=[
+                passage.name if passage.name is not None else f"{key:016x}"
+                for passage, key in zip(passages, keys, strict=True)
+            ],
+            passages=[passage.text for passage in passages],
+            keys=np.array(keys, np.int64),
+            positive_keys=known,
+            scores=np.array([passage.score for passage in passages], np.float32) if self.has_scores else None,
+        )
+
+    def pool(self, row: int) -> Pool:
+        """See `Groups.pool`."""
+        lines = self._lines(row)
+        passages = {passage.key: passage.text for passage in lines.positives} | self._offered(lines, row)
+        return Pool(lines.query, np.array(list(passages), np.int64), list(passages.values()))
+
+    def listed(self, row: int) -> tuple[int, np.ndarray]:
+        """See `Groups.listed`."""
+        pool = self.pool(row)
+        return key_of(pool.query), pool.keys
+
+    def offered(self, row: int) -> int:
+        """See `Groups.offered`."""
+        return len(self._offered(self._lines(row), row))
+
+    def _offered(self, lines: Lines, row: int) -> dict[int, str]:
+        known = set(self._known.of(row).tolist())
+        return {passage.key: passage.text for passage in lines.negatives if passage.key not in known}
+
+    @staticmethod
+    def _add(passage: Listed, passages: list[Listed], keys: list[int], taken: set[int]) -> None:
+        key = passage.key
+        if key not in taken:
+            taken.add(key)
+            passages.append(passage)
+            keys.append(key)
+
+    def refuse_small_pool(self) -> None:
+        """Other rows lend negatives; reads only as many rows as it takes to see that there are enough."""
+        pool: set[int] = set()
+        for row in range(len(self)):
+            lines = self._lines(row)
+            pool.update(passage.key for passage in (*lines.positives, *lines.negatives))
+            seen = row + 1
+            if (seen & (seen - 1) == 0 or seen == len(self)) and self._known.leave(len(pool), self._wanted):
+                return
+        raise InputError(
+            self.path,
+            f"{len(pool)} different passages are too few for {self._wanted} negatives of every query",
+            "lower data.negatives",
+        )
+
+
+def index_records(
+    records: Iterable[tuple[int, int, Record]], end: int, read: Reader, where: Callable[[int], str]
+) -> Arrays:
+    """Check every record, and note where groups start and what their positives are.
+
+    records: (where it starts, its number, the record); end: where the last one ends. Raises InputError at `where(number)`.
+    """
+    starts: list[int] = []
+    queries: list[int] = []
+    positives: list[int] = []
+    positive_starts = [0]
+    scored = False
+    opened = (0, "")  # number and query of the group at hand
+    for start, number, record in records:
+        try:
+            lines = read.one(record)
+        except Unusable as error:
+            raise InputError(where(number), error.what, error.remedy) from None
+        if not (read.grouped and starts and lines.query == opened[1]):
+            _refuse_without_positive(positive_starts, positives, opened, where)
+            starts.append(start)
+            queries.append(key_of(lines.query if lines.name is None else lines.name))
+            positive_starts.append(len(positives))
+            opened = (number, lines.query)
+        positives += [passage.key for passage in lines.positives]
+        positive_starts[-1] = len(positives)
+        scored = scored or any(p.score == p.score for p in (*lines.positives, *lines.negatives))  # NaN: none
+    _refuse_without_positive(positive_starts, positives, opened, where)
+    return {
+        "starts": np.array([*starts, end], np.int64),
+        "query": np.array(queries, np.int64),
+        "positives": np.array(positives, np.int64),
+        "positive_starts": np.array(positive_starts, np.int64),
+        "has_scores": np.array([scored]),
+    }
+
+
+def _refuse_without_positive(
+    starts: list[int], positives: list[int], opened: tuple[int, str], where: Callable[[int], str]
+) -> None:
+    if len(starts) > 1 and starts[-2] == len(positives):
+        number, query = opened
+        raise InputError(
+            where(number),
+            f"query {query[:60]!r} has no positive",
+            "give it one, beside its other lines, or take it out",
+        )
