@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from lead_ds.config.losses import LossesConfig
 from lead_ds.settings.base import NonNegative, Place, Positive, Section, Seed
 from lead_ds.settings.data import DataConfig
-from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.model import TextConfig
 from lead_ds.settings.pipeline import PipelineConfig
 from lead_ds.settings.train import (
     DeepSpeedFiles,
@@ -21,8 +21,40 @@ from lead_ds.settings.train import (
     TrainConfig,
 )
 
+# Settings of some kinds of model that another has of its own: given to that one, they would do nothing.
+_ELSEWHERE = {
+    ("dual_encoder", "token_dim"): "set projection, the width of its vectors",
+    ("dual_encoder", "max_length"): "set query_length and passage_length",
+    ("colbert", "max_length"): "set query_length and passage_length",
+}
 
-class TeacherConfig(ModelConfig):
+
+class _AnyKind(TextConfig):
+    """The settings of all kinds together."""
+
+    pooling: Literal["auto", "cls", "mean", "last"] = Field(
+        "auto", description="auto: from modules.json; else cls for encoders, last for decoders"
+    )
+    normalize: bool | None = Field(None, description="unit-length final vectors; null: from modules.json, else false")
+    projection: Positive | None = Field(None, description="width of a new linear layer on top of pooling")
+    query_expansion: bool | None = Field(
+        None, description="colbert: pad queries to query_length with mask tokens that count; null: as its files say"
+    )
+    mask_punctuation: bool | None = Field(
+        None, description="colbert: punctuation tokens of a passage never match; null: as its files say"
+    )
+    token_dim: Positive | None = Field(None, description="colbert: width of a new token projection; null: none")
+
+    @model_validator(mode="after")
+    def _of_kind(self) -> _AnyKind:
+        for (kind, name), instead in _ELSEWHERE.items():
+            field = type(self).model_fields.get(name)
+            if getattr(self, "kind", None) == kind and field and getattr(self, name) != field.default:
+                raise ValueError(f"{name} is nothing that a {kind} reads: {instead}")
+        return self
+
+
+class TeacherConfig(_AnyKind):
     """The model to learn from. Frozen unless `train`."""
 
     kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker", "cached"] = Field(
@@ -90,7 +122,7 @@ class TeacherConfig(ModelConfig):
         return self
 
 
-class StudentConfig(ModelConfig):
+class StudentConfig(_AnyKind):
     """The model to train."""
 
     kind: Literal["dual_encoder", "colbert", "cross_encoder"] = "dual_encoder"

@@ -114,7 +114,7 @@ def kind_of(path: str) -> str:
     return "cross_encoder" if has_classifier(shape) else "dual_encoder"
 
 
-def _load(config: ModelConfig, kind: str, dtype: torch.dtype, depth: int | None = None) -> Scorer:
+def _load(config: Any, kind: str, dtype: torch.dtype, depth: int | None = None) -> Scorer:
     layout = read_layout(config.path, late_interaction=kind != "dual_encoder")
     if kind == "dual_encoder":
         model = _cut(load_model(config, "base", dtype, layout.subfolder, depth), config)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lead_ds.models.scorer import Output, Scorer
+from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.scorer import Output
 from lead_ds.relevance import ScoreFeatures
 
 if TYPE_CHECKING:
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import Tokens
 
 
-class PairScorer(Scorer):
+class PairScorer(Kind):
     """Reads a query and a passage as one text: relevance is defined within a query's own passages."""
 
     scope = "group"
+    reads_pairs = True
+    lens_form = "scores"
 
     def forward(
         self,

@@ -48,7 +48,7 @@ class Output:
 class Scorer(nn.Module):
     """Base of all scorers. `model` is the one registered child that is the Hugging Face model, as it is saved."""
 
-    kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker"]
+    kind: str
     scope: Literal["batch", "group"]
 
     def __init__(self, model: Any, config: ModelConfig) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import pkgutil
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -20,8 +22,9 @@ class Registry(Generic[T]):
     'One'
     """
 
-    def __init__(self, group: str) -> None:
-        self.group = group
+    def __init__(self, group: str, home: str | None = None) -> None:
+        """home: a package of ours each of whose files may register parts; read when a name is first looked up."""
+        self.group, self.home = group, home
         self._parts: dict[str, T] = {}
         self._searched = False
 
@@ -54,10 +57,13 @@ class Registry(Generic[T]):
         return iter(self._parts)
 
     def _search(self) -> None:
-        """Load the entry points of other packages, once, when a name is first looked up."""
+        """Load the files of our own folder, then the entry points of other packages, once, when a name is first looked up."""
         if self._searched:
             return
         self._searched = True
+        if self.home is not None:
+            for module in pkgutil.iter_modules(import_module(self.home).__path__, f"{self.home}."):
+                import_module(module.name)
         for point in entry_points(group=self.group):
             if point.name not in self._parts:
                 self.register(point.name)(point.load())

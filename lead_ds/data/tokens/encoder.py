@@ -27,7 +27,7 @@ from lead_ds.data.tokens.tokenizer import (
 from lead_ds.errors import InputError
 
 if TYPE_CHECKING:
-    from lead_ds.settings.model import ModelConfig
+    pass
 
 Tokens = dict[str, Tensor]
 """input_ids, attention_mask, where the model uses them token_type_ids, and for ColBERT score_mask: int64 [B, L]."""
@@ -59,7 +59,7 @@ class TextEncoder:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> TextEncoder:
+    def from_config(cls, config: Any) -> TextEncoder:
         """The encoder of a teacher's or student's configuration.
 
         Prompts that are null come from the model's config_sentence_transformers.json (or PyLate's prefixes). A dual encoder
@@ -315,7 +315,7 @@ class TextEncoder:
             self.tokenizer.backend_tokenizer.no_truncation()
 
 
-def _check_lengths(config: ModelConfig, kind: str, facts: ReadingFacts, max_length: int) -> None:
+def _check_lengths(config: Any, kind: str, facts: ReadingFacts, max_length: int) -> None:
     if facts.positions is None:
         return
     lengths = {"query_length": config.query_length, "passage_length": config.passage_length}

@@ -6,22 +6,47 @@ Dimensions: K selected layers, Q queries, P passages, B texts, L tokens, D width
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lead_ds.models.dense import Dense
-from lead_ds.models.scorer import Output, Scorer
+from lead_ds.models.kinds.kind import KINDS, Kind
+from lead_ds.models.scorer import Output
 from lead_ds.relevance import Scale, TokenFeatures
-from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.base import Positive
+from lead_ds.settings.model import ModelConfig, TextConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch
     from lead_ds.data.tokens.encoder import Tokens
 
 
-class ColBERT(Scorer):
+class ColBERTConfig(TextConfig):
+    """A late-interaction model: what its token states become, and which of them count."""
+
+    kind: Literal["colbert"] = "colbert"
+    normalize: bool | None = Field(None, description="unit-length token vectors; null: as its files say, else false")
+    query_expansion: bool | None = Field(
+        None, description="pad queries to query_length with mask tokens that count; null: as its files say"
+    )
+    mask_punctuation: bool | None = Field(
+        None, description="punctuation tokens of a passage never match; null: as its files say"
+    )
+    token_dim: Positive | None = Field(None, description="width of a new token projection; null: none")
+
+    @field_validator("passes")
+    @classmethod
+    def _passes(cls, value: int | str | None) -> int | str | None:
+        if value == "packed":
+            raise ValueError("packed keeps one state of a text, colbert compares all: set a number")
+        return value
+
+
+@KINDS.register("colbert")
+class ColBERT(Kind):
     """Token states, then Dense layers if any, then unit length if `normalize`: of the final state and of every layer alike.
 
     Which tokens count is the tokens' `score_mask` (query expansion, punctuation), else their `attention_mask`.
@@ -29,6 +54,7 @@ class ColBERT(Scorer):
 
     kind = "colbert"
     scope = "batch"
+    Settings = ColBERTConfig
 
     def __init__(self, model: Any, config: ModelConfig, dense: Sequence[Dense] = (), normalize: bool = False) -> None:
         super().__init__(model, config)

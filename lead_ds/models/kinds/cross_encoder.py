@@ -6,20 +6,28 @@ Dimensions: K selected layers, B pairs, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lead_ds.models.heads import check_labels, classification_head, relevance_logit
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.pair_scorer import PairScorer
 from lead_ds.models.pooling import pool
-from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.model import ModelConfig, PairConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import Tokens
 
 
+class CrossEncoderConfig(PairConfig):
+    """A cross-encoder: no more than every model of pairs has."""
+
+    kind: Literal["cross_encoder"] = "cross_encoder"
+
+
+@KINDS.register("cross_encoder")
 class CrossEncoder(PairScorer):
     """Scores of query-passage pairs. One label: its logit; two: logit[1] - logit[0].
 
@@ -27,6 +35,7 @@ class CrossEncoder(PairScorer):
     """
 
     kind = "cross_encoder"
+    Settings = CrossEncoderConfig
 
     def __init__(self, model: Any, config: ModelConfig) -> None:
         super().__init__(model, config)

@@ -6,28 +6,46 @@ Dimensions: K selected layers, Q queries, P passages, B texts, L tokens, D width
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from lead_ds.models.dense import Dense
+from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.pooling import PoolingMode, pool
-from lead_ds.models.scorer import Output, Scorer
+from lead_ds.models.scorer import Output
 from lead_ds.relevance import VectorFeatures
-from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.base import Positive
+from lead_ds.settings.model import ModelConfig, TextConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.batches import ModelBatch
     from lead_ds.data.tokens.encoder import Tokens
 
 
-class DualEncoder(Scorer):
+class DualEncoderConfig(TextConfig):
+    """A dual encoder: how its token states become one vector."""
+
+    kind: Literal["dual_encoder"] = "dual_encoder"
+    pooling: Literal["auto", "cls", "mean", "last"] = Field(
+        "auto", description="auto: from modules.json; else cls for encoders, last for decoders"
+    )
+    normalize: bool | None = Field(None, description="unit-length final vectors; null: from modules.json, else false")
+    projection: Positive | None = Field(None, description="width of a new linear layer on top of pooling")
+
+
+@KINDS.register("dual_encoder")
+class DualEncoder(Kind):
     """Pooling, then Dense layers if any, then unit length if `normalize`: of the final state and of every layer alike,
     so that the last layer's vector is the final one."""
 
     kind = "dual_encoder"
     scope = "batch"
+    Settings = DualEncoderConfig
+    gives_vectors = True
+    lens_form = "vectors"
 
     def __init__(
         self,

@@ -6,20 +6,48 @@ Dimensions: K selected layers, B prompts, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from lead_ds.config import TeacherConfig
 from lead_ds.errors import InputError
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.pair_scorer import PairScorer
 from lead_ds.models.pooling import pool
+from lead_ds.settings.model import PairConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import Tokens
 
 
+class LLMRerankerConfig(PairConfig):
+    """A decoder reranker: its prompt, and the two answers whose logits are compared."""
+
+    kind: Literal["llm_reranker"] = "llm_reranker"
+    instruction: str = Field(
+        "Given a web search query, retrieve relevant passages that answer the query",
+        description="the task, stated in the prompt",
+    )
+    template: str = Field(
+        "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {passage}\nRelevant (yes or no):",
+        description="the prompt, with {instruction}, {query} and {passage}",
+    )
+    yes_token: str = " yes"
+    no_token: str = " no"
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, value: str) -> str:
+        missing = [name for name in ("{query}", "{passage}") if name not in value]
+        if missing:
+            raise ValueError(f"template lacks {' and '.join(missing)}")
+        return value
+
+
+@KINDS.register("llm_reranker")
 class LLMReranker(PairScorer):
     """logit(yes) - logit(no) at the prompt's last token.
 
@@ -29,6 +57,9 @@ class LLMReranker(PairScorer):
     """
 
     kind = "llm_reranker"
+    Settings = LLMRerankerConfig
+    can_be_student = False
+    can_be_trained = False
     rows_2D: Tensor
     bias_2: Tensor
 
