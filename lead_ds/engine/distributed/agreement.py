@@ -23,6 +23,7 @@ T = TypeVar("T")
 PLACES = (
     "data.path",
     "evaluation.run",
+    "evaluation.path",
     "teacher.path",
     "teacher.lens_path",
     "teacher.offload_path",

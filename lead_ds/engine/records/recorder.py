@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, DeepSpeed's monitors, a progress bar or plain lines. Never a sync per step."""
+"""What a run reports: `metrics.jsonl`, DeepSpeed's monitors, callbacks, a progress bar or plain lines. Never a sync per step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.distributed.signals import Stop
+from lead_ds.engine.records.callbacks import Callback, Callbacks, RunFacts
 from lead_ds.errors import RunError
 from lead_ds.losses.objective import ObjectiveOutput
+from lead_ds.settings.train import TrainConfig
 
 # Names in metrics.jsonl -> fields of ObjectiveOutput.
 LAYER_FIELDS = {
@@ -66,16 +68,17 @@ class Recorder:
         engine: Any,
         *,
         stop: Stop,
-        log_every: int,
-        steps: int,
+        train: TrainConfig,
         start: int,
         quiet: bool,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.folder, self.ranks, self.engine, self.stop = folder, ranks, engine, stop
-        self.log_every, self.steps = log_every, steps
+        self.log_every, self.steps = train.log_every, train.steps
+        self.callbacks = Callbacks(callbacks, ranks)
         self.pending: OrderedDict[int, tuple[Tensor, list[str], dict[str, Any], Sequence[str]]] = OrderedDict()
         self.clock, self.queries = time.perf_counter(), 0
-        self.progress = _Progress(start, steps) if ranks.main and not quiet else None
+        self.progress = _Progress(start, train.steps) if ranks.main and not quiet else None
         if ranks.main:
             trim_metrics(folder / "metrics.jsonl", start)
 
@@ -124,6 +127,9 @@ class Recorder:
         self.clock, self.queries = now, 0
         rows[-1]["queries_per_second"] = rate
         self._write(rows)
+        for row in rows:
+            metrics = {**row["parts"], **{name: value for name, value in row.items() if name != "parts"}}
+            self.callbacks.tell(lambda callback: callback.on_step(metrics))  # noqa: B023 - called at once
         if self.progress:
             self.progress.tell(rows[-1], rate)
         self.engine.monitor.write_events(
@@ -136,9 +142,24 @@ class Recorder:
         """Record an evaluation."""
         self._write([{"step": step, "evaluation": values}])
         self.engine.monitor.write_events([(f"evaluation/{name}", value, step) for name, value in values.items()])
+        self.callbacks.tell(lambda callback: callback.on_evaluation({"step": step, **values}))
         if self.progress:
             self.progress.line(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.clock = time.perf_counter()  # the time that evaluating took is not training's
+
+    def started(self, step: int, student: nn.Module) -> None:
+        """Report that a run begins behind step `step`."""
+        facts = RunFacts(self.folder, step, self.steps, self.ranks.rank, self.ranks.world, student)
+        self.callbacks.tell(lambda callback: callback.on_start(facts))
+
+    def checkpoint(self, path: Path) -> None:
+        """Report a checkpoint."""
+        self.callbacks.tell(lambda callback: callback.on_checkpoint(path))
+
+    def ended(self, step: int) -> None:
+        """Report that the run ends with step `step`."""
+        self.callbacks.tell(lambda callback: callback.on_end(step))
+        self.callbacks.asked()
 
     def say(self, text: str) -> None:
         """A line for whoever watches."""

@@ -26,6 +26,7 @@ from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.attention import candidates, choose_attention
 from lead_ds.engine.training.evaluation import Evaluator
+from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Training
 from lead_ds.engine.training.resume import check_inputs, check_lens, find_state
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
@@ -42,16 +43,25 @@ from lead_ds.teachers.informative import informative
 from lead_ds.teachers.lens import open_lens
 
 
-def distill(config: Config, *, resume: bool = False, command: Sequence[str] = (), quiet: bool = False) -> Path:
+def distill(
+    config: Config,
+    *,
+    resume: bool = False,
+    command: Sequence[str] = (),
+    quiet: bool = False,
+    given: Given = NOTHING,
+) -> Path:
     """Run (or, with `resume`, continue) the distillation that `config` describes; returns the student's directory.
 
-    Every process of the run calls this. Raises InputError before anything is written where the input cannot work, and
-    RunError, with the last checkpoint intact, where the work fails.
+    given: parts of the run that are Python objects. Every process of the run calls this. Raises InputError before anything
+    is written where the input cannot work, and RunError, with the last checkpoint intact, where the work fails.
     """
-    return train(config, "student", resume=resume, command=command, quiet=quiet)
+    return train(config, "student", resume=resume, command=command, quiet=quiet, given=given)
 
 
-def train(config: Config, product: str, *, resume: bool, command: Sequence[str], quiet: bool) -> Path:
+def train(
+    config: Config, product: str, *, resume: bool, command: Sequence[str], quiet: bool, given: Given = NOTHING
+) -> Path:
     """Train the configuration's student by its losses, with a teacher or without; the directory OUTPUT/`product`.
 
     Called, and raises, as `distill`.
@@ -72,7 +82,10 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
 
         # Everything that can be wrong with the input is found out before anything is written.
         uses_teacher = config.teacher is not None and config.losses.needs_teacher
-        groups, student_text, batches, evaluator = agreed(ranks, lambda: open_inputs(config, uses_teacher, ranks))
+        groups, student_text, batches, evaluator = agreed(
+            ranks, lambda: open_inputs(config, uses_teacher, ranks, given)
+        )
+        check_given(groups, given, ranks)
         torch.manual_seed(config.seed)  # the same new layers on every rank
         dtype = student_dtype(config.student, ranks.device)
         student = agreed(ranks, lambda: load_student(config.student, dtype))
@@ -102,10 +115,10 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
             ranks,
             engine,
             stop=Stop(signals, ranks),
-            log_every=config.train.log_every,
-            steps=config.train.steps,
+            train=config.train,
             start=state.get("step", 0),
             quiet=quiet,
+            callbacks=given.callbacks,
         )
         recorder.say(describe(config, ranks, student, teacher, len(groups)))
         if state["informative"]:
@@ -140,10 +153,10 @@ def train(config: Config, product: str, *, resume: bool, command: Sequence[str],
 
 
 def open_inputs(
-    config: Config, uses_teacher: bool, ranks: Ranks
+    config: Config, uses_teacher: bool, ranks: Ranks, given: Given = NOTHING
 ) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
     """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
-    groups = open_groups(config.data)
+    groups = given.groups or open_groups(config.data)
     student_text = TextEncoder.from_config(config.student)
     teacher: TextEncoder | TeacherCache | None = None
     if reads_cache(config):

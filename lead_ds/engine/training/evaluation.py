@@ -39,7 +39,7 @@ class Evaluator:
         Raises InputError for what could not be evaluated; candidates of a TREC run are read now, BM25's looked for later.
         """
         settings = config.evaluation
-        folder = Path(config.data.path)
+        folder = Path(settings.path or config.data.path)
         if settings.split is None:
             return None
         if not any((folder / "qrels" / f"{settings.split}.tsv{suffix}").exists() for suffix in ("", ".gz")):

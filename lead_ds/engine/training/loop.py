@@ -68,11 +68,12 @@ class Training:
         self.student_depth = engine.module.student.num_layers
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the last step or until early stopping; the best evaluation, if there was any.
+        """Train to the last step, or until early stopping or a callback ends it; the best evaluation, if there was any.
 
         Raises Interrupted after the step at which a signal asks to stop, with a checkpoint of it.
         """
-        train = self.config.train
+        train, callbacks = self.config.train, self.recorder.callbacks
+        self.recorder.started(self.step, self.engine.module.student)
         if self.owed:
             self.owed = False
             self.save(self.evaluate())
@@ -82,7 +83,8 @@ class Training:
             for window, following in with_next(windows) if self.ahead else ((window, None) for window in windows):
                 self.optimize(window, following)
                 self.step += 1
-                last = self.step == train.steps
+                asked = callbacks.asked()
+                last = asked or self.step == train.steps
                 due = last or (train.evaluate_every > 0 and self.step % train.evaluate_every == 0)
                 if self.recorder.stop.decided(now=due):
                     # An evaluation may take longer than a scheduler waits: it is made up for on resuming.
@@ -90,8 +92,12 @@ class Training:
                     self.save(False)
                     raise self.recorder.stop.interrupted(self.step)
                 improved = self.evaluate() if due else False
-                if self.step % train.save_every == 0 or last or improved:
+                asked = callbacks.asked() or asked
+                if self.step % train.save_every == 0 or last or improved or asked:
                     self.save(improved)
+                if callbacks.asked() or asked:
+                    self.recorder.say(f"a callback asked to stop: stopping at step {self.step}")
+                    break
                 if train.patience and self.worse >= train.patience:
                     self.recorder.flush()
                     self.recorder.say(
@@ -102,6 +108,7 @@ class Training:
                 self._at("waiting for data")
                 self.parts.end_step()
         self.parts.close()
+        self.recorder.ended(self.step)
         return self.best
 
     @contextmanager
@@ -203,7 +210,8 @@ class Training:
             "processes": self.ranks.world,
             "config": self.config.model_dump(mode="json"),
         }
-        self.checkpoints.save(self.engine, self.step, state, best=self.best if improved else None)
+        path = self.checkpoints.save(self.engine, self.step, state, best=self.best if improved else None)
+        self.recorder.checkpoint(path)
 
     def _at(self, part: Part) -> None:
         self.watchdog.at(f"step {self.step + 1}, {part}")

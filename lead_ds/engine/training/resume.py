@@ -27,6 +27,7 @@ FREE_TO_CHANGE = {
     "profile",
     "pipeline",
     "data.path",
+    "evaluation.path",
     "data.workers",
     "data.token_cache",
     "train.overlap",
