@@ -89,7 +89,7 @@ def settings_of(given: argparse.Namespace, folder: Path, overrides: Sequence[str
     longest = max(1000, warmup + steps + 8, given.memory_steps)
     tree = configuration(PRESETS[given.preset], folder, steps=longest)
     for override in overrides:
-        apply_override(tree, override)
+        apply_override(tree, override, Config)
     return parse_config(tree, f"preset {given.preset}")
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lead_ds.config.schema import Config
+from lead_ds.settings.documents import write_yaml
 from lead_ds.settings.parse import load_tree, parse_section
 
 
@@ -17,7 +16,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises InputError naming the file and key for what is unreadable, unknown (with the nearest valid name) or out of range.
     """
-    return parse_config(load_tree(path, overrides), path)
+    return parse_config(load_tree(path, overrides, Config), path)
 
 
 def parse_config(tree: dict[str, Any], where: str | Path) -> Config:
@@ -28,4 +27,4 @@ def parse_config(tree: dict[str, Any], where: str | Path) -> Config:
 def save_config(config: Config, path: str | Path) -> None:
     """Write a run's resolved configuration as YAML; the pipeline that it may be a stage of is none of its concern."""
     tree = config.model_dump(mode="json", exclude={"pipeline"})
-    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), "utf-8")
+    Path(path).write_text(write_yaml(tree), "utf-8")

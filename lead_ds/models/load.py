@@ -82,7 +82,7 @@ def load_scorer(
 
     tree: dict[str, Any] = {}
     for setting in settings:
-        apply_override(tree, setting)
+        apply_override(tree, setting, TeacherConfig)
     record = _record(path)
     kind = kind or kind_of(path)
     if record.get("kind", kind) != kind:

@@ -10,9 +10,10 @@ from typing import Any
 from lead_ds.config import Config, load_config
 from lead_ds.errors import InputError
 from lead_ds.pipeline.fingerprints import Fingerprints
-from lead_ds.pipeline.settings import deciding, existing, flat, in_yaml, options_of
+from lead_ds.pipeline.settings import deciding, existing, flat, options_of
 from lead_ds.pipeline.stage_graph import StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
+from lead_ds.settings.documents import in_yaml
 from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
 
 MAIN = "distilled"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
@@ -60,17 +57,6 @@ def flat(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict) and value and at != "deepspeed"
         found |= flat(value, path) if nested else {path: value}
     return found
-
-
-def in_yaml(value: Any) -> str:
-    """A value as an override says it: bare where YAML reads it back, else in quotes."""
-    if isinstance(value, str) and value == value.strip() and "\n" not in value:
-        try:
-            if yaml.safe_load(value) == value:
-                return value
-        except yaml.YAMLError:
-            pass
-    return json.dumps(value, ensure_ascii=False)
 
 
 def options_of(settings: Mapping[str, Any]) -> list[str]:

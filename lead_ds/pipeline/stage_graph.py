@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.pipeline.fingerprints import Fingerprints, digest
-from lead_ds.pipeline.settings import existing, in_yaml
+from lead_ds.pipeline.settings import existing
 from lead_ds.pipeline.stage import Stage
+from lead_ds.settings.documents import in_yaml
 
 VERSION = 1  # of what decides a stage's output
 

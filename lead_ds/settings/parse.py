@@ -1,4 +1,4 @@
-"""Read settings: YAML, then `key=value` overrides, then one check that names the place of every mistake."""
+"""Read settings: strict YAML, then `key=value` overrides by type, then one check that names the place of every mistake."""
 
 from __future__ import annotations
 
@@ -14,32 +14,28 @@ from pydantic import BaseModel, ValidationError
 
 from lead_ds.errors import InputError
 from lead_ds.settings.base import Section
+from lead_ds.settings.documents import read_yaml
+from lead_ds.settings.typed import fields_of, typed_value
 
 S = TypeVar("S", bound=Section)
 
 
-def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The YAML file at `path`, with overrides applied, before any check of what it says."""
+def load_tree(path: str | Path, overrides: Sequence[str], section: type[Section]) -> dict[str, Any]:
+    """The YAML file at `path`, with overrides of `section`'s keys applied, before any check of what it says."""
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         raise InputError(path, "no such configuration file", "see ds_configs/recipes/ for examples") from None
     except IsADirectoryError:
         raise InputError(path, "is a folder", "name the YAML file in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read: {error}", "check the path and its permissions") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        raise InputError(
-            place, f"not valid YAML: {getattr(error, 'problem', error)}", "check the indentation"
-        ) from None
+    tree = read_yaml(text, path)
     if not isinstance(tree, dict):
         raise InputError(path, "does not hold a configuration", "it must be a mapping of sections")
     for override in overrides:
-        apply_override(tree, override)
+        apply_override(tree, override, section)
     return tree
 
 
@@ -57,34 +53,25 @@ def parse_section(section: type[S], tree: dict[str, Any], where: str | Path) -> 
         raise InputError(f"{where}: {key}", what, remedy) from None
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in `tree`, the value read as YAML."""
+def apply_override(tree: dict[str, Any], override: str, section: type[Section]) -> None:
+    """Set `a.b.c=value` in `tree`, a plain tree of `section`; the value is read by the type of its field."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names):
         raise InputError(override, "is not an override", "write section.key=value, such as train.lr=2e-5")
-    *sections, last = key.strip().split(".")
-    node = tree
-    for section in sections:
-        child = node.get(section)
+    node, kinds = tree, [section]
+    for name in names[:-1]:
+        child = node.get(name)
         if child is None:
-            child = node[section] = {}
+            child = node[name] = {}
         if not isinstance(child, dict):
-            raise InputError(override, f"{section!r} is a value, not a section", "check the key")
-        node = child
+            raise InputError(override, f"{name!r} is a value, not a section", "check the key")
+        node, kinds = child, fields_of(kinds, name, section)
     try:
-        node[last] = _scalar(yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise InputError(override, "the value is not valid YAML", "quote it") from None
-
-
-def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads `5e-5` as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if value[:1] in "+-.0123456789" and "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
+        node[names[-1]] = typed_value(text, fields_of(kinds, names[-1], section), section)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise InputError(override, f"the list or section cannot be read: {problem}", "check its brackets") from None
 
 
 def _describe(error: Any, section: type[Section]) -> tuple[str, str]:

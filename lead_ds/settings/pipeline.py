@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from lead_ds.settings.base import Fraction, NonNegative, Place, Positive, Section
 from lead_ds.settings.mining import MineSettings
+from lead_ds.settings.typed import Part
 
-Changes = dict[str, Any]
+Changes = Annotated[dict[str, Any], Part()]
 """Sections of this very file, as far as a stage has them otherwise: {student: {path: ...}, train: {steps: 20000}}."""
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lead_ds.config import Config
 from lead_ds.errors import InputError
+from lead_ds.settings.documents import read_json
 
 FLAGS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -34,11 +35,10 @@ def read_deepspeed_config(source: str | dict[str, Any]) -> dict[str, Any]:
     if path is None:
         raise InputError(source, "no such DeepSpeed configuration", "see ds_configs/ for those that come with lead-ds")
     try:
-        tree = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}", f"not valid JSON: {error.msg}", "correct the file") from None
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read: {error}", "it must be JSON in UTF-8") from None
+    tree = read_json(text, path)
     if not isinstance(tree, dict):
         raise InputError(path, "not a JSON object", "a DeepSpeed configuration is an object")
     return _checked(tree, path)

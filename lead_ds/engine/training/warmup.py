@@ -29,7 +29,7 @@ def load_warmup(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises InputError as `lead_ds.config.load_config`.
     """
-    tree = load_tree(path, overrides)
+    tree = load_tree(path, overrides, Config)
     losses = tree.setdefault("losses", {})
     if tree.get("teacher") is None and isinstance(losses, dict):
         for name in LossesConfig.model_fields:
