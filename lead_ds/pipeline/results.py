@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.report.page import html_page, html_table
 from lead_ds.report.summary import Table, aligned
-from lead_ds.retrieval.files import atomic, read_json, write_json
 from lead_ds.retrieval.metrics import Scores
 
 if TYPE_CHECKING:

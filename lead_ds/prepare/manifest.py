@@ -20,7 +20,7 @@ _VERSION = 1
 
 
 class Output:
-    """A file being written: counts its rows, hashes its bytes as `retrieval.files.checksum` would."""
+    """A file being written: counts its rows, hashes its bytes as `io.files.checksum` would."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
