@@ -73,7 +73,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=["wall", "processor"], default="wall", help="processor: for a CPU that others use as well"
     )
-    parser.add_argument("--flops", type=float, help="peak FLOP/s for MFU; default: a large product, measured")
+    parser.add_argument(
+        "--flops", type=float, help="peak FLOP/s for MFU; default: a large product, measured in the fastest way"
+    )
     parser.add_argument("--memory-steps", type=int, default=0, help="instead: memory over so many steps of lead-ds")
     parser.add_argument("--folder", type=Path, help="for models and data; shared by all machines; default: temporary")
     parser.add_argument("--out", type=Path, help="where to write the rows")
@@ -184,12 +186,12 @@ def speed_rows(runner: Runner, steps: list[dict[str, float]], ranks: Ranks, flop
     if "teacher forward" in parts and runner.reads_teacher:
         rows.append(row_of(runner, "teacher tokens per second", "1/s", ranks.world * work.teacher_tokens / mean))
         peak = flops or peak_flops(ranks.device, runner.teacher_dtype)
-        rate = work.teacher_flops / parts["teacher forward"] / peak
-        rows.append(row_of(runner, "teacher MFU", "", rate, peak_flops=peak))
+        rate = work.teacher_flops / parts["teacher forward"]
+        rows.append(row_of(runner, "teacher MFU", "", mfu(rate, peak), flops=rate, peak_flops=peak))
     if "backward" in parts:
         peak = flops or peak_flops(ranks.device, runner.student_dtype)
-        rate = work.student_flops / (parts["student forward"] + parts["backward"]) / peak
-        rows.append(row_of(runner, "student MFU", "", rate, peak_flops=peak))
+        rate = work.student_flops / (parts["student forward"] + parts["backward"])
+        rows.append(row_of(runner, "student MFU", "", mfu(rate, peak), flops=rate, peak_flops=peak))
     return rows + [row_of(runner, f"part: {name}", "ms", 1e3 * seconds) for name, seconds in parts.items()]
 
 
@@ -210,25 +212,37 @@ def exposed_communication(runner: Runner, first: int, ranks: Ranks) -> float:
     return float(read_trace(tracer, steps, 0, ranks.device.type)["exposed_communication_ms"])
 
 
-_PEAKS: dict[str, float] = {}
+def mfu(rate: float, peak: float) -> float | str:
+    """The share of the peak that is reached, or what to think of a peak that is less than was reached."""
+    return rate / peak if rate <= peak else "none: the ceiling is too low, give --flops"
+
+
+_PEAKS: dict[tuple[torch.device, torch.dtype], float] = {}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product, the best of some."""
-    key = f"{device} {dtype}"
-    if key not in _PEAKS:
-        side = 8192 if device.type == "cuda" else 1536
-        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        best = float("inf")
-        for _ in range(8):
-            clock = Runner.clock(device)
-            clock.at("losses")
-            a @ b
-            clock.at("losses")
-            clock.end_step()
-            best = min(best, clock.seconds()[0]["losses"])
-        _PEAKS[key] = 2 * side**3 / best
-    return _PEAKS[key]
+    """FLOP/s of the fastest way to a large square product that a model in `dtype` can take, the best of some tries.
+
+    A library may compute in float32 what its CPU has no instructions for, and read the second matrix as a linear layer holds it.
+    """
+    if (device, dtype) not in _PEAKS:
+        ways = [(held, turned) for held in {dtype, torch.float32} for turned in (False, True)]
+        _PEAKS[device, dtype] = max(_product_rate(device, held, turned) for held, turned in ways)
+    return _PEAKS[device, dtype]
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, turned: bool) -> float:
+    side = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        clock = Runner.clock(device)
+        clock.at("losses")
+        a @ (b.T if turned else b)
+        clock.at("losses")
+        clock.end_step()
+        best = min(best, clock.seconds()[0]["losses"])
+    return 2 * side**3 / best
 
 
 def memory_over(config: Config, steps: int, ranks: Ranks, provider: str) -> list[Row]:

@@ -27,7 +27,8 @@ def export(
     lead-ds export --model runs/x/student --to int8 --data data/scifact exported/int8
     """
     choice("--to", to, "onnx", "int8", "sentence-transformers")
-    from lead_ds.models.export import MODEL, OnnxEncoder, export_onnx, export_sentence_transformers
+    from lead_ds.models.export import MODEL, export_onnx, export_sentence_transformers
+    from lead_ds.models.onnx_file import OnnxEncoder
 
     if data is not None:
         from lead_ds.data.collections.dataset import Dataset

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,16 @@ from lead_ds.models.backbone import quiet
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.layout import RECORD
 from lead_ds.models.load import load_encoder
+from lead_ds.models.onnx_file import VECTOR, OnnxEncoder, require, write_probes
 from lead_ds.models.pooling import pool
 from lead_ds.models.student_dir import whole_folder, write_student
 
 if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+    from lead_ds.data.tokens.encoder import TextEncoder
 
 OPSET = 17  # the first with LayerNormalization; every onnxruntime since 1.12 runs it
 MODEL = "onnx/model.onnx"  # where sentence-transformers looks
-STATES, VECTOR = "last_hidden_state", "sentence_embedding"
+STATES = "last_hidden_state"
 TOLERANCE = 1e-4
 INT8_COSINE = 0.9  # mean cosine to the original below which an int8 model is none: activations with outliers do that
 CHECK_BATCHES = (1, 2, 5)  # sizes of the checked batches, in turns; the graph was traced with another
@@ -56,34 +57,19 @@ class Exported:
     mean_cosine: float
 
 
-class OnnxEncoder:
-    """An exported model in onnxruntime, on the CPU."""
-
-    def __init__(self, file: Path) -> None:
-        onnxruntime = _require("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self._inputs = [x.name for x in self._session.get_inputs()]
-
-    def embed(self, tokens: Tokens) -> Tensor:
-        """Final vectors [B, D] of texts, as `DualEncoder.embed`."""
-        [vectors_BD] = self._session.run([VECTOR], {name: tokens[name].cpu().numpy() for name in self._inputs})
-        return torch.from_numpy(vectors_BD)
-
-
 def export_onnx(path: str, out: str | Path, *, int8: bool = False, texts: Sequence[str] = ()) -> Exported:
     """Write the dual encoder in `path` to the folder `out` as ONNX, whole or not at all, and compare its vectors with torch's.
 
     Inputs input_ids, attention_mask and where the model has them token_type_ids, int64 [B, L]; outputs
     last_hidden_state [B, L, W] and sentence_embedding [B, D] (pooled, Dense, normalised). Beside it stand the tokenizer and what
-    sentence-transformers reads with `backend="onnx"`. int8: weights quantised, activations as they come (dynamic
-    quantisation). texts: compared besides the built-in ones. Raises InputError for a model that is no dual encoder, a folder that
+    sentence-transformers reads with `backend="onnx"`. int8: weights quantised to 7 bits, so that no
+    CPU's products saturate, with a scale for each output; activations to 8 bits as they come (dynamic quantisation). texts:
+    compared besides the built-in ones. Raises InputError for a model that is no dual encoder, a folder that
     is not empty, packages that are missing; RunError where the model cannot be traced, or its vectors
     differ from torch's by more than TOLERANCE (int8: where their mean cosine to them is below INT8_COSINE).
     """
     for package in ("onnx", "onnxruntime"):
-        _require(package)
+        require(package)
     out = _vacant(out)
     scorer, encoder = load_encoder(path)
     with whole_folder(out) as made:
@@ -96,15 +82,20 @@ def export_onnx(path: str, out: str | Path, *, int8: bool = False, texts: Sequen
         _trace(scorer, encoder, file)
         if int8:
             _quantise(file)
+        texts = [*check_texts(encoder.passage_length), *texts]
         with (made / "README.md").open("a", encoding="utf-8") as card:
             card.write(_USE.format(what="int8 ONNX" if int8 else "ONNX"))
-        moved = compare(scorer, OnnxEncoder(file), encoder, [*check_texts(encoder.passage_length), *texts])
+        moved = compare(scorer, OnnxEncoder(file, checked=False), encoder, texts)
         if not int8 and moved[0] > TOLERANCE:
             what = f"onnxruntime's vectors differ from torch's by {moved[0]:.1e}, more than {TOLERANCE:.0e}"
             raise RunError(path, what, "its architecture cannot be exported with this torch")
         if int8 and not moved[2] >= INT8_COSINE:
             what = f"its int8 vectors keep a mean cosine of {moved[2]:.3f} to the original, less than {INT8_COSINE}"
             raise RunError(path, what, "its activations cannot be held in 8 bits; use --to onnx")
+        probes = encoder.passages(texts[1:9])
+        with torch.no_grad():
+            write_probes(file, probes, scorer.embed(probes))
+        OnnxEncoder(file)
         size = sum(part.stat().st_size for part in file.parent.iterdir())
     return Exported(out / MODEL, size, original, *moved)
 
@@ -201,7 +192,7 @@ def _trace(scorer: DualEncoder, encoder: TextEncoder, file: Path) -> None:
 
 def _join(file: Path) -> None:
     """Beyond the 2 GB of one protobuf torch writes a file per tensor: gather them in one, beside the graph."""
-    onnx = _require("onnx")
+    onnx = require("onnx")
     graph = onnx.load(str(file))
     for part in file.parent.iterdir():
         part.unlink()
@@ -217,8 +208,14 @@ def _quantise(file: Path) -> None:
     whole = file.with_name("float32.onnx")
     external = file.with_name(f"{file.name}_data").exists()
     file.rename(whole)
+    # The reduced range keeps weights within MOST_WEIGHT. A scale for each output makes up for most of the lost bit.
     quantize_dynamic(
-        str(whole), str(file), weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=external
+        str(whole),
+        str(file),
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=True,
+        use_external_data_format=external,
     )
     kept = {file.name, f"{file.name}.data"}
     for part in file.parent.iterdir():
@@ -244,15 +241,6 @@ def _vacant(out: str | Path) -> Path:
     return out
 
 
-def _require(package: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise InputError(package, "the package is not installed", 'pip install "lead-ds[onnx]"') from None
-
-
 _USE = """
 ## {what}
 
@@ -270,5 +258,6 @@ wanted = {{x.name: tokens[x.name] for x in session.get_inputs()}}
 [vectors] = session.run(["sentence_embedding"], wanted)
 ```
 
-With optimum installed, `SentenceTransformer("this directory", backend="onnx")` loads it too.
+With optimum installed, `SentenceTransformer("this directory", backend="onnx")` loads it too. The file's metadata hold a few
+texts with their vectors; `lead_ds.models.onnx_file.OnnxEncoder(file)` refuses it on a CPU that gives others.
 """

@@ -95,11 +95,36 @@ def test_rows_and_ratio(
             assert value[who, "queries per second"] == pytest.approx(1e3 * queries / whole)
             assert value[who, "passages per second"] == pytest.approx(3 * value[who, "queries per second"])
             assert value[who, "step p50"] <= value[who, "step p95"]
-            assert 0 < value[who, "teacher MFU"] < 1
-            assert 0 < value[who, "student MFU"] < 1
             assert value[who, "peak memory"] >= value[who, "memory held between steps"]
         assert value["lead-ds", "loss: layer"] == pytest.approx(value["LEAD's loop", "loss: layer"], rel=1e-4)
     assert "overhead ratio" in capsys.readouterr().out
+    shares = [row for row in rows if row["metric"].endswith("MFU")]
+    assert {row["metric"] for row in shares} == {"teacher MFU", "student MFU"}
+    for row in shares:
+        assert row["flops"] > 0
+        assert row["value"] == throughput.mfu(row["flops"], row["peak_flops"])
+
+
+def test_no_mfu_above_the_ceiling() -> None:
+    assert throughput.mfu(3e9, 4e9) == 0.75
+    assert throughput.mfu(4e9, 4e9) == 1
+    assert throughput.mfu(5e9, 4e9) == "none: the ceiling is too low, give --flops"
+
+
+def test_the_ceiling_of_bfloat16_is_no_lower_than_that_of_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A CPU without bf16 instructions computes such products in float32, or slowly.
+    rates = {
+        (torch.bfloat16, False): 1.0,
+        (torch.bfloat16, True): 2.0,
+        (torch.float32, False): 4.0,
+        (torch.float32, True): 3.0,
+    }
+    monkeypatch.setattr(throughput, "_PEAKS", {})
+    monkeypatch.setattr(throughput, "_product_rate", lambda device, dtype, turned: rates[dtype, turned])
+    assert throughput.peak_flops(torch.device("cpu"), torch.bfloat16) == 4
+    assert throughput.peak_flops(torch.device("cpu"), torch.float32) == 4
 
 
 def test_memory_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Ranks) -> None:

@@ -14,7 +14,7 @@ import torch
 from lead_ds.config import StudentConfig
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
-from lead_ds.models import export
+from lead_ds.models import export, onnx_file
 from lead_ds.models.load import load_encoder, load_student
 from lead_ds.models.student_dir import save_student
 
@@ -81,8 +81,47 @@ def test_int8_holds_its_weights_in_int8_and_is_close(rooms: Path, tmp_path: Path
     # (A model this small is all names and scales: the whole file says nothing.)
     assert export.INT8_COSINE < done.least_cosine <= done.mean_cosine < 1 - 1e-7
     assert [path.name for path in done.path.parent.iterdir()] == ["model.onnx"]
-    vectors = export.OnnxEncoder(done.path).embed(load_encoder(str(student))[1].passages(TEXTS))
+    vectors = onnx_file.OnnxEncoder(done.path).embed(load_encoder(str(student))[1].passages(TEXTS))
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(TEXTS)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_product_of_int8_saturates_16_bits(rooms: Path, tmp_path: Path, kind: str) -> None:
+    # AVX2 and AVX-512 without VNNI add two products of u8 and s8 in 16 bits (vpmaddubsw).
+    import onnx
+
+    done = export.export_onnx(str(saved(rooms, tmp_path / "student", kind)), tmp_path / "int8", int8=True)
+    graph = onnx.load(str(done.path)).graph
+    held = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+    products = [node for node in graph.node if node.op_type in {"MatMulInteger", "QLinearMatMul", "ConvInteger"}]
+    assert len(products) >= 6
+    for node in products:
+        weights = held[node.input[1]]
+        assert weights.dtype == np.int8
+        assert 2 * 255 * int(np.abs(weights).max()) <= np.iinfo(np.int16).max
+        assert np.abs(weights).max() == onnx_file.MOST_WEIGHT  # the whole of what is safe is used
+    used = {name for node in graph.node for name in node.input if node.op_type in {"MatMul", "Gemm"}}
+    assert not [name for name in used & held.keys() if held[name].ndim == 2 and min(held[name].shape) >= 16]
+
+
+def test_a_file_that_gives_other_vectors_here_is_refused(rooms: Path, tmp_path: Path) -> None:
+    import onnx
+
+    done = export.export_onnx(str(saved(rooms, tmp_path / "student", "mean")), tmp_path / "int8", int8=True)
+    graph = onnx.load(str(done.path))
+    weights = max(
+        (x for x in graph.graph.initializer if x.data_type == onnx.TensorProto.INT8), key=lambda x: len(x.raw_data)
+    )
+    halved = onnx.numpy_helper.to_array(weights).copy()
+    halved[len(halved) // 2 :] = 0
+    weights.raw_data = halved.tobytes()
+    onnx.save_model(graph, str(tmp_path / "other.onnx"))
+    with pytest.raises(InputError, match=r"other\.onnx: gives other vectors on this CPU than on its writer's"):
+        onnx_file.OnnxEncoder(tmp_path / "other.onnx")
+    del graph.metadata_props[:]
+    onnx.save_model(graph, str(tmp_path / "bare.onnx"))
+    with pytest.raises(InputError, match="holds no texts to check its vectors by"):
+        onnx_file.OnnxEncoder(tmp_path / "bare.onnx")
 
 
 def test_a_plain_directory_loads_in_sentence_transformers(rooms: Path, tmp_path: Path) -> None:
@@ -100,7 +139,7 @@ def test_weights_in_a_file_of_their_own(rooms: Path, tmp_path: Path) -> None:
     import onnx
 
     done = export.export_onnx(str(rooms / "student"), tmp_path / "out")
-    before = export.OnnxEncoder(done.path)
+    before = onnx_file.OnnxEncoder(done.path)
     split = tmp_path / "split"
     split.mkdir()
     graph = onnx.load(str(done.path))
@@ -109,7 +148,7 @@ def test_weights_in_a_file_of_their_own(rooms: Path, tmp_path: Path) -> None:
     export._join(split / "model.onnx")
     assert {path.name for path in split.iterdir()} == {"model.onnx", "model.onnx_data"}
     tokens = load_encoder(str(rooms / "student"))[1].passages(TEXTS)
-    assert torch.equal(before.embed(tokens), export.OnnxEncoder(split / "model.onnx").embed(tokens))
+    assert torch.equal(before.embed(tokens), onnx_file.OnnxEncoder(split / "model.onnx").embed(tokens))
 
 
 def test_nothing_is_left_of_an_export_that_differs(
