@@ -6,6 +6,7 @@ import os
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 def _expanded(value: str) -> str:
@@ -26,3 +27,8 @@ class Section(BaseModel):
     """A section of the configuration: unknown keys are errors, values are checked and then frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def known_fields(cls) -> dict[str, FieldInfo]:
+        """The settings of a section, by name; of one that is composed when it is read, those that it would have now."""
+        return cls.model_fields

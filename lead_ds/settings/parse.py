@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from lead_ds.errors import InputError
 from lead_ds.settings.base import Section
 from lead_ds.settings.documents import read_yaml
-from lead_ds.settings.typed import fields_of, typed_value
+from lead_ds.settings.typed import fields_of, is_section, kinds_of, typed_value
 
 S = TypeVar("S", bound=Section)
 
@@ -81,6 +80,8 @@ def _describe(error: Any, section: type[Section]) -> tuple[str, str]:
         names = _valid_names(location[:-1], section)
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
         return "unknown key", f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
+    if "remedy" in error.get("ctx", {}):  # an error of ours, which knows what to do
+        return error["msg"], error["ctx"]["remedy"]
     if error["type"] == "missing":
         return "is required", "add it to the configuration"
     message = error["msg"].removeprefix("Value error, ")
@@ -90,20 +91,11 @@ def _describe(error: Any, section: type[Section]) -> tuple[str, str]:
 
 def _valid_names(location: Sequence[str], root: type[Section]) -> list[str]:
     """The keys valid in the section that `location` leads to from `root`."""
-    model: type[BaseModel] = root
+    kinds: list[Any] = [root]
     for part in location:
-        field = model.model_fields.get(part)
-        found = _section_of(field.annotation) if field else None
-        if found is None:
-            return []
-        model = found
-    return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section in an annotation such as `TeacherConfig | None` or `list[EvaluateStage]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
-        return next((found for arg in typing.get_args(annotation) if (found := _section_of(arg))), None)
-    return None
+        kinds = fields_of(kinds, part, root)
+        kinds += [
+            item for kind in kinds if typing.get_origin(kind) is list for item in kinds_of(*typing.get_args(kind))
+        ]
+    sections = [kind for kind in kinds if is_section(kind)]
+    return list(dict.fromkeys(name for section in sections for name in section.known_fields()))

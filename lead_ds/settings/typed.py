@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel
 
+from lead_ds.settings.base import Section
 from lead_ds.settings.documents import compose_value, number, plain_scalar, word
 
 NULLS = ("null", "Null", "NULL")
@@ -32,13 +32,13 @@ def kinds_of(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def fields_of(kinds: list[Any], name: str, root: type[BaseModel]) -> list[Any]:
+def fields_of(kinds: list[Any], name: str, root: type[Section]) -> list[Any]:
     """The plain alternatives of the field `name` in those of `kinds` that are sections; [] where none has it."""
     found: list[Any] = []
     for kind in kinds:
         section = root if kind is Part else kind
-        if isinstance(section, type) and issubclass(section, BaseModel) and name in section.model_fields:
-            field = section.model_fields[name]
+        if is_section(section) and name in section.known_fields():
+            field = section.known_fields()[name]
             part = any(isinstance(mark, Part) for mark in field.metadata)
             found += [kind for kind in ([Part] if part else kinds_of(field.annotation)) if kind not in found]
         elif typing.get_origin(kind) is dict:
@@ -46,12 +46,17 @@ def fields_of(kinds: list[Any], name: str, root: type[BaseModel]) -> list[Any]:
     return found
 
 
-def typed_value(text: str, kinds: list[Any], root: type[BaseModel]) -> Any:
+def is_section(kind: Any) -> bool:
+    """Whether a plain alternative of an annotation is a section."""
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def typed_value(text: str, kinds: list[Any], root: type[Section]) -> Any:
     """What `text` means for a field that takes `kinds`; where it may be a string, the text is the value.
 
     Quotes around it are optional. Raises yaml.YAMLError for a list or a section that cannot be read.
 
-    >>> typed_value("yes", [str], BaseModel), typed_value("1e-5", [float], BaseModel)
+    >>> typed_value("yes", [str], Section), typed_value("1e-5", [float], Section)
     ('yes', 1e-05)
     """
     opened = text.strip()[:1]
@@ -65,8 +70,8 @@ def _takes(kinds: list[Any], shape: type) -> bool:
     """Whether a field may be a list, or a section."""
     if not kinds or Any in kinds:
         return True
-    sections = [kind for kind in kinds if kind is Part or (isinstance(kind, type) and issubclass(kind, BaseModel))]
-    return any(typing.get_origin(kind) is shape for kind in kinds) or (shape is dict and bool(sections))
+    sections = any(kind is Part or is_section(kind) for kind in kinds)
+    return any(typing.get_origin(kind) is shape for kind in kinds) or (shape is dict and sections)
 
 
 def _unquoted(text: str) -> str | None:
@@ -103,7 +108,7 @@ def _scalar(text: str, kinds: list[Any]) -> Any:
     return text if str in kinds else plain_scalar(bare)
 
 
-def _of_node(node: yaml.Node | None, kinds: list[Any], root: type[BaseModel]) -> Any:
+def _of_node(node: yaml.Node | None, kinds: list[Any], root: type[Section]) -> Any:
     """A value that was read as YAML, its scalars by the types of their own fields."""
     if isinstance(node, yaml.SequenceNode):
         items = [
