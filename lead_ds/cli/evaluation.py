@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, LAYOUT, NPROBE, batch_of, choice
+from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
 from lead_ds.errors import InputError
 
 MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
@@ -50,6 +50,7 @@ def evaluate(
     qrels: Path | None = typer.Option(None, "--qrels", help="With --run alone: the judgements."),
     measures: str = MEASURES,
     relevance_level: int = LEVEL,
+    keep_identical: bool = KEEP_IDENTICAL,
     per_query: bool = typer.Option(False, "--per-query", help="Also each query's values (with --json)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
     batch_size: int | None = BATCH,
@@ -99,13 +100,14 @@ def evaluate(
     if model is None:
         assert run is not None
         assert qrels is not None
-        tell(evaluate_run(run, qrels, names, relevance_level), json_file, per_query)
+        tell(evaluate_run(run, qrels, names, relevance_level, keep_identical=keep_identical), json_file, per_query)
         return
     assert data is not None
     if index is not None:
         from lead_ds.retrieval.search import evaluate_index
 
         search: dict[str, Any] = {"gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
+        search["keep_identical"] = keep_identical
         with ranks() as here:
             if here.main:
                 level = relevance_level
@@ -116,18 +118,22 @@ def evaluate(
 
     with ranks() as here:
         dataset = Dataset.open(data)
-        queries = list(dataset.qrels(split))
+        judged = dataset.qrels(split)
         opened = agreed(here, lambda: Reranker.open(model, kind, settings or [], here.device))
         options: dict[str, Any] = {
             "relevance_level": relevance_level,
             "batch_size": batch_of(batch_size, here.device),
             "peers": here,
             "out": out,
+            "keep_identical": keep_identical,
         }
         if opened.scorer.kind == "dual_encoder" and run is None and depth is None:
             scores = evaluate_model(opened.scorer, opened.encoder, dataset, split, names, **options)
         else:
-            found = agreed(here, lambda: find_candidates(dataset, queries, depth or DEPTH, run) if here.main else {})
+            kept: dict[str, Any] = {"keep_identical": keep_identical}
+            found = agreed(
+                here, lambda: find_candidates(dataset, judged, depth or DEPTH, run, **kept) if here.main else {}
+            )
             found = here.from_main(found)
             scores = evaluate_reranked(opened.scorer, opened.encoder, dataset, split, found, names, **options)
         if here.main:
@@ -140,6 +146,7 @@ def compare(
     qrels: Path = typer.Option(..., "--qrels", help="The judgements, of BEIR's or TREC's form."),
     measures: str = MEASURES,
     relevance_level: int = LEVEL,
+    keep_identical: bool = KEEP_IDENTICAL,
     json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
 ) -> None:
     """Compare two TREC runs: is the difference more than chance?
@@ -153,7 +160,9 @@ def compare(
 
     from lead_ds.retrieval.evaluate import compare_runs
 
-    rows = compare_runs(run_a, run_b, qrels, measures.replace(",", " ").split(), relevance_level)
+    rows = compare_runs(
+        run_a, run_b, qrels, measures.replace(",", " ").split(), relevance_level, keep_identical=keep_identical
+    )
     tree = {"a": str(run_a), "b": str(run_b), "comparisons": [asdict(row) for row in rows]}
     if told_as_json(tree, json_file):
         return

@@ -14,6 +14,11 @@ BATCH = typer.Option(
     min=1,
     help="Texts of full length per forward; of shorter ones more. Default: 64, and 16 on a CPU, whose caches hold no more.",
 )
+KEEP_IDENTICAL = typer.Option(
+    False,
+    "--keep-identical",
+    help="Keep a passage that has its query's id, which otherwise is left out unless it is judged relevant, as in BEIR.",
+)
 LAYOUT = typer.Option("shard", "--layout", help="shard or replicate, over several GPUs.")
 GPUS = typer.Option(0, "--gpus", min=0, help="GPUs for the index.")
 NPROBE = typer.Option(None, "--nprobe", min=1, help="Cells searched of an IVF index.")

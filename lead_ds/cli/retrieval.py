@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, LAYOUT, NPROBE, batch_of, choice
+from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
 from lead_ds.errors import InputError
 
 MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory.")
@@ -103,6 +103,7 @@ def search(
     layout: str = LAYOUT,
     nprobe: int | None = NPROBE,
     ef_search: int | None = EF_SEARCH,
+    keep_identical: bool = KEEP_IDENTICAL,
     as_json: bool = typer.Option(False, "--json", help="Print hits as JSON lines."),
 ) -> None:
     """Search: a question from the command line, or all queries of a dataset into a TREC run.
@@ -134,14 +135,16 @@ def search(
         return
     if out is None:
         raise InputError("--out", "is needed for a dataset's queries", "name the TREC run to write")
+    judged = None
     if query:
-        ids, texts = [f"q{i}" for i in range(1, len(query) + 1)], list(query)
+        ids, texts, keep_identical = [f"q{i}" for i in range(1, len(query) + 1)], list(query), True
     else:
         assert data is not None
         dataset = Dataset.open(data)
-        ids = list(dataset.qrels(split)) if split else list(dataset.queries.ids)
+        judged = dataset.qrels(split) if split else None
+        ids = list(dataset.queries.ids if judged is None else judged)
         texts = dataset.queries.texts(dataset.queries.rows(ids))
-    write_run(out, searcher.run(ids, texts, k, quiet=False), tag)
+    write_run(out, searcher.run(ids, texts, k, quiet=False, keep_identical=keep_identical, judged=judged), tag)
     print(f"{len(ids)} queries: {out}")
 
 
@@ -165,6 +168,9 @@ def mine(
     similar: float = typer.Option(
         0.9, "--similar", help="Leave out near-duplicates of a positive: share of words in common."
     ),
+    keep_identical: bool = typer.Option(
+        False, "--keep-identical", help="Keep a passage that is the query itself, by its id or its text."
+    ),
     sample: str = typer.Option("top", "--sample", help="top or random, of the candidates that pass."),
     seed: int = typer.Option(0, "--seed", min=0, help="Of --sample random."),
 ) -> None:
@@ -180,7 +186,9 @@ def mine(
     from lead_ds.settings.parse import parse_section
 
     options = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio, "similar": similar}
-    settings = parse_section(MineSettings, {**options, "sample": sample, "seed": seed}, "mine")
+    settings = parse_section(
+        MineSettings, {**options, "sample": sample, "seed": seed, "keep_identical": keep_identical}, "mine"
+    )
     mined = run_mine(model or run or "bm25", Dataset.open(data), out, split, settings)
     left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)
     print(

@@ -28,6 +28,7 @@ from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
 from lead_ds.errors import InputError, LeadError, RunError
+from lead_ds.io.notes import say_once
 
 if TYPE_CHECKING:
     from lead_ds.config import Config
@@ -146,6 +147,11 @@ class Batches:
                 "lower train.batch_size, train.accumulation or the number of processes",
             )
 
+        if groups.identical and rank == 0:
+            what = (
+                f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is no negative of it"
+            )
+            say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
         self._tokens: dict[int, TokenCache] = {}
         self._draw: Callable[[int, int, int], Group] = groups.draw
         if config.data.token_cache:

@@ -21,6 +21,7 @@ from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.scorer import Scorer
 from lead_ds.retrieval.encode import Embed, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
+from lead_ds.retrieval.identical import with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
 from lead_ds.settings.model import ModelConfig
@@ -78,18 +79,20 @@ def evaluate_model(
     peers: Peers = ALONE,
     quiet: bool = False,
     out: str | Path | None = None,
+    keep_identical: bool = False,
 ) -> Scores:
     """Exact search of a split's judged queries over the whole corpus, and its metrics, equal on every process.
 
     Every process calls this, encodes its share of the corpus and searches in it; only the best results travel. queries: at
     most so many, drawn by `seed`; 0: all. embed: how the model is run, where it is wrapped by an engine. out: a TREC run to
-    write. The model is in evaluation mode meanwhile. Raises InputError as `Dataset.qrels` and `score_run`.
+    write. keep_identical: count a passage that has its query's id, which BEIR does not. The model is in evaluation mode
+    meanwhile. Raises InputError as `Dataset.qrels` and `score_run`.
     """
     scorer = dual_encoder(scorer)
     for name in measures:
         parse_measure(name, relevance_level)
     qrels = draw_queries(dataset.qrels(split), queries, seed)
-    was_training = scorer.training
+    was_training, deep = scorer.training, depth(measures)
     scorer.eval()
     try:
         run = search_exact(
@@ -97,7 +100,7 @@ def evaluate_model(
             encoder,
             dataset,
             list(qrels),
-            depth(measures),
+            deep if keep_identical else with_spare(deep, qrels, dataset.corpus, len(dataset.corpus)),
             batch_size=batch_size,
             device=next(scorer.parameters()).device,
             peers=peers,
@@ -105,6 +108,8 @@ def evaluate_model(
         )
     finally:
         scorer.train(was_training)
+    if not keep_identical:
+        run = without_identical(run, deep, qrels)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
     return peers.from_main(score_run(run, qrels, measures, relevance_level) if peers.rank == 0 else Scores({}, {}))
@@ -174,10 +179,18 @@ def evaluate_run(
     qrels: str | Path | Mapping[str, Mapping[str, int]],
     measures: Sequence[str] = MEASURES,
     relevance_level: int = 1,
+    *,
+    keep_identical: bool = False,
 ) -> Scores:
-    """Metrics of a TREC run, as `score_run`; files are read. Raises InputError for files that cannot be used."""
+    """Metrics of a TREC run, as `score_run`; files are read. Raises InputError for files that cannot be used.
+
+    keep_identical: count a passage that has its query's id, as trec_eval does and BEIR does not.
+    """
     run = read_run(run) if isinstance(run, (str, Path)) else run
     qrels = read_qrels(qrels) if isinstance(qrels, (str, Path)) else qrels
+    if not keep_identical:
+        kept = {query: dict(found) for query, found in run.items() if query in qrels}
+        run = without_identical(kept, max(map(len, kept.values()), default=0), qrels) if kept else run
     return score_run(run, qrels, measures, relevance_level)
 
 
@@ -237,10 +250,13 @@ def compare_runs(
     qrels: str | Path | Mapping[str, Mapping[str, int]],
     measures: Sequence[str] = MEASURES,
     relevance_level: int = 1,
+    *,
+    keep_identical: bool = False,
 ) -> list[Comparison]:
     """`compare` of two TREC runs on every measure. Raises InputError as `evaluate_run`."""
     qrels = read_qrels(qrels) if isinstance(qrels, (str, Path)) else qrels
-    scores_a, scores_b = (evaluate_run(run, qrels, measures, relevance_level) for run in (a, b))
+    level, keep = relevance_level, keep_identical
+    scores_a, scores_b = (evaluate_run(run, qrels, measures, level, keep_identical=keep) for run in (a, b))
     return [compare(scores_a, scores_b, measure) for measure in scores_a.mean]
 
 

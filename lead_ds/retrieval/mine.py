@@ -22,6 +22,7 @@ from lead_ds.io.files import atomic
 from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import encode_share
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
+from lead_ds.retrieval.identical import with_spare
 from lead_ds.retrieval.index import check_k
 from lead_ds.settings.mining import MineSettings
 
@@ -62,16 +63,18 @@ def mine(
     if settings.depth is not None:
         check_k(settings.depth, len(dataset.corpus), "depth")
     depth = settings.depth or max(DEPTH, settings.skip + settings.number)
+    keep = settings.keep_identical
     qrels = dataset.qrels(split)
     positives = {query: [name for name, grade in judged.items() if grade > 0] for query, judged in qrels.items()}
     positives = {query: names for query, names in positives.items() if names}
     if not positives:
         raise InputError(split, "no query has a positive", "check the judgements")
     by_score = settings.margin is not None or settings.ratio is not None
-    run = _candidates(source, dataset, positives, depth, by_score, batch_size, quiet)
+    deep = depth if keep else with_spare(depth, positives, dataset.corpus, len(dataset.corpus))
+    run = _candidates(source, dataset, positives, deep, by_score, batch_size, quiet)
     if not set(run) & set(positives):
         raise InputError(split, "the run has none of its queries", "check that run and split belong together")
-    counts = {"positive": 0, "rank": 0, "score": 0, "copy": 0}
+    counts = {"positive": 0, "itself": 0, "rank": 0, "score": 0, "copy": 0}
     negatives = short = unscored = 0
     with (
         atomic(Path(out)) as temporary,
@@ -80,6 +83,9 @@ def mine(
     ):
         for query, names in positives.items():
             found = run.get(query, {})
+            if not keep and query in found and query not in names:
+                found = {name: score for name, score in found.items() if name != query}
+                counts["itself"] += 1
             chosen = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
             scores = {name: found[name] for name in (*names, *chosen) if name in found}
             group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
@@ -217,6 +223,7 @@ def _choose(
     if settings.sample == "random":
         random.Random(f"mine {settings.seed} {query}").shuffle(kept)
     corpus = dataset.corpus
+    asked = None if settings.keep_identical else dataset.queries.text(dataset.queries.row(query)).strip()
     # A copy of another negative is no use either, but only of a positive does it teach the wrong thing.
     avoided = [_words(text) for text in corpus.texts(corpus.rows(positives))]
     chosen: list[str] = []
@@ -224,6 +231,9 @@ def _choose(
     for name, row in zip(kept, corpus.rows(kept).tolist(), strict=True):
         if len(chosen) == settings.number:
             break
+        if asked is not None and asked in (body.strip() for body in (corpus.text(row), corpus.body(row))):
+            counts["itself"] += 1
+            continue
         words = _words(corpus.text(row))
         if any(_similarity(words, other) >= settings.similar for other in avoided):
             counts["copy"] += 1

@@ -28,6 +28,7 @@ from lead_ds.models.kinds.colbert import score_mask
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
 from lead_ds.retrieval.evaluate import MEASURES, draw_queries
+from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores, parse_measure, score_run
 from lead_ds.retrieval.mine import bm25_run, known_passages
 from lead_ds.retrieval.peers import ALONE, Peers, share
@@ -96,6 +97,7 @@ def evaluate_reranked(
     peers: Peers = ALONE,
     quiet: bool = False,
     out: str | Path | None = None,
+    keep_identical: bool = False,
 ) -> Scores:
     """Metrics of a split's candidates in the model's order, equal on every process; arguments as `evaluate_model`.
 
@@ -104,7 +106,9 @@ def evaluate_reranked(
     for name in measures:
         parse_measure(name, relevance_level)
     qrels = draw_queries(dataset.qrels(split), queries, seed)
-    wanted = {query: candidates[query] for query in qrels if query in candidates}
+    wanted = {query: dict(candidates[query]) for query in qrels if query in candidates}
+    if not keep_identical:
+        wanted = without_identical(wanted, max(map(len, wanted.values()), default=0), qrels, quiet=peers.rank > 0)
     run = rerank(scorer, encoder, dataset, wanted, batch_size=batch_size, peers=peers, quiet=quiet)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
@@ -158,18 +162,32 @@ def rerank(
 
 def find_candidates(
     dataset: Dataset,
-    query_ids: Sequence[str],
+    queries: Sequence[str] | Judged,
     depth: int = DEPTH,
     run: str | Path | None = None,
     cache: Path | None = None,
     *,
     quiet: bool = False,
+    keep_identical: bool = False,
 ) -> Run:
     """The `depth` best passages of every query: of a TREC run, or BM25's.
 
-    cache: a folder in which BM25's are kept, under a name that tells corpus, queries and depth apart. Raises InputError
-    for a run that cannot be used with the dataset, and without bm25s.
+    queries: their ids, or their judgements. keep_identical: false leaves out the passage of a query's own id, unless it is
+    judged relevant. cache: a folder in which BM25's are kept, under a name that tells corpus, queries and depth apart.
+    Raises InputError for a run that cannot be used with the dataset, and without bm25s.
     """
+    query_ids, wanted = list(queries), depth
+    if not keep_identical:
+        depth = with_spare(depth, query_ids, dataset.corpus, len(dataset.corpus))
+    found = _candidates(dataset, query_ids, depth, run, cache, quiet)
+    if keep_identical:
+        return found
+    return without_identical(found, wanted, queries if isinstance(queries, Mapping) else None)
+
+
+def _candidates(
+    dataset: Dataset, query_ids: Sequence[str], depth: int, run: str | Path | None, cache: Path | None, quiet: bool
+) -> Run:
     if run is not None:
         wanted = set(query_ids)
         found = {query: passages for query, passages in read_run(run).items() if query in wanted}

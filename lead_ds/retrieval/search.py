@@ -23,6 +23,7 @@ from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.retrieval.encode import Side, check_texts, encode_share
 from lead_ds.retrieval.evaluate import MEASURES, make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
+from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 
@@ -119,15 +120,19 @@ class Searcher:
         *,
         batch_size: int = 64,
         quiet: bool = True,
+        keep_identical: bool = True,
+        judged: Judged | None = None,
     ) -> Run:
         """The k best passages of every query: query id -> passage id -> score, best first.
 
-        k: 1000 by default, or all where there are fewer. Raises InputError for a k below 1 or beyond the passages.
+        k: 1000 by default, or all where there are fewer. keep_identical: false leaves out the passage of a query's own id,
+        unless it is `judged` relevant. Raises InputError for a k below 1 or beyond the passages.
         """
         k = min(1000, len(self.ids)) if k is None else k
         if k < 1:
             raise InputError("k", f"{k} results cannot be searched for", "use at least 1")
         check_k(k, len(self.ids))
+        deep = k if keep_identical else with_spare(k, query_ids, self.ids, len(self.ids))
 
         def texts(rows: Sequence[int]) -> list[str]:
             return [queries[row] for row in rows]
@@ -139,11 +144,12 @@ class Searcher:
         scores: Tensor | np.ndarray
         found: Tensor | np.ndarray
         if isinstance(self.passages, Index):
-            scores, found = self.passages.search(vectors_QD.cpu().numpy(), k)
+            scores, found = self.passages.search(vectors_QD.cpu().numpy(), deep)
         else:
             with torch.no_grad():
-                scores, found = exact_search(vectors_QD, self.passages, k)
-        return make_run(query_ids, scores.tolist(), found.tolist(), self.ids)
+                scores, found = exact_search(vectors_QD, self.passages, deep)
+        run = make_run(query_ids, scores.tolist(), found.tolist(), self.ids)
+        return run if keep_identical else without_identical(run, k, judged)
 
 
 def evaluate_index(
@@ -156,11 +162,13 @@ def evaluate_index(
     relevance_level: int = 1,
     out: str | Path | None = None,
     quiet: bool = False,
+    keep_identical: bool = False,
     **index_settings: Any,
 ) -> Scores:
     """Metrics of an index, searched for a split's judged queries: with what it costs to be approximate.
 
-    index_settings: of `Index.open`. out: a TREC run to write. Raises InputError as `Searcher.open` and `score_run`.
+    index_settings: of `Index.open`. out: a TREC run to write. keep_identical: as `evaluate_model`.
+    Raises InputError as `Searcher.open` and `score_run`.
     """
     for name in measures:
         parse_measure(name, relevance_level)
@@ -168,7 +176,8 @@ def evaluate_index(
     qrels = dataset.qrels(split)
     searcher = Searcher.open(model, data, index=index, **index_settings)
     texts = dataset.queries.texts(dataset.queries.rows(list(qrels)))
-    run = searcher.run(list(qrels), texts, min(depth(measures), len(searcher.ids)), quiet=quiet)
+    reading: dict[str, Any] = {"quiet": quiet, "keep_identical": keep_identical, "judged": qrels}
+    run = searcher.run(list(qrels), texts, min(depth(measures), len(searcher.ids)), **reading)
     if out is not None:
         write_run(out, run)
     return score_run(run, qrels, measures, relevance_level)

@@ -21,6 +21,10 @@ class DataConfig(Section):
     mask_duplicates: bool = Field(
         True, description="an in-batch passage that is also a positive of the query is left out of its distribution"
     )
+    keep_identical: bool = Field(
+        False,
+        description="let a passage that is the query itself, by its id or its text, be its negative, and count it in evaluation",
+    )
     token_cache: bool | Place = Field(
         False,
         description="keep every text's tokens on disk, made once, and put batches together from them: true, or a folder. For "

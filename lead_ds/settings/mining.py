@@ -35,6 +35,9 @@ class MineSettings(Section):
         description="candidates that share at least this part of their words with a positive (Jaccard) are left out as "
         "copies; 1: those of the same words only",
     )
+    keep_identical: bool = Field(
+        False, description="keep a passage that is the query itself, by its id or its text, as a candidate"
+    )
     sample: Literal["top", "random"] = Field("top", description="the hardest ones that are left, or random ones")
     seed: NonNegative = 0
 

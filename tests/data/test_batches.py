@@ -182,7 +182,7 @@ class Breaking:
 
     def __init__(self, groups: Any, action: str) -> None:
         self.groups, self.action = groups, action
-        self.path, self.has_scores = groups.path, True
+        self.path, self.has_scores, self.identical = groups.path, True, 0
         self.drawn = 0
 
     def __len__(self) -> int:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lead_ds.config import Config
-from lead_ds.data import token_cache
 from lead_ds.data.batches import Batches, ModelBatch
 from lead_ds.data.groups.open import open_groups
+from lead_ds.data.tokens import cache as token_cache
 from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.pairs import PairForm, longest_first

@@ -63,7 +63,7 @@ def test_filters(small: Dataset, tmp_path: Path, settings: dict[str, Any], expec
 
 def test_what_was_left_out_is_counted(small: Dataset, tmp_path: Path) -> None:
     result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(number=4, margin=-1.5), quiet=True)
-    assert result.left_out == {"positive": 2, "rank": 0, "score": 2, "copy": 0}
+    assert result.left_out == {"positive": 2, "itself": 0, "rank": 0, "score": 2, "copy": 0}
     assert result.short == 1
     result = mine(RUN, small, tmp_path / "out.jsonl", settings=MineSettings(number=2), quiet=True)
     assert (result.left_out["copy"], result.short) == (1, 0)

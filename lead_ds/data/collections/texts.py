@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
+from zlib import crc32
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Texts:
         self.path, self.kind = path, kind
         self._buffer = buffer
         self._starts, self._hashes, self._order = arrays["starts"], arrays["hashes"], arrays["order"]
+        self.marks = arrays["marks"]  # uint32: equal where texts (without titles) are equal
         self.ids = Ids(arrays["ids"], arrays["id_starts"])
 
     @classmethod
@@ -38,7 +40,7 @@ class Texts:
         """
         path = require_file(Path(path), f"each line is {_SHAPE[kind]}").absolute()
         buffer = open_buffer(path)
-        key = {"version": 1, "kind": kind, **signature(path)}
+        key = {"version": 2, "kind": kind, **signature(path)}
         return cls(path, kind, buffer, cached_arrays(path, kind, key, lambda: _build(path, kind, buffer)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,6 +84,28 @@ class Texts:
         if self.kind == "queries":
             return record["text"]
         return passage_text(record.get("title"), record["text"])
+
+    def body(self, row: int) -> str:
+        """The text of a row without a title."""
+        return loads(self._buffer[int(self._starts[row]) : int(self._starts[row + 1])])["text"]
+
+    def asking(self, queries: Texts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Passages that are one of the queries in `rows`, by id or by text (without a title): (places in rows, rows here)."""
+        same = self.rows([queries.ids[int(row)] for row in rows])
+        places = [np.flatnonzero(same >= 0)]
+        found = [same[same >= 0]]
+        marks = queries.marks[rows]
+        order = np.argsort(marks, kind="stable")
+        here = np.flatnonzero(np.isin(self.marks, marks[marks != 0]))  # 0: of an empty text, which asks nothing
+        firsts = np.searchsorted(marks[order], self.marks[here], "left")
+        lasts = np.searchsorted(marks[order], self.marks[here], "right")
+        for row, first, last in zip(here.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+            body = self.body(row).strip()
+            equal = [place for place in order[first:last].tolist() if queries.body(int(rows[place])).strip() == body]
+            places.append(np.array(equal, np.int64))
+            found.append(np.full(len(equal), row, np.int64))
+        pairs = np.unique(np.stack([np.concatenate(places), np.concatenate(found)]), axis=1)
+        return pairs[0], pairs[1]
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The texts of several rows, in their order."""
@@ -166,12 +190,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _build(path: Path, kind: Kind, buffer: Buffer) -> Arrays:
-    starts, hashes, lengths, ids = [], [], [], []
+    starts, hashes, lengths, ids, marks = [], [], [], [], []
     for block in read_blocks(path, buffer):
         names = _names(block, kind)
         for first in range(0, len(names), 8192):  # short runs: one very long id widens only its own
             hashes.append(hash_ids(names[first : first + 8192])[0])
         starts.append(block.starts)
+        marks.append(
+            np.array([crc32(record["text"].strip().encode("utf-8", "replace")) for record in block.records], np.uint32)
+        )
         lengths.append(np.fromiter(map(len, names), np.int64, len(names)))
         ids.append(np.frombuffer(b"".join(names), np.uint8))
     if not starts:
@@ -183,6 +210,7 @@ def _build(path: Path, kind: Kind, buffer: Buffer) -> Arrays:
         "ids": np.concatenate([*ids, np.zeros(1, np.uint8)]),  # never empty, so that it can be indexed
         "id_starts": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
         "hashes": hashed[order],
+        "marks": np.concatenate(marks),
         "order": order.astype(np.uint32 if len(order) < 1 << 32 else np.int64),
     }
     _refuse_duplicates(path, buffer, arrays)

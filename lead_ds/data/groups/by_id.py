@@ -42,7 +42,10 @@ class IdGroups:
         self._positives, self._positive_starts = arrays["positives"], arrays["positive_starts"]
         self._negatives, self._negative_starts = arrays["negatives"], arrays["negative_starts"]
         self.has_scores = len(self._scores) > 0
-        self._known = KnownPositives(self._query, self._positive_starts, self._positives)
+        groups, passages = arrays["same_groups"], arrays["same_passages"]
+        same = {} if config.keep_identical else _by_group(groups, passages)
+        self.identical = len(same)
+        self._known = KnownPositives(self._query, self._positive_starts, self._positives, same)
         if not self._known.leave(len(self.corpus), config.negatives):
             raise InputError(
                 self.corpus.path,
@@ -55,10 +58,16 @@ class IdGroups:
         """Open groups in format `form` (canonical or qrels). Raises InputError naming file and line."""
         dataset = Dataset.open(config.path)
         corpus, queries = dataset.corpus, dataset.queries
-        key = {"version": 1, "form": form, "train": signature(path)}
+        key = {"version": 2, "form": form, "train": signature(path)}
         key |= {"corpus": signature(corpus.path), "queries": signature(queries.path)}
         build = _build_qrels if form == "qrels" else _build_canonical
-        return cls(config, path, form, dataset, cached_arrays(path, form, key, lambda: build(path, corpus, queries)))
+
+        def built() -> Arrays:
+            arrays = build(path, corpus, queries)
+            arrays["same_groups"], arrays["same_passages"] = corpus.asking(queries, arrays["query"])
+            return arrays
+
+        return cls(config, path, form, dataset, cached_arrays(path, form, key, built))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).open, (self._config, self.path, self._form)
@@ -233,6 +242,12 @@ def _build_qrels(path: Path, corpus: Texts, queries: Texts) -> Arrays:
         "negative_starts": np.zeros(len(counts) + 1, np.int64),
         "scores": np.zeros(0, np.float32),
     }
+
+
+def _by_group(groups: np.ndarray, passages: np.ndarray) -> dict[int, np.ndarray]:
+    order = np.argsort(groups, kind="stable")
+    rows, firsts = np.unique(groups[order], return_index=True)
+    return dict(zip(rows.tolist(), np.split(passages[order], firsts[1:]), strict=True)) if len(rows) else {}
 
 
 def _row_type(texts: Texts) -> type[np.signedinteger[Any]]:

@@ -24,7 +24,7 @@ class TextGroups(ListedGroups):
     """Groups of a file that holds their texts."""
 
     def __init__(self, config: DataConfig, path: Path, form: str, read: Reader, buffer: Buffer, arrays: Arrays) -> None:
-        super().__init__(path, arrays, config.negatives)
+        super().__init__(path, arrays, config.negatives, config.keep_identical)
         self._form, self._config, self._read, self._buffer = form, config, read, buffer
         self.sources = {"train": path}
         self.checksums: dict[str, str] = {}
@@ -49,7 +49,7 @@ class TextGroups(ListedGroups):
         def build() -> Arrays:
             return index_records(records(), len(buffer), read, lambda number: f"{path}:{number}")
 
-        key = {"version": 1, "form": form, **signature(path)}
+        key = {"version": 2, "form": form, **signature(path)}
         return cls(config, path, form, read, buffer, cached_arrays(path, form, key, build))
 
     def __reduce__(self) -> tuple[Any, ...]:

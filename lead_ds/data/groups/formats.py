@@ -47,6 +47,11 @@ class Lines:
     name: str | None = None
 
 
+def is_query(lines: Lines, passage: Listed) -> bool:
+    """Whether a passage is the query itself, by its id or its text."""
+    return (lines.name is not None and passage.name == lines.name) or passage.text.strip() == lines.query.strip()
+
+
 class Unusable(Exception):
     """Why a record is no group: what is wrong and what to do."""
 

@@ -41,6 +41,7 @@ class Groups(Protocol):
 
     path: Path
     has_scores: bool
+    identical: int  # groups for which a passage is left out of the negatives, since it is the query itself
     sources: dict[str, Path]  # the files whose content decides the groups: train, and corpus and queries if any
     checksums: dict[str, str]  # of what decides them and is in no file
 
@@ -64,10 +65,16 @@ class Groups(Protocol):
 
 
 class KnownPositives:
-    """All positives of a query, also those of other lines of the file that ask the same."""
+    """All positives of a query, also those of other lines of the file that ask the same; and passages that are the query."""
 
-    def __init__(self, queries: np.ndarray, starts: np.ndarray, keys: np.ndarray) -> None:
-        """`queries` [n]: equal where two rows ask the same; row i's positives are keys[starts[i]:starts[i+1]]."""
+    def __init__(
+        self, queries: np.ndarray, starts: np.ndarray, keys: np.ndarray, same: dict[int, np.ndarray] | None = None
+    ) -> None:
+        """`queries` [n]: equal where two rows ask the same; row i's positives are keys[starts[i]:starts[i+1]].
+
+        same: row -> passages that are the query itself, which are no more its negatives than its positives are.
+        """
+        self._same = same or {}
         self._starts, self._keys, self._queries = starts, keys, queries
         order = np.argsort(queries, kind="stable")
         ordered = np.asarray(queries)[order]
@@ -87,6 +94,8 @@ class KnownPositives:
     def leave(self, passages: int, wanted: int) -> bool:
         """Whether every query has `wanted` of `passages` that are not its known positives."""
         counts = np.diff(self._starts)
+        for row in self._same:
+            counts[row] = len(np.unique(self._own(row)))
         if self._order is None or self._ordered is None:
             return passages - int(counts.max(initial=0)) >= wanted
         firsts = np.flatnonzero(np.concatenate([[True], self._ordered[1:] != self._ordered[:-1]]))
@@ -95,4 +104,5 @@ class KnownPositives:
         return all(passages - len(self.of(int(row))) >= wanted for row in doubtful)
 
     def _own(self, row: int) -> np.ndarray:
-        return self._keys[int(self._starts[row]) : int(self._starts[row + 1])]
+        own = self._keys[int(self._starts[row]) : int(self._starts[row + 1])]
+        return np.concatenate([own, self._same[row]]) if row in self._same else own

@@ -12,20 +12,27 @@ from pathlib import Path
 import numpy as np
 
 from lead_ds.data.groups.drawing import Draw
-from lead_ds.data.groups.formats import Lines, Listed, Reader, Record, Unusable, key_of
+from lead_ds.data.groups.formats import Lines, Listed, Reader, Record, Unusable, is_query, key_of
 from lead_ds.data.groups.group import Group, KnownPositives, Pool
 from lead_ds.errors import InputError
 from lead_ds.io.mapped import Arrays
 
+TRIES = 100_000  # random passages drawn for one group
+
 
 class ListedGroups(ABC):
-    """Groups that list their passages' texts. `arrays` are those of `index_records`; `wanted`: negatives of a draw."""
+    """Groups that list their passages' texts. `arrays` are those of `index_records`; `wanted`: negatives of a draw.
+
+    keep_identical: a passage that is the query itself, by its id or its text, may be its negative.
+    """
 
     sources: dict[str, Path]
 
-    def __init__(self, path: Path, arrays: Arrays, wanted: int) -> None:
+    def __init__(self, path: Path, arrays: Arrays, wanted: int, keep_identical: bool = False) -> None:
         self.path, self._starts, self._wanted = path, arrays["starts"], wanted
         self.has_scores = bool(arrays["has_scores"][0])
+        self.identical = 0 if keep_identical else int(arrays["identical"][0])
+        self._keep_identical = keep_identical
         self._known = KnownPositives(arrays["query"], arrays["positive_starts"], arrays["positives"])
 
     @abstractmethod
@@ -39,19 +46,24 @@ class ListedGroups(ABC):
         """See `Groups.draw`. Negatives come from the row, then from other rows at random; none is a positive."""
         draw = Draw(seed, epoch, row)
         lines = self._lines(row)
-        known = self._known.of(row)
+        known = self._known_of(lines, row)
         passages = [lines.positives[draw.below(len(lines.positives))]]
         keys = [passages[0].key]
         taken = set(known.tolist())
         order = draw.shuffled(len(lines.negatives))
         while len(passages) <= self._wanted and (i := next(order, None)) is not None:
-            self._add(lines.negatives[i], passages, keys, taken)
+            self._add(lines, lines.negatives[i], passages, keys, taken)
+        tries = 0
         while len(passages) <= self._wanted:
+            tries += 1
+            if tries > TRIES:  # all that is left are copies of the query, which the check at opening cannot count
+                what = f"no {self._wanted} negatives were found for query {lines.query[:60]!r}"
+                raise InputError(self.path, what, "lower data.negatives")
             other = self._lines(draw.below(len(self)))
             pool = [*other.positives, *other.negatives]
             picked = pool[draw.below(len(pool))]
             # The score that the other row gives is for its own query.
-            self._add(Listed(picked.text, picked.name), passages, keys, taken)
+            self._add(lines, Listed(picked.text, picked.name), passages, keys, taken)
         return Group(
             query_id=lines.name if lines.name is not None else f"{key_of(lines.query):016x}",
             query=lines.query,
@@ -81,13 +93,23 @@ class ListedGroups(ABC):
         return len(self._offered(self._lines(row), row))
 
     def _offered(self, lines: Lines, row: int) -> dict[int, str]:
-        known = set(self._known.of(row).tolist())
-        return {passage.key: passage.text for passage in lines.negatives if passage.key not in known}
+        known = set(self._known_of(lines, row).tolist())
+        offered = {passage.key: passage for passage in lines.negatives if passage.key not in known}
+        return {key: passage.text for key, passage in offered.items() if not self._is_query(lines, passage)}
 
-    @staticmethod
-    def _add(passage: Listed, passages: list[Listed], keys: list[int], taken: set[int]) -> None:
+    def _known_of(self, lines: Lines, row: int) -> np.ndarray:
+        """Keys of passages that are no negatives of the query: its known positives, and what has its id or is its text."""
+        known = self._known.of(row)
+        if not self.identical:
+            return known
+        return np.union1d(known, [key_of(name) for name in (lines.name, lines.query) if name is not None])
+
+    def _is_query(self, lines: Lines, passage: Listed) -> bool:
+        return not self._keep_identical and is_query(lines, passage)
+
+    def _add(self, lines: Lines, passage: Listed, passages: list[Listed], keys: list[int], taken: set[int]) -> None:
         key = passage.key
-        if key not in taken:
+        if key not in taken and not self._is_query(lines, passage):
             taken.add(key)
             passages.append(passage)
             keys.append(key)
@@ -95,11 +117,12 @@ class ListedGroups(ABC):
     def refuse_small_pool(self) -> None:
         """Other rows lend negatives; reads only as many rows as it takes to see that there are enough."""
         pool: set[int] = set()
+        wanted = self._wanted + bool(self.identical)  # a row may find itself among them
         for row in range(len(self)):
             lines = self._lines(row)
             pool.update(passage.key for passage in (*lines.positives, *lines.negatives))
             seen = row + 1
-            if (seen & (seen - 1) == 0 or seen == len(self)) and self._known.leave(len(pool), self._wanted):
+            if (seen & (seen - 1) == 0 or seen == len(self)) and self._known.leave(len(pool), wanted):
                 return
         raise InputError(
             self.path,
@@ -119,6 +142,7 @@ def index_records(
     queries: list[int] = []
     positives: list[int] = []
     positive_starts = [0]
+    identical: list[bool] = []
     scored = False
     opened = (0, "")  # number and query of the group at hand
     for start, number, record in records:
@@ -129,11 +153,13 @@ def index_records(
         if not (read.grouped and starts and lines.query == opened[1]):
             _refuse_without_positive(positive_starts, positives, opened, where)
             starts.append(start)
+            identical.append(False)
             queries.append(key_of(lines.query if lines.name is None else lines.name))
             positive_starts.append(len(positives))
             opened = (number, lines.query)
         positives += [passage.key for passage in lines.positives]
         positive_starts[-1] = len(positives)
+        identical[-1] |= any(is_query(lines, passage) for passage in lines.negatives)
         scored = scored or any(p.score == p.score for p in (*lines.positives, *lines.negatives))  # NaN: none
     _refuse_without_positive(positive_starts, positives, opened, where)
     return {
@@ -142,6 +168,8 @@ def index_records(
         "positives": np.array(positives, np.int64),
         "positive_starts": np.array(positive_starts, np.int64),
         "has_scores": np.array([scored]),
+        # As a negative of its own row, or as a passage of another, which a batch compares it with.
+        "identical": np.array([int((np.isin(queries, positives) | np.array(identical, bool)).sum())]),
     }
 
 

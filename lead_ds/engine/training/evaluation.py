@@ -25,10 +25,17 @@ class Evaluator:
     """Evaluates the student on the configured split."""
 
     def __init__(
-        self, settings: EvaluationConfig, dataset: Dataset, encoder: TextEncoder, ranks: Ranks, seed: int, folder: Path
+        self,
+        settings: EvaluationConfig,
+        dataset: Dataset,
+        encoder: TextEncoder,
+        ranks: Ranks,
+        seed: int,
+        folder: Path,
+        keep_identical: bool = False,
     ) -> None:
         self.settings, self.dataset, self.encoder, self.seed = settings, dataset, encoder, seed
-        self.ranks, self.folder = ranks, folder
+        self.ranks, self.folder, self.keep_identical = ranks, folder, keep_identical
         self.found: Run | None = None  # rank 0's candidates, of models that rerank
         self.candidates: Run | None = None  # the same on every rank
 
@@ -54,7 +61,7 @@ class Evaluator:
         dataset.qrels(settings.split)  # a judged id without a text is told now, not after an hour of training
         for name in settings.measures:
             parse_measure(name)
-        evaluator = cls(settings, dataset, encoder, ranks, config.seed, Path(config.output))
+        evaluator = cls(settings, dataset, encoder, ranks, config.seed, Path(config.output), config.data.keep_identical)
         if config.student.kind != "dual_encoder" and ranks.main:
             if settings.run is None:
                 bm25_package()
@@ -67,7 +74,7 @@ class Evaluator:
         settings, split = self.settings, self.settings.split
         assert split is not None
         options: dict[str, Any] = {"queries": settings.queries, "seed": self.seed, "batch_size": settings.batch_size}
-        options |= {"peers": self.ranks, "quiet": True}
+        options |= {"peers": self.ranks, "quiet": True, "keep_identical": self.keep_identical}
         if scorer.kind == "dual_encoder":
             encoder = self.encoder.serving()
             return evaluate_model(scorer, encoder, self.dataset, split, settings.measures, **options).mean
@@ -81,6 +88,5 @@ class Evaluator:
         """The passages that are reranked, of the run's evaluation queries."""
         assert self.settings.split is not None
         queries = draw_queries(self.dataset.qrels(self.settings.split), self.settings.queries, self.seed)
-        return find_candidates(
-            self.dataset, list(queries), self.settings.depth, self.settings.run, self.folder, quiet=True
-        )
+        options: dict[str, Any] = {"quiet": True, "keep_identical": self.keep_identical}
+        return find_candidates(self.dataset, queries, self.settings.depth, self.settings.run, self.folder, **options)
