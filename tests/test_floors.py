@@ -21,6 +21,7 @@ FLOORS = (
     ("models",),
     ("retrieval", "teachers"),
     ("plan", "engine.training", "demo", "pipeline"),
+    ("face",),
     ("cli",),
     ("__main__",),
 )

@@ -29,10 +29,11 @@ def distill(
     config.yaml, run.json, monitor/ and report/.
     """
     from lead_ds.config import load_config
-    from lead_ds.engine.training.distill import distill as run
+    from lead_ds.face.distiller import Distiller
 
-    student = run(load_config(config, overrides or []), resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
-    say(f"student: {student}")
+    run = Distiller.of(load_config(config, overrides or []))
+    run.train(resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
+    say(f"student: {run.folder}")
 
 
 def warmup(
@@ -57,12 +58,12 @@ def warmup(
     is given a new one. Writes model/ to the output folder, beside checkpoints/, metrics.jsonl, config.yaml, run.json and
     monitor/.
     """
-    from lead_ds.engine.training.warmup import load_warmup
-    from lead_ds.engine.training.warmup import warmup as run
+    from lead_ds.engine.training.warmup import load_warmup, warmup_config
+    from lead_ds.face.distiller import Distiller
 
-    settings = load_warmup(config, overrides or [])
-    model = run(settings, of, resume=resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
-    say(f"model: {model}")
+    run = Distiller.of(warmup_config(load_warmup(config, overrides or []), of), product="model")
+    run.train(resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
+    say(f"model: {run.folder}")
 
 
 def report(

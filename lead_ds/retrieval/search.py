@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,17 @@ def model_facts(path: str | Path, scorer: DualEncoder) -> dict[str, Any]:
     }
 
 
+class Corpus(Protocol):
+    """Passages by row: `Texts`, or some in memory."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
+    def rows(self, names: Sequence[str]) -> np.ndarray: ...
+    def text(self, row: int) -> str: ...
+    def texts(self, rows: Sequence[int]) -> list[str]: ...
+
+
 class Searcher:
     """A dual encoder with passages to search in: the vectors of a dataset, exactly, or an index."""
 
@@ -56,7 +67,7 @@ class Searcher:
         encoder: TextEncoder,
         passages: Tensor | Index,
         ids: Sequence[str],
-        corpus: Texts | None,
+        corpus: Corpus | None,
     ) -> None:
         self.scorer, self.encoder, self.passages, self.ids, self.corpus = scorer, encoder, passages, ids, corpus
         self.device = next(scorer.parameters()).device
@@ -83,13 +94,27 @@ class Searcher:
         scorer, encoder = open_encoder(model, device)
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
-            opened = Index.open(index, **index_settings)
-            opened.check_model(model_facts(model.path if isinstance(model, StudentConfig) else model, scorer))
-            opened.check_side(Side.of(encoder, "corpus"))
-            if corpus is not None:
-                check_texts(opened.meta, corpus, index)
-            return cls(scorer, encoder, opened, opened.ids, corpus)
+            path = model.path if isinstance(model, StudentConfig) else model
+            return cls.over_index(scorer, encoder, path, Index.open(index, **index_settings), corpus)
         assert corpus is not None
+        return cls.over_corpus(scorer, encoder, corpus, batch_size=batch_size, quiet=quiet)
+
+    @classmethod
+    def over_index(
+        cls, scorer: DualEncoder, encoder: TextEncoder, path: str | Path, index: Index, corpus: Texts | None
+    ) -> Searcher:
+        """The model loaded from `path` over an index. Raises InputError as `open`."""
+        index.check_model(model_facts(path, scorer))
+        index.check_side(Side.of(encoder, "corpus"))
+        if corpus is not None:
+            check_texts(index.meta, corpus, index.folder)
+        return cls(scorer, encoder, index, index.ids, corpus)
+
+    @classmethod
+    def over_corpus(
+        cls, scorer: DualEncoder, encoder: TextEncoder, corpus: Corpus, *, batch_size: int = 64, quiet: bool = False
+    ) -> Searcher:
+        """The model over passages that are encoded now, searched exactly."""
         with progress("encoding the corpus", len(corpus), "texts", shown=not quiet) as meter:
             vectors_PD = encode_share(
                 scorer.embed,

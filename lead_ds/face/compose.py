@@ -1,0 +1,118 @@
+"""From what Python gives a run to its configuration, the same tree that a YAML file holds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lead_ds.config import Config
+from lead_ds.config.load import parse_config
+from lead_ds.data.taught.relevance import MANIFEST
+from lead_ds.errors import InputError
+from lead_ds.face.model import Model
+from lead_ds.models.load import kind_of
+from lead_ds.settings.base import Section
+from lead_ds.settings.data import DataConfig
+from lead_ds.settings.train import TrainConfig
+
+WHERE = "Distiller"
+ROWS = "(rows given from Python)"  # data.path of a run whose groups are in memory
+
+ModelLike = Model | str | Path | Mapping[str, Any]
+# Settings that stand beside sections, by the section that they are of: Distiller(steps=100) is train.steps.
+_SHORT: tuple[tuple[str, type[Section], frozenset[str]], ...] = (
+    ("train", TrainConfig, frozenset[str]()),
+    ("data", DataConfig, frozenset({"path", "train"})),
+)
+
+
+def compose(
+    teacher: ModelLike | None,
+    student: ModelLike,
+    data: Any,
+    losses: Mapping[str, Any] | Sequence[Any] | None,
+    settings: Mapping[str, Any],
+) -> Config:
+    """The checked configuration of a run. Raises InputError for what cannot be, with the nearest name of what is unknown."""
+    tree: dict[str, Any] = {"student": model_section(student, "student"), "data": data_section(data)}
+    if teacher is not None:
+        tree["teacher"] = model_section(teacher, "teacher")
+    tree["losses"] = losses_section(losses, teacher is not None)
+    for name, value in settings.items():
+        place_setting(tree, name, value)
+    return parse_config(tree, WHERE)
+
+
+def model_section(model: ModelLike, role: str) -> dict[str, Any]:
+    """The section of a model: of one that is loaded, or in a directory, or given as the section itself."""
+    if isinstance(model, Model):
+        return dict(model.section)
+    if isinstance(model, str | Path):
+        model = {"path": model}
+    if not isinstance(model, Mapping):
+        what = f"a {type(model).__name__} is no {role}"
+        raise InputError(
+            f"{WHERE}: {role}", what, "give load(...), a path, or a section such as {'path': ..., 'kind': ...}"
+        )
+    section = dict(model)
+    if "path" in section:
+        path = Path(section["path"]).expanduser()
+        section["path"] = str(path) if path.exists() else str(section["path"])
+        if "kind" not in section:
+            taught = role == "teacher" and (path / MANIFEST).exists()
+            section["kind"] = "cached" if taught else kind_of(section["path"])
+    return section
+
+
+def data_section(data: Any) -> dict[str, Any]:
+    """The section of the training data: a folder, a file of groups, the section itself, or rows, which have no path."""
+    if isinstance(data, str | Path):
+        path = Path(data).expanduser()
+        return {"path": str(path.parent), "train": path.name} if path.is_file() else {"path": str(path)}
+    if isinstance(data, Mapping):
+        if hasattr(data, "column_names"):
+            splits = ", ".join(map(str, data))
+            raise InputError(
+                f"{WHERE}: data", f"is a DatasetDict with {splits}", "give one of them, such as data['train']"
+            )
+        return dict(data)
+    return {"path": ROWS}
+
+
+def losses_section(losses: Mapping[str, Any] | Sequence[Any] | None, taught: bool) -> dict[str, Any]:
+    """The section of the losses: those that are named have a weight. None: the defaults, of labels alone without a teacher."""
+    if losses is None:
+        return {} if taught else only({"contrastive": {}})
+    if isinstance(losses, Mapping):
+        return only(losses)
+    raise InputError(f"{WHERE}: losses", f"a {type(losses).__name__} is no set of losses", "give a dictionary")
+
+
+def only(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """A section in which every other loss is switched off."""
+    from lead_ds.config import LossesConfig
+
+    others = {name: {"weight": 0.0} for name in LossesConfig.model_fields if name not in losses}
+    return others | {name: {"weight": 1.0, **values} for name, values in losses.items()}
+
+
+def place_setting(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Put one keyword where it belongs: a section or a setting of the whole run, or one of `train` or `data`."""
+    if name in Config.model_fields and name not in ("teacher", "student", "losses"):
+        if isinstance(value, Mapping):
+            tree[name] = {**tree.get(name, {}), **value}
+        elif name == "data":
+            raise InputError(f"{WHERE}: data", "is given twice", "give it once")
+        else:
+            tree[name] = str(value) if isinstance(value, Path) else value
+        return
+    for section, kind, hidden in _SHORT:
+        if name in kind.model_fields and name not in hidden:
+            tree[section] = {**tree.get(section, {}), name: value}
+            return
+    known = {*Config.model_fields, *(name for _, kind, hidden in _SHORT for name in set(kind.model_fields) - hidden)}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else "see ds_configs/recipes/ for what can be set"
+    raise InputError(f"{WHERE}: {name}", "unknown setting", remedy)

@@ -1,0 +1,165 @@
+"""A run from Python is the run of the command line; what Python alone can give works too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lead_ds import Callback, Distiller, load
+from lead_ds.config import load_config
+from lead_ds.errors import InputError
+from tests.face.conftest import ROWS
+from tests.helpers.launch import ROOT
+from tests.helpers.rooms import settings
+from tests.helpers.tiny import write_jsonl
+
+Make = Callable[..., Distiller]
+
+
+def losses_of(run: Distiller) -> list[float]:
+    return [row["loss"] for row in run.metrics if "loss" in row]
+
+
+def test_rows_train_as_the_lines_of_a_file_and_a_dataset_do(distiller: Make, tmp_path: Path) -> None:
+    import datasets
+
+    file = write_jsonl(tmp_path / "folder" / "train.jsonl", ROWS)
+    runs = [
+        distiller("rows").train(quiet=True),
+        distiller("dataset", data=datasets.Dataset.from_list(ROWS)).train(quiet=True),
+        distiller("file", data=file).train(quiet=True),
+        distiller("folder", data=file.parent, workers=1).train(quiet=True),
+        distiller("workers", workers=1).train(quiet=True),
+    ]
+    expected = losses_of(runs[0])
+    assert len(expected) == 3
+    assert all(losses_of(run) == expected for run in runs)
+    assert not {"RANK", "WORLD_SIZE"} & set(os.environ)
+    assert not torch.distributed.is_initialized()
+
+
+def test_python_and_the_command_line_run_the_same(rooms: Path, tmp_path: Path, configure: Callable[..., Path]) -> None:
+    path = configure("command")
+    command = [sys.executable, "-m", "lead_ds", "distill", str(path), "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"student: {tmp_path / 'command' / 'student'}\n"
+    of_command = Distiller.of(load_config(path))
+
+    tree = settings(rooms, tmp_path / "python")
+    losses = {"contrastive": {}, "response": {}, **tree.pop("losses")}
+    run = Distiller(tree.pop("teacher"), student=tree.pop("student"), data=tree.pop("data"), losses=losses, **tree)
+    same = run.config.model_copy(update={"output": of_command.config.output})
+    assert same == of_command.config
+    run.train(quiet=True)
+    assert losses_of(run) == losses_of(of_command)
+    texts = ["The octopus has three hearts."]
+    assert torch.equal(run.student.encode(texts), of_command.student.encode(texts))
+
+
+def test_a_run_is_stopped_resumed_saved_and_evaluated(distiller: Make, rooms: Path, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_step(self, metrics: dict[str, Any]) -> bool:
+            return metrics["step"] == 1
+
+    whole = distiller("whole").train(quiet=True)
+    run = distiller("part", callbacks=[Stop()])
+    with pytest.raises(InputError, match="train first"):
+        run.student  # noqa: B018
+    assert len(losses_of(run.train(quiet=True))) == 1
+    with pytest.raises(InputError, match="already holds a run"):
+        run.train(quiet=True)
+    changed = [*ROWS[:-1], {**ROWS[-1], "query": "another"}]
+    with pytest.raises(InputError, match="files that have changed: data: rows"):
+        distiller("part", data=changed).train(resume=True, quiet=True)
+    resumed = distiller("part").train(resume=True, quiet=True)
+    assert losses_of(resumed) == losses_of(whole)
+
+    vectors = resumed.student.encode(["a text"])
+    assert torch.equal(vectors, whole.student.encode(["a text"]))
+    saved = resumed.save(tmp_path / "saved")
+    assert torch.equal(load(saved).encode(["a text"]), vectors)
+    with pytest.raises(InputError, match="is there already"):
+        resumed.save(saved)
+    values = resumed.evaluate(rooms / "data", "dev", measures=["nDCG@10", "R@5"])
+    assert set(values) == {"nDCG@10", "R@5"}
+    assert all(0 <= value <= 1 for value in values.values())
+    with pytest.raises(InputError, match="no such file"):
+        resumed.evaluate(rooms / "data", "absent")
+    with pytest.raises(InputError, match="no such file"):
+        resumed.evaluate()
+
+
+def test_labels_alone_and_evaluation_while_training(distiller: Make, rooms: Path) -> None:
+    run = distiller(teacher=None, losses=None, evaluation={"path": str(rooms / "data"), "queries": 4}, evaluate_every=2)
+    parts = run.train(quiet=True).metrics
+    assert [row["step"] for row in parts if "evaluation" in row] == [2, 3]
+    assert all(set(row["parts"]) == {"contrastive"} for row in parts if "loss" in row)
+
+
+def test_a_loaded_model_is_a_teacher_and_a_student(distiller: Make, rooms: Path, tmp_path: Path) -> None:
+    teacher = load(rooms / "cross", max_length=64)
+    run = distiller(teacher=teacher, student=load(rooms / "student", passage_length=20), losses={"response": {}})
+    assert run.config.teacher is not None
+    assert (run.config.teacher.kind, run.config.teacher.max_length) == ("cross_encoder", 64)
+    assert run.config.student.passage_length == 20
+    assert run.config.losses.response.weight == 1
+    assert run.config.losses.contrastive.weight == run.config.losses.layer.weight == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"step": 3}, "Distiller: step: unknown setting .did you mean 'steps'?"),
+        ({"steps": 0}, r"Distiller: train.steps: .* got 0"),
+        ({"losses": {"respons": {}}}, r"did you mean 'response'"),
+        ({"losses": 3}, "a int is no set of losses"),
+        ({"student": 3}, "a int is no student"),
+        ({"data": 3}, "a int is no list of rows"),
+        ({"data": "absent"}, "no such folder"),
+        ({"callbacks": [print]}, "is no Callback"),
+        ({"teacher": "absent/model"}, "absent/model"),
+        ({"losses": {"response": {"weight": 1}}, "teacher": None}, "a teacher section is missing"),
+        ({"batch_size": 50}, "has 12 groups"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(distiller: Make, change: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        distiller(**change).train(quiet=True)
+
+
+def test_the_front_door_is_light() -> None:
+    code = (
+        "import time; start = time.perf_counter(); import lead_ds; took = time.perf_counter() - start\n"
+        "import sys; print(took, 'torch' in sys.modules, 'pydantic' in sys.modules, sorted(lead_ds.__all__))"
+    )
+    took = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        seconds, rest = done.stdout.split(" ", 1)
+        took.append(float(seconds))
+        assert rest.strip() == "False False " + str(
+            ["Callback", "Distiller", "Model", "Reranker", "Searcher", "load", "losses"]
+        )
+    assert min(took) < 0.1
+    import lead_ds
+
+    assert {name for name in lead_ds.__all__ if getattr(lead_ds, name)} == set(lead_ds.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Distillator'"):
+        lead_ds.Distillator  # noqa: B018
+
+
+def test_a_configuration_of_rows_says_where_they_came_from(distiller: Make) -> None:
+    run = distiller().train(quiet=True)
+    tree = yaml.safe_load((run.output / "config.yaml").read_text())
+    assert tree["data"]["path"] == "(rows given from Python)"
+    with pytest.raises(InputError, match="rows given from Python"):
+        Distiller.of(load_config(run.output / "config.yaml")).train(resume=True, quiet=True)
