@@ -25,11 +25,13 @@ from lead_ds.data.batches import Batches, Window
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training.distill import open_batches
 from lead_ds.models.load import load_student
 from lead_ds.models.scorer import Scorer
 from lead_ds.plan.activations import Ledger
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
 from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, depth_needed
+from lead_ds.teachers.teacher import Lesson
 
 HERE = Ranks(0, 0, 1, torch.device("cpu"))
 Timed = Callable[[int], Any]
@@ -53,9 +55,7 @@ def config_of(arguments: argparse.Namespace, name: str = "minilm-l6", /, **secti
 
 def batches_of(config: Config) -> Batches:
     """Its windows."""
-    assert config.teacher is not None
-    encoders = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
-    return Batches(open_groups(config.data), *encoders, config, rank=0, world=1)
+    return open_batches(config, open_groups(config.data), TextEncoder.from_config(config.student), True, HERE)
 
 
 def in_turns(cases: dict[str, Timed], rounds: int) -> dict[str, float]:
@@ -109,7 +109,7 @@ def passes(arguments: argparse.Namespace) -> None:
     """A teacher's window in length-sorted passes; the largest difference from the unsorted features."""
     for name in ("minilm-l6", "reranker-l12"):
         settings = {str(n): config_of(arguments, name, teacher={"passes": n}) for n in (None, 1, 2, 4)}
-        teacher = build_teacher(next(iter(settings.values())), HERE)
+        teacher = build_teacher(Lesson.of(next(iter(settings.values()))), HERE)
         windows = {n: [batches_of(c).window(t) for t in range(arguments.rounds + 1)] for n, c in settings.items()}
 
         def run(n: str, turn: int, teacher: FrozenTeacher = teacher, windows: Any = windows) -> Any:
@@ -154,7 +154,7 @@ def packed(arguments: argparse.Namespace) -> None:
                 )
                 for n in ways
             }
-            teacher = build_teacher(next(iter(configs.values())), HERE)
+            teacher = build_teacher(Lesson.of(next(iter(configs.values()))), HERE)
             windows = {n: [batches_of(c).window(t) for t in range(arguments.rounds + 1)] for n, c in configs.items()}
             told = {n: teacher.window(found[0].teacher, [0]) for n, found in windows.items()}
             plain = [*tensors(told["None"].final), *tensors(told["None"].layers)]
@@ -219,7 +219,8 @@ def truncate(arguments: argparse.Namespace) -> None:
     layer = {"select": "given", "teacher_layers": [1, 3], "student_layers": [0, 2]}
     config = config_of(arguments, "reranker-l12", losses={"response": {"weight": 0.0}, "layer": layer})
     windows = [batches_of(config).window(turn) for turn in range(arguments.rounds + 1)]
-    teachers = {"whole": build_teacher(config, HERE), "truncated": build_teacher(config, HERE, depth_needed(config))}
+    lesson, depth = Lesson.of(config), depth_needed(config.teacher, config.losses)
+    teachers = {"whole": build_teacher(lesson, HERE), "truncated": build_teacher(lesson, HERE, depth)}
     equal = [t.window(windows[0].teacher, [1, 3]).layers.s_KQN for t in teachers.values()]
     cases = {n: lambda turn, t=t: t.window(windows[turn].teacher, [1, 3]) for n, t in teachers.items()}
     same = dict.fromkeys(teachers, torch.equal(*equal))

@@ -35,7 +35,7 @@ def layers_of(data: DataConfig, cache: Path, batch: int, seed: int = 888) -> lis
     for start in range(0, len(order) - batch + 1, batch):
         rows = order[start : start + batch]
         drawn = [groups.draw(int(row), seed, 0) for row in rows]
-        said = vectors.read(rows, [group.keys for group in drawn])
+        said = vectors.said(rows, [group.keys for group in drawn])
         queries_KQD, passages_KPD = (functional.normalize(torch.from_numpy(said[x]), dim=-1) for x in said)
         cosines_KQP = queries_KQD @ passages_KPD.transpose(1, 2)
         for name, cosines_QP in zip(names, cosines_KQP, strict=True):

@@ -56,7 +56,8 @@ class Inputs:
         return select_layers(self.config.losses.layer, *depths, seed=self.config.seed, step=step)
 
     def _step(self, step: int) -> list[Texts]:
-        batches = self.batches
+        batches, encoder = self.batches, self.batches.student.encoder
+        assert encoder is not None
         groups = [batches.groups.draw(int(row), batches.seed, 0) for row in batches.rows(step)]
         made = []
         for first in range(0, len(groups), batches.batch_size):
@@ -65,11 +66,12 @@ class Inputs:
             passages = [passage for group in part for passage in group.passages]
             student = self.config.student
             texts = Texts(
-                self._padded(batches.student.queries(queries), student.query_length),
-                self._padded(batches.student.passages(passages), student.passage_length),
+                self._padded(encoder.queries(queries), student.query_length),
+                self._padded(encoder.passages(passages), student.passage_length),
             )
-            if isinstance(batches.teacher, TextEncoder):
-                texts = replace(texts, **self._taught(batches.teacher, queries, passages))
+            taught = batches.teacher.encoder if batches.teacher is not None else None
+            if taught is not None:
+                texts = replace(texts, **self._taught(taught, queries, passages))
             made.append(texts)
         return made
 

@@ -27,16 +27,16 @@ from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.engine.records.parts import Part, Parts, PartsClock
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.ahead import with_next
-from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher
+from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher, with_settled_teacher
 from lead_ds.engine.training.loop import Training
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
 from lead_ds.models.backbone import load_model
 from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.layout import read_layout
 from lead_ds.models.load import load_student
-from lead_ds.teachers.cached import CachedTeacher, with_cached_settings
 from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, teacher_dtype
 from lead_ds.teachers.teach import teach
+from lead_ds.teachers.teacher import Lesson, Teacher
 
 Tokens = dict[str, Tensor]
 
@@ -126,7 +126,7 @@ class LeadDS(Runner):
     def __init__(self, name: str, config: Config, ranks: Ranks) -> None:
         super().__init__(config, ranks)
         self.name = name
-        config = self.config = with_cached_settings(config)
+        config = self.config = with_settled_teacher(config)
         self.reads_teacher = uses_teacher = config.losses.needs_teacher
         _, _, batches, _ = open_inputs(config, uses_teacher, ranks)
         torch.manual_seed(config.seed)
@@ -135,7 +135,7 @@ class LeadDS(Runner):
         trainee = Trainee(student).to(ranks.device)
         fit_attention(trainee, config, batches, self.student_dtype, ranks)
         engine = build_engine(trainee, config, self.student_dtype, ranks)
-        self.teacher: FrozenTeacher | CachedTeacher | None = None
+        self.teacher: Teacher | None = None
         if uses_teacher:
             with _made_on(ranks.device, config):
                 self.teacher = open_teacher(config, batches, ranks)
@@ -206,7 +206,7 @@ class Bare(Runner):
         self.student = load_student(config.student, self.student_dtype).to(ranks.device)
         if teacher is None:
             with _made_on(ranks.device, config):
-                teacher = build_teacher(config, ranks)
+                teacher = build_teacher(Lesson.of(config), ranks)
         self.teacher = teacher
         assert config.teacher is not None
         self.teacher_dtype = teacher_dtype(config.teacher, ranks.device)

@@ -17,6 +17,7 @@ FLOORS = (
     ("data.collections", "losses", "report"),
     ("data.groups", "engine.distributed"),
     ("data.tokens", "data.taught", "engine.records"),
+    ("data.reads",),
     ("data.batches", "prepare"),
     ("models",),
     ("retrieval", "teachers"),

@@ -93,7 +93,7 @@ class TeacherConfig(_AnyKind):
     lens: Literal["head", "tuned"] = Field(
         "head",
         description="what layers are read through: the model's own head or vector space, or read-outs of their own, which "
-        "`lead-ds teach CONFIG --fit-lens` fits; not colbert",
+        "`lead-ds fit-lens CONFIG` fits; not colbert",
     )
     lens_path: Place | None = Field(None, description="the folder of a tuned lens; null: OUTPUT/lens")
 

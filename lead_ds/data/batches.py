@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,52 +22,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.group import Group, Groups
-from lead_ds.data.taught.relevance import TeacherCache
+from lead_ds.data.reads import ModelBatch, Reads, in_parts
 from lead_ds.data.tokens.alignment import UNGROUPED, token_groups
 from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
-from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.notes import say_once
-
-if TYPE_CHECKING:
-    from lead_ds.config import Config
+from lead_ds.settings.data import DataConfig
+from lead_ds.settings.train import TrainConfig
 
 _AHEAD = 2  # windows that are ready before they are asked for, per worker
-_PAIRS = ("cross_encoder", "llm_reranker")
 
 
-@dataclass
-class ModelBatch:
-    """What one model reads of some consecutive groups; query i's passages are rows i*N to i*N + N-1, the positive first."""
-
-    group: int  # N
-    queries: Tokens | None = None
-    passages: Tokens | None = None
-    pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
-    cached: Tokens | None = None  # instead of all, what a cached teacher said: see TeacherCache.read
-    passes: Passes | None = None  # the rows of queries, then of passages, or of pairs: as the model is to run them
+class Processes(Protocol):
+    """This process among those that share each step."""
 
     @property
-    def tables(self) -> list[Tokens]:
-        """The texts of queries and of passages, or of pairs."""
-        return [tokens for tokens in (self.queries, self.passages, self.pairs) if tokens is not None]
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> ModelBatch:
-        """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> ModelBatch:
-        """The same in page-locked memory, from which copies to a GPU do not wait."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
-        parts = {name: getattr(self, name) for name in ("queries", "passages", "pairs", "cached")}
-        changed = {
-            name: None if tokens is None else {key: change(tensor) for key, tensor in tokens.items()}
-            for name, tokens in parts.items()
-        }
-        return ModelBatch(self.group, **changed, passes=None if self.passes is None else self.passes.map(change))
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
 
 
 @dataclass
@@ -80,12 +53,9 @@ class Window:
     query_ids: list[str]
     passage_ids: list[str]
     student: list[ModelBatch]  # one per micro-batch
-    teacher: list[
-        ModelBatch
-    ]  # chunks of whole groups, equally many on every rank (cached: one); none without a teacher
+    teacher: list[ModelBatch]  # batches of whole groups, equally many on every rank; none without a teacher
     passage_keys: Tensor  # int64 [A*B*N]; equal keys are the same passage
     positive_keys: Tensor  # int64 [A*B, M]; each query's known positives, padded with -1
-    scores: Tensor | None  # float32 [A*B, N]; the groups' own teacher scores, NaN where absent
 
     def pin_memory(self) -> Window:
         """The same with all tensors in page-locked memory."""
@@ -95,7 +65,6 @@ class Window:
             teacher=[batch.pin_memory() for batch in self.teacher],
             passage_keys=self.passage_keys.pin_memory(),
             positive_keys=self.positive_keys.pin_memory(),
-            scores=None if self.scores is None else self.scores.pin_memory(),
         )
 
 
@@ -110,62 +79,58 @@ class Batches:
     def __init__(
         self,
         groups: Groups,
-        student: TextEncoder,
-        teacher: TextEncoder | TeacherCache | None,
-        config: Config,
+        student: Reads,
+        teacher: Reads | None,
+        data: DataConfig,
+        train: TrainConfig,
         *,
-        rank: int,
-        world: int,
+        seed: int,
+        ranks: Processes,
     ) -> None:
         """Raises InputError when the groups are fewer than one step takes, or when their tokens cannot be kept."""
-        self.groups, self.student, self.teacher = groups, student, teacher
-        self.rank, self.world, self.seed = rank, world, config.seed
-        self.batch_size, self.accumulation = config.train.batch_size, config.train.accumulation
-        self.group = 1 + config.data.negatives
-        self.workers = config.data.workers
-        # Attention maps of differently tokenised texts are compared by the words that both models see.
-        self.align = (
-            isinstance(teacher, TextEncoder)
-            and config.losses.attention.weight > 0
-            and not {student.kind, teacher.kind} & set(_PAIRS)
-            and not student.reads_like(teacher)
-        )
-        self._passes = config.student.passes, config.teacher.passes if config.teacher else None
-        # A frozen teacher keeps no activations: GradCache has nothing to save there.
-        cotrained = config.teacher is not None and config.teacher.train
-        self._grad_cache = config.train.grad_cache, config.train.grad_cache if cotrained else None
-        texts = config.teacher.batch_size if config.teacher else None
-        window = self.batch_size * self.accumulation
-        self.chunk = window if texts is None else max(1, min(window, texts // self.group))
-        step = world * window
+        self.groups, self.student, self.teacher = groups, replace(student, at_once=train.batch_size), teacher
+        self.rank, self.world, self.seed = ranks.rank, ranks.world, seed
+        self.batch_size, self.accumulation = train.batch_size, train.accumulation
+        self.group = 1 + data.negatives
+        self.workers = data.workers
+        # The encoders of teacher and student, where attention maps of differently tokenised texts are compared.
+        self.aligned = None if teacher is None else _aligned(teacher, student)
+        step = self.world * self.batch_size * self.accumulation
         self.steps_per_epoch = len(groups) // step
         if self.steps_per_epoch == 0:
-            parts = f"{world} * {self.accumulation} * {self.batch_size} = {step}"
+            parts = f"{self.world} * {self.accumulation} * {self.batch_size} = {step}"
             raise InputError(
                 groups.path,
                 f"has {len(groups)} groups, a step takes processes * accumulation * batch_size = {parts}",
                 "lower train.batch_size, train.accumulation or the number of processes",
             )
-
-        if groups.identical and rank == 0:
+        if groups.identical and self.rank == 0:
             what = (
                 f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is no negative of it"
             )
             say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
-        self._tokens: dict[int, TokenCache] = {}
         self._draw: Callable[[int, int, int], Group] = groups.draw
-        if config.data.token_cache:
-            self._keep_tokens(config.data.token_cache)
+        if data.token_cache:
+            self._keep_tokens(data.token_cache)
 
     def _keep_tokens(self, place: bool | str) -> None:
         """Read tokens instead of texts, of every model for which that is the same."""
-        encoders = {i: x for i, x in enumerate((self.student, self.teacher)) if isinstance(x, TextEncoder)}
-        for model, encoder in encoders.items():
-            cache = TokenCache.open(place, self.groups, encoder, rank=self.rank)
-            if cache is not None:
-                self._tokens[model] = cache
-        if len(self._tokens) == len(encoders) and not self.align and isinstance(self.groups, IdGroups):
+        self.student = self._kept(self.student, place)
+        models = [self.student]
+        if self.teacher is not None:
+            self.teacher = self._kept(self.teacher, place)
+            models.append(self.teacher)
+        if (
+            not any(model.reads_texts for model in models)
+            and self.aligned is None
+            and isinstance(self.groups, IdGroups)
+        ):
             self._draw = partial(self.groups.draw, texts=False)
+
+    def _kept(self, model: Reads, place: bool | str) -> Reads:
+        if model.encoder is None:
+            return model
+        return replace(model, tokens=TokenCache.open(place, self.groups, model.encoder, rank=self.rank))
 
     def __iter__(self) -> Iterator[Window]:
         """The first epoch."""
@@ -187,17 +152,13 @@ class Batches:
         positive_keys = np.full((len(groups), width), -1, np.int64)
         for row, group in enumerate(groups):
             positive_keys[row, : len(group.positive_keys)] = group.positive_keys
-        scores = [group.scores for group in groups if group.scores is not None]
-        student = [self._read(self.student, part, 0) for part in _parts(groups, self.batch_size)]
-        teacher = []
-        if isinstance(self.teacher, TeacherCache):
-            said = self.teacher.read(rows, [group.keys for group in groups])
-            teacher = [ModelBatch(self.group, cached={name: torch.from_numpy(x) for name, x in said.items()})]
-        elif self.teacher is not None:
-            teacher = [self._read(self.teacher, part, 1) for part in _parts(groups, self.chunk)]
-        if self.align and isinstance(self.teacher, TextEncoder):
-            for part, batches in zip(_parts(groups, self.batch_size), zip(teacher, student, strict=True), strict=True):
-                _align((self.teacher, self.student), batches, part)
+        student = self.student.batches(rows, groups)
+        teacher = [] if self.teacher is None else self.teacher.batches(rows, groups)
+        if self.aligned is not None:
+            for part, batches in zip(
+                in_parts(groups, self.batch_size), zip(teacher, student, strict=True), strict=True
+            ):
+                _align(self.aligned, batches, part)
         return Window(
             step=step,
             epoch=epoch,
@@ -208,19 +169,7 @@ class Batches:
             teacher=teacher,
             passage_keys=torch.from_numpy(np.concatenate([group.keys for group in groups])),
             positive_keys=torch.from_numpy(positive_keys),
-            scores=torch.from_numpy(np.stack(scores)) if scores else None,
         )
-
-    def _read(self, encoder: TextEncoder, groups: Sequence[Group], model: int) -> ModelBatch:
-        """What the student (0) or the teacher (1) reads of some groups, in the passes that the configuration asks for."""
-        tokens, queries = self._tokens.get(model), self._grad_cache[model]
-        batch = read(encoder, groups) if tokens is None else ModelBatch(self.group, **tokens.read(groups))
-        if queries is not None:
-            return split(batch, encoder, -(-len(groups) // queries), even)
-        passes = self._passes[model]
-        if passes == "packed":
-            return pack(batch, encoder)
-        return batch if passes is None else split(batch, encoder, passes, least_padding)
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
         """Windows start to stop-1, prepared ahead by a thread or by worker processes, in page-locked memory for CUDA.
@@ -298,24 +247,12 @@ class Batches:
             items._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
-    """What a model of the encoder's kind reads of some groups."""
-    queries = [group.query for group in groups]
-    passages = [passage for group in groups for passage in group.passages]
-    size = len(passages) // len(queries)
-    if encoder.kind in _PAIRS:
-        return ModelBatch(size, pairs=encoder.pairs([query for query in queries for _ in range(size)], passages))
-    return ModelBatch(size, queries=encoder.queries(queries), passages=encoder.passages(passages))
-
-
-def split(batch: ModelBatch, encoder: TextEncoder, n: int, cuts: Cuts) -> ModelBatch:
-    """The batch with its rows in n passes."""
-    return replace(batch, passes=in_passes(batch.tables, n, cuts, encoder.tokenizer.pad_token_id))
-
-
-def pack(batch: ModelBatch, encoder: TextEncoder) -> ModelBatch:
-    """The batch with its rows in one packed pass."""
-    return replace(batch, passes=packed(batch.tables, encoder.tokenizer.pad_token_id))
+def _aligned(teacher: Reads, student: Reads) -> tuple[TextEncoder, TextEncoder] | None:
+    """The encoders whose tokens are to be matched by the words that both see; None where there is nothing to match."""
+    t, s = teacher.encoder, student.encoder
+    if not teacher.by_words or t is None or s is None or not (teacher.texts_apart and student.texts_apart):
+        return None
+    return None if s.reads_like(t) else (t, s)
 
 
 def _align(
@@ -338,11 +275,6 @@ def _align(
             for row, numbers in enumerate(rows):
                 table[row, : len(numbers)] = torch.tensor(numbers)
             tokens["groups"] = table
-
-
-def _parts(groups: Sequence[Group], size: int) -> Iterator[Sequence[Group]]:
-    for first in range(0, len(groups), size):
-        yield groups[first : first + size]
 
 
 @lru_cache(maxsize=2)  # the epoch at hand and, across its end, the next

@@ -46,7 +46,7 @@ def select_layers(
     if config.select == "informative":
         if config.k > len(informative):
             what = f"{config.k} layers are to be selected, {len(informative)} of the teacher's are informative"
-            remedy = f"lower it, or {key}.informative_margin, or fit a lens: lead-ds teach CONFIG --fit-lens"
+            remedy = f"lower it, or {key}.informative_margin, or fit a lens: lead-ds fit-lens CONFIG"
             raise InputError(f"{key}.k", what, remedy)
         teacher = _drawn(informative, config.k, f"{key} {seed} {draw} teacher")
     elif config.select == "random" and stored is not None:

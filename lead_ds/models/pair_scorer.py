@@ -16,7 +16,7 @@ from lead_ds.models.scorer import Output
 from lead_ds.relevance import ScoreFeatures
 
 if TYPE_CHECKING:
-    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.reads import ModelBatch
     from lead_ds.data.tokens.encoder import Tokens
 
 

@@ -25,7 +25,7 @@ from lead_ds.relevance import Features, Scale, pad_tokens
 from lead_ds.settings.model import ModelConfig
 
 if TYPE_CHECKING:
-    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.reads import ModelBatch
     from lead_ds.data.tokens.encoder import Tokens
     from lead_ds.data.tokens.passes import Passes
 

@@ -178,9 +178,7 @@ class Recipe:
             )
         fits = name == "lens"
         asked = settings.model_dump(exclude_none=True)
-        options = options_of(
-            {f"lens_{key}" if fits and key != "held_out" else key: value for key, value in asked.items()}
-        )
+        options = options_of(asked)
         tree = {key: value for key, value in deciding(config).items() if key in ("seed", "teacher", "data", "train")}
         tree |= {"options": asked, "temperature": config.losses.layer.teacher_temperature if fits else None}
         if asked.get("vectors") == "auto":
@@ -189,7 +187,7 @@ class Recipe:
         tree |= given.tree
         return self._graph.add(
             name,
-            ["teach", self.path, *overrides, *(["--fit-lens"] if fits else []), *options, "--out"],
+            ["fit-lens" if fits else "teach", self.path, *overrides, *options, "--out"],
             "lens" if fits else "cache",
             ("lens/*",) if fits else ("cache/*",),
             tree,

@@ -22,6 +22,7 @@ from lead_ds.plan.placement import Requirements
 from lead_ds.plan.shapes import ModelShape
 from lead_ds.settings.model import ModelConfig
 from lead_ds.teachers.frozen import depth_needed
+from lead_ds.teachers.open import teacher_class
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -32,9 +33,9 @@ def requirements(config: Config) -> Any:
     student, student_shape = meta_model(config.student, config.student.kind)
     teacher: Any = None
     teacher_shape = None
-    taught = config.teacher is not None and config.teacher.kind != "cached"  # a cache takes no memory
+    taught = config.teacher is not None and teacher_class(config.teacher.kind).computes
     if taught and config.teacher is not None and (config.losses.needs_teacher or config.teacher.train):
-        depth = None if config.teacher.train else depth_needed(config)
+        depth = None if config.teacher.train else depth_needed(config.teacher, config.losses)
         teacher, teacher_shape = meta_model(config.teacher, config.teacher.kind, depth)
     group, batch = 1 + config.data.negatives, config.train.batch_size
 

@@ -49,7 +49,7 @@ class MineStage(Mining):
 
 
 class LensStage(Section):
-    """`lead-ds teach --fit-lens`, with its options; null: their defaults."""
+    """`lead-ds fit-lens`, with its options; null: their defaults."""
 
     groups: Positive | None = Field(None, description="training groups to read")
     held_out: Fraction | None = None

@@ -5,59 +5,81 @@ Dimensions: A micro-batches of B queries, N passages of each, T layers of the te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lead_ds.config import Config, TeacherConfig
-from lead_ds.data.batches import ModelBatch
+from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
-from lead_ds.data.taught.relevance import RelevanceCache, TeacherCache, read_manifest
+from lead_ds.data.reads import ModelBatch, Reads
+from lead_ds.data.taught.relevance import MANIFEST, RelevanceCache, TeacherCache, read_manifest
 from lead_ds.data.taught.vectors import VectorCache
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Features, Scale, ScoreFeatures, VectorFeatures
-from lead_ds.teachers.frozen import TeacherView
+from lead_ds.settings.train import TrainConfig
 from lead_ds.teachers.identity import data_facts, stored_scale
+from lead_ds.teachers.teacher import TEACHERS, Lesson, Teacher, TeacherView
 
 _ANEW = "run lead-ds teach with this configuration, in a new folder"
 
 
-class CachedTeacher:
-    """Answers windows as `FrozenTeacher` does: with scores of each query's own passages, or with vectors."""
+@TEACHERS.register("cached")
+class CachedTeacher(Teacher):
+    """What `teach` kept of a frozen model: scores of each query's own passages, or vectors."""
 
+    Settings = TeacherConfig
+    gives = frozenset({"final", "layers", "features"})
     placement = "cached"
 
     def __init__(self, cache: TeacherCache, settings: TeacherConfig, device: torch.device) -> None:
         self.cache, self.settings, self.device = cache, settings, device
-        self.layers = cache.layers
+        self.num_layers = cache.num_layers
         # Cosines of relevance were taken when the cache was made; z-scores depend on the passages drawn and are taken now.
-        taken = isinstance(cache, RelevanceCache) and settings.scale == "cosine"
+        taken = cache.within_groups and settings.scale == "cosine"
         self.scale: Scale = "none" if taken else settings.scale
-        self.lens_facts: dict[str, Any] | None = cache.manifest["facts"].get("lens")
+        self.lens_facts = cache.manifest["facts"].get("lens")
+
+    @classmethod
+    def settled(cls, settings: TeacherConfig) -> TeacherConfig:
+        """See `Teacher`: with what the cache was made with."""
+        return with_cached_settings(settings)
+
+    @classmethod
+    def files(cls, settings: TeacherConfig) -> dict[str, Path]:
+        """See `Teacher`: the manifest, which holds the checksums of what is beside it."""
+        return {MANIFEST: Path(settings.path) / MANIFEST}
+
+    @classmethod
+    def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
+        """See `Teacher`: what the cache says of them."""
+        return Reads(given=open_cache(lesson, groups, ranks))
+
+    @classmethod
+    def open(cls, lesson: Lesson, reads: Reads, sample: Callable[[], list[ModelBatch]], ranks: Ranks) -> CachedTeacher:
+        """See `Teacher`."""
+        assert isinstance(reads.given, TeacherCache)
+        return cls(reads.given, lesson.teacher, ranks.device)
 
     @property
-    def num_layers(self) -> int:
-        """T."""
-        return self.cache.num_layers
+    def readable(self) -> list[int]:
+        """See `Teacher`: the layers that are kept."""
+        return self.cache.layers
 
     def window(
         self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
     ) -> TeacherView:
         """Relevance of a window's groups: final [1, A * B, N], layers [K, A * B, N]; or vectors [1 or K, texts, D]. float32."""
         assert not tap_layers
-        parts = [chunk.to(self.device).cached for chunk in chunks]
+        parts = [chunk.to(self.device).given for chunk in chunks]
         said = {name: [part[name] for part in parts if part is not None] for name in parts[0] or {}}
-        places = [self.layers.index(layer) for layer in layers]
-        return TeacherView(
-            final=self._features(said, [len(self.layers)]),
-            layers=self._features(said, places) if places else None,
-            outputs=[],
-        )
+        places = [self.readable.index(layer) for layer in layers]
+        final = self._features(said, [len(self.readable)])
+        return TeacherView(final, self._features(said, places) if places else None)
 
     def _features(self, said: dict[str, list[Tensor]], places: Sequence[int]) -> Features:
         """Features of what stands at `places` of a cache's layers and final state."""
@@ -70,7 +92,7 @@ class CachedTeacher:
         return VectorFeatures(q_KQD, p_KPD, self.scale)
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says of the teacher."""
+        """See `Teacher`."""
         teacher = self.cache.manifest["facts"]["teacher"]
         return {
             "placement": self.placement,
@@ -79,7 +101,7 @@ class CachedTeacher:
             "path": self.cache.manifest["teacher_path"],
             "checksum": teacher["checksum"],
             "layers": self.num_layers,
-            "vectors_of_layers": self.layers if isinstance(self.cache, VectorCache) else None,
+            "vectors_of_layers": None if self.cache.within_groups else self.readable,
             "lens": self.lens_facts,
             "dtype": teacher["computed_in"],
             "parameter_bytes": 0,
@@ -87,28 +109,20 @@ class CachedTeacher:
         }
 
     def describe(self) -> str:
-        """A line for the start of a run."""
+        """See `Teacher`."""
         facts = self.facts()
-        compared = "every passage of the batch" if isinstance(self.cache, VectorCache) else "its own passages"
+        compared = "its own passages" if self.cache.within_groups else "every passage of the batch"
         return (
             f"teacher {facts['path']}: {self.cache.held()}, read from {facts['cache']}; every teacher loss compares a query "
             f"with {compared}"
         )
 
 
-def reads_cache(config: Config) -> bool:
-    """Whether a run learns from a cached teacher."""
-    return config.teacher is not None and config.teacher.kind == "cached" and config.losses.needs_teacher
+def with_cached_settings(teacher: TeacherConfig) -> TeacherConfig:
+    """The settings of a cached teacher with what it was made with filled in.
 
-
-def with_cached_settings(config: Config) -> Config:
-    """The configuration with what its cached teacher was made with filled in.
-
-    Raises InputError for a setting of the teacher that is given and was another one.
+    Raises InputError for one that is given and was another.
     """
-    teacher = config.teacher
-    if teacher is None or not reads_cache(config):
-        return config
     facts = read_manifest(Path(teacher.path))["facts"]
     made, kind = {"lens": "head"} | facts["teacher"]["settings"], facts["teacher"]["kind"]
     for name in sorted(teacher.model_fields_set & made.keys()):
@@ -124,42 +138,42 @@ def with_cached_settings(config: Config) -> Config:
         if record["checksum"] != (facts.get("lens") or {}).get("checksum"):
             raise InputError(teacher.path, f"was not made through the lens in {teacher.lens_path}", _ANEW)
     known = {name: value for name, value in made.items() if name not in teacher.model_fields_set}
-    return config.model_copy(update={"teacher": teacher.model_copy(update=known)})
+    return teacher.model_copy(update=known)
 
 
-def open_cache(config: Config, groups: Groups, ranks: Ranks) -> TeacherCache:
-    """The cache of a configuration's teacher, checked against the groups that the run will draw.
+def open_cache(lesson: Lesson, groups: Groups, ranks: Ranks) -> TeacherCache:
+    """The cache of a lesson's teacher, checked against the groups that the run will draw.
 
     Raises InputError, naming what differs.
     """
-    assert config.teacher is not None
     first = ranks.local_rank == 0  # one process of each machine reads everything
-    holds_vectors = "vectors" in read_manifest(Path(config.teacher.path))["facts"]
+    path, negatives = lesson.teacher.path, lesson.data.negatives
+    holds_vectors = "vectors" in read_manifest(Path(path))["facts"]
     kind: type[TeacherCache] = VectorCache if holds_vectors else RelevanceCache
-    cache = kind.open(config.teacher.path, verify=first)
+    cache = kind.open(path, verify=first)
     facts = cache.manifest["facts"]
     now = data_facts(groups) if first else {"groups": len(groups)}
     for name, value in now.items():
         if facts["data"].get(name) != value:
             source = groups.sources.get(name, groups.path)
             raise InputError(cache.folder, f"was made of other data: {name} ({source}) differs", _ANEW)
-    if config.data.negatives <= facts["fewest_negatives"]:
+    if negatives <= facts["fewest_negatives"]:
         return cache
-    draws = facts["draws"]
-    needed = {"seed": config.seed, "negatives": config.data.negatives, "epochs": epochs_of(config, len(groups), ranks)}
+    draws, epochs = facts["draws"], epochs_of(lesson.train, len(groups), ranks)
+    needed = {"seed": lesson.seed, "negatives": negatives, "epochs": epochs}
     for name, value in needed.items():
         had = None if draws is None else draws[name]
         enough = had is not None and (had == value if name == "seed" else had >= value)
         if not enough:
             what = (
-                f"a group lists {facts['fewest_negatives']} negatives, {config.data.negatives} are drawn, at random: with "
+                f"a group lists {facts['fewest_negatives']} negatives, {negatives} are drawn, at random: with "
                 f"{name} {value}, the cache holds those of {name} {had}"
             )
             raise InputError(cache.folder, what, f"mine first (lead-ds mine), or {_ANEW}")
     return cache
 
 
-def epochs_of(config: Config, groups: int, ranks: Ranks) -> int:
-    """Epochs that a run of the configuration begins."""
-    step = ranks.world * config.train.batch_size * config.train.accumulation
-    return -(-config.train.steps // max(1, groups // step))
+def epochs_of(train: TrainConfig, groups: int, ranks: Ranks) -> int:
+    """Epochs that a run begins."""
+    step = ranks.world * train.batch_size * train.accumulation
+    return -(-train.steps // max(1, groups // step))

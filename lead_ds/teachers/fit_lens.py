@@ -1,4 +1,4 @@
-"""`teach --fit-lens`: a small affine read-out of each layer of a frozen teacher, fitted on states that were read once.
+"""`fit-lens`: a small affine read-out of each layer of a frozen teacher, fitted on states that were read once.
 
 Layers are independent: each rank fits some of them, and what they become does not depend on how many ranks there are.
 
@@ -53,9 +53,9 @@ def fit_settings(asked: dict[str, Any]) -> Fit:
     """`Fit` with what was asked for. Raises InputError for what cannot be."""
     fit = Fit(**asked)
     if not 0 < fit.lr < math.inf:
-        raise InputError("--lens-lr", f"is {fit.lr}", "give a learning rate above 0")
+        raise InputError("--lr", f"is {fit.lr}", "give a learning rate above 0")
     if fit.target not in ("labels", "final"):
-        raise InputError("--lens-target", f"is {fit.target!r}", "labels or final")
+        raise InputError("--target", f"is {fit.target!r}", "labels or final")
     if not 0 < fit.held_out < 0.5:
         what = f"is {fit.held_out}: that part of the groups, twice, leaves nothing to fit on"
         raise InputError("--held-out", what, "give a part between 0 and 0.5")
@@ -72,7 +72,7 @@ def fit_lens(
     """
     settings = fittable(config)
     with opened(config, settings, out) as (ranks, groups, encoder):
-        facts = agreed(ranks, lambda: check_folder(out, lens_identity(config, encoder)))
+        facts = agreed(ranks, lambda: check_folder(out, lens_identity(settings, encoder, config.seed)))
         states = read_states(config, out / "states", groups, encoder, fit.groups, ranks, quiet=quiet)
         parts = agreed(ranks, lambda: split(states.positives, fit.held_out, config.seed))
         task = Task(states, settings, config.losses.layer.teacher_temperature, parts, fit, config.seed, ranks.device)
@@ -145,7 +145,7 @@ def split(positives: np.ndarray, held_out: float, seed: int) -> dict[str, np.nda
     parts = {name: np.flatnonzero((first <= place) & (place < last)) for name, (first, last) in bounds.items()}
     if any(len(rows) == 0 for rows in parts.values()):
         what = f"{len(positives)} groups have {len(sizes)} positives: too few to hold some out"
-        raise InputError("--lens-groups", what, "use more groups")
+        raise InputError("--groups", what, "use more groups")
     return parts
 
 
@@ -233,7 +233,7 @@ class Task:
                 optimizer.step()
                 schedule.step()
         if not math.isfinite(best):
-            raise RunError(f"layer {layer}", "its lens came to no finite number", "lower --lens-lr")
+            raise RunError(f"layer {layer}", "its lens came to no finite number", "lower --lr")
         rows = self.parts["report"]
         with torch.no_grad():
             before, after = _worth(self.logits(*(had[rows] for had in own))), _worth(logits(rows, kept))

@@ -3,57 +3,94 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lead_ds.config import Config, TeacherConfig
-from lead_ds.data.batches import ModelBatch
-from lead_ds.data.tokens.encoder import Tokens
+from lead_ds.config import TeacherConfig
+from lead_ds.data.groups.group import Groups
+from lead_ds.data.reads import ModelBatch, Reads
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.deepspeed_files import teacher_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks, local_world
 from lead_ds.errors import InputError
+from lead_ds.io.files import model_files
 from lead_ds.losses.selection import teacher_layers_needed
+from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.backbone import cut_shape
 from lead_ds.models.load import DTYPES, load_teacher, read_model_config
-from lead_ds.models.scorer import Output, Scorer
-from lead_ds.relevance import Features, merge
+from lead_ds.models.packing_check import check_packing
+from lead_ds.models.scorer import Scorer
+from lead_ds.relevance import merge
 from lead_ds.teachers.lens import FittedLens, open_lens
+from lead_ds.teachers.teacher import Lesson, Teacher, TeacherView
 
 
-@dataclass(frozen=True)
-class TeacherView:
-    """What the teacher says of a window: final (K = 1) and selected layers' features; taps of each chunk where asked."""
-
-    final: Features
-    layers: Features | None
-    outputs: list[Output]
-
-
-class FrozenTeacher:
-    """A frozen scorer, replicated or sharded by ZeRO-3, that answers whole accumulation windows without gradient.
+class FrozenTeacher(Teacher):
+    """A frozen scorer, replicated or sharded by ZeRO-3, that answers whole accumulation windows.
 
     One large forward per window is what hides ZeRO-3's gathers: their cost does not depend on how many tokens pass.
     """
+
+    Settings = TeacherConfig
+    gives = frozenset({"final", "layers", "features", "attention"})
+    computes = True
 
     def __init__(
         self, scorer: Scorer, engine: Any, placement: str, device: torch.device, fitted: FittedLens | None = None
     ) -> None:
         self.scorer, self.engine, self.placement, self.device = scorer, engine, placement, device
-        self.lens_facts = None if fitted is None else fitted.facts
+        self.num_layers, self.fitted = scorer.num_layers, fitted
         if fitted is not None:
+            self.lens_facts = fitted.facts
             scorer.lens = fitted.lens.to(device)
+
+    @classmethod
+    def files(cls, settings: TeacherConfig) -> dict[str, Path]:
+        """See `Teacher`: those of a model in a folder."""
+        folder = Path(settings.path)
+        return {str(file.relative_to(folder)): file for file in model_files(folder)} if folder.is_dir() else {}
+
+    @classmethod
+    def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
+        """See `Teacher`: tokens. Where it is trained or its attention is read, of the student's micro-batches, one by one."""
+        settings, train = lesson.teacher, lesson.train
+        encoder = TextEncoder.from_config(settings)
+        open_lens(settings, lesson.lens_folder, lesson.seed, encoder)  # reported before any model is loaded
+        tapped = lesson.losses.attention.weight > 0
+        at_once = None if settings.batch_size is None else max(1, settings.batch_size // (1 + lesson.data.negatives))
+        return Reads(
+            encoder=encoder,
+            at_once=train.batch_size if settings.train or tapped else at_once,
+            passes=settings.passes,
+            # A frozen teacher keeps no activations: GradCache has nothing to save there.
+            queries_at_once=train.grad_cache if settings.train else None,
+            by_words=tapped,
+        )
+
+    @classmethod
+    def open(cls, lesson: Lesson, reads: Reads, sample: Callable[[], list[ModelBatch]], ranks: Ranks) -> FrozenTeacher:
+        """See `Teacher`: loaded as far as the losses need it, with the fastest attention, its packed rows checked."""
+        settings = lesson.teacher
+        teacher = build_teacher(lesson, ranks, depth_needed(settings, lesson.losses))
+        backends = candidates(settings, teacher_dtype(settings, ranks.device), ranks.device)
+        if backends:
+            batches = sample()
+            choose_attention(teacher.scorer, backends, lambda: teacher.window(batches, []), ranks)
+        if settings.passes == "packed":
+            check_packing(teacher.scorer, teacher.all_layers, "teacher.passes")
+        return teacher
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter the student's graph
     def window(
         self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
     ) -> TeacherView:
-        """Features of the window's chunks, joined. Every rank must call this with equally many chunks."""
+        """See `Teacher`."""
         module = self.engine if self.engine is not None else self.scorer
         outputs = [module(chunk.to(self.device), layers=layers, tap_layers=tap_layers) for chunk in chunks]
         return TeacherView(
@@ -62,10 +99,26 @@ class FrozenTeacher:
             outputs=outputs if tap_layers else [],
         )
 
-    @property
-    def num_layers(self) -> int:
-        """How many layers can be read."""
-        return self.scorer.num_layers
+    def describe(self) -> str:
+        """See `Teacher`."""
+        held, whole = self.parameter_bytes()
+        return (
+            f"teacher {self.scorer.config.path}: {self.num_layers} layers, {self.placement}, "
+            f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank"
+            + ("" if self.fitted is None else f", read through the lens in {self.fitted.folder}")
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """See `Teacher`."""
+        held, whole = self.parameter_bytes()
+        return {
+            "placement": self.placement,
+            "attention": self.scorer.backbone.config._attn_implementation,
+            "dtype": str(next(self.scorer.parameters()).dtype),
+            "parameter_bytes": whole,
+            "parameter_bytes_per_rank": held,
+            "lens": self.lens_facts,
+        }
 
     @torch.no_grad()
     def read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
@@ -93,11 +146,10 @@ class FrozenTeacher:
         return held, whole
 
 
-def build_teacher(config: Config, ranks: Ranks, depth: int | None = None) -> FrozenTeacher:
-    """Load, place and freeze the teacher of a configuration; with `depth`, its first layers only."""
-    assert config.teacher is not None
-    settings = config.teacher
-    fitted = agreed(ranks, lambda: open_lens(config))
+def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> FrozenTeacher:
+    """Load, place and freeze the model of a lesson; with `depth`, its first layers only."""
+    settings: TeacherConfig = lesson.teacher
+    fitted = agreed(ranks, lambda: open_lens(settings, lesson.lens_folder, lesson.seed))
     dtype = teacher_dtype(settings, ranks.device)
     placement = choose_placement(settings, dtype, ranks, depth)
     if settings.compile and placement != "replicate":
@@ -112,7 +164,7 @@ def build_teacher(config: Config, ranks: Ranks, depth: int | None = None) -> Fro
 
     shape = read_model_config(settings)
     tree = teacher_deepspeed_config(
-        config.deepspeed.teacher,
+        lesson.deepspeed,
         dtype,
         hidden=int(shape.get_text_config().hidden_size),
         local_world=local_world(ranks.world),
@@ -133,13 +185,12 @@ def teacher_dtype(settings: TeacherConfig, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-def depth_needed(config: Config) -> int | None:
+def depth_needed(settings: TeacherConfig, losses: Any) -> int | None:
     """How many of the teacher's layers a distillation needs; None: all of them."""
-    assert config.teacher is not None
-    if not config.teacher.truncate:
+    if not settings.truncate:
         return None
-    whole = int(read_model_config(config.teacher).get_text_config().num_hidden_layers)
-    needed = teacher_layers_needed(config.losses, whole)
+    whole = int(read_model_config(settings).get_text_config().num_hidden_layers)
+    needed = teacher_layers_needed(losses, whole)
     return needed if needed < whole else None
 
 

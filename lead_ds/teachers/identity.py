@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import Config, TeacherConfig
+from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
-from lead_ds.data.taught.relevance import MANIFEST
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.tokenizer import tokenizer_checksum
 from lead_ds.engine.distributed.agreement import flat, summary
 from lead_ds.errors import InputError
-from lead_ds.io.files import checksum, model_checksum, model_files
+from lead_ds.io.files import checksum, model_checksum
 from lead_ds.relevance import Scale
 
 ANOTHER_FOLDER = "delete it, or choose another folder with --out"
@@ -52,17 +51,13 @@ def data_facts(groups: Groups) -> dict[str, Any]:
     return {**sums, **groups.checksums, "groups": len(groups)}
 
 
-def input_facts(config: Config, groups: Groups) -> dict[str, str]:
+def input_facts(groups: Groups, taught_by: dict[str, Path]) -> dict[str, str]:
     """The files that decide a run beside its configuration, by size and checksum (of large ones: of pieces of them): the
-    training groups and their texts, and a teacher in a folder."""
+    training groups and their texts, and the teacher's (see `Teacher.files`)."""
     files = {f"data: {name}": path for name, path in groups.sources.items()}
-    if config.teacher is not None and config.losses.needs_teacher and Path(config.teacher.path).is_dir():
-        folder = Path(config.teacher.path)
-        cached = config.teacher.kind == "cached"  # whose manifest holds the checksums of what is beside it
-        found = [folder / MANIFEST] if cached else model_files(folder)
-        files |= {f"teacher: {file.relative_to(folder)}": file for file in found}
-    found_files = {name: told for name, path in files.items() if (told := summary(path)) is not None}
-    return {f"data: {name}": told for name, told in groups.checksums.items()} | found_files
+    files |= {f"teacher: {name}": path for name, path in taught_by.items()}
+    found = {name: told for name, path in files.items() if (told := summary(path)) is not None}
+    return {f"data: {name}": told for name, told in groups.checksums.items()} | found
 
 
 def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:

@@ -9,34 +9,33 @@ import math
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.config import Config
-from lead_ds.data.batches import Batches, ModelBatch
+from lead_ds.data.batches import Batches
 from lead_ds.data.groups.group import Groups
+from lead_ds.data.reads import Reads
 from lead_ds.data.taught.relevance import TeacherCache
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.losses.selection import informative_layers
 from lead_ds.teachers.cached import CachedTeacher
-from lead_ds.teachers.frozen import FrozenTeacher
+from lead_ds.teachers.teacher import Lesson, Teacher
 
 MEASURED = 256  # groups, at the start of a run
 MEASURED_OF_CACHE, AT_ONCE = 1000, 50
 
 
-def informative(
-    config: Config, teacher: FrozenTeacher | CachedTeacher | None, batches: Batches, ranks: Ranks
-) -> list[int]:
+def informative(losses: Any, teacher: Teacher | None, batches: Batches, ranks: Ranks) -> list[int]:
     """The teacher's layers that `select: informative` draws from; [] where it is not asked for. Every rank calls this.
 
     A lens was measured on groups that it was not fitted on. A model's own read-out was fitted on none of them: it is
     measured on the run's first groups, at the layer loss's temperature.
     """
-    loss = config.losses.layer
+    loss = losses.layer
     if teacher is None or loss.weight == 0 or loss.select != "informative":
         return []
-    layers = readable(teacher)
+    layers = teacher.readable
     if teacher.lens_facts is not None:
         nll, chance = [teacher.lens_facts["nll"][layer] for layer in layers], teacher.lens_facts["chance"]
     else:
@@ -44,14 +43,9 @@ def informative(
     return [layers[place] for place in informative_layers(nll, chance, loss.informative_margin)]
 
 
-def readable(teacher: FrozenTeacher | CachedTeacher) -> list[int]:
-    """The layers that a teacher can be asked for."""
-    return teacher.layers if isinstance(teacher, CachedTeacher) else list(range(teacher.num_layers))
-
-
-def measure(teacher: FrozenTeacher | CachedTeacher, batches: Batches, temperature: float, ranks: Ranks) -> list[float]:
+def measure(teacher: Teacher, batches: Batches, temperature: float, ranks: Ranks) -> list[float]:
     """NLL of the positive within its group, by each readable layer, over the run's first groups; equal on all ranks."""
-    layers = readable(teacher)
+    layers = teacher.readable
     step = ranks.world * batches.batch_size * batches.accumulation
     sums, count = torch.zeros(len(layers)), 0
     for window in map(batches.window, range(min(-(-MEASURED // step), batches.steps_per_epoch))):
@@ -68,25 +62,23 @@ def worth(logits_TQN: Tensor) -> tuple[Tensor, Tensor]:
     return -logits_TQN.log_softmax(-1)[..., 0], best_TQN[..., 0] / best_TQN.sum(-1)
 
 
-def worth_of_cache(cache: TeacherCache, groups: Groups, config: Config) -> dict[str, Any]:
+def worth_of_cache(cache: TeacherCache, groups: Groups, lesson: Lesson) -> dict[str, Any]:
     """NLL and accuracy of each cached layer and of the final state, over draws of some training groups."""
-    assert config.teacher is not None
-    rows = Random(config.seed).sample(range(len(groups)), min(MEASURED_OF_CACHE, len(groups)))
-    teacher, group = CachedTeacher(cache, config.teacher, torch.device("cpu")), 1 + config.data.negatives
+    rows = Random(lesson.seed).sample(range(len(groups)), min(MEASURED_OF_CACHE, len(groups)))
+    teacher, group = CachedTeacher(cache, lesson.teacher, torch.device("cpu")), 1 + lesson.data.negatives
     found = []
     for first in range(0, len(rows), AT_ONCE):
-        some = rows[first : first + AT_ONCE]
-        said = cache.read(some, [groups.draw(row, config.seed, epoch=0).keys for row in some])
-        chunk = ModelBatch(group, cached={name: torch.from_numpy(x) for name, x in said.items()})
-        view = teacher.window([chunk], teacher.layers)
+        some = np.array(rows[first : first + AT_ONCE])
+        drawn = [groups.draw(int(row), lesson.seed, epoch=0) for row in some]
+        view = teacher.window(Reads(given=cache).batches(some, drawn), teacher.readable)
         parts = [part.group_relevance(group).logits for part in (view.layers, view.final) if part is not None]
-        found.append(worth(torch.cat(parts) / config.losses.layer.teacher_temperature))
+        found.append(worth(torch.cat(parts) / lesson.losses.layer.teacher_temperature))
     nll_T, first_T = (torch.cat(parts, 1).mean(1).tolist() for parts in zip(*found, strict=True))
     return {
         "groups": len(rows),
         "passages": group,
         "chance": math.log(group),
-        "layers": teacher.layers,
+        "layers": teacher.readable,
         "nll": nll_T,
         "accuracy": first_T,
     }

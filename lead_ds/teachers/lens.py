@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lead_ds.config import Config
+from lead_ds.config import TeacherConfig
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.models.lens import Lens, load_lens
 from lead_ds.teachers.identity import check_facts, teacher_facts
 
-_FIT = "fit one: lead-ds teach CONFIG --fit-lens"
+_FIT = "fit one: lead-ds fit-lens CONFIG"
 
 
 @dataclass(frozen=True)
 class FittedLens:
     """A lens, the NLL of each layer through it on groups that it was not fitted on, and what that is by chance."""
 
+    folder: Path
     lens: Lens
     checksum: str
     nll: list[float]
@@ -28,31 +30,22 @@ class FittedLens:
         return {"checksum": self.checksum, "nll": self.nll, "chance": self.chance}
 
 
-def lens_identity(config: Config, encoder: TextEncoder) -> dict[str, Any]:
+def lens_identity(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> dict[str, Any]:
     """What a lens is fitted to: the teacher and how it reads, whatever it computes in and however its layers are read."""
-    assert config.teacher is not None
-    facts = teacher_facts(config.teacher, encoder, config.seed)
+    facts = teacher_facts(teacher, encoder, seed)
     settings = {name: value for name, value in facts["settings"].items() if name not in ("lens", "dtype")}
     return {**facts, "settings": settings}
 
 
-def open_lens(config: Config, encoder: TextEncoder | None = None) -> FittedLens | None:
-    """The lens of a configuration's teacher; None where its layers are read through its own head.
+def open_lens(teacher: TeacherConfig, folder: Path, seed: int, encoder: TextEncoder | None = None) -> FittedLens | None:
+    """The lens of a teacher, in `folder`; None where its layers are read through its own head.
 
     Raises InputError where there is none, it is damaged, or of another teacher or reading.
     """
-    teacher = config.teacher
-    if teacher is None or teacher.lens == "head":
+    if teacher.lens == "head":
         return None
-    folder = config.lens_folder
     lens, record = load_lens(folder, f"{_FIT}; or name its folder, teacher.lens_path=")
-    facts = lens_identity(config, encoder or TextEncoder.from_config(teacher))
-    check_facts(folder, "is the lens", record["facts"], facts, f"{_FIT} lens_path=ANOTHER_FOLDER")
+    facts = lens_identity(teacher, encoder or TextEncoder.from_config(teacher), seed)
+    check_facts(folder, "is the lens", record["facts"], facts, f"{_FIT} teacher.lens_path=ANOTHER_FOLDER")
     nll = [row["after"]["nll"] for row in record["layers"]]
-    return FittedLens(lens, record["checksum"], nll, record["chance"]["nll"])
-
-
-def lens_facts(config: Config, encoder: TextEncoder) -> dict[str, Any] | None:
-    """What a cache notes of the lens that it was read through."""
-    fitted = open_lens(config, encoder)
-    return None if fitted is None else fitted.facts
+    return FittedLens(folder, lens, record["checksum"], nll, record["chance"]["nll"])

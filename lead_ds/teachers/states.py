@@ -38,6 +38,7 @@ from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import check_facts, data_facts
 from lead_ds.teachers.lens import lens_identity
 from lead_ds.teachers.reading import PAIRS, Reader, Shard, say, unfinished, write_in_turns
+from lead_ds.teachers.teacher import Lesson
 
 SHARD_GROUPS = 64
 MANIFEST = "manifest.json"
@@ -87,7 +88,7 @@ def read_states(
     if todo:
         torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
         own_head = config.model_copy(update={"teacher": settings.model_copy(update={"lens": "head"})})
-        teacher = build_teacher(own_head, ranks)
+        teacher = build_teacher(Lesson.of(own_head), ranks)
         if ranks.main:
             write_json(folder / MANIFEST, manifest | {"normalize": bool(getattr(teacher.scorer, "normalize", False))})
             if not quiet:
@@ -106,7 +107,7 @@ def read_states(
         with progress("reading states", total, "groups", shown=ranks.main and not quiet and total > 0) as meter:
             write_in_turns(todo, ranks, reader, load, partial(_save, folder, facts), meter)
     ranks.barrier()
-    return agreed(ranks, lambda: States(folder, read_json(folder / MANIFEST, "run lead-ds teach --fit-lens again")))
+    return agreed(ranks, lambda: States(folder, read_json(folder / MANIFEST, "run lead-ds fit-lens again")))
 
 
 def shard_paths(folder: Path, manifest: dict[str, Any]) -> list[Path]:
@@ -122,7 +123,7 @@ def _begin(
     assert config.teacher is not None
     facts = {
         "version": 1,
-        "teacher": lens_identity(config, encoder),
+        "teacher": lens_identity(config.teacher, encoder, config.seed),
         "computed_in": str(teacher_dtype(config.teacher, ranks.device)).removeprefix("torch."),
         "data": data_facts(groups),
         "groups": count,

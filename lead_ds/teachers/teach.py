@@ -23,9 +23,10 @@ from lead_ds.teachers.cached import epochs_of
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import ANOTHER_FOLDER, check_facts, data_facts, teacher_facts
 from lead_ds.teachers.informative import worth_of_cache
-from lead_ds.teachers.lens import lens_facts
+from lead_ds.teachers.lens import open_lens
 from lead_ds.teachers.reading import PAIRS, Reader, opened, say, unfinished, write_in_turns
 from lead_ds.teachers.shards import RelevanceShards, Shards, VectorShards, layers_to_keep
+from lead_ds.teachers.teacher import Lesson
 
 
 def teach(
@@ -55,7 +56,7 @@ def teach(
         dtype = str(teacher_dtype(settings, ranks.device))
         if manifest["layers"] is None or (todo := unfinished_of(shards, manifest, ranks)):
             torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
-            teacher = build_teacher(config, ranks)
+            teacher = build_teacher(Lesson.of(config), ranks)
             if manifest["layers"] is None:
                 manifest |= {"layers": teacher.num_layers, **provenance(command, ranks.world)}
                 manifest |= ranks.from_main(
@@ -98,7 +99,9 @@ def unfinished_of(shards: Shards, manifest: dict[str, Any], ranks: Ranks) -> lis
 
 def note_worth(config: Config, cache: TeacherCache, groups: Groups) -> None:
     """Write into the manifest what each layer was found to be worth."""
-    write_json(cache.folder / MANIFEST, {**cache.manifest, "measured": worth_of_cache(cache, groups, config)})
+    write_json(
+        cache.folder / MANIFEST, {**cache.manifest, "measured": worth_of_cache(cache, groups, Lesson.of(config))}
+    )
 
 
 def teachable(config: Config, vectors: bool = False) -> TeacherConfig:
@@ -147,18 +150,19 @@ def facts_of(config: Config, groups: Groups, encoder: TextEncoder, epochs: int |
     draws = None
     if fewest < config.data.negatives:
         draws = {"seed": config.seed, "negatives": config.data.negatives}
-        draws["epochs"] = epochs or epochs_of(config, len(groups), ranks)
+        draws["epochs"] = epochs or epochs_of(config.train, len(groups), ranks)
         say(
             f"a group lists {fewest} of {config.data.negatives} negatives: the random ones of {draws['epochs']} epochs are "
             "included; mined ones would do for any seed and length (lead-ds mine)"
         )
+    lens = open_lens(teacher, config.lens_folder, config.seed, encoder)
     return {
         "version": VERSION,
         "teacher": {
             **teacher_facts(teacher, encoder, config.seed),
             "computed_in": str(teacher_dtype(teacher, ranks.device)).removeprefix("torch."),
         },
-        "lens": lens_facts(config, encoder),
+        "lens": None if lens is None else lens.facts,
         "stored_in": "float16",
         "data": data_facts(groups),
         "fewest_negatives": fewest,

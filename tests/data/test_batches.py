@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from lead_ds.config import Config
-from lead_ds.data.batches import Batches, ModelBatch, Window
+from lead_ds.data.batches import Batches, Window
 from lead_ds.data.groups.group import Group
 from lead_ds.data.groups.open import open_groups
+from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError, RunError
+from tests.helpers.batches import windows_of
 
 
 def batches(config: Config, rank: int = 0, world: int = 1, groups: Any = None) -> Batches:
-    assert config.teacher is not None
-    encoders = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
-    return Batches(groups or open_groups(config.data), *encoders, config, rank=rank, world=world)
+    return windows_of(config, Ranks(rank, rank, world, torch.device("cpu")), groups)
 
 
 def tensors(window: Window) -> Iterator[torch.Tensor]:
@@ -27,8 +28,6 @@ def tensors(window: Window) -> Iterator[torch.Tensor]:
                 yield from tokens.values()
     yield window.passage_keys
     yield window.positive_keys
-    if window.scores is not None:
-        yield window.scores
 
 
 def same(a: Window, b: Window) -> bool:
@@ -53,8 +52,6 @@ def test_a_window_is_what_its_groups_say(config: Callable[..., Config]) -> None:
         assert window.passage_ids == [name for group in drawn for name in group.passage_ids]
         assert window.passage_keys.tolist() == [key for group in drawn for key in group.keys]
         assert window.positive_keys.tolist() == [group.positive_keys.tolist() for group in drawn]
-        assert window.scores is not None
-        assert window.scores.tolist() == [group.scores.tolist() for group in drawn]
         assert len(window.student) == 2
         for i, batch in enumerate(window.student):
             own = drawn[2 * i : 2 * i + 2]
@@ -62,15 +59,15 @@ def test_a_window_is_what_its_groups_say(config: Callable[..., Config]) -> None:
             assert batch.pairs is None
             assert batch.queries is not None
             assert batch.passages is not None
-            expected = read.student.queries([group.query for group in own])
+            expected = read.student.encoder.queries([group.query for group in own])
             assert torch.equal(batch.queries["input_ids"], expected["input_ids"])
-            expected = read.student.passages([text for group in own for text in group.passages])
+            expected = read.student.encoder.passages([text for group in own for text in group.passages])
             assert torch.equal(batch.passages["input_ids"], expected["input_ids"])
         [teacher] = window.teacher  # null batch_size: the whole window at once
         assert teacher.queries is None
         assert teacher.pairs is not None
         assert len(teacher.pairs["input_ids"]) == 16
-        first = words(read.teacher, teacher.pairs)[5]  # type: ignore[arg-type]
+        first = words(read.teacher.encoder, teacher.pairs)[5]
         assert first.startswith(drawn[1].query)
 
 
@@ -156,9 +153,7 @@ def test_each_kind_of_teacher_reads_its_own_tokens(
 
 
 def test_without_a_teacher(config: Callable[..., Config]) -> None:
-    settings = config()
-    student = TextEncoder.from_config(settings.student)
-    read = Batches(open_groups(settings.data), student, None, settings, rank=0, world=1)
+    read = batches(config().model_copy(update={"teacher": None}))
     assert read.window(0).teacher == []
 
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from lead_ds.config import Config
-from lead_ds.data.batches import Batches, ModelBatch
+from lead_ds.data.batches import Batches
 from lead_ds.data.groups.open import open_groups
+from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens import cache as token_cache
 from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.pairs import PairForm, longest_first
 from lead_ds.errors import InputError, RunError
+from tests.helpers.batches import ALONE, windows_of
 from tests.helpers.tiny import TokenizerKind, tiny_dataset, tiny_tokenizer, write_jsonl
 
 KINDS: tuple[TokenizerKind, ...] = ("wordpiece", "unigram", "bpe")
@@ -50,9 +52,7 @@ def config_of(data: Path, cache: bool | str, teacher: dict[str, Any], student: d
 
 
 def batches_of(config: Config) -> Batches:
-    assert config.teacher is not None
-    encoders = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
-    return Batches(open_groups(config.data), *encoders, config, rank=0, world=1)
+    return windows_of(config, ALONE)
 
 
 def assert_equal(ours: list[ModelBatch], theirs: list[ModelBatch]) -> None:
@@ -79,7 +79,7 @@ def test_windows_are_the_tokenizers(tokenizers: Path, tmp_path: Path, kind: str)
     for teacher in teachers:
         kept = batches_of(config_of(data, str(tmp_path / "kept"), teacher, student))
         plain = batches_of(config_of(data, False, teacher, student))
-        assert (1 in kept._tokens) == (teacher["kind"] != "llm_reranker")
+        assert (kept.teacher.tokens is not None) == (teacher["kind"] != "llm_reranker")
         kept = pickle.loads(pickle.dumps(kept))  # as a data-loader worker gets it
         for step in range(plain.steps_per_epoch):
             ours, theirs = kept.window(step), plain.window(step)

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 from lead_ds.config import Config, load_config
-from lead_ds.data.batches import Batches
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks, ranks
-from lead_ds.engine.training.distill import distill
+from lead_ds.engine.training.distill import distill, with_settled_teacher
 from lead_ds.engine.training.warmup import warmup
 from lead_ds.errors import LeadError
 from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
-from lead_ds.teachers.cached import CachedTeacher, open_cache, with_cached_settings
+from lead_ds.teachers.cached import CachedTeacher, open_cache
 from lead_ds.teachers.fit_lens import Fit, fit_lens, save_lens
 from lead_ds.teachers.frozen import build_teacher
 from lead_ds.teachers.teach import teach
+from lead_ds.teachers.teacher import Lesson
+from tests.helpers.batches import windows_of
 from tests.helpers.sharded import resident_parameters
 
 
@@ -69,17 +69,13 @@ def sharded_teachers(configs: list[str], forwards: int) -> list[dict[str, Any]]:
         for path in configs:
             config = load_config(path)
             assert config.teacher is not None
-            teacher_text = TextEncoder.from_config(config.teacher)
-            student_text = TextEncoder.from_config(config.student)
-            groups = open_groups(config.data)
-            batches = Batches(groups, student_text, teacher_text, config, rank=here.rank, world=here.world)
-            window = batches.window(0)
+            window = windows_of(config, here).window(0)
             answers = {}
             for placement in ("replicate", "zero3"):
                 placed = config.model_copy(
                     update={"teacher": config.teacher.model_copy(update={"placement": placement})}
                 )
-                teacher = build_teacher(placed, here)
+                teacher = build_teacher(Lesson.of(placed), here)
                 layers = list(range(teacher.scorer.num_layers))
                 view = teacher.window(window.teacher, layers)
                 answers[placement] = [*tensors(view.final), *tensors(view.layers)]
@@ -140,16 +136,14 @@ def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
     found = []
     with ranks() as here:
         for own, cached in pairs:
-            config, reader = load_config(own), with_cached_settings(load_config(cached))
-            assert config.teacher is not None
+            config, reader = load_config(own), with_settled_teacher(load_config(cached))
             assert reader.teacher is not None
-            groups, student = open_groups(config.data), TextEncoder.from_config(config.student)
-            online = build_teacher(config, here)
-            cache = open_cache(reader, groups, here)
+            groups = open_groups(config.data)
+            online = build_teacher(Lesson.of(config), here)
+            cache = open_cache(Lesson.of(reader), groups, here)
             teacher = CachedTeacher(cache, reader.teacher, here.device)
-            text = TextEncoder.from_config(config.teacher)
-            theirs = Batches(groups, student, text, config, rank=0, world=1)
-            ours = Batches(groups, student, cache, reader, rank=0, world=1)
+            alone = replace(here, rank=0, world=1)
+            theirs, ours = windows_of(config, alone, groups), windows_of(reader, alone, groups)
             layers = list(range(teacher.num_layers))
             # Half a unit in the last of float16's 11 bits of the largest deviation that is stored; float32's own noise.
             largest = max(float(np.abs(cache._open(path)["deviation"]).max()) for path in cache.paths)
@@ -212,9 +206,8 @@ def first_window(config: Config, here: Ranks, **settings: Any) -> list[torch.Ten
     """What a teacher so changed says of its first window: the final state's tensors, then as many of its layers."""
     assert config.teacher is not None
     placed = config.model_copy(update={"teacher": config.teacher.model_copy(update=settings)})
-    student, text = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
-    window = Batches(open_groups(config.data), student, text, config, rank=here.rank, world=here.world).window(0)
-    teacher = build_teacher(placed, here)
+    window = windows_of(config, here).window(0)
+    teacher = build_teacher(Lesson.of(placed), here)
     view = teacher.window(window.teacher, list(range(teacher.num_layers)))
     return [*tensors(view.final), *tensors(view.layers)]
 

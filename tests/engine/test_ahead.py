@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from lead_ds.config import Config, TeacherConfig, load_config
-from lead_ds.data.batches import Batches
-from lead_ds.data.groups.open import open_groups
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.ahead import with_next
-from lead_ds.engine.training.attention import candidates, choose_attention
+from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_teacher
+from tests.helpers.batches import windows_of
 from tests.helpers.launch import launch
 from tests.models.zero3_jobs import tokens_of
 
@@ -69,8 +67,7 @@ def packed_shapes(path: Path, rank: int) -> list[tuple[int, ...]]:
     """Rows, and tokens of a row, of the teacher's windows on one of two ranks."""
     config = load_config(path)
     assert config.teacher is not None
-    encoders = TextEncoder.from_config(config.student), TextEncoder.from_config(config.teacher)
-    batches = Batches(open_groups(config.data), *encoders, config, rank=rank, world=2)
+    batches = windows_of(config, Ranks(rank, rank, 2, torch.device("cpu")))
     passes = [batches.window(step).teacher[0].passes for step in range(config.train.steps)]
     return [tuple(one.tokens[0]["input_ids"].shape) for one in passes if one is not None]
 

@@ -11,9 +11,6 @@ import pytest
 import torch
 
 from lead_ds.config import Config, load_config
-from lead_ds.data.batches import Batches
-from lead_ds.data.groups.open import open_groups
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.records.parts import Parts
 from lead_ds.engine.training.step import Pair, Scope, make_views
@@ -22,6 +19,8 @@ from lead_ds.losses.objective import Objective
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.plan.activations import Ledger
 from lead_ds.teachers.frozen import build_teacher
+from lead_ds.teachers.teacher import Lesson
+from tests.helpers.batches import windows_of
 from tests.helpers.launch import launch
 
 Configure = Callable[..., Path]
@@ -34,8 +33,7 @@ def gradient(config: Config, here: Ranks, *, recompute: bool | None = None) -> d
     from deepspeed.utils import safe_get_full_grad
 
     assert config.teacher is not None
-    groups, text = open_groups(config.data), TextEncoder.from_config(config.student)
-    batches = Batches(groups, text, TextEncoder.from_config(config.teacher), config, rank=here.rank, world=here.world)
+    batches = windows_of(config, here)
     cotrained = load_teacher(config.teacher, torch.float32) if config.teacher.train else None
     student = load_student(config.student, torch.float32)
     engine = build_engine(Trainee(student, cotrained), config, torch.float32, here)
@@ -43,7 +41,7 @@ def gradient(config: Config, here: Ranks, *, recompute: bool | None = None) -> d
         student.recompute = recompute
     window, scope = batches.window(0), Scope.of(config, here, batches.group, Parts())
     objective = Objective(config.losses, impl="torch", cotrain=cotrained is not None, mean=scope.mean)
-    view = None if cotrained is not None else build_teacher(config, here).window(window.teacher, LAYERS[0])
+    view = None if cotrained is not None else build_teacher(Lesson.of(config), here).window(window.teacher, LAYERS[0])
     torch.manual_seed(5)
     ledger = Ledger({x.untyped_storage()._cdata for x in student.parameters()})
     with ledger:

@@ -21,10 +21,10 @@ import yaml
 from lead_ds.config import TeacherConfig, load_config
 from lead_ds.data.taught.relevance import save_arrays
 from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.errors import InputError
 from lead_ds.models.lens import Lens, load_lens
 from lead_ds.models.load import load_teacher
-from lead_ds.teachers.cached import with_cached_settings
 from lead_ds.teachers.fit_lens import Fit, Task, fit_settings, fittable, split
 from lead_ds.teachers.lens import open_lens
 from lead_ds.teachers.states import SHARD_GROUPS, States, shard_paths
@@ -124,9 +124,9 @@ def test_informative_layers_without_a_lens_are_measured_through_the_own_head_or_
     assert len(own) == TRAIN["steps"], own
     rows = [json.loads(line) for line in (fitted["folder"] / "own-head" / "metrics.jsonl").read_text().splitlines()]
     assert [row["layers"]["teacher"] for row in rows] == [[0]] * TRAIN["steps"]
-    assert re.search(r"losses\.layer\.k: 1 layers .* 0 of the teacher's are informative .*--fit-lens", at_chance), (
-        at_chance
-    )
+    assert re.search(
+        r"losses\.layer\.k: 1 layers .* 0 of the teacher's are informative .*lead-ds fit-lens", at_chance
+    ), at_chance
     assert not (fitted["folder"] / "at-chance").exists()
 
 
@@ -141,13 +141,18 @@ def test_another_lens_than_the_cache_was_made_through_is_refused(fitted: dict[st
     folder = fitted["folder"]
     path = folder / "cross_encoder-cached.yaml"
     own, other = folder / "cross_encoder" / "lens", folder / "llm_reranker" / "lens"
-    config = with_cached_settings(load_config(path, [f"teacher.lens_path={own}"]))
+    config = with_settled_teacher(load_config(path, [f"teacher.lens_path={own}"]))
     assert config.teacher is not None
     assert config.teacher.lens == "tuned"
     with pytest.raises(InputError, match="was not made through the lens in"):
-        with_cached_settings(load_config(path, [f"teacher.lens_path={other}"]))
+        with_settled_teacher(load_config(path, [f"teacher.lens_path={other}"]))
     with pytest.raises(InputError, match=r"teacher\.lens: is 'head', .* was made with 'tuned'"):
-        with_cached_settings(load_config(path, ["teacher.lens=head"]))
+        with_settled_teacher(load_config(path, ["teacher.lens=head"]))
+
+
+def lens_of(config: Any) -> Any:
+    """The lens of a configuration's teacher."""
+    return open_lens(config.teacher, config.lens_folder, config.seed)
 
 
 @pytest.mark.parametrize(
@@ -158,16 +163,16 @@ def test_another_lens_than_the_cache_was_made_through_is_refused(fitted: dict[st
         ("teacher.placement=replicate", ""),
         ("teacher.dtype=bf16", ""),
         ("teacher.lens=head", ""),
-        ("teacher.lens_path=nowhere", r"nowhere: holds no tuned lens .*--fit-lens"),
+        ("teacher.lens_path=nowhere", r"nowhere: holds no tuned lens .*lead-ds fit-lens"),
     ],
 )
 def test_a_lens_of_another_reading_is_refused(fitted: dict[str, Any], override: str, told: str) -> None:
     config = load_config(fitted["folder"] / "cross_encoder.yaml", [override])
     if not told:
-        assert (open_lens(config) is None) == ("head" in override)
+        assert (lens_of(config) is None) == ("head" in override)
         return
     with pytest.raises(InputError, match=told):
-        open_lens(config)
+        lens_of(config)
 
 
 def test_a_lens_of_another_teacher_and_a_damaged_one_are_refused(
@@ -180,19 +185,19 @@ def test_a_lens_of_another_teacher_and_a_damaged_one_are_refused(
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(InputError, match="is the lens of another checksum"):
-        open_lens(load_config(path, [f"teacher.path={tmp_path / 'cross'}"]))
+        lens_of(load_config(path, [f"teacher.path={tmp_path / 'cross'}"]))
     lens = tmp_path / "lens"
     shutil.copytree(fitted["folder"] / "cross_encoder" / "lens", lens)
     config = load_config(path, [f"teacher.lens_path={lens}"])
-    assert open_lens(config) is not None
+    assert lens_of(config) is not None
     good = (lens / "lens.safetensors").read_bytes()
     for bad in (good[:-1] + bytes([good[-1] ^ 1]), good[:-1], b""):
         (lens / "lens.safetensors").write_bytes(bad)
         with pytest.raises(InputError, match=r"lens\.safetensors: is damaged"):
-            open_lens(config)
+            lens_of(config)
     (lens / "lens.json").write_text("{}")
     with pytest.raises(InputError, match=r"lens\.json: cannot be read"):
-        open_lens(config)
+        lens_of(config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,7 +308,7 @@ def test_no_lens_for_some(configure: Configure, override: str, told: str) -> Non
 
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [({"lr": -1.0}, "--lens-lr"), ({"target": "x"}, "--lens-target"), ({"held_out": 0.5}, "--held-out")],
+    [({"lr": -1.0}, "--lr"), ({"target": "x"}, "--target"), ({"held_out": 0.5}, "--held-out")],
 )
 def test_settings_that_cannot_be(asked: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
@@ -328,11 +333,11 @@ def test_bad_input_on_the_command_line(configure: Configure) -> None:
     for arguments, told in (
         (
             ["distill", str(path)],
-            f"error: {path.parent / 'run' / 'lens'}: {MISSING} (fit one: lead-ds teach CONFIG --fit-lens",
+            f"error: {path.parent / 'run' / 'lens'}: {MISSING} (fit one: lead-ds fit-lens CONFIG",
         ),
         (
-            ["teach", str(path), "--lens-steps", "5"],
-            "error: lead-ds teach: Invalid value: the options of a lens go with",
+            ["teach", str(path), "--fit-lens", "--lens-steps", "5"],
+            "error: teach --fit-lens: is a command of its own now (lead-ds fit-lens CONFIG",
         ),
     ):
         done = subprocess.run(

@@ -23,8 +23,10 @@ from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.relevance import RelevanceCache, mapped, shard_path
 from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.errors import InputError
-from lead_ds.teachers.cached import open_cache, with_cached_settings
+from lead_ds.teachers.cached import open_cache
+from lead_ds.teachers.teacher import Lesson
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import TEACHERS, settings
 
@@ -187,8 +189,8 @@ def test_killed_and_continued(taught: Taught, configure: Configure, tmp_path: Pa
 
 def reader(taught: Taught, *overrides: str, kind: str = "cross_encoder") -> None:
     """Open a cache as a run does."""
-    config = with_cached_settings(load_config(taught.config(kind), overrides))
-    open_cache(config, open_groups(config.data), ALONE)
+    config = with_settled_teacher(load_config(taught.config(kind), overrides))
+    open_cache(Lesson.of(config), open_groups(config.data), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +285,9 @@ def test_random_negatives_are_those_of_the_seed_and_epochs(rooms: Path, tmp_path
     [[losses]] = launch("tests.engine.jobs:distil_each", 1, configs=[path])
     assert len(losses) == 16
     for override, told in (("seed=4", "seed 4"), ("data.negatives=4", "negatives 4"), ("train.steps=22", "epochs 4")):
-        config = with_cached_settings(load_config(path, [override]))
+        config = with_settled_teacher(load_config(path, [override]))
         with pytest.raises(InputError, match=told):
-            open_cache(config, open_groups(config.data), ALONE)
+            open_cache(Lesson.of(config), open_groups(config.data), ALONE)
 
 
 def test_what_no_cache_can_give_is_refused_at_once(taught: Taught) -> None:

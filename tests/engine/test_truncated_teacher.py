@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lead_ds.config import LossesConfig, TeacherConfig
-from lead_ds.data.batches import ModelBatch
+from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.losses.selection import teacher_layers_needed
 from lead_ds.models.load import load_teacher

@@ -18,11 +18,12 @@ from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.relevance import mapped
 from lead_ds.data.taught.vectors import VectorCache, index_arrays, vector_arrays
-from lead_ds.engine.training.distill import check_layers
+from lead_ds.engine.training.distill import check_layers, layers_of, with_settled_teacher
 from lead_ds.errors import InputError
-from lead_ds.teachers.cached import CachedTeacher, open_cache, with_cached_settings
+from lead_ds.teachers.cached import CachedTeacher, open_cache
 from lead_ds.teachers.shards import layers_to_keep
 from lead_ds.teachers.teach import teachable
+from lead_ds.teachers.teacher import Lesson
 from tests.engine.test_teach import ALONE
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import settings
@@ -51,7 +52,13 @@ class Kept:
     def config(self, *overrides: str, cache: str = "some") -> Any:
         """A configuration that reads a cache, as a run resolves it."""
         given = [f"teacher.path={self.folder / cache}", *overrides]
-        return with_cached_settings(load_config(self.folder / "exact.yaml", given))
+        return with_settled_teacher(load_config(self.folder / "exact.yaml", given))
+
+
+def opened(config: Any) -> CachedTeacher:
+    """The teacher of a configuration."""
+    cache = open_cache(Lesson.of(config), open_groups(config.data), ALONE)
+    return CachedTeacher(cache, config.teacher, ALONE.device)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +165,7 @@ def test_run_facts_say_what_is_compared(kept: Kept) -> None:
     teacher = json.loads((kept.folder / "run-given" / "run.json").read_text())["teacher"]
     assert (teacher["vectors_of_layers"], teacher["layers"], teacher["parameter_bytes"]) == ([1, 3], 5, 0)
     config = kept.config()
-    told = CachedTeacher(open_cache(config, open_groups(config.data), ALONE), config.teacher, ALONE.device).describe()
+    told = opened(config).describe()
     assert "vectors of layers 1, 3 and the final state" in told
     assert told.endswith("compares a query with every passage of the batch")
     assert [row["layers"] for row in kept.found["measured"]] == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [1, 3]]
@@ -188,8 +195,8 @@ def test_run_facts_say_what_is_compared(kept: Kept) -> None:
 def test_what_vectors_can_and_cannot_give(kept: Kept, overrides: list[str], told: str) -> None:
     def begin() -> None:
         config = kept.config(*overrides)
-        teacher = CachedTeacher(open_cache(config, open_groups(config.data), ALONE), config.teacher, ALONE.device)
-        check_layers(config, 3, teacher, [])
+        teacher = opened(config)
+        check_layers(config, 3, *layers_of(teacher, None), [])
 
     if not told:
         begin()

@@ -13,18 +13,19 @@ import numpy as np
 import torch
 
 from lead_ds.config import Config, load_config
-from lead_ds.data.batches import Batches
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.relevance import TeacherCache, mapped
 from lead_ds.data.taught.vectors import VectorCache, vector_arrays
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks, ranks
+from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.relevance import VectorFeatures
 from lead_ds.teachers import shards
-from lead_ds.teachers.cached import CachedTeacher, open_cache, with_cached_settings
+from lead_ds.teachers.cached import CachedTeacher, open_cache
 from lead_ds.teachers.frozen import build_teacher
 from lead_ds.teachers.teach import teach
+from lead_ds.teachers.teacher import Lesson
 from tests.engine.jobs import distil_each
+from tests.helpers.batches import windows_of
 
 
 @contextmanager
@@ -71,14 +72,14 @@ def distance(online: str, folder: Path, here: Ranks) -> dict[str, Any]:
     config = load_config(online)
     assert config.teacher is not None
     cached = config.teacher.model_copy(update={"kind": "cached", "path": str(folder)})
-    reader = with_cached_settings(config.model_copy(update={"teacher": cached}))
+    reader = with_settled_teacher(config.model_copy(update={"teacher": cached}))
     assert reader.teacher is not None
-    groups, student = open_groups(config.data), TextEncoder.from_config(config.student)
-    cache = open_cache(reader, groups, here)
+    groups = open_groups(config.data)
+    cache = open_cache(Lesson.of(reader), groups, here)
     assert isinstance(cache, VectorCache)
-    own, ours = build_teacher(config, here), CachedTeacher(cache, reader.teacher, here.device)
-    theirs = Batches(groups, student, TextEncoder.from_config(config.teacher), config, rank=0, world=1)
-    mine = Batches(groups, student, cache, reader, rank=0, world=1)
+    own, ours = build_teacher(Lesson.of(config), here), CachedTeacher(cache, reader.teacher, here.device)
+    alone = replace(here, rank=0, world=1)
+    theirs, mine = windows_of(config, alone, groups), windows_of(reader, alone, groups)
     # Shards hold 16 texts: what a mean leaves of a vector is bounded by the largest deviation of its layer.
     largest = torch.stack([deviations(cache, kind) for kind in ("queries", "passages")])
     found: dict[str, Any] = {"roundings": 0.0, "relative": 0.0, "cosine": 0.0, "deviation": 0.0}

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from lead_ds.config import StudentConfig
-from lead_ds.data.batches import ModelBatch
+from lead_ds.data.reads import ModelBatch
 from lead_ds.errors import InputError
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import load_student

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from lead_ds.config import Config, StudentConfig, TeacherConfig
-from lead_ds.data.batches import ModelBatch, pack
+from lead_ds.data.reads import ModelBatch, pack
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.passes import packed
 from lead_ds.errors import InputError

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lead_ds.config import TeacherConfig
-from lead_ds.data.batches import ModelBatch, split
+from lead_ds.data.reads import ModelBatch, split
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.passes import even, in_passes, least_padding
 from lead_ds.models.load import load_teacher

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from lead_ds.config import StudentConfig, TeacherConfig
-from lead_ds.data.batches import ModelBatch
+from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.dense import Dense

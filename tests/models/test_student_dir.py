@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lead_ds.config import StudentConfig
-from lead_ds.data.batches import ModelBatch
+from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.kinds.colbert import ColBERT

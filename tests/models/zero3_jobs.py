@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lead_ds.config import StudentConfig, TeacherConfig
-from lead_ds.data.batches import ModelBatch
+from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import ranks
 from lead_ds.models.load import load_student, load_teacher

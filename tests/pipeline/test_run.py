@@ -262,7 +262,8 @@ def test_a_lens_leads_to_what_reads_the_teacher(place: Place) -> None:
     lens = ["pipeline.lens={groups: 20, target: final}"]
     place.run(*lens, dry_run=True)
     commands = {one["stage"]: one["commands"][0] for one in place.tree["stages"]}
-    assert "--fit-lens --lens-groups 20 --lens-target final --out" in commands["lens"]
+    assert " fit-lens " in commands["lens"]
+    assert "--groups 20 --target final --out" in commands["lens"]
     folder = next(one["folder"] for one in place.tree["stages"] if one["stage"] == "lens")
     assert f"teacher.lens=tuned teacher.lens_path={folder}/lens" in commands["teach"]
     assert "teacher.lens" not in commands["distill"]  # the cache was made through it

@@ -12,7 +12,7 @@ from lead_ds.config import Config
 
 def student(path: str, stage: int, dtype: str) -> dict[str, int]:
     """Bytes of a student's engine after one step."""
-    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.reads import ModelBatch
     from lead_ds.engine.distributed.ranks import ranks
     from lead_ds.engine.training.trainee import Trainee, build_engine
     from lead_ds.models.load import load_student
@@ -41,13 +41,14 @@ def student(path: str, stage: int, dtype: str) -> dict[str, int]:
 
 def teacher(path: str) -> dict[str, int]:
     """Bytes of a frozen ZeRO-3 teacher's shard, and what stays gathered after a forward pass."""
-    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.reads import ModelBatch
     from lead_ds.engine.distributed.ranks import ranks
     from lead_ds.teachers.frozen import build_teacher
+    from lead_ds.teachers.teacher import Lesson
     from tests.helpers.sharded import resident_parameters
 
     with ranks() as joined:
-        frozen = build_teacher(settings(path, 1, teacher=True), joined)
+        frozen = build_teacher(Lesson.of(settings(path, 1, teacher=True)), joined)
         tokens = {"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
         frozen.window([ModelBatch(1, queries=tokens, passages=tokens)], [0])
         return {"shard": frozen.parameter_bytes()[0], "resident": 2 * resident_parameters(frozen.scorer)[1]}

@@ -20,10 +20,11 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from lead_ds.data.groups.group import Group
 from lead_ds.errors import InputError, RunError
 
 VERSION = 1
@@ -42,6 +43,9 @@ C = TypeVar("C", bound="TeacherCache")
 
 class TeacherCache(ABC):
     """What a teacher said of training groups, finished and opened for reading. Picklable: worker processes open it anew."""
+
+    reads_texts = False
+    within_groups: ClassVar[bool]  # whether a query can be compared with its own passages alone
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -94,8 +98,12 @@ class TeacherCache(ABC):
     def paths(self) -> list[Path]:
         """Its files."""
 
+    def read(self, rows: Sequence[int] | np.ndarray, groups: Sequence[Group]) -> Arrays:
+        """What was said of groups that were drawn from `rows`, by name: see `said`."""
+        return self.said(rows, [group.keys for group in groups])
+
     @abstractmethod
-    def read(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
+    def said(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
         """What was said of drawn passages: `keys[i]` [N] of group `rows[i]`, by name.
 
         Raises InputError for a passage of which nothing is known.
@@ -122,6 +130,8 @@ class TeacherCache(ABC):
 class RelevanceCache(TeacherCache):
     """The teacher's relevance of each group's own candidates."""
 
+    within_groups = True
+
     @property
     def layers(self) -> list[int]:
         """See `TeacherCache`."""
@@ -146,7 +156,7 @@ class RelevanceCache(TeacherCache):
         """See `TeacherCache`."""
         return f"relevance by {self.num_layers} layers and the final state"
 
-    def read(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
+    def said(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
         """relevance: float32 [len(rows), N, T + 1]. See `TeacherCache`."""
         return {"relevance": self.relevance(rows, keys)}
 

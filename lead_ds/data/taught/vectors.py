@@ -35,6 +35,8 @@ KINDS: tuple[Kind, Kind] = ("queries", "passages")
 class VectorCache(TeacherCache):
     """Vectors of all texts of the groups."""
 
+    within_groups = False
+
     @property
     def layers(self) -> list[int]:
         """See `TeacherCache`."""
@@ -50,7 +52,7 @@ class VectorCache(TeacherCache):
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))} and "
         return f"vectors of {layers if self.layers else ''}the final state"
 
-    def read(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
+    def said(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
         """queries [K + 1, len(rows), D] and passages [K + 1, len(rows) * N, D], float32. See `TeacherCache`."""
         index = self._open(index_path(self.folder))
         drawn, known = np.concatenate(keys), index["passages"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lead_ds.data.batches import Window
 from lead_ds.errors import InputError
-from lead_ds.teachers.frozen import FrozenTeacher, TeacherView
+from lead_ds.teachers.teacher import Teacher, TeacherView
 
 T = TypeVar("T")
 
@@ -25,19 +25,20 @@ T = TypeVar("T")
 class AheadTeacher:
     """Starts a window's teacher forward early, and hands its view over when the student needs it."""
 
-    def __init__(self, teacher: FrozenTeacher) -> None:
+    def __init__(self, teacher: Teacher, device: torch.device) -> None:
         """Raises InputError for a sharded teacher."""
         if teacher.placement != "replicate":
             what = f"the teacher's placement is {teacher.placement}: its gathers would meet the student's collectives"
             raise InputError("train.overlap", what, "set it to false, or teacher.placement=replicate")
         self.teacher = teacher
-        self.stream = torch.cuda.Stream(teacher.device) if teacher.device.type == "cuda" else None
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun: tuple[int, TeacherView] | None = None
 
     def begin(self, window: Window, layers: Sequence[int]) -> None:
         """Start a window's forward; on a CPU, where there is nothing to overlap, do it."""
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.teacher.device))
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             self._begun = window.step, self.teacher.window(window.teacher, layers)
 
@@ -48,7 +49,7 @@ class AheadTeacher:
         assert self._begun is not None
         view, self._begun = self._begun[1], None
         if self.stream is not None:
-            current = torch.cuda.current_stream(self.teacher.device)
+            current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
             for features in (view.final, view.layers):
                 for tensor in [] if features is None else [getattr(features, field.name) for field in fields(features)]:

@@ -14,7 +14,7 @@ from lead_ds.config import Config, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.taught.relevance import TeacherCache
+from lead_ds.data.reads import Reads
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
@@ -24,7 +24,6 @@ from lead_ds.engine.distributed.watchdog import Watchdog
 from lead_ds.engine.records.checkpoint import Checkpoints, write_json
 from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
-from lead_ds.engine.training.attention import candidates, choose_attention
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Training
@@ -33,14 +32,15 @@ from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_stat
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.provenance import provenance
 from lead_ds.losses.selection import select_layers
+from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.packing_check import check_packing
+from lead_ds.models.scorer import Scorer
 from lead_ds.models.student_dir import save_student
 from lead_ds.report.card import model_card
-from lead_ds.teachers.cached import CachedTeacher, open_cache, reads_cache, with_cached_settings
-from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, depth_needed, teacher_dtype
 from lead_ds.teachers.informative import informative
-from lead_ds.teachers.lens import open_lens
+from lead_ds.teachers.open import teacher_class
+from lead_ds.teachers.teacher import Lesson, Teacher, refuse_ungiven
 
 
 def distill(
@@ -78,7 +78,7 @@ def train(
         check_output(output, resume, ranks)
         check_shared(output, ranks)
         kernels_used(config, ranks)  # told now, where they cannot run
-        config = agreed(ranks, lambda: with_cached_settings(config))
+        config = agreed(ranks, lambda: with_settled_teacher(config))
 
         # Everything that can be wrong with the input is found out before anything is written.
         uses_teacher = config.teacher is not None and config.losses.needs_teacher
@@ -108,8 +108,8 @@ def train(
         check_lens(config, state, teacher)
         check_inputs(config, state, groups, ranks)
         if "informative" not in state:
-            state["informative"] = informative(config, teacher, batches, ranks)
-        check_layers(config, student.num_layers, teacher or cotrained, state["informative"])
+            state["informative"] = informative(config.losses, teacher, batches, ranks)
+        check_layers(config, student.num_layers, *layers_of(teacher, cotrained), state["informative"])
         recorder = Recorder(
             output,
             ranks,
@@ -152,35 +152,40 @@ def train(
         return export(config, output / product, engine, checkpoints, training, best, student_text, ranks)
 
 
+def with_settled_teacher(config: Config) -> Config:
+    """The configuration with what its teacher's files say of it. Raises InputError for a loss that it cannot serve."""
+    if config.teacher is None or not config.losses.needs_teacher:
+        return config
+    kind = teacher_class(config.teacher.kind)
+    refuse_ungiven(config.teacher.kind, kind, config.losses)
+    return config.model_copy(update={"teacher": kind.settled(config.teacher)})
+
+
 def open_inputs(
     config: Config, uses_teacher: bool, ranks: Ranks, given: Given = NOTHING
 ) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
     """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
     groups = given.groups or open_groups(config.data)
     student_text = TextEncoder.from_config(config.student)
-    teacher: TextEncoder | TeacherCache | None = None
-    if reads_cache(config):
-        teacher = open_cache(config, groups, ranks)
-    elif uses_teacher and config.teacher:
-        teacher = TextEncoder.from_config(config.teacher)
-        open_lens(config, teacher)  # is told before any model is loaded
-    batches = Batches(groups, student_text, teacher, in_chunks(config), rank=ranks.rank, world=ranks.world)
+    batches = open_batches(config, groups, student_text, uses_teacher, ranks)
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
 
 
-def open_teacher(config: Config, batches: Batches, ranks: Ranks) -> FrozenTeacher | CachedTeacher:
-    """The teacher that is not trained: its cache, or the model itself."""
-    if isinstance(batches.teacher, TeacherCache) and config.teacher is not None:
-        return CachedTeacher(batches.teacher, config.teacher, ranks.device)
-    teacher = build_teacher(config, ranks, depth_needed(config))
+def open_batches(config: Config, groups: Groups, encoder: TextEncoder, uses_teacher: bool, ranks: Ranks) -> Batches:
+    """The windows of a run: its groups, as the student and the teacher are given them."""
+    student = Reads(encoder, passes=config.student.passes, queries_at_once=config.train.grad_cache)
+    teacher = None
+    if uses_teacher and config.teacher:
+        teacher = teacher_class(config.teacher.kind).reads(Lesson.of(config), groups, ranks)
+    return Batches(groups, student, teacher, config.data, config.train, seed=config.seed, ranks=ranks)
+
+
+def open_teacher(config: Config, batches: Batches, ranks: Ranks) -> Teacher:
+    """The teacher that is not trained."""
     assert config.teacher is not None
-    backends = candidates(config.teacher, teacher_dtype(config.teacher, ranks.device), ranks.device)
-    if backends:
-        sample = batches.window(0).teacher
-        choose_attention(teacher.scorer, backends, lambda: teacher.window(sample, []), ranks)
-    if config.teacher.passes == "packed":
-        check_packing(teacher.scorer, teacher.all_layers, "teacher.passes")
-    return teacher
+    assert batches.teacher is not None
+    kind = teacher_class(config.teacher.kind)
+    return kind.open(Lesson.of(config), batches.teacher, lambda: batches.window(0).teacher, ranks)
 
 
 def fit_attention(trainee: Trainee, config: Config, batches: Batches, dtype: torch.dtype, ranks: Ranks) -> None:
@@ -214,25 +219,25 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
         )
 
 
-def in_chunks(config: Config) -> Config:
-    """Where the teacher is co-trained or its attention is read, it sees the student's micro-batches, one by one."""
-    teacher = config.teacher
-    if teacher is None or not (teacher.train or config.losses.attention.weight > 0):
-        return config
-    texts = config.train.batch_size * (1 + config.data.negatives)
-    return config.model_copy(update={"teacher": teacher.model_copy(update={"batch_size": texts})})
+def layers_of(teacher: Teacher | None, cotrained: Scorer | None) -> tuple[int, list[int]]:
+    """How many layers the model that is learned from has, and which of them can be read."""
+    if teacher is not None:
+        return teacher.num_layers, teacher.readable
+    depth = 0 if cotrained is None else cotrained.num_layers
+    return depth, list(range(depth))
 
 
-def check_layers(config: Config, student_layers: int, teacher: Any, informative_layers: Sequence[int]) -> None:
-    """Draw once from each selection, so that a layer that does not exist is told at start."""
-    if teacher is None:
+def check_layers(
+    config: Config, student_layers: int, depth: int, readable: Sequence[int], informative_layers: Sequence[int]
+) -> None:
+    """Draw once from each selection, so that a layer that does not exist is reported at start. depth: of the teacher."""
+    if depth == 0:
         return
-    stored = teacher.layers if isinstance(teacher, CachedTeacher) else None
     for name in ("layer", "attention"):
         loss = getattr(config.losses, name)
         if loss.weight > 0:
-            depth, seed = (teacher.num_layers, student_layers), config.seed
-            select_layers(loss, *depth, seed=seed, step=0, informative=informative_layers, stored=stored)
+            depths = depth, student_layers
+            select_layers(loss, *depths, seed=config.seed, step=0, informative=informative_layers, stored=readable)
 
 
 def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Profile | None:
@@ -242,27 +247,15 @@ def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str
     return Profile(config.profile, Path(config.output), ranks, recorder.say, start=state.get("step", 0))
 
 
-def write_facts(
-    output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: FrozenTeacher | CachedTeacher | None
-) -> None:
+def write_facts(output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: Teacher | None) -> None:
     """The resolved configuration, and where this run came from. Raises InputError where the folder cannot be made."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(output, f"cannot be made: {error.strerror}", "set output= to another folder") from None
     facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
-    if isinstance(teacher, CachedTeacher):
+    if teacher is not None:
         facts["teacher"] = teacher.facts()
-    elif teacher is not None and config.teacher is not None:
-        held, whole = teacher.parameter_bytes()
-        facts["teacher"] = {
-            "placement": teacher.placement,
-            "attention": teacher.scorer.backbone.config._attn_implementation,
-            "dtype": str(teacher_dtype(config.teacher, ranks.device)),
-            "parameter_bytes": whole,
-            "parameter_bytes_per_rank": held,
-            "lens": teacher.lens_facts,
-        }
     write_json(output / "run.json", provenance(command, ranks.world, **facts))
     # Last: its presence is what marks the folder as holding a run.
     save_config(config, output / "config.yaml")
@@ -278,23 +271,14 @@ def kernels_used(config: Config, ranks: Ranks) -> str:
         raise InputError("kernels", str(error), "set kernels=auto, or torch") from None
 
 
-def describe(
-    config: Config, ranks: Ranks, student: Any, teacher: FrozenTeacher | CachedTeacher | None, groups: int
-) -> str:
+def describe(config: Config, ranks: Ranks, student: Any, teacher: Teacher | None, groups: int) -> str:
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
     run = f"{groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
     role = "student" if config.teacher else config.student.kind.replace("_", " ")
     lines = [f"{role} {config.student.path}: {depth}; {run}"]
-    if isinstance(teacher, CachedTeacher):
+    if teacher is not None:
         lines.append(teacher.describe())
-    elif teacher is not None and config.teacher is not None:
-        held, whole = teacher.parameter_bytes()
-        lines.append(
-            f"teacher {config.teacher.path}: {teacher.scorer.num_layers} layers, {teacher.placement}, "
-            f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank"
-            + ("" if teacher.lens_facts is None else f", read through the lens in {config.lens_folder}")
-        )
     return "\n".join(lines)
 
 

@@ -23,8 +23,7 @@ from lead_ds.losses.attention import pair_taps
 from lead_ds.losses.objective import Objective
 from lead_ds.losses.selection import select_layers
 from lead_ds.models.scorer import Output
-from lead_ds.teachers.cached import CachedTeacher
-from lead_ds.teachers.frozen import FrozenTeacher, TeacherView
+from lead_ds.teachers.teacher import Teacher, TeacherView
 
 
 class Training:
@@ -37,7 +36,7 @@ class Training:
         config: Config,
         ranks: Ranks,
         engine: Any,
-        teacher: FrozenTeacher | CachedTeacher | None,
+        teacher: Teacher | None,
         batches: Batches,
         checkpoints: Checkpoints,
         recorder: Recorder,
@@ -60,11 +59,11 @@ class Training:
         self.objective = Objective(
             config.losses, impl=config.kernels, cotrain=cotrained is not None, mean=self.scope.mean
         )
-        frozen = teacher if isinstance(teacher, FrozenTeacher) else None
-        self.ahead = AheadTeacher(frozen) if config.train.overlap and frozen is not None else None
+        early = config.train.overlap and teacher is not None and teacher.computes
+        self.ahead = AheadTeacher(teacher, ranks.device) if early and teacher is not None else None
         taught_by = teacher if teacher is not None else cotrained
         self.teacher_depth = taught_by.num_layers if taught_by is not None else 0
-        self.stored = teacher.layers if isinstance(teacher, CachedTeacher) else None
+        self.readable = teacher.readable if teacher is not None else list(range(self.teacher_depth))
         self.student_depth = engine.module.student.num_layers
 
     def run(self) -> dict[str, Any] | None:
@@ -228,7 +227,7 @@ class Training:
         if loss.weight == 0 or self.teacher_depth == 0:
             return [], []
         depth, seed = (self.teacher_depth, self.student_depth), self.config.seed
-        return select_layers(loss, *depth, seed=seed, step=step, informative=self.informative, stored=self.stored)
+        return select_layers(loss, *depth, seed=seed, step=step, informative=self.informative, stored=self.readable)
 
     def _teacher_pair(
         self, view: TeacherView | None, cotrained: Output | None, start: int, queries: int

@@ -11,9 +11,9 @@ from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.errors import InputError
-from lead_ds.teachers.cached import CachedTeacher
-from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import differing, input_facts
+from lead_ds.teachers.open import teacher_class
+from lead_ds.teachers.teacher import Teacher
 
 # What may differ between a run and its continuation: how often it speaks and saves, where the same data lie now, and what is
 # bit for bit the same.
@@ -89,7 +89,7 @@ def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [at]
 
 
-def check_lens(config: Config, state: dict[str, Any], teacher: FrozenTeacher | CachedTeacher | None) -> None:
+def check_lens(config: Config, state: dict[str, Any], teacher: Teacher | None) -> None:
     """Refuse to go on through another lens than a checkpoint was trained through."""
     now = None if teacher is None or teacher.lens_facts is None else teacher.lens_facts["checksum"]
     if state and state.get("lens") != now:
@@ -98,7 +98,9 @@ def check_lens(config: Config, state: dict[str, Any], teacher: FrozenTeacher | C
 
 def check_inputs(config: Config, state: dict[str, Any], groups: Groups, ranks: Ranks) -> None:
     """Refuse to go on with other texts or another teacher than a checkpoint was trained on; `state` keeps what they are."""
-    now = agreed(ranks, lambda: input_facts(config, groups) if ranks.main else {})
+    settings = config.teacher if config.losses.needs_teacher else None
+    files = {} if settings is None else teacher_class(settings.kind).files(settings)
+    now = agreed(ranks, lambda: input_facts(groups, files) if ranks.main else {})
     before = state.get("inputs") or now
     changed = agreed(ranks, lambda: differing(before, now) if ranks.main else [])
     state["inputs"] = before

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import Config
-from lead_ds.data.batches import ModelBatch
+from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.gather import gather_dim, gather_passages
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.parts import Parts

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from lead_ds.config import Config
-from lead_ds.data.batches import ModelBatch
+from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError

@@ -20,7 +20,7 @@ from lead_ds.settings.base import Positive
 from lead_ds.settings.model import ModelConfig, TextConfig
 
 if TYPE_CHECKING:
-    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.reads import ModelBatch
     from lead_ds.data.tokens.encoder import Tokens
 
 

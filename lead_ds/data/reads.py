@@ -1,0 +1,133 @@
+"""What models are given of groups: tokens of their texts, or what answers in a model's place.
+
+Dimensions: N passages per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lead_ds.data.groups.group import Group
+from lead_ds.data.tokens.cache import TokenCache
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
+
+_PAIRS = ("cross_encoder", "llm_reranker")
+
+
+@dataclass
+class ModelBatch:
+    """What one model reads of some consecutive groups; query i's passages are rows i*N to i*N + N-1, the positive first."""
+
+    group: int  # N
+    queries: Tokens | None = None
+    passages: Tokens | None = None
+    pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
+    given: Tokens | None = None  # instead of all, what is known of the groups without a model: see Given
+    passes: Passes | None = None  # the rows of queries, then of passages, or of pairs: as the model is to run them
+
+    @property
+    def tables(self) -> list[Tokens]:
+        """The texts of queries and of passages, or of pairs."""
+        return [tokens for tokens in (self.queries, self.passages, self.pairs) if tokens is not None]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> ModelBatch:
+        """The same on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ModelBatch:
+        """The same in page-locked memory, from which copies to a GPU do not wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
+        parts = {name: getattr(self, name) for name in ("queries", "passages", "pairs", "given")}
+        changed = {
+            name: None if tokens is None else {key: change(tensor) for key, tensor in tokens.items()}
+            for name, tokens in parts.items()
+        }
+        return ModelBatch(self.group, **changed, passes=None if self.passes is None else self.passes.map(change))
+
+
+class Given(Protocol):
+    """What is known of groups without a model that reads them. Picklable: worker processes look it up."""
+
+    reads_texts: bool  # whether it looks at the texts of groups, and not only at their keys
+
+    def read(self, rows: np.ndarray, groups: Sequence[Group]) -> dict[str, np.ndarray]:
+        """Arrays by name of some groups, and of the rows that they were drawn from. Raises InputError for what is absent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What one model is given of groups: tokens of their texts by `encoder`, or what `given` says. Picklable."""
+
+    encoder: TextEncoder | None = None
+    given: Given | None = None
+    at_once: int | None = None  # groups of a batch; None: all of a window
+    passes: int | Literal["packed"] | None = None
+    queries_at_once: int | None = None  # with GradCache
+    by_words: bool = False  # its attention is compared with the student's, by the words that both see
+    tokens: TokenCache | None = None
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether groups must carry their texts."""
+        if self.given is not None:
+            return self.given.reads_texts
+        return self.tokens is None
+
+    @property
+    def texts_apart(self) -> bool:
+        """Whether it reads queries and passages apart, and not as pairs."""
+        return self.encoder is not None and self.encoder.kind not in _PAIRS
+
+    def batches(self, rows: np.ndarray, groups: Sequence[Group]) -> list[ModelBatch]:
+        """What it is given of groups, drawn from `rows`: in batches of whole groups, or all at once what is not tokens."""
+        size = len(groups[0].keys)
+        if self.given is not None:
+            arrays = self.given.read(rows, groups)
+            return [ModelBatch(size, given={name: torch.from_numpy(array) for name, array in arrays.items()})]
+        return [self._tokens(part) for part in in_parts(groups, self.at_once or len(groups))]
+
+    def _tokens(self, groups: Sequence[Group]) -> ModelBatch:
+        assert self.encoder is not None
+        size = len(groups[0].keys)
+        batch = read(self.encoder, groups) if self.tokens is None else ModelBatch(size, **self.tokens.read(groups))
+        if self.queries_at_once is not None:
+            return split(batch, self.encoder, -(-len(groups) // self.queries_at_once), even)
+        if self.passes == "packed":
+            return pack(batch, self.encoder)
+        return batch if self.passes is None else split(batch, self.encoder, self.passes, least_padding)
+
+
+def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
+    """What a model of the encoder's kind reads of some groups."""
+    queries = [group.query for group in groups]
+    passages = [passage for group in groups for passage in group.passages]
+    size = len(passages) // len(queries)
+    if encoder.kind in _PAIRS:
+        return ModelBatch(size, pairs=encoder.pairs([query for query in queries for _ in range(size)], passages))
+    return ModelBatch(size, queries=encoder.queries(queries), passages=encoder.passages(passages))
+
+
+def split(batch: ModelBatch, encoder: TextEncoder, n: int, cuts: Cuts) -> ModelBatch:
+    """The batch with its rows in n passes."""
+    return replace(batch, passes=in_passes(batch.tables, n, cuts, encoder.tokenizer.pad_token_id))
+
+
+def pack(batch: ModelBatch, encoder: TextEncoder) -> ModelBatch:
+    """The batch with its rows in one packed pass."""
+    return replace(batch, passes=packed(batch.tables, encoder.tokenizer.pad_token_id))
+
+
+def in_parts(groups: Sequence[Group], size: int) -> Iterator[Sequence[Group]]:
+    """`size` groups after another."""
+    for first in range(0, len(groups), size):
+        yield groups[first : first + size]

@@ -1,0 +1,127 @@
+"""What a student learns from, whatever it is: a frozen model, a cache of what one said, scores of the training file.
+
+Dimensions: A micro-batches of B queries, N passages of each, T layers of the teacher, K selected ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lead_ds.data.groups.group import Groups
+from lead_ds.data.reads import ModelBatch, Reads
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.errors import InputError
+from lead_ds.models.scorer import Output
+from lead_ds.relevance import Features
+from lead_ds.settings.base import Section
+from lead_ds.settings.data import DataConfig
+from lead_ds.settings.registry import Registry
+from lead_ds.settings.train import TrainConfig
+
+Gift = Literal["final", "layers", "features", "attention"]
+"""What a loss may read of a teacher: relevance of its final state, of its layers; vectors or token states; attention maps."""
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher says of a window: final (K = 1) and selected layers' features; taps of each batch where requested."""
+
+    final: Features
+    layers: Features | None = None
+    outputs: list[Output] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher is opened for: its own settings, and the sections of the run that it may read."""
+
+    teacher: Any  # the teacher's own Settings
+    losses: Any
+    data: DataConfig
+    train: TrainConfig
+    seed: int
+    lens_folder: Path  # where the teacher's tuned lens is, or will be
+    deepspeed: str | dict[str, Any]  # of a sharded teacher
+
+    @classmethod
+    def of(cls, run: Any) -> Lesson:
+        """The lesson of a whole configuration, which has these sections."""
+        return cls(
+            teacher=run.teacher,
+            losses=run.losses,
+            data=run.data,
+            train=run.train,
+            seed=run.seed,
+            lens_folder=run.lens_folder,
+            deepspeed=run.deepspeed.teacher,
+        )
+
+
+class Teacher(ABC):
+    """Answers accumulation windows without gradient. Registered under the name that `teacher.kind` has.
+
+    Opened in three steps, so that what is wrong with the input is reported before any model is loaded: `settled` completes
+    the settings, `reads` says what the teacher is given of groups, `open` makes it ready. Every process calls each of them.
+    """
+
+    Settings: ClassVar[type[Section]]
+    gives: ClassVar[frozenset[Gift]]  # the most that a teacher of the kind can give
+    computes: ClassVar[bool] = False  # runs a model, which takes memory and may be begun a window early
+
+    num_layers: int  # T
+    placement: str
+    lens_facts: dict[str, Any] | None = None  # of the tuned lens that its layers are read through
+
+    @classmethod
+    def settled(cls, settings: Any) -> Any:
+        """The settings, with what the teacher's files say of them filled in. Raises InputError where they contradict."""
+        return settings
+
+    @classmethod
+    def files(cls, settings: Any) -> dict[str, Path]:
+        """The files that decide what it says, by name: of a run that is resumed they must be what they were."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
+        """What it is given of groups. Raises InputError for what is wrong with its files, or with groups for it."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, lesson: Lesson, reads: Reads, sample: Callable[[], list[ModelBatch]], ranks: Ranks) -> Teacher:
+        """The teacher, ready. sample: makes the batches of a run's first window."""
+
+    @property
+    def readable(self) -> list[int]:
+        """The layers that it can be asked for, ascending."""
+        return list(range(self.num_layers))
+
+    @abstractmethod
+    def window(
+        self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
+    ) -> TeacherView:
+        """Features of a window's batches, joined. Every rank must call this with equally many batches."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A line for the start of a run."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of it."""
+
+
+TEACHERS = Registry[type[Teacher]]("lead_ds.teachers")
+
+
+def refuse_ungiven(kind: str, teacher: type[Teacher], losses: Any) -> None:
+    """Raise InputError for a loss that reads what no teacher of the kind gives, with what to set instead."""
+    for name, need, what in (("layer", "layers", "layers to read"), ("attention", "attention", "attention maps")):
+        if getattr(losses, name).weight > 0 and need not in teacher.gives:
+            where, remedy = f"losses.{name}.weight", "set it to 0, or name the model itself with its kind"
+            raise InputError(where, f"a teacher of kind {kind} has no {what}", remedy)
