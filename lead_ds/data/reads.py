@@ -29,7 +29,7 @@ class ModelBatch:
     queries: Tokens | None = None
     passages: Tokens | None = None
     pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
-    given: Tokens | None = None  # instead of all, what is known of the groups without a model: see Given
+    looked_up: Tokens | None = None  # instead of all, what is known of the groups without a model: see Lookup
     passes: Passes | None = None  # the rows of queries, then of passages, or of pairs: as the model is to run them
 
     @property
@@ -46,7 +46,7 @@ class ModelBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
-        parts = {name: getattr(self, name) for name in ("queries", "passages", "pairs", "given")}
+        parts = {name: getattr(self, name) for name in ("queries", "passages", "pairs", "looked_up")}
         changed = {
             name: None if tokens is None else {key: change(tensor) for key, tensor in tokens.items()}
             for name, tokens in parts.items()
@@ -54,7 +54,7 @@ class ModelBatch:
         return ModelBatch(self.group, **changed, passes=None if self.passes is None else self.passes.map(change))
 
 
-class Given(Protocol):
+class Lookup(Protocol):
     """What is known of groups without a model that reads them. Picklable: worker processes look it up."""
 
     reads_texts: bool  # whether it looks at the texts of groups, and not only at their keys
@@ -66,10 +66,10 @@ class Given(Protocol):
 
 @dataclass(frozen=True)
 class Reads:
-    """What one model is given of groups: tokens of their texts by `encoder`, or what `given` says. Picklable."""
+    """What one model is given of groups: tokens of their texts by `encoder`, or what `lookup` finds. Picklable."""
 
     encoder: TextEncoder | None = None
-    given: Given | None = None
+    lookup: Lookup | None = None
     at_once: int | None = None  # groups of a batch; None: all of a window
     passes: int | Literal["packed"] | None = None
     queries_at_once: int | None = None  # with GradCache
@@ -79,8 +79,8 @@ class Reads:
     @property
     def reads_texts(self) -> bool:
         """Whether groups must carry their texts."""
-        if self.given is not None:
-            return self.given.reads_texts
+        if self.lookup is not None:
+            return self.lookup.reads_texts
         return self.tokens is None
 
     @property
@@ -91,9 +91,9 @@ class Reads:
     def batches(self, rows: np.ndarray, groups: Sequence[Group]) -> list[ModelBatch]:
         """What it is given of groups, drawn from `rows`: in batches of whole groups, or all at once what is not tokens."""
         size = len(groups[0].keys)
-        if self.given is not None:
-            arrays = self.given.read(rows, groups)
-            return [ModelBatch(size, given={name: torch.from_numpy(array) for name, array in arrays.items()})]
+        if self.lookup is not None:
+            arrays = self.lookup.read(rows, groups)
+            return [ModelBatch(size, looked_up={name: torch.from_numpy(array) for name, array in arrays.items()})]
         return [self._tokens(part) for part in in_parts(groups, self.at_once or len(groups))]
 
     def _tokens(self, groups: Sequence[Group]) -> ModelBatch:

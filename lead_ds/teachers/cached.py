@@ -57,13 +57,13 @@ class CachedTeacher(Teacher):
     @classmethod
     def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
         """See `Teacher`: what the cache says of them."""
-        return Reads(given=open_cache(lesson, groups, ranks))
+        return Reads(lookup=open_cache(lesson, groups, ranks))
 
     @classmethod
     def open(cls, lesson: Lesson, reads: Reads, sample: Callable[[], list[ModelBatch]], ranks: Ranks) -> CachedTeacher:
         """See `Teacher`."""
-        assert isinstance(reads.given, TeacherCache)
-        return cls(reads.given, lesson.teacher, ranks.device)
+        assert isinstance(reads.lookup, TeacherCache)
+        return cls(reads.lookup, lesson.teacher, ranks.device)
 
     @property
     def readable(self) -> list[int]:
@@ -75,7 +75,7 @@ class CachedTeacher(Teacher):
     ) -> TeacherView:
         """Relevance of a window's groups: final [1, A * B, N], layers [K, A * B, N]; or vectors [1 or K, texts, D]. float32."""
         assert not tap_layers
-        parts = [chunk.to(self.device).given for chunk in chunks]
+        parts = [chunk.to(self.device).looked_up for chunk in chunks]
         said = {name: [part[name] for part in parts if part is not None] for name in parts[0] or {}}
         places = [self.readable.index(layer) for layer in layers]
         final = self._features(said, [len(self.readable)])

@@ -70,7 +70,7 @@ def worth_of_cache(cache: TeacherCache, groups: Groups, lesson: Lesson) -> dict[
     for first in range(0, len(rows), AT_ONCE):
         some = np.array(rows[first : first + AT_ONCE])
         drawn = [groups.draw(int(row), lesson.seed, epoch=0) for row in some]
-        view = teacher.window(Reads(given=cache).batches(some, drawn), teacher.readable)
+        view = teacher.window(Reads(lookup=cache).batches(some, drawn), teacher.readable)
         parts = [part.group_relevance(group).logits for part in (view.layers, view.final) if part is not None]
         found.append(worth(torch.cat(parts) / lesson.losses.layer.teacher_temperature))
     nll_T, first_T = (torch.cat(parts, 1).mean(1).tolist() for parts in zip(*found, strict=True))
