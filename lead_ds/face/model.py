@@ -14,8 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from lead_ds.data.batches import read
 from lead_ds.data.groups.group import Group
+from lead_ds.data.reads import read
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_scorer
 from lead_ds.retrieval.encode import encode_share
