@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lead_ds.config.losses import LossesConfig
-from lead_ds.settings.base import NonNegative, Place, Positive, Section, Seed
+from lead_ds.settings.base import BITS, PACE, PLACE, Means, NonNegative, Place, Positive, Section, Seed
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.model import TextConfig
 from lead_ds.settings.pipeline import PipelineConfig
+from lead_ds.settings.roles import Trained
 from lead_ds.settings.train import (
     DeepSpeedFiles,
     EvaluationConfig,
@@ -54,32 +55,30 @@ class _AnyKind(TextConfig):
         return self
 
 
-class TeacherConfig(_AnyKind):
+class TeacherConfig(_AnyKind, Trained):
     """The model to learn from. Frozen unless `train`."""
 
     kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker", "cached"] = Field(
         description="cached: `path` is a folder that lead-ds teach wrote. Relevance: teacher losses compare a query with its "
         "own passages; vectors (teach --vectors, of a dual_encoder): with every passage of the batch, as that model would"
     )
-    placement: Literal["auto", "replicate", "zero3"] = "auto"
-    offload: Literal["none", "cpu", "nvme"] = Field("none", description="where zero3 keeps the shards")
-    offload_path: Place | None = Field(None, description="a folder on a local NVMe disk, for offload: nvme")
+    placement: Annotated[Literal["auto", "replicate", "zero3"], PACE] = "auto"
+    offload: Annotated[Literal["none", "cpu", "nvme"], PACE] = Field("none", description="where zero3 keeps the shards")
+    offload_path: Annotated[Place | None, PLACE] = Field(
+        None, description="a folder on a local NVMe disk, for offload: nvme"
+    )
     max_length: Positive = Field(256, description="tokens of a query-passage pair: cross_encoder, llm_reranker")
-    batch_size: Positive | None = Field(
+    batch_size: Annotated[Positive | None, BITS] = Field(
         None, description="texts or pairs per teacher forward; null: the whole accumulation window at once"
     )
-    compile: bool = Field(
+    compile: Annotated[bool, BITS] = Field(
         False,
         description="torch.compile the teacher; placement: replicate only, for ZeRO-3's gathers cannot be compiled",
     )
-    truncate: bool = Field(
+    truncate: Annotated[bool, PACE] = Field(
         True,
         description="do not load layers above the highest one that the losses read (select: given, no final relevance)",
     )
-    train: bool = Field(
-        False, description="co-train the teacher, as LEAD's paper does: in the student's engine and dtype"
-    )
-    lr: float | None = Field(None, gt=0, description="learning rate of a co-trained teacher; null: train.lr")
     instruction: str = Field(
         "Given a web search query, retrieve relevant passages that answer the query",
         description="llm_reranker: the task, told in the prompt",
@@ -95,7 +94,7 @@ class TeacherConfig(_AnyKind):
         description="what layers are read through: the model's own head or vector space, or read-outs of their own, which "
         "`lead-ds fit-lens CONFIG` fits; not colbert",
     )
-    lens_path: Place | None = Field(None, description="the folder of a tuned lens; null: OUTPUT/lens")
+    lens_path: Annotated[Place | None, PLACE] = Field(None, description="the folder of a tuned lens; null: OUTPUT/lens")
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
@@ -150,11 +149,17 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
-    monitor: MonitorConfig = MonitorConfig()
-    profile: ProfileConfig | None = Field(None, description="true, or the section: a table and a trace of some steps")
-    kernels: Impl = Field("auto", description="triton, torch (chunked, no CUDA needed), or auto by device")
-    output: Place = "runs/lead"
-    pipeline: PipelineConfig | None = Field(None, description="read by `lead-ds pipeline` alone; null: its defaults")
+    monitor: Annotated[MonitorConfig, PACE] = MonitorConfig()
+    profile: Annotated[ProfileConfig | None, PACE] = Field(
+        None, description="true, or the section: a table and a trace of some steps"
+    )
+    kernels: Annotated[Impl, BITS] = Field(
+        "auto", description="triton, torch (chunked, no CUDA needed), or auto by device"
+    )
+    output: Annotated[Place, Means("place", shared=True)] = "runs/lead"
+    pipeline: Annotated[PipelineConfig | None, PACE] = Field(
+        None, description="read by `lead-ds pipeline` alone; null: its defaults"
+    )
 
     @field_validator("profile", mode="before")
     @classmethod

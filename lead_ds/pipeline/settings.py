@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
-
-# What may change without a stage's output changing: where things lie (their content counts), how often a run speaks and
-# saves, where and how fast the same is computed, and on how many processes something was made.
-FREE = {
-    *("output", "pipeline", "profile", "monitor", "kernels", "evaluation.batch_size"),
-    *("train.save_every", "train.log_every", "train.keep", "train.watchdog_minutes"),
-    *("train.compile", "train.overlap", "train.grad_cache", "train.gradient_checkpointing"),
-    *("data.path", "data.train", "data.workers", "data.token_cache"),
-    *("student.path", "student.passes", "student.attention"),
-    *(
-        "teacher.path",
-        "teacher.passes",
-        "teacher.attention",
-        "teacher.placement",
-        "teacher.offload",
-        "teacher.offload_path",
-    ),
-    *("teacher.batch_size", "teacher.compile", "teacher.truncate", "teacher.lens_path"),
-}
+from lead_ds.settings.base import Section
+from lead_ds.settings.meaning import keys_of
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """The configuration without what does not decide what a run computes; DeepSpeed's own settings by their content.
+    """The settings that decide a stage's output, up to the last bits; DeepSpeed's own settings by their content.
 
     Without defaults as well, so that a key that a later version adds makes nothing anew.
     """
-    tree = thinned(config.model_dump(mode="json", exclude_defaults=True))
+    free = keys_of(config, "place", "pace", "bits") | {"deepspeed"}
+    tree = _deciding(config, config.model_dump(mode="json"), free)
     tree["deepspeed"] = {role: read_deepspeed_config(source) for role, source in config.deepspeed}
     return tree
 
 
-def thinned(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """A plain tree without the keys of FREE."""
-    kept = {}
-    for key, value in tree.items():
-        path = f"{at}.{key}" if at else key
-        if path not in FREE:
-            kept[key] = thinned(value, path) if isinstance(value, dict) else value
+def _deciding(
+    section: Section, tree: Mapping[str, Any], free: Collection[str], at: str = "", usual: Any = None
+) -> dict[str, Any]:
+    """What a section has otherwise than by default. usual: the form that it has by default, where there are several."""
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value, default = getattr(section, name), field.get_default(call_default_factory=True)
+        # The key that names a form, such as select, is the default of its form, but not always the section's.
+        default = getattr(usual, name, default) if get_origin(field.annotation) is Literal else default
+        if f"{at}{name}" in free or value == default:
+            continue
+        if not isinstance(value, Section):
+            kept[name] = tree[name]
+        elif (inner := _deciding(value, tree[name], free, f"{at}{name}.", default)) or field.is_required():
+            kept[name] = inner
     return kept
 
 

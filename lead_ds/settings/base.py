@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -14,6 +15,24 @@ def _expanded(value: str) -> str:
 
 
 Place = Annotated[str, AfterValidator(_expanded)]  # a file, a folder or a name; ~ is the home folder
+
+Meaning = Literal["place", "pace", "bits", "result"]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a setting means for what a run computes, written at its field; a field that says nothing decides the result.
+
+    place: where something is; its content counts, not its name. pace: how fast, in whose memory, how often reported: the
+    same numbers, bit for bit. bits: the same mathematics in another order of operations. result: other numbers.
+    shared: a place that all processes write to together, and so must name alike.
+    """
+
+    meaning: Meaning
+    shared: bool = False
+
+
+PLACE, PACE, BITS = Means("place"), Means("pace"), Means("bits")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes, also times steps and ranks
 Positive = Annotated[int, Field(gt=0)]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lead_ds.settings.base import NonNegative, Place, Section
+from lead_ds.settings.base import PACE, PLACE, NonNegative, Place, Section
 
 
 class DataConfig(Section):
     """Texts, judgements and training groups."""
 
-    path: Place
-    train: Place = Field("train.jsonl", description="training groups, or a qrels .tsv; relative to path")
+    path: Annotated[Place, PLACE]
+    train: Annotated[Place, PLACE] = Field(
+        "train.jsonl", description="training groups, or a qrels .tsv; relative to path"
+    )
     format: Literal["auto", "canonical", "qrels", "texts", "tevatron", "flagembedding", "sentence-transformers"] = (
         "auto"
     )
@@ -25,10 +27,12 @@ class DataConfig(Section):
         False,
         description="let a passage that is the query itself, by its id or its text, be its negative, and count it in evaluation",
     )
-    token_cache: bool | Place = Field(
+    token_cache: Annotated[bool | Place, PACE] = Field(
         False,
         description="keep every text's tokens on disk, made once, and put batches together from them: true, or a folder. For "
         "slow tokenizers or few cores; groups of ids only; a model that reads pairs otherwise than text by text goes on "
         "tokenising",
     )
-    workers: NonNegative = Field(0, description="data-loader processes per rank; 0: a thread of the rank itself")
+    workers: Annotated[NonNegative, PACE] = Field(
+        0, description="data-loader processes per rank; 0: a thread of the rank itself"
+    )

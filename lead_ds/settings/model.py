@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lead_ds.settings.base import Place, Positive, Section
+from lead_ds.settings.base import BITS, PACE, PLACE, Place, Positive, Section
 
 
 class ModelConfig(Section):
@@ -16,7 +16,9 @@ class ModelConfig(Section):
     """
 
     kind: str
-    path: Place = Field(description="a Hugging Face directory or hub name, or a sentence-transformers directory")
+    path: Annotated[Place, PLACE] = Field(
+        description="a Hugging Face directory or hub name, or a sentence-transformers directory"
+    )
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: build from config.json alone, for speed and memory measurements"
     )
@@ -28,12 +30,12 @@ class ModelConfig(Section):
     )
     query_prompt: str | None = Field(None, description="null: from the model's own sentence-transformers configuration")
     passage_prompt: str | None = None
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], BITS] = Field(
         "auto",
         description="auto: sdpa; on a GPU with flash-attn installed and a 16-bit dtype, the faster of sdpa and "
         "flash_attention_2, measured on the run's first batch",
     )
-    passes: Positive | Literal["packed"] | None = Field(
+    passes: Annotated[Positive | Literal["packed"] | None, BITS] = Field(
         None,
         description="forwards per micro-batch of the student, per window of the teacher: texts are sorted by length, so that "
         "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
@@ -41,8 +43,12 @@ class ModelConfig(Section):
         "side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: one for queries, one "
         "for passages (or one for pairs)",
     )
-    allow_pickle: bool = Field(False, description="allow weights that come as pickle (pytorch_model.bin) only")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model: only if you read it")
+    allow_pickle: Annotated[bool, PACE] = Field(
+        False, description="allow weights that come as pickle (pytorch_model.bin) only"
+    )
+    trust_remote_code: Annotated[bool, BITS] = Field(
+        False, description="run Python code that comes with the model: only if you read it"
+    )
 
 
 class TextConfig(ModelConfig):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lead_ds.settings.base import Fraction, NonNegative, Place, Positive, Section
+from lead_ds.settings.base import BITS, PACE, PLACE, Fraction, NonNegative, Place, Positive, Section
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -25,24 +25,24 @@ class TrainConfig(Section):
     in_batch: Literal["global", "local"] = Field(
         "global", description="other queries' passages as negatives: of every rank, or of the rank's micro-batch"
     )
-    gradient_checkpointing: bool = False
-    grad_cache: Positive | None = Field(
+    gradient_checkpointing: Annotated[bool, BITS] = False
+    grad_cache: Annotated[Positive | None, BITS] = Field(
         None,
         description="GradCache: as many in-batch passages as you like in the memory of this many queries' and their passages'. "
         "Same loss and gradient, for one more forward of the student. null: off, every activation is kept",
     )
-    compile: bool = Field(False, description="torch.compile the student")
-    overlap: bool = Field(
+    compile: Annotated[bool, BITS] = Field(False, description="torch.compile the student")
+    overlap: Annotated[bool, PACE] = Field(
         False,
         description="the teacher of the next window runs beside the student of this one, on a CUDA stream of its own; needs "
         "teacher.placement: replicate, and a second window in memory. Same losses. On a CPU there is nothing to gain",
     )
-    log_every: Positive = 10
-    save_every: Positive = 1000
+    log_every: Annotated[Positive, PACE] = 10
+    save_every: Annotated[Positive, PACE] = 1000
     evaluate_every: NonNegative = Field(1000, description="0: only at the end")
-    keep: Positive = Field(3, description="checkpoints kept; the best one is kept besides")
+    keep: Annotated[Positive, PACE] = Field(3, description="checkpoints kept; the best one is kept besides")
     patience: NonNegative = Field(0, description="evaluations without a better metric before stopping; 0: never stop")
-    watchdog_minutes: float = Field(
+    watchdog_minutes: Annotated[float, PACE] = Field(
         30.0,
         ge=0,
         allow_inf_nan=False,
@@ -58,8 +58,8 @@ class EvaluationConfig(Section):
     metric: str = Field("nDCG@10", description="decides which checkpoint is best; ir-measures' names")
     measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"])
     queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
-    batch_size: Positive = 64
-    run: Place | None = Field(
+    batch_size: Annotated[Positive, BITS] = 64
+    run: Annotated[Place | None, PLACE] = Field(
         None, description="colbert, cross_encoder: a TREC run whose passages are reranked; null: BM25's, found at start"
     )
     depth: Positive = Field(100, description="colbert, cross_encoder: passages of each query that are reranked")
@@ -85,5 +85,5 @@ class ProfileConfig(Section):
 class DeepSpeedFiles(Section):
     """DeepSpeed configurations: a path (also by its name in ds_configs/), or the dictionary itself."""
 
-    student: str | dict[str, Any] = "ds_configs/student_zero1.json"
-    teacher: str | dict[str, Any] = "ds_configs/teacher_zero3.json"
+    student: Annotated[str | dict[str, Any], PLACE] = "ds_configs/student_zero1.json"
+    teacher: Annotated[str | dict[str, Any], PLACE] = "ds_configs/teacher_zero3.json"

@@ -13,11 +13,10 @@ from lead_ds.engine.distributed.agreement import flat, summary
 from lead_ds.errors import InputError
 from lead_ds.io.files import checksum, model_checksum
 from lead_ds.relevance import Scale
+from lead_ds.settings.meaning import keys_of
+from lead_ds.settings.roles import Trained
 
 ANOTHER_FOLDER = "delete it, or choose another folder with --out"
-# Settings of a teacher that do not change what it says.
-_FREE = {"kind", "path", "placement", "offload", "offload_path", "batch_size", "train", "lr", "attention"}
-_FREE |= {"allow_pickle", "trust_remote_code", "passes", "truncate", "compile", "lens_path"}
 
 
 def teacher_facts(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> dict[str, Any]:
@@ -61,8 +60,9 @@ def input_facts(groups: Groups, taught_by: dict[str, Path]) -> dict[str, str]:
 
 
 def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:
-    """The settings that decide what a teacher says of a text."""
-    return {name: value for name, value in teacher.model_dump(mode="json").items() if name not in _FREE}
+    """The settings that decide what a frozen teacher says of a text; its kind stands beside them."""
+    deciding = keys_of(teacher, "result") - {"kind", *Trained.model_fields}
+    return {name: value for name, value in teacher.model_dump(mode="json").items() if name in deciding}
 
 
 def stored_scale(kind: str, scale: str) -> Scale:

@@ -15,7 +15,7 @@ from lead_ds.engine.records import parts as parts_module
 from lead_ds.engine.records.parts import Parts, PartsClock, mean_parts
 from lead_ds.engine.records.profile import exposed
 from lead_ds.engine.training.distill import distill
-from lead_ds.engine.training.resume import FREE_TO_CHANGE, changed_keys
+from lead_ds.engine.training.resume import changed_keys
 from lead_ds.errors import InputError
 from lead_ds.report import write_report
 from lead_ds.report.profile import profile_text
@@ -57,9 +57,7 @@ def test_exposed_communication() -> None:
 def test_profile_is_a_switch_or_a_section(configure: Callable[..., Path], value: str, steps: int | None) -> None:
     config = load_config(configure(), [f"profile={value}"])
     assert (config.profile.steps if config.profile else None) == steps
-    before = load_config(configure()).model_dump(mode="json")
-    assert changed_keys(before, config.model_dump(mode="json")) == []
-    assert "profile" in FREE_TO_CHANGE
+    assert changed_keys(load_config(configure()), config) == []  # a resumed run may be profiled, or not any more
 
 
 def test_a_mistake_in_profile_is_told(configure: Callable[..., Path]) -> None:

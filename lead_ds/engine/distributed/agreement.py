@@ -7,30 +7,18 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError, LeadError
 from lead_ds.io.provenance import versions
+from lead_ds.settings.meaning import means
 
 T = TypeVar("T")
 
-# Where the same files lie may differ between machines; what is in them may not.
-PLACES = (
-    "data.path",
-    "evaluation.run",
-    "evaluation.path",
-    "teacher.path",
-    "teacher.lens_path",
-    "teacher.offload_path",
-    "student.path",
-    "deepspeed.student",
-    "deepspeed.teacher",
-)
 WHOLE, SAMPLES, SAMPLE = 1 << 26, 64, 1 << 16  # bytes: files up to WHOLE are read whole, of others SAMPLES pieces
 VISIBLE = 15.0  # seconds in which a network file system must show a new file
 
@@ -58,7 +46,7 @@ def agreed(ranks: Ranks, act: Callable[[], T]) -> T:
     raise cause
 
 
-def check_agreement(config: Config, resume: bool, ranks: Ranks) -> None:
+def check_agreement(config: Any, resume: bool, ranks: Ranks) -> None:
     """Raise InputError on every rank, naming rank and key, where configuration, package versions or files differ."""
     if ranks.world == 1:
         return
@@ -78,18 +66,24 @@ def check_agreement(config: Config, resume: bool, ranks: Ranks) -> None:
     )
 
 
-def facts(config: Config) -> dict[str, str]:
-    """What must be the same on every rank: settings by dotted key, versions, files by name with size and checksum."""
-    tree = config.model_dump(mode="json")
-    found = {key: json.dumps(value) for key, value in flat(tree) if key not in PLACES}
+def facts(config: Any) -> dict[str, str]:
+    """What must be the same on every rank: settings by dotted key, versions, files by name with size and checksum.
+
+    Where the same files are may differ between machines; what is in them may not, nor where all processes write to.
+    config: a whole configuration (`lead_ds.config.Config`).
+    """
+    free = {key for key, mark in means(config).items() if mark.meaning == "place" and not mark.shared}
+    found = {key: json.dumps(value) for key, value in flat(config.model_dump(mode="json"), free=free)}
     for name in ("student", "teacher"):
         source = read_deepspeed_config(getattr(config.deepspeed, name))
         found |= {f"deepspeed.{key}": json.dumps(value) for key, value in flat(source, name)}
     found |= {f"version of {name}": version for name, version in versions().items()}
-    data = Path(config.data.path)
-    for name in (config.data.train, "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"):
-        content = summary(data / name)
-        if content is not None:
+    folder, names = Path(config.data.path), ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz")
+    files = {"data.train": folder / config.data.train, **{name: folder / name for name in names}}
+    if config.evaluation.run is not None:
+        files["evaluation.run"] = Path(config.evaluation.run)
+    for name, path in files.items():
+        if (content := summary(path)) is not None:
             found[name] = content
     for model in ("student", "teacher"):
         section = getattr(config, model)
@@ -103,11 +97,13 @@ def facts(config: Config) -> dict[str, str]:
     return found if lens is None else {**found, "tuned lens": lens}
 
 
-def flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dictionaries, by dotted key."""
+def flat(tree: Any, at: str = "", free: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries, by dotted key; without the keys of `free` and what is in them."""
+    if at in free:
+        return
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from flat(value, f"{at}.{key}" if at else str(key))
+            yield from flat(value, f"{at}.{key}" if at else str(key), free)
     else:
         yield at, tree
 

@@ -7,34 +7,14 @@ from typing import Any
 
 from lead_ds.config import Config
 from lead_ds.data.groups.group import Groups
-from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.agreement import agreed, flat
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.errors import InputError
+from lead_ds.settings.meaning import keys_of
 from lead_ds.teachers.identity import differing, input_facts
 from lead_ds.teachers.open import teacher_class
 from lead_ds.teachers.teacher import Teacher
-
-# What may differ between a run and its continuation: how often it speaks and saves, where the same data lie now, and what is
-# bit for bit the same.
-FREE_TO_CHANGE = {
-    "output",
-    "train.save_every",
-    "train.log_every",
-    "train.keep",
-    "train.watchdog_minutes",
-    "monitor",
-    "profile",
-    "pipeline",
-    "data.path",
-    "evaluation.path",
-    "data.workers",
-    "data.token_cache",
-    "train.overlap",
-    "teacher.path",
-    "teacher.truncate",
-    "teacher.lens_path",
-}
 
 
 def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ranks) -> dict[str, Any]:
@@ -44,7 +24,7 @@ def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ran
         return {}
     path, state = found
     old, processes = Config.model_validate(state["config"]), state["processes"]
-    changed = changed_keys(old.model_dump(mode="json"), config.model_dump(mode="json"))
+    changed = changed_keys(old, config)
     if groups_per_step(old, processes) == groups_per_step(config, ranks.world):
         changed = [key for key in changed if key not in ("train.batch_size", "train.accumulation")]
     if changed:
@@ -76,17 +56,14 @@ def compared(config: Config, processes: int) -> int:
     return config.train.batch_size * (processes if config.train.in_batch == "global" else 1)
 
 
-def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
-    """The dotted keys in which two plain configurations differ, of those that decide what a run computes."""
-    if at in FREE_TO_CHANGE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            changed
-            for key in sorted(set(old) | set(new))
-            for changed in changed_keys(old.get(key), new.get(key), f"{at}.{key}" if at else key)
-        ]
-    return [] if old == new else [at]
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """The dotted keys in which two configurations differ, of those that decide what a run computes, bit for bit.
+
+    What may differ is where things are, whose content is compared (`check_inputs`), and how fast the same is computed.
+    """
+    free = keys_of(old, "place", "pace") | keys_of(new, "place", "pace")
+    one, other = (dict(flat(config.model_dump(mode="json"), free=free)) for config in (old, new))
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
 
 
 def check_lens(config: Config, state: dict[str, Any], teacher: Teacher | None) -> None:
