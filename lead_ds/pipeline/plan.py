@@ -15,6 +15,7 @@ from lead_ds.pipeline.stage_graph import StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
 from lead_ds.settings.documents import in_yaml
 from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
+from lead_ds.settings.train import EvaluationConfig
 
 MAIN = "distilled"
 
@@ -157,7 +158,7 @@ class Recipe:
             tree,
             needs,
             self._training_files(config, groups),
-            optional=self._graph.files(f"qrels/{config.evaluation.split}.tsv") if config.evaluation.split else (),
+            optional=self._evaluation_files(config.evaluation),
             models=given.models,
             distributed=True,
             resumes="run/config.yaml",
@@ -351,6 +352,15 @@ class Recipe:
         except InputError as error:
             where = error.where.replace(f"{self.path}: ", f"{self.path}: pipeline.{name}.")
             raise InputError(where, error.what, error.remedy) from None
+
+    def _evaluation_files(self, evaluation: EvaluationConfig) -> tuple[Path, ...]:
+        """What evaluation during training reads, beside what the training reads."""
+        if evaluation.split is None:
+            return ()
+        elsewhere = () if evaluation.path is None else ("corpus.jsonl", "queries.jsonl")
+        data = None if evaluation.path is None else Path(evaluation.path)
+        run = () if evaluation.run is None else (Path(evaluation.run),)
+        return (*self._graph.files(f"qrels/{evaluation.split}.tsv", *elsewhere, data=data), *run)
 
     def _training_files(self, config: Config, groups: str) -> tuple[Path, ...]:
         """What a training command reads of the data, beside the groups that a stage makes."""

@@ -54,7 +54,9 @@ class EvaluationConfig(Section):
     """During training: of a dual encoder by exact search over the corpus, of others by reranking candidates."""
 
     split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or a split that is absent: no evaluation")
-    path: Place | None = Field(None, description="a folder with corpus, queries and qrels; null: data.path")
+    path: Annotated[Place | None, PLACE] = Field(
+        None, description="a folder with corpus, queries and qrels; null: data.path"
+    )
     metric: str = Field("nDCG@10", description="decides which checkpoint is best; ir-measures' names")
     measures: list[str] = Field(["RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000"])
     queries: NonNegative = Field(0, description="at most so many queries, drawn by the seed; 0: all")
