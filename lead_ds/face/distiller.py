@@ -40,7 +40,7 @@ class Distiller:
     Under a launcher every process makes and trains the same. Raises InputError for what cannot be, before any training.
 
     >>> run = Distiller(
-    ...     teacher=cross_encoder,
+    ...     teacher=load(cross_encoder, max_length=64),
     ...     student=dual_encoder,
     ...     data=[{"query": f"query {i}", "positives": [f"answer {i}"], "negatives": []} for i in range(8)],
     ...     losses={"response": {"weight": 3}},

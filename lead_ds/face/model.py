@@ -29,6 +29,9 @@ class Model:
 
     kind: dual_encoder, colbert, cross_encoder or llm_reranker. num_layers: how many layers can be read.
     section: what `Distiller` takes it by, `path`, `kind` and settings.
+
+    >>> load(dual_encoder).num_layers
+    3
     """
 
     def __init__(self, scorer: Any, encoder: Any, section: dict[str, Any]) -> None:
@@ -79,7 +82,7 @@ class Model:
     def score(self, query: str, passages: Sequence[str], *, batch_size: int = 64) -> list[float]:
         """The relevance of each passage to the query.
 
-        >>> load(cross_encoder).score("who flies silently", ["an owl", "a glacier"])  # doctest: +ELLIPSIS
+        >>> load(cross_encoder, max_length=64).score("who flies silently", ["an owl", "a glacier"])  # doctest: +ELLIPSIS
         [..., ...]
         """
         return _Reranker(self.scorer, self.encoder).scores(query, passages, batch_size)

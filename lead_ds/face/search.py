@@ -71,7 +71,8 @@ class Searcher:
 class Reranker:
     """A model of any kind over candidates.
 
-    >>> reranker = Reranker(cross_encoder)
+    >>> from lead_ds import load
+    >>> reranker = Reranker(load(cross_encoder, max_length=64))
     >>> [hit.text for hit in reranker.rank("who flies silently", ["an owl", "a glacier"], k=1)]  # doctest: +ELLIPSIS
     ['...']
     """
