@@ -124,6 +124,8 @@ def search(
         raise InputError(
             "search", "no query was given", 'add one, such as "read a json file", or --data with queries.jsonl'
         )
+    if out is not None:
+        check_search_names(data, index, tag, out)
     searcher = Searcher.open(model, data, quiet=bool(as_json), **settings)
     if query and out is None:
         for text in query:
@@ -199,6 +201,22 @@ def mine(
     if mined.unscored:
         print(
             f"{mined.unscored} queries have a positive that the run lacks: --margin and --ratio cannot look at its score"
+        )
+
+
+def check_search_names(data: Path | None, index: Path | None, tag: str, out: Path) -> None:
+    """Refuse, before the work, ids and a tag that a run cannot hold."""
+    from lead_ds.data.collections.dataset import Dataset
+    from lead_ds.data.collections.qrels import blank_name, check_run_names
+    from lead_ds.retrieval.encode import IDS, read_ids
+
+    if data is not None:
+        check_run_names(Dataset.open(data), out, tag)
+    elif blank_name([tag]):
+        raise InputError("--tag", f"{tag!r} holds white space, or nothing", "use one word")
+    elif index is not None and (name := blank_name(read_ids(index / IDS, "build the index again"))) is not None:
+        raise InputError(
+            index / IDS, f"the id {name} holds white space, which a TREC run cannot", "rename and index again"
         )
 
 

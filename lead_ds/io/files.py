@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -68,9 +69,21 @@ def alone(folder: Path, who: str, remedy: str) -> Iterator[int]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, atomically."""
+    """Write JSON, atomically. Raises RunError for a number that is not finite, which is no JSON."""
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise RunError(path, f"{_not_finite(value)} is not finite", "see what computed it") from None
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _not_finite(value: Any, name: str = "") -> str:
+    """The dotted name of the first number that is not finite; "" where there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else name or "a number"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next((found for key, part in items if (found := _not_finite(part, f"{name}.{key}".lstrip(".")))), "")
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

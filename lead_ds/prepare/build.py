@@ -19,7 +19,7 @@ from lead_ds.io.jsonl import dumps
 from lead_ds.io.progress import progress
 from lead_ds.prepare.grouping import Grouper
 from lead_ds.prepare.manifest import Manifest, Output, open_manifest, parts_folder
-from lead_ds.prepare.source import Judgement, Part, Source, Tick
+from lead_ds.prepare.source import Judgement, Part, Source, Text, Tick
 
 _ROWS = 8192  # rows that are written, or looked up, together
 _NAMED = 3  # missing ids that an error names
@@ -131,6 +131,8 @@ class Builder:
         with self._reading("corpus.jsonl", self._source.corpus) as tick:
             texts = self._source.corpus.read(tick)
             while batch := list(islice(texts, _ROWS)):
+                for text in batch:
+                    _refuse_id(text, self._source.name)
                 output.write(b"".join([dumps({"_id": t.id, "title": t.title, "text": t.text}) + b"\n" for t in batch]))
                 rows += len(batch)
         output.facts = {"rows": rows}
@@ -140,6 +142,7 @@ class Builder:
         known: dict[str, int] = {}
         with self._reading("queries.jsonl", self._source.queries) as tick:
             for query in self._source.queries.read(tick):
+                _refuse_id(query, self._source.name)
                 content = hash(" ".join(query.text.lower().split()))  # official files differ in case and blanks
                 if known.setdefault(query.id, content) == content:
                     if len(known) > output.facts.get("rows", 0):
@@ -264,6 +267,13 @@ class Builder:
         if dropped and not self._drop:
             raise _unknown(missing, dropped)
         return dropped
+
+
+def _refuse_id(text: Text, source: str) -> None:
+    """Raise InputError for an id that judgements, tab-separated lines, could not name."""
+    if text.id != text.id.strip() or not text.id or not {"\t", "\n", "\r"}.isdisjoint(text.id):
+        what = f"the id {text.id!r} is empty, or holds a tab, a line break or outer white space"
+        raise InputError(text.where or source, what, "qrels cannot name it: rename it, in the judgements too")
 
 
 def _rows(texts: Texts, names: Sequence[str]) -> np.ndarray:

@@ -15,6 +15,7 @@ from lead_ds.data.groups.formats import LABELS, Lines, Listed, Unusable, key_of,
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.mapped import signature
 from lead_ds.prepare.irds import library
+from lead_ds.prepare.plain_rows import SUFFIXES, plain_rows
 from lead_ds.prepare.source import Judgement, Part, Source, Text, Tick
 
 _FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
@@ -101,9 +102,11 @@ def _tables(datasets: Any, name: str, configuration: str | None) -> dict[str, Ta
         splits: dict[str, list[str]] = {}
         for file in files:
             splits.setdefault(_split_of(file), []).append(str(file))
-        tabs = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
-        loaded = _call(where, datasets.load_dataset, kinds.pop(), data_files=splits, streaming=True, **tabs)
         identity |= _signatures(files)
+        if all(file.suffix in SUFFIXES for file in files):
+            own = {split: [Path(file) for file in listed] for split, listed in splits.items()}
+            return {split: _plain_table(f"{where}/{split}", listed, identity) for split, listed in own.items()}
+        loaded = _call(where, datasets.load_dataset, kinds.pop(), data_files=splits, streaming=True)
     else:
         revision = None if path.exists() else _revision(name)
         loaded = _call(where, datasets.load_dataset, name, configuration, revision=revision)
@@ -116,6 +119,10 @@ def _tables(datasets: Any, name: str, configuration: str | None) -> dict[str, Ta
 
 def _table(where: str, rows: Any, identity: dict[str, Any]) -> Table:
     return Table(where, lambda: iter(rows), getattr(rows, "num_rows", 0) or 0, {**identity, "split": where})
+
+
+def _plain_table(where: str, files: list[Path], identity: dict[str, Any]) -> Table:
+    return Table(where, lambda: plain_rows(files), 0, {**identity, "split": where})
 
 
 def _saved(folder: Path) -> bool:

@@ -68,6 +68,7 @@ def encode_texts(
     number of tokens. batch_size: texts of full length in a batch; of shorter ones as many as have no more tokens, padding
     counted. `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size
     texts in every batch: under ZeRO-3 every process must take part in every forward of any of them.
+    Raises RunError naming the text whose vector is not finite.
     """
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
     length = Side.of(encoder, kind).length
@@ -84,15 +85,25 @@ def encode_texts(
             order = sorted(range(len(ids)), key=lambda i: -lengths[i])
             for chosen in _cut(order, lengths, batch_size, None if forwards else batch_size * length):
                 batch = encoder.padded([ids[i] for i in chosen], None if types is None else [types[i] for i in chosen])
-                yield (
-                    [stretch[i] for i in chosen],
-                    embed({name: x.to(device) for name, x in batch.items()}).float(),
-                )
+                positions = [stretch[i] for i in chosen]
+                vectors_BD = embed({name: x.to(device) for name, x in batch.items()}).float()
+                _refuse_not_finite(vectors_BD, kind, texts, [rows[i] for i in positions])
+                yield positions, vectors_BD
                 done += 1
                 if meter is not None:
                     meter.advance(len(chosen))
         for _ in range(forwards - done):
             embed({name: x.to(device) for name, x in encoder.padded(*encoder.rows(["a"], side)).items()})
+
+
+def _refuse_not_finite(
+    vectors_BD: Tensor, kind: str, texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int]
+) -> None:
+    finite_B = vectors_BD.isfinite().all(1)
+    if not finite_B.all():
+        row = rows[int((~finite_B).nonzero()[0])]
+        what = f"the model's vector of text {row + 1} is not finite: {texts([row])[0][:80]!r}"
+        raise RunError(kind, what, "try dtype=fp32 or --precision fp32; else a weight of the model is not finite")
 
 
 def encode_share(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ import torch
 
 from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, write_run
+from lead_ds.data.collections.qrels import Qrels, Run, check_run_names, read_qrels, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.errors import InputError
+from lead_ds.errors import InputError, RunError
 from lead_ds.io.progress import progress
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.scorer import Scorer
@@ -91,6 +92,8 @@ def evaluate_model(
     scorer = dual_encoder(scorer)
     for name in measures:
         parse_measure(name, relevance_level)
+    if out is not None:
+        check_run_names(dataset, out)
     qrels = draw_queries(dataset.qrels(split), queries, seed)
     was_training, deep = scorer.training, depth(measures)
     scorer.eval()
@@ -159,11 +162,20 @@ def search_exact(
 def make_run(
     query_ids: Sequence[str], scores: Sequence[Sequence[float]], rows: Sequence[Sequence[int]], ids: Sequence[str]
 ) -> Run:
-    """query id -> passage id -> score, best first, from search results by row; negative rows (nothing found) left out."""
-    return {
+    """query id -> passage id -> score, best first, from search results by row; negative rows (nothing found) left out.
+
+    Raises RunError naming query and passage of a score that is not finite.
+    """
+    run = {
         query: {ids[row]: score for row, score in zip(found, row_scores, strict=True) if row >= 0}
         for query, found, row_scores in zip(query_ids, rows, scores, strict=True)
     }
+    for query, ranking in run.items():
+        if not all(map(math.isfinite, ranking.values())):
+            passage = next(name for name, score in ranking.items() if not math.isfinite(score))
+            what = f"the score of passage {passage!r} for query {query!r} is not finite"
+            raise RunError("search", what, "the vectors of either hold numbers that are not, or are too large")
+    return run
 
 
 def draw_queries(qrels: Qrels, count: int, seed: int) -> Qrels:

@@ -71,6 +71,9 @@ def build_index(
             raise InputError("factory", what, "use Flat, or fewer cells") from None
     with progress(f"indexing {factory}", len(vectors), "vectors", shown=not quiet) as meter:
         for chunk in _chunks(vectors):
+            if not np.isfinite(chunk).all():
+                what = "holds a vector that is not finite, which would be found first, or never"
+                raise InputError(vectors.folder, what, "delete the folder, see the model's weights, and encode again")
             try:
                 index.add(chunk)
             except RuntimeError as error:

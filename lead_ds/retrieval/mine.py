@@ -91,7 +91,7 @@ def mine(
             group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
             if scores:
                 group["scores"] = scores
-            file.write(json.dumps(group, ensure_ascii=False) + "\n")
+            file.write(json.dumps(group, ensure_ascii=False, allow_nan=False) + "\n")
             negatives += len(chosen)
             short += len(chosen) < settings.number
             unscored += by_score and not found.keys() >= set(names)

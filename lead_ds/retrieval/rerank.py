@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import Run, read_run, write_run
+from lead_ds.data.collections.qrels import Run, blank_name, check_run_names, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import checksum
@@ -105,6 +105,8 @@ def evaluate_reranked(
     """
     for name in measures:
         parse_measure(name, relevance_level)
+    if out is not None:
+        check_run_names(dataset, out)
     qrels = draw_queries(dataset.qrels(split), queries, seed)
     wanted = {query: dict(candidates[query]) for query in qrels if query in candidates}
     if not keep_identical:
@@ -197,7 +199,7 @@ def _candidates(
             name: dict(sorted(passages.items(), key=lambda item: -item[1])[:depth]) for name, passages in found.items()
         }
         return known_passages(best, dataset, str(run))
-    if cache is None:
+    if cache is None or blank_name(query_ids) or blank_name(dataset.corpus.ids):
         return bm25_run(dataset, query_ids, depth, quiet=quiet)
     facts = [checksum([dataset.corpus.path, dataset.queries.path]), sorted(query_ids), depth]
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=6).hexdigest()
@@ -232,8 +234,12 @@ def score_pairs(
     for some, values in peers.all((places, scores)):
         out_C[some] = values
     if not np.isfinite(out_C).all():
-        count = int((~np.isfinite(out_C)).sum())
-        raise RunError(scorer.config.path, f"{count} of {len(out_C)} scores are not finite", "try dtype=fp32")
+        bad = np.flatnonzero(~np.isfinite(out_C))
+        query, passage = pairs_C2[bad[0]].tolist()
+        pair = f"first of query {queries([query])[0][:60]!r} with passage {passages([passage])[0][:60]!r}"
+        raise RunError(
+            scorer.config.path, f"{len(bad)} of {len(out_C)} scores are not finite, {pair}", "try dtype=fp32"
+        )
     return out_C
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import Run, write_run
+from lead_ds.data.collections.qrels import Run, check_run_names, write_run
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
@@ -199,6 +199,8 @@ def evaluate_index(
         parse_measure(name, relevance_level)
     dataset = Dataset.open(data)
     qrels = dataset.qrels(split)
+    if out is not None:
+        check_run_names(dataset, out)
     searcher = Searcher.open(model, data, index=index, **index_settings)
     texts = dataset.queries.texts(dataset.queries.rows(list(qrels)))
     reading: dict[str, Any] = {"quiet": quiet, "keep_identical": keep_identical, "judged": qrels}

@@ -6,7 +6,9 @@ import pytest
 
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import read_qrels, read_run, write_run
+from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError, RunError
+from lead_ds.settings.data import DataConfig
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,23 @@ def test_a_run_lists_a_passage_once(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("")
     with pytest.raises(InputError, match="holds no results"):
         read_run(tmp_path / "r")
+
+
+@pytest.mark.parametrize("name", ["qrels", "groups"])
+def test_a_pair_that_is_judged_twice_and_differently(folder: Path, name: str) -> None:
+    path = folder / "qrels" / "dev.tsv"
+    path.write_text("query-id\tcorpus-id\tscore\nq1\tp1\t1\nq1\tp2\t1\nq1\tp2\t1\nq1\tp1\t0\n")
+    with pytest.raises(InputError, match=r"dev.tsv:5: passage 'p1' of query 'q1' is judged 0, and 1 on line 2"):
+        read_qrels(path) if name == "qrels" else open_groups(DataConfig(path=str(folder), train="qrels/dev.tsv"))
+    path.write_text("q1\tp1\t1\nq1\tp1\t1\n")
+    assert read_qrels(path) == {"q1": {"p1": 1}}
+
+
+@pytest.mark.parametrize("word", ["1_0", "99999999999", "1.0"])
+def test_a_judgement_is_an_integer_of_trec_eval(tmp_path: Path, word: str) -> None:
+    (tmp_path / "qrels").write_text(f"q\tp\t1\nq\tr\t{word}\n")
+    with pytest.raises(InputError, match=":2: not a judgement"):
+        read_qrels(tmp_path / "qrels")
 
 
 def test_a_run_that_cannot_be_written(tmp_path: Path) -> None:

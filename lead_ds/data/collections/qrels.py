@@ -9,9 +9,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.jsonl import read_lines
+
+if TYPE_CHECKING:
+    from lead_ds.data.collections.dataset import Dataset
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
@@ -39,7 +43,7 @@ def parse_judgements(lines: Iterable[tuple[int, str]], where: object) -> Iterato
                 query, passage, score = fields
             else:
                 query, _, passage, score = fields
-            judgement = int(score)
+            judgement = _integer(score)
         except ValueError:
             if number == 1 and len(fields) in (3, 4) and fields[-1].strip().lower().startswith(_HEADER):
                 continue
@@ -51,11 +55,30 @@ def parse_judgements(lines: Iterable[tuple[int, str]], where: object) -> Iterato
         yield number, query.strip(), passage.strip(), judgement
 
 
+def _integer(word: str) -> int:
+    """A judgement: an integer of 32 bits, as trec_eval reads them. Raises ValueError, also for 1_0, which int() takes."""
+    value = int(word)
+    if not -(1 << 31) <= value < 1 << 31 or "_" in word:
+        raise ValueError(word)
+    return value
+
+
+def refuse_conflict(path: str | Path, query: str, passage: str) -> NoReturn:
+    """Raise InputError naming both lines that judge a pair differently."""
+    lines = [(line, grade) for line, *pair, grade in read_judgements(path) if pair == [query, passage]]
+    (first, grade), (second, other) = lines[0], next(line for line in lines if line[1] != lines[0][1])
+    what = f"passage {passage!r} of query {query!r} is judged {other}, and {grade} on line {first}"
+    raise InputError(
+        f"{path}:{second}", what, "judge a pair once: which of them holds, training and evaluation cannot know"
+    )
+
+
 def read_qrels(path: str | Path) -> Qrels:
-    """query id -> passage id -> judgement (the last, for a pair judged twice). Raises InputError, also when empty."""
+    """query id -> passage id -> judgement. Raises InputError, also when empty, or for a pair with two different judgements."""
     qrels: Qrels = {}
     for _, query, passage, judgement in read_judgements(path):
-        qrels.setdefault(query, {})[passage] = judgement
+        if qrels.setdefault(query, {}).setdefault(passage, judgement) != judgement:
+            refuse_conflict(path, query, passage)
     if not qrels:
         raise InputError(path, "holds no judgements", "each line is query-id, corpus-id, score")
     return qrels
@@ -72,7 +95,7 @@ def read_run(path: str | Path) -> Run:
         fields = line.split()
         try:
             query, _, passage, rank, score = fields[:5]
-            value, place = float(score), int(rank)
+            value, place = float(score.replace("_", "?")), int(rank)
         except ValueError:
             value = math.nan
         if len(fields) != 6 or not math.isfinite(value):
@@ -90,12 +113,31 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
+def blank_name(names: Iterable[str]) -> str | None:
+    """The first of `names` that a run cannot hold, whose fields white space ends; repr'd, None where there is none."""
+    return next((repr(name) for name in names if len(name.split()) != 1), None)
+
+
+def check_run_names(dataset: Dataset, out: str | Path, tag: str = "lead-ds") -> None:
+    """Raise InputError, before any work, where a run of this dataset could not be read again."""
+    if blank_name([tag]):
+        raise InputError("--tag", f"{tag!r} holds white space, or nothing", "use one word")
+    for texts in (dataset.queries, dataset.corpus):
+        if (name := blank_name(texts.ids)) is not None:
+            what = (
+                f"the id {name} holds white space, or nothing, which a TREC run cannot: {out} could not be read again"
+            )
+            raise InputError(texts.path, what, "rename it, in the judgements too")
+
+
 def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str = "lead-ds") -> None:
     """Write a TREC run, each query's passages by falling score, atomically; gzipped when `path` ends in `.gz`.
 
-    Raises RunError when it cannot be written.
+    Raises InputError for an id or a tag that holds white space, and for a score that is not finite: nothing is written that
+    `read_run` refuses. Raises RunError when it cannot be written.
     """
     path = Path(path)
+    _refuse_unreadable(path, run, tag)
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,3 +162,13 @@ def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+
+
+def _refuse_unreadable(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
+    for query, ranking in run.items():
+        if (name := blank_name((tag, query, *ranking))) is not None:
+            raise InputError(path, f"{name} holds white space, or nothing, which a TREC run cannot", "rename it")
+        for passage, score in ranking.items():
+            if not math.isfinite(score):
+                what = f"the score of passage {passage!r} for query {query!r} is not finite"
+                raise InputError(path, what, "see what made it")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import read_judgements
+from lead_ds.data.collections.qrels import read_judgements, refuse_conflict
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.drawing import Draw
 from lead_ds.data.groups.group import Group, KnownPositives, Pool
@@ -156,7 +156,7 @@ def _build_canonical(path: Path, corpus: Texts, queries: Texts) -> Arrays:
         ):
             rows.append(_resolve(block, corpus, lists, "passage").astype(_row_type(corpus)))
             counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
-            scores.append(_listed_scores(lists, [found for _, _, _, found in groups]))
+            scores.append(_listed_scores(block, lists, [found for _, _, _, found in groups]))
     if not query:
         raise InputError(path, "holds no groups", _SHAPE)
     joined = np.concatenate([*positive_scores, *negative_scores])
@@ -170,12 +170,18 @@ def _build_canonical(path: Path, corpus: Texts, queries: Texts) -> Arrays:
     }
 
 
-def _listed_scores(lists: list[list[str]], found: list[dict[str, float]]) -> np.ndarray:
+def _listed_scores(block: Block, lists: list[list[str]], found: list[dict[str, float]]) -> np.ndarray:
     """The score of each id of `lists`, joined, NaN where absent. float32."""
     if not any(found):
         return np.full(sum(map(len, lists)), np.nan, np.float32)
-    scores = [table.get(name, np.nan) for ids, table in zip(lists, found, strict=True) for name in ids]
-    return np.array(scores, np.float32)
+    with np.errstate(over="ignore"):
+        listed = [table.get(name, np.nan) for ids, table in zip(lists, found, strict=True) for name in ids]
+        scores = np.array(listed, np.float64).astype(np.float32)
+    if np.isinf(scores).any():
+        place = int(np.flatnonzero(np.isinf(scores))[0])
+        record = int(np.searchsorted(np.cumsum([len(ids) for ids in lists]), place, "right"))
+        block.fail(record, f"the score {listed[place]} is beyond 32-bit floats", "give finite scores below 3e38")
+    return scores
 
 
 def _canonical(block: Block) -> Iterator[tuple[str, list[str], list[str], dict[str, float]]]:
@@ -215,10 +221,14 @@ def _resolve(block: Block, texts: Texts, lists: list[list[str]], kind: str) -> n
 def _build_qrels(path: Path, corpus: Texts, queries: Texts) -> Arrays:
     numbers: list[int] = []
     names: list[tuple[str, str]] = []
+    judged: dict[tuple[str, str], int] = {}
     for number, query, passage, judgement in read_judgements(path):
+        if judged.setdefault((query, passage), judgement) != judgement:
+            refuse_conflict(path, query, passage)
         if judgement > 0:
             numbers.append(number)
             names.append((query, passage))
+    del judged
     if not names:
         raise InputError(path, "holds no groups", "no judgement in it is above 0")
     columns = []

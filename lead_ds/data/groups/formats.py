@@ -20,6 +20,8 @@ FORMATS = {
     "flagembedding": '{"query", "pos": [text], "neg": [text]}, and pos_scores, neg_scores, prompt if there are any',
 }
 
+FLOAT32_MAX = 3.4e38  # scores are kept in 32 bits
+
 LABELS = ("label", "labels", "score", "scores")  # sentence-transformers: columns that are not text
 
 
@@ -105,7 +107,7 @@ def _flagembedding(record: Record) -> Lines:
         if scores is None:
             scores = [math.nan] * len(texts)
         if not _numbers(scores) or len(scores) != len(texts):
-            raise Unusable(f"the field '{field}_scores' is not one number for each text of {field!r}", shape)
+            raise Unusable(f"the field '{field}_scores' is not one number below 3e38 for each text of {field!r}", shape)
         lists.append([Listed(text, None, score) for text, score in zip(texts, scores, strict=True)])
     return Lines(query, lists[0], lists[1])
 
@@ -164,7 +166,7 @@ class Columns:
         if isinstance(labels, int | float):
             labels = [labels]
         if not _numbers(labels):
-            raise Unusable(f"the column {self.label!r} is not a number or a list of numbers", self.shape)
+            raise Unusable(f"the column {self.label!r} is not a number or a list of numbers below 3e38", self.shape)
         assert isinstance(labels, list)
         if self.labelled and len(labels) == len(texts):
             passages = [(Listed(str(text)), label > 0) for text, label in zip(texts, labels, strict=True)]
@@ -226,7 +228,11 @@ def _optional(name: object) -> str | None:
 
 
 def _numbers(values: object) -> bool:
-    return isinstance(values, list) and set(map(type, values)) <= {int, float, bool}
+    return (
+        isinstance(values, list)
+        and set(map(type, values)) <= {int, float, bool}
+        and all(abs(value) < FLOAT32_MAX for value in values if value == value)  # NaN: none is given
+    )
 
 
 def _natural(name: str) -> int:

@@ -177,10 +177,19 @@ class Recorder:
         path = self.folder / "metrics.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
         except OSError as error:
             remedy = "checkpoints are intact: make room and continue with --resume"
             raise RunError(path, f"cannot be written: {error.strerror}", remedy) from error
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, such as a statistic of a loss that is switched off."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Progress:

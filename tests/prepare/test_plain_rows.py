@@ -1,0 +1,84 @@
+"""Local tables are read as they are written, and what is written can be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.errors import InputError
+from lead_ds.prepare.build import prepare
+from lead_ds.prepare.hf import open_hf
+from lead_ds.prepare.plain_rows import plain_rows
+
+
+def texts(folder: Path, name: str) -> dict[str, str]:
+    return {record["_id"]: record["text"] for record in map(json.loads, (folder / name).read_text().splitlines())}
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """A retrieval dataset of TSV files, with everything that a reader which guesses makes something else of."""
+    source = tmp_path / "source"
+    rows = ['001\tan unclosed " quote', "1\tNA", "2\tnull", "1e3\t  12  ", "True\t2020-01-01", "nan\t'x'"]
+    for name, lines in (
+        ("corpus", ["_id\ttext", *rows]),
+        ("queries", ["_id\ttext", '007\t"quoted"', "7\tNaN"]),
+        ("qrels", ["query-id\tcorpus-id\tscore", "007\t001\t1", "7\t1\t2"]),
+    ):
+        (source / name).mkdir(parents=True)
+        (source / name / "test.tsv").write_text("\n".join(lines) + "\n")
+    return source
+
+
+def test_a_tsv_is_taken_at_its_word(tables: Path, tmp_path: Path) -> None:
+    prepare(open_hf(str(tables)), tmp_path / "out", shown=False)
+    assert texts(tmp_path / "out", "corpus.jsonl") == {
+        "001": 'an unclosed " quote',
+        "1": "NA",
+        "2": "null",
+        "1e3": "  12  ",
+        "True": "2020-01-01",
+        "nan": "'x'",
+    }
+    assert texts(tmp_path / "out", "queries.jsonl") == {"007": '"quoted"', "7": "NaN"}
+    assert Dataset.open(tmp_path / "out").qrels("test") == {"007": {"001": 1}, "7": {"1": 2}}
+
+
+def test_training_rows_keep_their_labels_as_numbers(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("query\tpassage\tlabel\n001\tNA\t1\n001\tnull\t0\n002\tx\t1\n")
+    prepare(open_hf(str(tmp_path / "train.tsv")), tmp_path / "out", shown=False)
+    assert sorted(texts(tmp_path / "out", "queries.jsonl").values()) == ["001", "002"]
+    assert sorted(texts(tmp_path / "out", "corpus.jsonl").values()) == ["NA", "null", "x"]
+
+
+def test_csv_quotes_hold_lines_and_must_be_closed(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text('query,positive\n"a ""b""\nc",001\n')
+    assert list(plain_rows([path])) == [{"query": 'a "b"\nc', "positive": "001"}]
+    path.write_text('query,positive\n"a,001\nb,2\n')
+    with pytest.raises(InputError, match=r"train.csv:3: is no CSV: unexpected end of data"):
+        list(plain_rows([path]))
+
+
+def test_a_row_of_other_columns_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.tsv"
+    path.write_text("query\tpositive\na\tb\na\tb\tc\n")
+    with pytest.raises(InputError, match=r"train.tsv:3: 3 fields, the first line names 2 columns"):
+        list(plain_rows([path]))
+
+
+@pytest.mark.parametrize("name", [" a", "a\u3000", "a\tb", "a\nb", ""])
+def test_an_id_that_judgements_cannot_name_is_refused(tmp_path: Path, name: str) -> None:
+    for folder, rows in (
+        ("corpus", [{"_id": "p", "text": "x"}]),
+        ("queries", [{"_id": name, "text": "x"}]),
+        ("qrels", [{"query-id": name, "corpus-id": "p", "score": 1}]),
+    ):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "source" / folder / "test.jsonl").write_text(lines)
+    with pytest.raises(InputError, match="qrels cannot name it"):
+        prepare(open_hf(str(tmp_path / "source")), tmp_path / "out", shown=False)
