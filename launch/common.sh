@@ -64,6 +64,8 @@ environment_lines() {
     case $name in
       *_TOKEN | *SECRET* | *PASSWORD* | *_KEY | DS_ENV_FILE) continue ;;
       NCCL_* | TORCH_* | GLOO_* | DS_* | HF_* | FI_* | UCX_* | OMP_* | LEAD_DS_* | TRITON_* | CUDA_HOME | CUDA_DEVICE_*) ;;
+      # What picks instructions and algorithms decides the bits: two hosts that differ in it give other losses than one.
+      ATEN_* | ONEDNN_* | DNNL_* | MKL_* | KMP_* | OPENBLAS_* | CUBLAS_* | CUDNN_* | NVIDIA_TF32_OVERRIDE) ;;
       TRANSFORMERS_* | TOKENIZERS_* | XDG_CACHE_HOME | TMPDIR | LD_LIBRARY_PATH | http_proxy | https_proxy | no_proxy) ;;
       *) continue ;;
     esac

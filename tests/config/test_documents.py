@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +78,12 @@ def test_what_is_refused_names_its_line(text: str, place: str, says: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.timeout(120)  # 10^11 values would take days
 def test_aliases_do_not_multiply_without_end() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
-    began = time.monotonic()
     with pytest.raises(InputError, match="holds more than 100000 values"):
         read_yaml("\n".join(lines), "x")
-    assert time.monotonic() - began < 10  # a hang, not a speed
     shared = read_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n", "x")
     assert shared == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
 

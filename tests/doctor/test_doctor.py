@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,9 @@ def statuses(found: dict[str, Any]) -> dict[str, str]:
     return {line.name: line.status for line in checks.machine(found, "x")}
 
 
-def test_this_machine_in_seconds() -> None:
-    started = time.monotonic()
+def test_this_machine() -> None:
     code = "import typer; from lead_ds.cli import operations as o; a = typer.Typer(); o.add_commands(a); a(['doctor', '--json'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - started < 10
     report = json.loads(done.stdout)
     assert report["ok"] is (done.returncode == 0)
     assert {"Python", "packages", "ninja", "shared memory", "DeepSpeed operators"} <= {

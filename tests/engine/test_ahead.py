@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from lead_ds.config import Config, TeacherConfig, load_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.ahead import with_next
+from lead_ds.models import attention_backend
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_teacher
 from tests.helpers.batches import windows_of
@@ -99,19 +99,21 @@ def test_the_faster_attention_is_taken(rooms: Path, monkeypatch: pytest.MonkeyPa
     assert candidates(config, torch.float32, HERE.device) == [], "a CPU has no choice"
     said = teacher(tokens=tokens)
 
+    spent = 0.0
+    monkeypatch.setattr(attention_backend.time, "perf_counter", lambda: spent)
+
     def slow_if(backend: str) -> Callable[[], None]:
         def run() -> None:
-            slow = teacher.backbone.config._attn_implementation == backend
-            for _ in range(6 if slow else 1):  # a busy machine slows both alike
-                teacher(tokens=tokens)
-            time.sleep(0.2 if slow else 0.0)
+            nonlocal spent
+            teacher(tokens=tokens)
+            spent += 2.0 if teacher.backbone.config._attn_implementation == backend else 1.0
 
         return run
 
     for slow, fast in (("sdpa", "eager"), ("eager", "sdpa")):
         seconds = choose_attention(teacher, ["sdpa", "eager", "flash_attention_2"], slow_if(slow), HERE)
-        assert seconds.keys() == {"sdpa", "eager"}, "what the machine lacks is passed over"
-        assert teacher.backbone.config._attn_implementation == fast, seconds
+        assert seconds == {slow: 2.0, fast: 1.0}, "what the machine lacks is passed over"
+        assert teacher.backbone.config._attn_implementation == fast
         torch.testing.assert_close(teacher(tokens=tokens), said, rtol=1e-5, atol=1e-6)
 
 

@@ -103,5 +103,5 @@ def test_two_ranks(configure: Callable[..., Path]) -> None:
     named = {row["part"]: row for row in profile["parts"]}
     assert named["communication"]["ms"] > 0
     assert {row["slowest_rank"] for row in profile["parts"]} <= {0, 1}
-    assert 0 < profile["exposed_communication_ms"] < profile["traced_step_ms"]
+    assert 0 <= profile["exposed_communication_ms"] <= profile["traced_step_ms"]
     assert "slowest rank" in profile_text(profile)

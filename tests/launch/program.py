@@ -18,6 +18,7 @@ if act == "tell":  # where am I, what was I given
     told |= {
         "token": os.environ.get("HF_TOKEN"),
         "own": os.environ.get("OWN_SETTING"),
+        "isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "threads": os.environ["OMP_NUM_THREADS"],
     }
     (out / f"{rank}.json").write_text(json.dumps(told))
