@@ -15,7 +15,8 @@ from typing import Any
 
 from lead_ds.config import Config
 from lead_ds.data.groups.rows import RowGroups
-from lead_ds.engine.distributed.ranks import launched_rank, ranks
+from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.ranks import ranks
 from lead_ds.engine.records.callbacks import Callback
 from lead_ds.engine.training.distill import train
 from lead_ds.engine.training.evaluation import Evaluator
@@ -115,12 +116,20 @@ class Distiller:
         return self._student
 
     def save(self, path: str | Path) -> Path:
-        """Copy the trained model to a folder, which must not hold anything yet."""
+        """Copy the trained model to a folder, which must not hold anything yet. Every process of a launched run calls this."""
         path = Path(path).expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(path, "is there already", "choose another folder, or delete it")
-        if launched_rank() == 0:
+
+        def copy() -> None:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise InputError(path, "is there already", "choose another folder, or delete it")
             shutil.copytree(self.folder, path, dirs_exist_ok=True)
+
+        if launched_world() == 1:
+            copy()
+            return path
+        joined()
+        with ranks() as here:
+            agreed(here, lambda: copy() if here.main else None)
         return path
 
     def evaluate(
@@ -160,13 +169,18 @@ class Distiller:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
+def launched_world() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @cache
 def joined() -> None:
     """Join a launcher's processes for the rest of this process's life, so that a script may train more than once.
 
     Where there is one process alone, each training makes and leaves a group of its own.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_world() > 1:
         stack = ExitStack()
         stack.enter_context(ranks())
         atexit.register(stack.close)

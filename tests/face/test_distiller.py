@@ -17,7 +17,7 @@ from lead_ds import Callback, Distiller, load
 from lead_ds.config import load_config
 from lead_ds.errors import InputError
 from tests.face.conftest import ROWS
-from tests.helpers.launch import ROOT
+from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import settings
 from tests.helpers.tiny import write_jsonl
 
@@ -163,3 +163,16 @@ def test_a_configuration_of_rows_says_where_they_came_from(distiller: Make) -> N
     assert tree["data"]["path"] == "(rows given from Python)"
     with pytest.raises(InputError, match="rows given from Python"):
         Distiller.of(load_config(run.output / "config.yaml")).train(resume=True, quiet=True)
+
+
+def test_a_script_under_a_launcher_trains_twice(distiller: Make, rooms: Path, tmp_path: Path) -> None:
+    first, second = launch("tests.face.jobs:script", 2, rooms=str(rooms), out=str(tmp_path))
+    assert first == second  # what a rank sees of the runs, and what it is refused
+    assert len(first["first"]["losses"]) == 3
+    assert len(first["second"]["losses"]) == 1
+    assert first["first"]["losses"][:1] == first["second"]["losses"]
+    assert first["rows"].startswith("data: rank 1 was given others than rank 0")
+    assert first["callbacks"].startswith("callbacks: rank 1 was given others")
+    assert load(tmp_path / "saved-first").encode(["a text"])[0].tolist() == first["first"]["vector"]
+    alone = distiller(seed=888).train(quiet=True)  # one process with the batch of both
+    assert losses_of(alone) == pytest.approx(first["first"]["losses"], rel=1e-5)
