@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_spec import Ceilings, Inputs, KernelSpec, Shape
-from lead_ds.kernels import layer_kl
+from lead_ds.kernels import Factors, layer_kl
+from lead_ds.kernels.layer_kl.inputs import stores_maps
 from lead_ds.kernels.layer_kl.reference import layer_kl_reference
-from lead_ds.kernels.layer_kl.regime import stores_maps
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -36,9 +36,9 @@ def eager(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Ten
     return (log_p.exp() * (log_p - log_r)).sum(dim=-1).mean(dim=-1) + 0 * nll
 
 
-def ours(**tensors: Any) -> Tensor:
+def ours(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Tensor:
     """The KL; the NLL comes with it."""
-    return layer_kl(**tensors)[0]
+    return layer_kl(Factors(tq, td), Factors(sq, sd), target)[0]
 
 
 def reference(**tensors: Any) -> Tensor:

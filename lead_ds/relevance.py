@@ -28,7 +28,8 @@ MASKED = -1e30  # finite: -inf minus -inf would poison a masked row's gradient
 class Relevance:
     """Relevance logits [K, Q, P], held as the tensor itself or as the two vector factors whose product it is.
 
-    Factors let a kernel compute a divergence without the [K, Q, P] map. `mask` [Q, P] (False: that passage is left out of
+    Factors let a kernel compute a divergence without the [K, Q, P] map; they keep the dtype of the features, and with
+    `cosine` the logits are their products over their lengths. `mask` [Q, P] (False: that passage is left out of
     the query's distribution) is applied to `logits` and handed to kernels beside `factors`.
     """
 
@@ -38,10 +39,12 @@ class Relevance:
         *,
         factors: tuple[Tensor, Tensor] | None = None,
         mask_QP: Tensor | None = None,
+        cosine: bool = False,
     ) -> None:
         if (logits_KQP is None) == (factors is None):
             raise ValueError("give the logits or the factors, one of them")
         self.factors = factors
+        self.cosine = cosine
         self.mask = mask_QP
         self._logits = logits_KQP
 
@@ -50,7 +53,7 @@ class Relevance:
         """[K, Q, P] in float32; masked entries hold a large negative number."""
         if self._logits is None:
             assert self.factors is not None
-            q_KQD, p_KPD = self.factors
+            q_KQD, p_KPD = _scaled(*self.factors, self.cosine)
             self._logits = torch.bmm(q_KQD, p_KPD.transpose(1, 2))
         logits = self._logits.float()
         return logits if self.mask is None else logits.masked_fill(~self.mask, MASKED)
@@ -59,7 +62,7 @@ class Relevance:
         """The same relevance without gradient."""
         logits = None if self._logits is None or self.factors is not None else self._logits.detach()
         factors = None if self.factors is None else (self.factors[0].detach(), self.factors[1].detach())
-        return Relevance(logits, factors=factors, mask_QP=self.mask)
+        return Relevance(logits, factors=factors, mask_QP=self.mask, cosine=self.cosine)
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,14 @@ class VectorFeatures:
 
     def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
         """Every query against every passage, as factors."""
-        q_KQD, p_KPD = self.q_KQD.float(), self.p_KPD.float()
-        if self.scale == "cosine":
-            q_KQD, p_KPD = (torch.nn.functional.normalize(x, dim=-1) for x in (q_KQD, p_KPD))
-        elif self.scale == "standard":
+        if self.scale == "standard":
+            q_KQD, p_KPD = _scaled(self.q_KQD, self.p_KPD)
             return Relevance(standardised(torch.bmm(q_KQD, p_KPD.transpose(1, 2)), mask_QP), mask_QP=mask_QP)
-        return Relevance(factors=(q_KQD, p_KPD), mask_QP=mask_QP)
+        return Relevance(factors=(self.q_KQD, self.p_KPD), mask_QP=mask_QP, cosine=self.scale == "cosine")
 
     def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
         """Every query against its own N passages: [K, Q, N]."""
-        q_KQD, p_KPD = self.q_KQD.float(), self.p_KPD.float()
-        if self.scale == "cosine":
-            q_KQD, p_KPD = (torch.nn.functional.normalize(x, dim=-1) for x in (q_KQD, p_KPD))
+        q_KQD, p_KPD = _scaled(self.q_KQD, self.p_KPD, self.scale == "cosine")
         p_KQND = p_KPD.unflatten(1, (-1, group))
         scores_KQN = torch.einsum("kqd,kqnd->kqn", q_KQD, p_KQND)
         return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
@@ -134,25 +133,18 @@ class TokenFeatures:
             p_mask_PL=self.p_mask_PL[own],
         )
 
-    def _scaled(self) -> tuple[Tensor, Tensor]:
-        q, p = self.q_KQLD.float(), self.p_KPLD.float()
-        if self.scale == "cosine":
-            q, p = (torch.nn.functional.normalize(x, dim=-1) for x in (q, p))
-        return q, p
-
     def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
         """MaxSim of every query with every passage."""
-        q, p = self._scaled()
-        scores_KQP = torch.stack(
-            [maxsim(q_k, p_k, self.q_mask_QL, self.p_mask_PL, impl=impl) for q_k, p_k in zip(q, p, strict=True)]
-        )
+        masks, cosine = (self.q_mask_QL, self.p_mask_PL), self.scale == "cosine"
+        layers = zip(self.q_KQLD, self.p_KPLD, strict=True)
+        scores_KQP = torch.stack([maxsim(q, p, *masks, cosine=cosine, impl=impl) for q, p in layers])
         if self.scale == "standard":
             scores_KQP = standardised(scores_KQP, mask_QP)
         return Relevance(scores_KQP, mask_QP=mask_QP)
 
     def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
         """MaxSim of every query with its own N passages: [K, Q, N]."""
-        q_KQLD, p_KPLD = self._scaled()
+        q_KQLD, p_KPLD = _scaled(self.q_KQLD, self.p_KPLD, self.scale == "cosine")
         similarity = torch.einsum("kqld,kqnmd->kqnlm", q_KQLD, p_KPLD.unflatten(1, (-1, group)))
         mask_QNM = self.p_mask_PL.bool().unflatten(0, (-1, group))
         best = similarity.masked_fill(~mask_QNM[None, :, :, None, :], MASKED).amax(-1)
@@ -189,6 +181,14 @@ class ScoreFeatures:
 
 
 Features = VectorFeatures | TokenFeatures | ScoreFeatures
+
+
+def _scaled(q: Tensor, p: Tensor, cosine: bool = False) -> tuple[Tensor, Tensor]:
+    """Both in float32, of length 1 for a cosine: where products are taken by torch, which would round them to 16 bits."""
+    q, p = q.float(), p.float()
+    if cosine:
+        q, p = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(p, dim=-1)
+    return q, p
 
 
 def standardised(logits_KQP: Tensor, mask_QP: Tensor | None = None) -> Tensor:

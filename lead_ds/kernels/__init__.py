@@ -19,16 +19,26 @@ if TYPE_CHECKING:
     from lead_ds.kernels.attention_kl.grouped import grouped_attention_kl
     from lead_ds.kernels.attention_kl.interaction import interaction_attention
     from lead_ds.kernels.attention_kl.op import attention_kl, attention_kl_pairs
+    from lead_ds.kernels.layer_kl.inputs import Factors
     from lead_ds.kernels.layer_kl.op import layer_kl
     from lead_ds.kernels.maxsim.op import maxsim
 
-__all__ = ["attention_kl", "attention_kl_pairs", "grouped_attention_kl", "interaction_attention", "layer_kl", "maxsim"]
+__all__ = [
+    "Factors",
+    "attention_kl",
+    "attention_kl_pairs",
+    "grouped_attention_kl",
+    "interaction_attention",
+    "layer_kl",
+    "maxsim",
+]
 
 _HOME = {
     "attention_kl": "lead_ds.kernels.attention_kl.op",
     "attention_kl_pairs": "lead_ds.kernels.attention_kl.op",
     "grouped_attention_kl": "lead_ds.kernels.attention_kl.grouped",
     "interaction_attention": "lead_ds.kernels.attention_kl.interaction",
+    "Factors": "lead_ds.kernels.layer_kl.inputs",
     "layer_kl": "lead_ds.kernels.layer_kl.op",
     "maxsim": "lead_ds.kernels.maxsim.op",
 }

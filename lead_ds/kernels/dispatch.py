@@ -1,16 +1,27 @@
 """Which implementation runs: the one place where `impl="auto" | "triton" | "torch"` is decided."""
 
 import os
+import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, TypeVar
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 Tiles = TypeVar("Tiles")
+Result = TypeVar("Result")
+
+# Kernels that a device refused in this process, and why.
+_REFUSED: dict[str, str] = {}
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+# Shared memory of a block, which is what bounds a tile: of H100, H200 and B200; of A100; of Ada and of consumer Blackwell
+# (sm_86, sm_89, sm_120); of AMD's CDNA (gfx942).
+HOPPER, AMPERE, ADA, CDNA = 227 << 10, 163 << 10, 99 << 10, 64 << 10
 
 # Ampere is the first architecture with the bfloat16 tensor cores and asynchronous copies that the kernels are built on.
 _OLDEST_CAPABILITY = (8, 0)
@@ -19,7 +30,8 @@ _OLDEST_CAPABILITY = (8, 0)
 def resolve(impl: str, *tensors: "torch.Tensor", kernel: str) -> Literal["triton", "torch"]:
     """The implementation that runs `kernel` on these floating-point `tensors`.
 
-    "auto" is Triton when it is installed and every tensor is a float32, float16 or bfloat16 CUDA tensor, else torch.
+    "auto" is Triton when it is installed, has built and run a first kernel on the device (`probe`), and every tensor is a
+    float32, float16 or bfloat16 CUDA tensor; else torch.
     "triton" asked for by name is refused with the reason when it cannot run; on CPU tensors it runs only in Triton's
     interpreter (TRITON_INTERPRET=1).
 
@@ -30,12 +42,31 @@ def resolve(impl: str, *tensors: "torch.Tensor", kernel: str) -> Literal["triton
     # The interpreter is a debugging aid, hundreds of times slower than torch: "auto" must not fall into it by accident.
     if impl == "torch" or (impl == "auto" and not all(tensor.is_cuda for tensor in tensors)):
         return "torch"
-    obstacle = _obstacle(tensors)
+    obstacle = _obstacle(tensors) or _REFUSED.get(kernel)
     if obstacle is None:
         return "triton"
     if impl == "triton":
         raise ValueError(f"{kernel}: impl='triton' cannot run here: {obstacle}")
     return "torch"
+
+
+def with_fallback(run: Callable[[str], Result], impl: str, chosen: str, *, kernel: str) -> Result:
+    """`run(chosen)`, or `run("torch")`, with a warning, where "auto" chose a kernel that then asks too much of the device.
+
+    `kernel` is not tried again in this process. Where "triton" was requested by name, the kernel's error is raised.
+    """
+    if chosen != "triton":
+        return run(chosen)
+    from lead_ds.kernels.launch import KernelRefused
+
+    try:
+        return run(chosen)
+    except KernelRefused as error:
+        if impl != "auto":
+            raise
+        _REFUSED[kernel] = str(error)
+        warnings.warn(f"{kernel} runs on torch: {error}", stacklevel=3)
+        return run("torch")
 
 
 def interpreted() -> bool:
@@ -44,9 +75,18 @@ def interpreted() -> bool:
 
 
 def float32_dot_precision() -> Literal["ieee", "tf32"]:
-    """The `input_precision` of a float32 `tl.dot`: what the user asked of torch's own float32 products."""
+    """The `input_precision` of a float32 `tl.dot`: what the user chose for torch's own float32 products.
+
+    Read by the newer of torch's two interfaces where there is one: once a user has set that, reading the older raises.
+    """
     import torch
 
+    for owner in (torch.backends.cuda.matmul, torch.backends):
+        chosen = getattr(owner, "fp32_precision", None)
+        if chosen not in (None, "none"):
+            return "tf32" if chosen == "tf32" else "ieee"
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -57,12 +97,9 @@ def accumulation_dtype(dtype: "torch.dtype") -> "torch.dtype":
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def architecture(tensor: "torch.Tensor") -> int:
-    """Compute capability as two digits (90 for Hopper), the key of the tables of tiles; 90 in the interpreter."""
-    if not tensor.is_cuda:
-        return 90
-    major, minor = _capability(tensor.get_device())
-    return major * 10 + minor
+def shared_memory(tensor: "torch.Tensor") -> int:
+    """Bytes of shared memory that one block may have on the tensor's device: the key of the tables of tiles."""
+    return _shared_memory(tensor.get_device()) if tensor.is_cuda else HOPPER
 
 
 def processor_count(tensor: "torch.Tensor") -> int:
@@ -85,9 +122,38 @@ def _obstacle(tensors: tuple["torch.Tensor", ...]) -> str | None:
         if not interpreted():
             return "the tensors are on the CPU; move them to a CUDA device, or set TRITON_INTERPRET=1 to interpret"
         return None
-    if torch.version.hip is None and _capability(tensors[0].get_device()) < _OLDEST_CAPABILITY:
+    device = tensors[0].get_device()
+    if torch.version.hip is None and _capability(device) < _OLDEST_CAPABILITY:
         return "the GPU is older than compute capability 8.0"
-    return None
+    return probe("cuda", device).obstacle
+
+
+class Probe(NamedTuple):
+    """Whether Triton compiles and launches on a device: why not (None: it does), and how many seconds that took to find."""
+
+    obstacle: str | None
+    seconds: float
+
+
+@lru_cache(maxsize=64)
+def probe(kind: str = "cuda", index: int | None = None) -> Probe:
+    """Build and run one tiny kernel on a device, once a process: a compiler, headers or a driver may be missing.
+
+    What it finds is one line; "auto" then runs on torch, and says so.
+    """
+    import torch
+
+    start = perf_counter()
+    try:
+        from lead_ds.kernels.probe import run
+
+        run(torch.device(kind, index))
+        obstacle = None
+    except Exception as error:  # whatever a tool chain may raise
+        lines = str(error).strip().splitlines() or [""]
+        obstacle = f"Triton cannot compile and launch a kernel here: {type(error).__name__}: {lines[-1][:200]}"
+        warnings.warn(f"kernels run on torch: {obstacle}", stacklevel=2)
+    return Probe(obstacle, perf_counter() - start)
 
 
 @lru_cache(maxsize=1)
@@ -109,7 +175,15 @@ def _processor_count(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def tiles_for(table: dict[int, Tiles], capability: int) -> Tiles:
-    """The entry of a per-architecture table for this capability: the newest that is not newer, else the oldest."""
+@lru_cache(maxsize=64)
+def _shared_memory(device: int) -> int:
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
+
+
+def tiles_for(table: dict[int, Tiles], shared: int) -> Tiles:
+    """The entry of a table of tiles for so much shared memory a block: the largest that needs no more, else the smallest."""
     known = sorted(table)
-    return table[max((key for key in known if key <= capability), default=known[0])]
+    return table[max((key for key in known if key <= shared), default=known[0])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_ds.kernels import layer_kl
+from lead_ds.kernels import Factors, layer_kl
 from lead_ds.relevance import MASKED, Impl, Relevance
 
 ENTROPY_QUERIES = 64  # entropies are a gauge, not a loss: so many queries tell, and the full map is never made for them
@@ -38,8 +38,10 @@ def relevance_kl(
     mask_QP = _common_mask(teacher, student)
     t_factors, s_factors = _factors(teacher), _factors(student)
     if t_factors and s_factors and not any(factor.requires_grad for factor in t_factors):
-        temperatures = teacher_temperature, student_temperature
-        return layer_kl(*t_factors, *s_factors, target_Q, *temperatures, mask=mask_QP, impl=impl)
+        # 16-bit factors go in as they are: their products are exact in float32, in which they are summed.
+        taught = Factors(*t_factors, teacher_temperature, _cosine(teacher))
+        learnt = Factors(*s_factors, student_temperature, _cosine(student))
+        return layer_kl(taught, learnt, target_Q, mask=mask_QP, impl=impl)
     t_KQP, s_KQP = _logits(teacher, mask_QP), _logits(student, mask_QP)
     t_log = (t_KQP / teacher_temperature).log_softmax(-1)
     s_log = (s_KQP / student_temperature).log_softmax(-1)
@@ -56,7 +58,8 @@ def entropy(relevance: Relevance, temperature: float = 1.0) -> Tensor:
     if relevance.factors is not None:
         q_KQD, p_KPD = relevance.factors
         mask = None if relevance.mask is None else relevance.mask[:ENTROPY_QUERIES]
-        relevance = Relevance(factors=(q_KQD[:, :ENTROPY_QUERIES], p_KPD), mask_QP=mask)
+        factors = (q_KQD[:, :ENTROPY_QUERIES], p_KPD)
+        relevance = Relevance(factors=factors, mask_QP=mask, cosine=relevance.cosine)
     log_KQP = (relevance.logits[:, :ENTROPY_QUERIES] / temperature).log_softmax(-1)
     return -(log_KQP.exp() * log_KQP).sum(-1).mean(-1)
 
@@ -73,6 +76,10 @@ def shape(relevance: Relevance | Tensor) -> tuple[int, ...]:
 
 def _factors(relevance: Relevance | Tensor) -> tuple[Tensor, Tensor] | None:
     return relevance.factors if isinstance(relevance, Relevance) else None
+
+
+def _cosine(relevance: Relevance | Tensor) -> bool:
+    return isinstance(relevance, Relevance) and relevance.cosine
 
 
 def _common_mask(teacher: Relevance | Tensor, student: Relevance | Tensor) -> Tensor | None:

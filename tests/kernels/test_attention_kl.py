@@ -24,6 +24,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, int, dict[str, Any]]]
     "65 grouped": (2, 4, 2, 4, 1, 65, 16, 24, {"temperature": 2.0}),
     "129 window": (1, 2, 2, 2, 2, 129, 16, 16, {"window": 20}),
     "129 causal window grouped": (1, 2, 1, 2, 2, 129, 16, 16, {"window": 30, "causal": True}),
+    "wide": (1, 2, 1, 2, 2, 17, 200, 256, {}),
     "relation": (2, 4, 2, 8, 8, 33, 16, 4, {"relation_heads": 2, "teacher_scale": 0.3, "student_scale": 0.2}),
 }
 MASKS = ("none", "right", "left", "holes")
@@ -345,8 +346,8 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], what: str) -> None:
 
 
 def test_triton_refuses_what_it_has_no_kernel_for(triton_device: torch.device) -> None:
-    wide = [torch.randn(1, 1, 4, 130, device=triton_device) for _ in range(4)]
-    with pytest.raises(ValueError, match="wider than 128"):
+    wide = [torch.randn(1, 1, 4, 258, device=triton_device) for _ in range(4)]
+    with pytest.raises(ValueError, match="wider than 256"):
         attention_kl(*wide, impl="triton")
     with pytest.raises(ValueError, match="head_mean"):
         attention_kl(*[x[..., :8] for x in wide], impl="triton", head_mean=True)

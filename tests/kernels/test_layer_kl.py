@@ -1,13 +1,14 @@
 """layer_kl: chunked torch and Triton, with stored and with recomputed scores, against the float64 reference."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from lead_ds.kernels import layer_kl
-from lead_ds.kernels.layer_kl import chunked, regime
+from lead_ds.kernels import Factors
+from lead_ds.kernels import layer_kl as fused
+from lead_ds.kernels.layer_kl import chunked, inputs
 from lead_ds.kernels.layer_kl.reference import layer_kl_reference
 from tests.kernels.oracle import assert_as_accurate_as_eager
 
@@ -46,7 +47,7 @@ def device(impl: str, request: pytest.FixtureRequest) -> torch.device:
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether score maps are small enough to keep; recomputed ones come in several chunks."""
     if request.param == "recomputed":
-        monkeypatch.setattr(regime, "_STORED_SCORES", 0)
+        monkeypatch.setattr(inputs, "_STORED_SCORES", 0)
         monkeypatch.setattr(chunked, "_CHUNK_SCORES", 100)
         monkeypatch.setattr(chunked, "_CHUNK_ROWS", 4)
         if "triton_device" in request.fixturenames or request.getfixturevalue("impl") == "triton":
@@ -66,15 +67,40 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Ba
     return Batch(*teacher, student[0].requires_grad_(), student[1].requires_grad_(), target)
 
 
-def check(batch: Batch, temperatures: tuple[float, float], mask: Tensor | None, impl: str) -> None:
+def layer_kl(
+    tq: Tensor,
+    td: Tensor,
+    sq: Tensor,
+    sd: Tensor,
+    target: Tensor,
+    teacher_temperature: float = 1.0,
+    student_temperature: float = 1.0,
+    *,
+    cosine: tuple[bool, bool] = (False, False),
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """The kernel, called as the reference is."""
+    teacher = Factors(tq, td, teacher_temperature, cosine[0])
+    return fused(teacher, Factors(sq, sd, student_temperature, cosine[1]), target, **arguments)
+
+
+def check(
+    batch: Batch,
+    temperatures: tuple[float, float],
+    mask: Tensor | None,
+    impl: str,
+    cosine: tuple[bool, bool] = (False, False),
+) -> None:
     dtype = batch.sq.dtype
-    kl, nll = layer_kl(*batch, *temperatures, mask=mask, impl=impl)
+    kl, nll = layer_kl(*batch, *temperatures, mask=mask, cosine=cosine, impl=impl)
     weight = torch.randn(kl.shape, dtype=torch.float64).to(kl.device)
     grads = torch.autograd.grad(kl, (batch.sq, batch.sd), weight.to(kl.dtype))
     exact_batch = batch.double()
-    exact = layer_kl_reference(*exact_batch, *temperatures, mask=mask)
+    exact = layer_kl_reference(*exact_batch, *temperatures, mask=mask, cosine=cosine)
     exact_grads = torch.autograd.grad(exact[0], (exact_batch.sq, exact_batch.sd), weight)
-    eager = layer_kl_reference(*batch, *temperatures, mask=mask)
+    # Eager cosines are taken in float32: float16 holds neither the square of a length nor the guard against 0.
+    plain = [x.float() for x in batch[:4]] if any(cosine) else batch[:4]
+    eager = layer_kl_reference(*plain, batch.target, *temperatures, mask=mask, cosine=cosine)
     eager_grads = torch.autograd.grad(eager[0], (batch.sq, batch.sd), weight.to(eager[0].dtype))
     assert not nll.requires_grad
     assert kl.dtype == nll.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -104,8 +130,82 @@ def test_values_and_gradients_match_the_reference(
         check(batch, temperatures, mask, impl)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 17, 24, 40), (1, 65, 129, 64, 16)], ids=str)
+@pytest.mark.parametrize("cosine", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_cosines_match_the_reference(
+    shape: tuple[int, ...],
+    cosine: tuple[bool, bool],
+    masked: bool,
+    memory: str,
+    impl: str,
+    device: torch.device,
+    triton_dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """At a temperature as cosines need; vectors of very different lengths."""
+    for dtype in triton_dtypes:
+        batch = make(shape, dtype, device)
+        with torch.no_grad():
+            for x in batch[:4]:
+                x *= torch.logspace(-1, 1, x.shape[1], device=device)[:, None]
+        mask = (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None
+        temperatures = tuple(0.1 if side else 20.0 for side in cosine)
+        check(batch, temperatures, mask, impl, cosine)
+
+
+def test_16_bits_are_as_exact_as_32(memory: str, impl: str, device: torch.device) -> None:
+    """Products of 16-bit numbers, summed in float32: training in 16 bits loses nothing between features and loss."""
+    batch = make((2, 17, 63, 128, 64), torch.float16, device)
+    for cosine in ((False, False), (True, True)):
+        exact = layer_kl_reference(*(x.double() for x in batch[:4]), batch.target, cosine=cosine)
+        for found, right in zip(layer_kl(*batch, cosine=cosine, impl=impl), exact, strict=True):
+            torch.testing.assert_close(found.double(), right, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("which", ["tq", "td", "sq", "sd"])
+@pytest.mark.parametrize("cosine", [False, True], ids=["products", "cosines"])
+@pytest.mark.parametrize("temperatures", TEMPERATURES, ids=str)
+def test_nan_in_is_nan_out(
+    which: str, cosine: bool, temperatures: tuple[float, float], memory: str, impl: str, device: torch.device
+) -> None:
+    batch = make((2, 5, 70, 16, 16), torch.float32, device)
+    given = dict(zip(Batch._fields, (x.detach() for x in batch), strict=True))
+    given[which][1, 3, 5] = float("nan")
+    batch = Batch(**given)
+    batch.sq.requires_grad_()
+    batch.sd.requires_grad_()
+    kl, nll = layer_kl(*batch, *temperatures, cosine=(cosine, cosine), impl=impl)
+    assert kl.isnan().tolist() == [False, True]
+    assert nll.isnan().tolist() == [False, which[0] == "t"]
+    for grad in torch.autograd.grad(kl.sum(), (batch.sq, batch.sd)):
+        assert not grad[0].isnan().any()
+        assert grad[1].isnan().any()
+
+
+@pytest.mark.parametrize("strided", [*Batch._fields, "mask", "grad"])
+def test_strided_inputs(strided: str, memory: str, impl: str, device: torch.device) -> None:
+    """Every tensor that a kernel reads may be a view: wrong numbers, not an error, are what that would give."""
+    batch = make((2, 9, 40, 16, 16), torch.float32, device)
+    mask = (torch.rand(9, 40) > 0.4).to(device)
+    given = batch._asdict() | {"mask": mask, "grad": torch.randn(2, device=device)}
+    expected = results(given, impl)
+    x = given[strided].detach()
+    given[strided] = torch.stack([x, torch.zeros_like(x)], -1)[..., 0].requires_grad_(given[strided].requires_grad)
+    assert not given[strided].is_contiguous()
+    # A library multiplies strided tensors in another order.
+    slack = 0 if impl == "triton" else 1e-5
+    for found, right in zip(results(given, impl), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=slack, atol=slack)
+
+
+def results(given: dict[str, Tensor], impl: str) -> list[Tensor]:
+    batch = Batch(*(given[name] for name in Batch._fields))
+    kl, nll = layer_kl(*batch, mask=given["mask"], impl=impl)
+    return [kl, nll, *torch.autograd.grad(kl, (batch.sq, batch.sd), given["grad"])]
+
+
 def test_the_large_tiles(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regime, "_STORED_SCORES", 0)
+    monkeypatch.setattr(inputs, "_STORED_SCORES", 0)
     for masked in (False, True):
         batch = make((1, 130, 2100, 16, 16), torch.float16, triton_device)
         mask = (torch.rand(130, 2100) > 0.4).to(triton_device) if masked else None
@@ -210,7 +310,8 @@ def test_gradcheck(memory: str, impl: str) -> None:
 def test_opcheck(memory: str, impl: str, device: torch.device) -> None:
     batch = make((2, 3, 7, 8, 16), torch.float32, device)
     mask = (torch.rand(3, 7) > 0.3).to(device)
-    torch.library.opcheck(torch.ops.lead_ds.layer_kl.default, (*batch, mask, 2.0, 0.5, True, impl))
+    cosine = (impl == "triton", impl == "triton")  # the torch operator is given unit vectors
+    torch.library.opcheck(torch.ops.lead_ds.layer_kl.default, (*batch, mask, 2.0, 0.5, *cosine, True, impl))
 
 
 @pytest.mark.parametrize(

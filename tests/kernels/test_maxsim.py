@@ -47,14 +47,16 @@ def masks(q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return q_mask.to(q.device), d_mask.to(d.device)
 
 
-def check(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, impl: str) -> None:
-    found = maxsim(q, d, q_mask, d_mask, impl=impl)
+def check(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, impl: str, cosine: bool = False) -> None:
+    found = maxsim(q, d, q_mask, d_mask, cosine=cosine, impl=impl)
     weight = torch.randn(found.shape, device=found.device, dtype=torch.float64)
     found_grads = torch.autograd.grad(found, (q, d), weight.to(found.dtype))
     exact_q, exact_d = q.detach().double().requires_grad_(), d.detach().double().requires_grad_()
-    exact = maxsim_reference(exact_q, exact_d, q_mask, d_mask)
+    exact = maxsim_reference(exact_q, exact_d, q_mask, d_mask, cosine=cosine)
     exact_grads = torch.autograd.grad(exact, (exact_q, exact_d), weight)
-    eager = maxsim_reference(q, d, q_mask, d_mask)
+    # Eager cosines are taken in float32: float16 holds neither the square of a length nor the guard against 0.
+    plain = (q.float(), d.float()) if cosine else (q, d)
+    eager = maxsim_reference(*plain, q_mask, d_mask, cosine=cosine)
     eager_grads = torch.autograd.grad(eager, (q, d), weight.to(eager.dtype))
     assert found.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert [grad.dtype for grad in found_grads] == [q.dtype, d.dtype]
@@ -73,6 +75,63 @@ def test_forward_and_gradients_match_the_reference(
     for dtype in dtypes:
         q, d = make(shape, dtype, device)
         check(q, d, *(masks(q, d) if masked else (None, None)), impl)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 17, 63, 16), (2, 3, 65, 65, 70), (2, 2, 129, 17, 128)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_cosines_match_the_reference(
+    shape: tuple[int, ...], masked: bool, impl: str, device: torch.device, triton_dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Vectors of very different lengths."""
+    for dtype in triton_dtypes:
+        q, d = make(shape, dtype, device)
+        with torch.no_grad():
+            q *= torch.logspace(-1, 1, shape[2], device=device)[:, None]
+            d *= torch.logspace(1, -1, shape[3], device=device)[:, None]
+        check(q, d, *(masks(q, d) if masked else (None, None)), impl, cosine=True)
+
+
+def test_cosines_of_16_bits_are_as_exact_as_those_of_32(impl: str, device: torch.device) -> None:
+    """Nothing is rounded between the inputs and the sum: unit vectors in 16 bits would be off by 1e-3."""
+    q, d = make((3, 4, 9, 21, 48), torch.float16, device)
+    exact = maxsim_reference(q.double(), d.double(), cosine=True)
+    torch.testing.assert_close(maxsim(q, d, cosine=True, impl=impl).double(), exact, rtol=2e-6, atol=2e-6)
+
+
+def test_a_vector_without_a_length_has_cosine_zero(impl: str, device: torch.device) -> None:
+    q, d = (x.detach() for x in make((1, 1, 1, 5, 16), torch.float32, device))
+    score = maxsim(q.zero_().requires_grad_(), d, cosine=True, impl=impl)
+    assert score.item() == 0
+    assert torch.autograd.grad(score.sum(), q)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("which", ["q", "d"])
+@pytest.mark.parametrize("grad", [False, True], ids=["scores", "winners"])
+@pytest.mark.parametrize("cosine", [False, True], ids=["products", "cosines"])
+def test_nan_in_is_nan_out(which: str, grad: bool, cosine: bool, impl: str, device: torch.device) -> None:
+    q, d = (x.detach() for x in make((3, 4, 9, 70, 16), torch.float32, device))
+    (q if which == "q" else d)[1, 5, 3] = float("nan")
+    q.requires_grad_(grad)
+    scores = maxsim(q, d, cosine=cosine, impl=impl)
+    broken = torch.zeros(3, 4, dtype=torch.bool, device=device)
+    broken[1 if which == "q" else slice(None), slice(None) if which == "q" else 1] = True
+    assert torch.equal(scores.isnan(), broken)
+    if grad:
+        (dq,) = torch.autograd.grad(scores.pow(2).sum(), q)
+        assert torch.equal(dq.isnan().any(-1).any(-1), broken.any(-1))
+
+
+def test_the_compiled_maximum_keeps_nan(triton_device: torch.device) -> None:
+    """The interpreter has a maximum of its own; here it runs the function that is compiled, element by element."""
+    from tests.kernels.row_argmax_kernel import row_argmax_kernel
+
+    x = torch.randn(4, 8, device=triton_device)
+    x[1, 0], x[2, 7], x[3, 2], x[3, 5] = float("nan"), float("nan"), 9.0, 9.0
+    top, at = torch.empty(4, device=triton_device), torch.empty(4, dtype=torch.int32, device=triton_device)
+    row_argmax_kernel[(1,)](x, top, at)
+    assert top.isnan().tolist() == [False, True, True, False]
+    assert torch.equal(top[[0, 3]], x.amax(1)[[0, 3]])
+    assert at[[0, 3]].tolist() == [int(x[0].argmax()), 2]
 
 
 def test_many_chunks_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +215,26 @@ def test_two_runs_are_bit_equal(impl: str, device: torch.device) -> None:
         assert torch.equal(first, second)
 
 
-def test_strided_inputs(impl: str, device: torch.device) -> None:
-    q = torch.randn(7, 3, 16, device=device).transpose(0, 1)
-    d = torch.randn(4, 11, 32, device=device)[..., ::2]
-    torch.testing.assert_close(maxsim(q, d, impl=impl), maxsim(q.contiguous(), d.contiguous(), impl=impl))
+@pytest.mark.parametrize("strided", ["q", "d", "q_mask", "d_mask", "grad"])
+def test_strided_inputs(strided: str, impl: str, device: torch.device) -> None:
+    """Every tensor that a kernel reads may be a view: wrong numbers, not an error, are what that would give."""
+    q, d = make((3, 4, 9, 21, 16), torch.float32, device)
+    given = dict(zip(("q", "d", "q_mask", "d_mask"), (q, d, *masks(q, d)), strict=True))
+    given["grad"] = torch.randn(3, 4, device=device)
+    expected = results(given, impl)
+    x = given[strided].detach()
+    given[strided] = torch.stack([x, torch.zeros_like(x)], -1)[..., 0].requires_grad_(x.is_floating_point())
+    assert not given[strided].is_contiguous()
+    # A library multiplies strided tensors in another order.
+    slack = 0 if impl == "triton" else 1e-5
+    for found, right in zip(results(given, impl), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=slack, atol=slack)
+
+
+def results(given: dict[str, Tensor], impl: str) -> list[Tensor]:
+    q, d = given["q"], given["d"]
+    scores = maxsim(q, d, given["q_mask"], given["d_mask"], impl=impl)
+    return [scores, *torch.autograd.grad(scores, (q, d), given["grad"].detach())]
 
 
 def test_positions_past_int16_are_kept(impl: str, device: torch.device) -> None:
@@ -167,7 +242,7 @@ def test_positions_past_int16_are_kept(impl: str, device: torch.device) -> None:
     d = torch.zeros(1, 33000, 8, device=device)
     d[0, 32999] = 1.0
     d.requires_grad_()
-    _, argmax = torch.ops.lead_ds.maxsim(q, d, None, None, True, impl)
+    _, argmax = torch.ops.lead_ds.maxsim(q, d, None, None, False, True, impl)
     assert argmax.tolist() == [[32999, 32999]]
     if impl == "torch" or d.is_cuda:  # a thousand tiles of tokens take the interpreter several seconds
         _, dd = torch.autograd.grad(maxsim(q, d, impl=impl).sum(), (q, d))
@@ -193,13 +268,14 @@ def test_gradcheck() -> None:
 def test_opcheck(impl: str, device: torch.device) -> None:
     q, d = make((2, 3, 4, 5, 8), torch.float32, device)
     q_mask, d_mask = masks(q, d)
-    torch.library.opcheck(torch.ops.lead_ds.maxsim.default, (q, d, q_mask, d_mask, True, impl))
-    torch.library.opcheck(torch.ops.lead_ds.maxsim.default, (q.detach(), d.detach(), None, None, False, impl))
+    cosine = impl == "triton"  # the torch operator is given unit vectors
+    torch.library.opcheck(torch.ops.lead_ds.maxsim.default, (q, d, q_mask, d_mask, cosine, True, impl))
+    torch.library.opcheck(torch.ops.lead_ds.maxsim.default, (q.detach(), d.detach(), None, None, False, False, impl))
 
 
 def test_only_what_is_asked_is_saved() -> None:
     q, d = make((2, 3, 4, 5, 8), torch.float32, torch.device("cpu"))
-    _, argmax = torch.ops.lead_ds.maxsim(q, d, None, None, False, "torch")
+    _, argmax = torch.ops.lead_ds.maxsim(q, d, None, None, False, False, "torch")
     assert argmax.numel() == 0
     with torch.no_grad():
         assert not maxsim(q, d).requires_grad

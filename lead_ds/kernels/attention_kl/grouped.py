@@ -137,7 +137,8 @@ class _Grouped(torch.autograd.Function):
                 probability = target.exp()
                 with torch.set_grad_enabled(with_grad):
                     student = _grouped_log_probs(leaves[0], leaves[1], s_scale, s_groups[at], slots, causal)
-                    rows = torch.where(probability > 0, probability * (target - student), 0.0).sum(-1)
+                    # What is impossible adds 0; NaN, which is neither, stays.
+                    rows = torch.where(probability == 0, 0.0, probability * (target - student)).sum(-1)
                     value = (rows * weight_BG[at, None, :]).sum()
                 total += value.detach()
                 if dq is not None and dk is not None:

@@ -17,17 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from lead_ds.kernels.aot import Variant
+from lead_ds.kernels.launch import launch
 
 MAX_LENGTH = 8192
 
 _HIDDEN = tl.constexpr(-1e30)
 _LN_2 = tl.constexpr(log(2))
 _LOG2_E = log2(e)
+# Lengths are rounded up to one of these, each a build of its own.
+_BLOCKS = (32, 128, 512, 2048, MAX_LENGTH)
 # Elements of a program and of a warp: few enough that both maps stay in registers.
-_ELEMENTS, _WARP_ELEMENTS = 4096, 1024
+_ELEMENTS, _WARP_ELEMENTS = 4096, 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_a_product", "passages", "length"])
 def map_kernel(
     t_ptr,
     s_ptr,
@@ -101,11 +104,13 @@ def divergence(
     rows = products * query_rows * passages
     values = torch.empty(rows, dtype=torch.float32, device=student.device)
     gradient = None if grad_dtype is None else torch.empty(student.shape, dtype=grad_dtype, device=student.device)
-    block = triton.next_power_of_2(length)
+    block = next(size for size in _BLOCKS if length <= size)
     rows_here, warps = _tile(block)
-    map_kernel[(triton.cdiv(rows, rows_here),)](
-        teacher,
-        student,
+    launch(
+        map_kernel,
+        (triton.cdiv(rows, rows_here),),
+        teacher.contiguous(),
+        student.contiguous(),
         values if mask is None else mask.contiguous().view(torch.uint8),
         real.contiguous().view(torch.uint8),
         values,
@@ -132,12 +137,12 @@ def _tile(block: int) -> tuple[int, int]:
     return rows, rows * block // _WARP_ELEMENTS
 
 
-def aot_variants() -> Iterator[Variant]:
+def aot_variants(shared: int) -> Iterator[Variant]:
     """Short, usual and longest passages; bfloat16 and float32 gradients."""
     types = dict.fromkeys(("t_ptr", "s_ptr", "value_ptr"), "*fp32") | {"mask_ptr": "*u8", "real_ptr": "*u8"}
     types |= {"t_scale": "fp32", "s_scale": "fp32"}
     for kl in (True, False):
-        for block, dtype in ((32, "bf16"), (256, "bf16"), (256, "fp32"), (MAX_LENGTH, "fp32")):
+        for block, dtype in ((32, "bf16"), (512, "bf16"), (512, "fp32"), (MAX_LENGTH, "fp32")):
             rows, warps = _tile(block)
             constants = {"KL": kl, "HAS_MASK": True, "WITH_GRAD": True, "ROWS": rows, "BLOCK": block}
             known = types | {"grad_ptr": f"*{dtype}"}
@@ -148,5 +153,4 @@ def aot_variants() -> Iterator[Variant]:
                 constexprs=constants,
                 options={"num_warps": warps, "num_stages": 1},
                 expects_wgmma=False,
-                aligned=("length",),
             )

@@ -19,9 +19,11 @@ import triton.language as tl
 _HIDDEN = tl.constexpr(-1e30)
 # The log-sum-exp of a row that does not count: every probability recomputed from it is exactly 0.
 _NO_ROW = tl.constexpr(1e30)
+# Arguments that are not specialised: each value that is 1 or a multiple of 16 would be a build of its own.
+_COUNTS = ["texts", "length", "window", "tiles"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def bounds_kernel(mask_ptr, bounds_ptr, length, BLOCK: tl.constexpr):
     """Of every text: its first and one past its last real token, whether there is no gap between, and how many."""
     text = tl.program_id(0)
@@ -198,13 +200,13 @@ def _advance(
     return new_t, l_t, new_s, l_s, w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def forward_kernel(
     tq_ptr, tk_ptr, sq_ptr, sk_ptr, mask_ptr, bounds_ptr, partial_ptr, t_lse_ptr, s_lse_ptr,
     tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_l,
     texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, window, tiles,
     PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    EVEN_LENGTH: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr, EVEN_S: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one head: its sum of KL [K, B * H * tiles] and log-sum-exps [K, B, H, L], both in base 2."""
@@ -235,15 +237,14 @@ def forward_kernel(
             t_scale, s_scale, length, window, False, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
             S_BLOCK, PRECISION,
         )  # fmt: skip
-    if HAS_MASK or CAUSAL or WINDOWED or not EVEN_LENGTH:
-        # What needs masks lies on both sides of the tiles above; it is peeled off so that they do without.
-        for peeled in range(first, last - (inner_last - inner_first)):
-            tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
-            m_t, l_t, m_s, l_s, w = _advance(
-                (m_t, l_t, m_s, l_s, w), t_q, s_q, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width,
-                s_width, t_scale, s_scale, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS,
-                T_BLOCK, S_BLOCK, PRECISION,
-            )  # fmt: skip
+    # What needs masks lies on both sides of the tiles above; it is peeled off so that they do without.
+    for peeled in range(first, last - (inner_last - inner_first)):
+        tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
+        m_t, l_t, m_s, l_s, w = _advance(
+            (m_t, l_t, m_s, l_s, w), t_q, s_q, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width,
+            s_width, t_scale, s_scale, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS,
+            T_BLOCK, S_BLOCK, PRECISION,
+        )  # fmt: skip
 
     # A row that does not count may have seen no tile at all.
     l_t = tl.where(row_real, l_t, 1.0)
@@ -280,13 +281,13 @@ def _query_gradient(
     return tl.dot(difference.to(s_k.dtype), s_k, total, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def query_gradient_kernel(
     tq_ptr, tk_ptr, sq_ptr, sk_ptr, dq_ptr, mask_ptr, bounds_ptr, grad_ptr, t_lse_ptr, s_lse_ptr,
     tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_l, dq_b, dq_h, dq_l,
     texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, grad_scale, window, tiles,
     PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    EVEN_LENGTH: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr, EVEN_S: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of rows of one head."""
@@ -319,14 +320,13 @@ def query_gradient_kernel(
             t_scale, s_scale, length, window, False, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
             S_BLOCK, PRECISION,
         )  # fmt: skip
-    if HAS_MASK or CAUSAL or WINDOWED or not EVEN_LENGTH:
-        for peeled in range(first, last - (inner_last - inner_first)):
-            tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
-            total = _query_gradient(
-                total, t_q, s_q, t_lse, s_lse, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width, s_width,
-                t_scale, s_scale, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
-                S_BLOCK, PRECISION,
-            )  # fmt: skip
+    for peeled in range(first, last - (inner_last - inner_first)):
+        tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
+        total = _query_gradient(
+            total, t_q, s_q, t_lse, s_lse, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width, s_width,
+            t_scale, s_scale, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
+            S_BLOCK, PRECISION,
+        )  # fmt: skip
     total = total * (tl.load(grad_ptr + pair) * grad_scale)
     column = tl.arange(0, S_BLOCK)
     out = dq + row[:, None] * dq_l + column[None, :]
@@ -368,13 +368,13 @@ def _key_gradient(
     return tl.dot(difference.to(s_q.dtype), s_q, total, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def key_gradient_kernel(
     tq_ptr, tk_ptr, sq_ptr, sk_ptr, dk_ptr, dq_ptr, mask_ptr, bounds_ptr, grad_ptr, t_lse_ptr, s_lse_ptr,
     tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_l, dk_b, dk_h, dk_l,
     texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, grad_scale, window, tiles,
     PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    EVEN_LENGTH: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, ATOMIC: tl.constexpr,
+    EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, ATOMIC: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK of a tile of keys of one student key head, over all its query heads; with ATOMIC also dQ [K, B, H, L, d]."""
@@ -411,15 +411,14 @@ def key_gradient_kernel(
                 mask_ptr, text, tile * ROWS, tq_l, sq_l, t_width, s_width, t_scale, s_scale, gradient, length, window,
                 False, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, ATOMIC, ROWS, T_BLOCK, S_BLOCK, PRECISION,
             )  # fmt: skip
-        if HAS_MASK or CAUSAL or WINDOWED or not EVEN_LENGTH:
-            for peeled in range(first, last - (inner_last - inner_first)):
-                tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
-                total = _key_gradient(
-                    total, t_k, s_k, key, key_real, tq, sq, t_lse_ptr + saved, s_lse_ptr + saved,
-                    dq_ptr + saved * s_width, mask_ptr, text, tile * ROWS, tq_l, sq_l, t_width, s_width, t_scale,
-                    s_scale, gradient, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, ATOMIC, ROWS,
-                    T_BLOCK, S_BLOCK, PRECISION,
-                )  # fmt: skip
+        for peeled in range(first, last - (inner_last - inner_first)):
+            tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
+            total = _key_gradient(
+                total, t_k, s_k, key, key_real, tq, sq, t_lse_ptr + saved, s_lse_ptr + saved,
+                dq_ptr + saved * s_width, mask_ptr, text, tile * ROWS, tq_l, sq_l, t_width, s_width, t_scale,
+                s_scale, gradient, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, ATOMIC, ROWS,
+                T_BLOCK, S_BLOCK, PRECISION,
+            )  # fmt: skip
     total = tl.where(key_real[:, None], total * gradient, 0.0)
     column = tl.arange(0, S_BLOCK)
     out = dk + key[:, None] * dk_l + column[None, :]

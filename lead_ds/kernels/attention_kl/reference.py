@@ -37,7 +37,7 @@ def attention_log_probs(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> 
 def kl_of_log_probs(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher || student) over the last axis of two tensors of log-probabilities; impossible events add 0."""
     probability = teacher.exp()
-    return torch.where(probability > 0, probability * (teacher - student), 0.0).sum(-1)
+    return torch.where(probability == 0, 0.0, probability * (teacher - student)).sum(-1)
 
 
 def attention_kl_reference(

@@ -21,10 +21,15 @@ from lead_ds.kernels.attention_kl.programs import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from lead_ds.kernels.dispatch import architecture, float32_dot_precision, tiles_for
+from lead_ds.kernels.dispatch import ADA, AMPERE, CDNA, HOPPER, float32_dot_precision, shared_memory, tiles_for
+from lead_ds.kernels.launch import launch
 
 # Wider heads leave no tile whose accumulators fit the registers.
-MAX_WIDTH = 128
+MAX_WIDTH = 256
+
+_SHORT = 32
+# Tokens that the bounds of a mask are read by.
+_BOUNDS_BLOCK = 256
 
 _LN_2 = log(2)
 _LOG2_E = log2(e)
@@ -42,41 +47,109 @@ class Tiles(NamedTuple):
 # By kernel ("both": dK with the atomic dQ), element size and the wider of the two head dimensions, up to the given one:
 # the largest tiles that compile without spilling registers.
 _TABLE: dict[int, dict[tuple[str, int, int], Tiles]] = {
-    80: {
+    CDNA: {
+        ("forward", 2, 64): Tiles(64, 64, 4, 1),
+        ("forward", 2, 128): Tiles(64, 32, 4, 1),
+        ("forward", 2, 256): Tiles(32, 32, 4, 1),
+        ("forward", 4, 64): Tiles(32, 32, 4, 1),
+        ("forward", 4, 128): Tiles(16, 32, 4, 1),
+        ("forward", 4, 256): Tiles(16, 16, 4, 1),
+        ("dq", 2, 64): Tiles(64, 32, 4, 1),
+        ("dq", 2, 128): Tiles(32, 32, 4, 1),
+        ("dq", 2, 256): Tiles(32, 16, 4, 1),
+        ("dq", 4, 64): Tiles(32, 32, 4, 1),
+        ("dq", 4, 128): Tiles(16, 32, 4, 1),
+        ("dq", 4, 256): Tiles(16, 16, 4, 1),
+        ("dk", 2, 64): Tiles(32, 64, 4, 1),
+        ("dk", 2, 128): Tiles(32, 32, 4, 1),
+        ("dk", 2, 256): Tiles(16, 32, 4, 1),
+        ("dk", 4, 64): Tiles(32, 32, 4, 1),
+        ("dk", 4, 128): Tiles(32, 16, 4, 1),
+        ("dk", 4, 256): Tiles(16, 16, 4, 1),
+        ("both", 2, 64): Tiles(32, 32, 4, 1),
+        ("both", 2, 128): Tiles(16, 32, 4, 1),
+        ("both", 2, 256): Tiles(16, 16, 4, 1),
+        ("both", 4, 64): Tiles(16, 32, 4, 1),
+        ("both", 4, 128): Tiles(16, 16, 4, 1),
+        ("both", 4, 256): Tiles(16, 16, 4, 1),
+    },
+    ADA: {
         ("forward", 2, 64): Tiles(64, 64, 4, 2),
         ("forward", 2, 128): Tiles(64, 32, 4, 2),
+        ("forward", 2, 256): Tiles(32, 32, 4, 1),
         ("forward", 4, 64): Tiles(32, 32, 8, 1),
         ("forward", 4, 128): Tiles(16, 32, 8, 1),
+        ("forward", 4, 256): Tiles(16, 16, 8, 1),
         ("dq", 2, 64): Tiles(64, 32, 4, 2),
         ("dq", 2, 128): Tiles(64, 32, 8, 2),
+        ("dq", 2, 256): Tiles(32, 32, 8, 1),
         ("dq", 4, 64): Tiles(32, 32, 8, 1),
         ("dq", 4, 128): Tiles(16, 32, 8, 1),
+        ("dq", 4, 256): Tiles(16, 16, 8, 1),
         ("dk", 2, 64): Tiles(32, 64, 8, 2),
-        ("dk", 2, 128): Tiles(32, 64, 8, 2),
+        ("dk", 2, 128): Tiles(32, 64, 8, 1),
+        ("dk", 2, 256): Tiles(16, 32, 8, 1),
         ("dk", 4, 64): Tiles(32, 32, 8, 1),
         ("dk", 4, 128): Tiles(32, 16, 8, 1),
+        ("dk", 4, 256): Tiles(16, 16, 8, 1),
         ("both", 2, 64): Tiles(32, 64, 8, 2),
         ("both", 2, 128): Tiles(16, 64, 8, 2),
+        ("both", 2, 256): Tiles(16, 32, 8, 1),
         ("both", 4, 64): Tiles(16, 32, 8, 1),
         ("both", 4, 128): Tiles(16, 32, 8, 1),
+        ("both", 4, 256): Tiles(16, 16, 8, 1),
     },
-    90: {
-        ("forward", 2, 64): Tiles(128, 128, 8, 2),
-        ("forward", 2, 128): Tiles(128, 64, 8, 2),
+    AMPERE: {
+        ("forward", 2, 64): Tiles(64, 64, 4, 2),
+        ("forward", 2, 128): Tiles(64, 32, 4, 2),
+        ("forward", 2, 256): Tiles(64, 32, 8, 1),
         ("forward", 4, 64): Tiles(32, 32, 8, 1),
         ("forward", 4, 128): Tiles(16, 32, 8, 1),
-        ("dq", 2, 64): Tiles(64, 64, 4, 3),
-        ("dq", 2, 128): Tiles(128, 64, 8, 2),
+        ("forward", 4, 256): Tiles(16, 16, 8, 1),
+        ("dq", 2, 64): Tiles(64, 32, 4, 2),
+        ("dq", 2, 128): Tiles(64, 32, 8, 2),
+        ("dq", 2, 256): Tiles(64, 32, 8, 1),
         ("dq", 4, 64): Tiles(32, 32, 8, 1),
         ("dq", 4, 128): Tiles(16, 32, 8, 1),
-        ("dk", 2, 64): Tiles(64, 128, 8, 2),
-        ("dk", 2, 128): Tiles(32, 128, 8, 2),
+        ("dq", 4, 256): Tiles(16, 16, 8, 1),
+        ("dk", 2, 64): Tiles(32, 64, 8, 2),
+        ("dk", 2, 128): Tiles(32, 64, 8, 2),
+        ("dk", 2, 256): Tiles(32, 64, 8, 1),
         ("dk", 4, 64): Tiles(32, 32, 8, 1),
         ("dk", 4, 128): Tiles(32, 16, 8, 1),
-        ("both", 2, 64): Tiles(32, 128, 8, 2),
-        ("both", 2, 128): Tiles(16, 128, 8, 2),
+        ("dk", 4, 256): Tiles(16, 16, 8, 1),
+        ("both", 2, 64): Tiles(32, 64, 8, 2),
+        ("both", 2, 128): Tiles(16, 64, 8, 2),
+        ("both", 2, 256): Tiles(16, 64, 8, 1),
         ("both", 4, 64): Tiles(16, 32, 8, 1),
         ("both", 4, 128): Tiles(16, 32, 8, 1),
+        ("both", 4, 256): Tiles(16, 16, 8, 1),
+    },
+    HOPPER: {
+        ("forward", 2, 64): Tiles(128, 128, 8, 2),
+        ("forward", 2, 128): Tiles(128, 64, 8, 2),
+        ("forward", 2, 256): Tiles(64, 32, 8, 1),
+        ("forward", 4, 64): Tiles(32, 32, 8, 1),
+        ("forward", 4, 128): Tiles(16, 32, 8, 1),
+        ("forward", 4, 256): Tiles(16, 16, 8, 1),
+        ("dq", 2, 64): Tiles(64, 64, 4, 3),
+        ("dq", 2, 128): Tiles(128, 64, 8, 2),
+        ("dq", 2, 256): Tiles(64, 16, 8, 1),
+        ("dq", 4, 64): Tiles(32, 32, 8, 1),
+        ("dq", 4, 128): Tiles(16, 16, 8, 1),
+        ("dq", 4, 256): Tiles(16, 16, 8, 1),
+        ("dk", 2, 64): Tiles(64, 128, 8, 2),
+        ("dk", 2, 128): Tiles(32, 128, 8, 2),
+        ("dk", 2, 256): Tiles(32, 64, 8, 1),
+        ("dk", 4, 64): Tiles(32, 32, 8, 1),
+        ("dk", 4, 128): Tiles(32, 16, 8, 1),
+        ("dk", 4, 256): Tiles(16, 16, 8, 1),
+        ("both", 2, 64): Tiles(32, 128, 8, 2),
+        ("both", 2, 128): Tiles(16, 128, 8, 2),
+        ("both", 2, 256): Tiles(16, 64, 8, 1),
+        ("both", 4, 64): Tiles(16, 32, 8, 1),
+        ("both", 4, 128): Tiles(16, 32, 8, 1),
+        ("both", 4, 256): Tiles(16, 16, 8, 1),
     },
 }
 
@@ -121,7 +194,9 @@ def forward(pairs: list[LayerPair], mask: Tensor | None, causal: bool) -> tuple[
         partial = torch.empty(len(group), batch * heads * row_tiles, dtype=torch.float32, device=device)
         t_lse = torch.empty(len(group), batch, heads, length, dtype=torch.float32, device=device)
         s_lse = torch.empty_like(t_lse)
-        forward_kernel[(batch * heads * row_tiles, len(group))](
+        launch(
+            forward_kernel,
+            (batch * heads * row_tiles, len(group)),
             *_inputs(group),
             _or(mask, partial),
             _or(bounds, partial),
@@ -148,12 +223,12 @@ def backward(
     grad: Tensor, pairs: list[LayerPair], saved: Saved, causal: bool, atomic: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Gradients of every pair's student q and k; `grad` [K]."""
-    gradients = [(torch.empty_like(pair.sq), torch.empty_like(pair.sk)) for pair in pairs]
+    gradients = [(_dense(torch.empty_like(pair.sq)), _dense(torch.empty_like(pair.sk))) for pair in pairs]
     if not saved.groups:
         return [(dq.zero_(), dk.zero_()) for dq, dk in gradients]
     batch, _, length, _ = pairs[0].sq.shape
     mask, bounds = saved.mask, saved.bounds
-    grad = grad.to(torch.float32) * saved.weight
+    grad = (grad.to(torch.float32) * saved.weight).contiguous()
     for members, t_lse, s_lse in saved.groups:
         group = [pairs[k] for k in members]
         pair, heads = group[0], group[0].sq.shape[1]
@@ -167,7 +242,9 @@ def backward(
             summed = t_lse
             tiles = _tiles("dq", pair, length)
             row_tiles = triton.cdiv(length, tiles.rows)
-            query_gradient_kernel[(batch * heads * row_tiles, len(group))](
+            launch(
+                query_gradient_kernel,
+                (batch * heads * row_tiles, len(group)),
                 *_inputs(group),
                 _pointers([gradients[k][0] for k in members]),
                 *arguments,
@@ -183,7 +260,9 @@ def backward(
             )
         tiles = _tiles("both" if atomic else "dk", pair, length)
         key_tiles = triton.cdiv(length, tiles.keys)
-        key_gradient_kernel[(batch * pair.sk.shape[1] * key_tiles, len(group))](
+        launch(
+            key_gradient_kernel,
+            (batch * pair.sk.shape[1] * key_tiles, len(group)),
             *_inputs(group),
             _pointers([gradients[k][1] for k in members]),
             summed,
@@ -222,8 +301,7 @@ def _mask_facts(
         return None, None, torch.full((), 1.0 / (batch * length), device=device)
     mask = (mask.to(device) != 0).contiguous().view(torch.uint8)
     bounds = torch.empty(batch, 4, dtype=torch.int32, device=device)
-    block = min(1024, triton.next_power_of_2(length))
-    bounds_kernel[(batch,)](mask, bounds, length, BLOCK=block, num_warps=4)
+    launch(bounds_kernel, (batch,), mask, bounds, length, BLOCK=_BOUNDS_BLOCK, num_warps=4)
     return mask, bounds, bounds[:, 3].sum().clamp_min(1).to(torch.float32).reciprocal()
 
 
@@ -259,31 +337,23 @@ def _sizes(pair: LayerPair) -> tuple[int, ...]:
 
 def _tiles(kernel: str, pair: LayerPair, length: int) -> Tiles:
     size = max(pair.tq.element_size(), pair.sq.element_size())
-    return _fitted(architecture(pair.sq), kernel, size, max(pair.tq.shape[3], pair.sq.shape[3]), length)
+    return _fitted(shared_memory(pair.sq), kernel, size, max(pair.tq.shape[3], pair.sq.shape[3]), length)
 
 
-def _fitted(capability: int, kernel: str, size: int, width: int, length: int) -> Tiles:
-    """Tiles of the table, no larger than a text needs."""
-    bucket = 64 if width <= 64 else MAX_WIDTH
-    tiles = tiles_for(_TABLE, capability)[kernel, size, bucket]
-    enough = max(16, triton.next_power_of_2(length))
-    return tiles._replace(rows=min(tiles.rows, enough), keys=min(tiles.keys, enough))
+def _fitted(shared: int, kernel: str, size: int, width: int, length: int) -> Tiles:
+    """Tiles of the table; for texts of up to 32 tokens smaller ones. Two sizes, so that lengths cost two builds at most."""
+    bucket = next(wide for wide in (64, 128, MAX_WIDTH) if width <= wide)
+    tiles = tiles_for(_TABLE, shared)[kernel, size, bucket]
+    return tiles if length > _SHORT else tiles._replace(rows=min(tiles.rows, _SHORT), keys=min(tiles.keys, _SHORT))
 
 
 def _constants(pair: LayerPair, tiles: Tiles, masked: bool, causal: bool) -> dict[str, Any]:
-    length, t_width, s_width = pair.sq.shape[2], pair.tq.shape[3], pair.sq.shape[3]
-    return _constexprs(tiles, length, t_width, s_width, masked, causal, pair.window is not None)
-
-
-def _constexprs(
-    tiles: Tiles, length: int, t_width: int, s_width: int, masked: bool, causal: bool, windowed: bool
-) -> dict[str, Any]:
+    t_width, s_width = pair.tq.shape[3], pair.sq.shape[3]
     t_block, s_block = (max(16, triton.next_power_of_2(width)) for width in (t_width, s_width))
     return {
         "HAS_MASK": masked,
         "CAUSAL": causal,
-        "WINDOWED": windowed,
-        "EVEN_LENGTH": length % tiles.rows == 0 and length % tiles.keys == 0,
+        "WINDOWED": pair.window is not None,
         "EVEN_T": t_width == t_block,
         "EVEN_S": s_width == s_block,
         "ROWS": tiles.rows,
@@ -298,9 +368,9 @@ def _options(tiles: Tiles) -> dict[str, int]:
     return {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
-def aot_variants() -> Iterator[Variant]:
-    """Every entry of the Hopper table with the most work its kernel can have, the common plain shape, and interaction."""
-    yield from interaction_triton.aot_variants()
+def aot_variants(shared: int) -> Iterator[Variant]:
+    """Every entry of the table with the most work its kernel can have, the common plain shape, and interaction."""
+    yield from interaction_triton.aot_variants(shared)
     kernels: dict[str, Any] = {
         "forward": forward_kernel,
         "dq": query_gradient_kernel,
@@ -308,30 +378,37 @@ def aot_variants() -> Iterator[Variant]:
         "both": key_gradient_kernel,
     }
     for kernel, fn in kernels.items():
-        for dtype, t_width, s_width, length, masked, band in (
-            ("bf16", 64, 64, 512, False, False),
-            ("bf16", 64, 64, 500, True, True),
-            ("bf16", 128, 128, 500, True, True),
-            ("bf16", 128, 80, 512, True, False),
-            ("fp16", 64, 32, 512, True, False),
-            ("fp32", 64, 64, 500, True, True),
-            ("fp32", 128, 128, 500, True, True),
+        for dtype, t_width, s_width, length, masked, band, pairs in (
+            ("bf16", 64, 64, 512, False, False, 1),
+            ("bf16", 64, 64, 512, True, True, 1),
+            ("bf16", 64, 64, 512, True, True, 2),
+            ("bf16", 64, 64, 512, True, True, 6),
+            ("bf16", 64, 64, 32, True, False, 6),
+            ("bf16", 128, 128, 512, True, True, 6),
+            ("bf16", 128, 80, 512, True, False, 1),
+            ("bf16", 256, 256, 512, True, True, 6),
+            ("fp16", 64, 32, 512, True, False, 1),
+            ("fp32", 64, 64, 512, True, True, 6),
+            ("fp32", 128, 128, 512, True, True, 6),
+            ("fp32", 256, 256, 512, True, True, 6),
         ):
             size = 4 if dtype == "fp32" else 2
-            tiles = _fitted(90, kernel, size, max(t_width, s_width), length)
-            constants = _constexprs(tiles, length, t_width, s_width, masked, band, band)
-            constants |= {"PAIRS": 1, "PRECISION": "ieee"}
+            tiles = _fitted(shared, kernel, size, max(t_width, s_width), length)
+            q = [torch.empty(1, 1, length, width, device="meta") for width in (t_width, s_width)]
+            pair = LayerPair(q[0], q[0], q[1], q[1], 1.0, 1.0, 7 if band else None)
+            constants = _constants(pair, tiles, masked, band) | {"PAIRS": pairs, "PRECISION": "ieee"}
             if fn is key_gradient_kernel:
                 constants["ATOMIC"] = kernel == "both"
-            name = f"attention_kl-{kernel}-{dtype}-d{t_width}x{s_width}-L{length}"
+            name = f"attention_kl-{kernel}-{dtype}-d{t_width}x{s_width}-L{length}-K{pairs}"
             yield Variant(
                 name=name + ("-masked" if masked else "") + ("-band" if band else ""),
                 fn=fn,
                 signature=_signature(fn, dtype, constants),
                 constexprs=constants,
                 options=_options(tiles),
-                expects_wgmma=size == 2,
+                expects_wgmma=size == 2 and min(tiles.rows, tiles.keys) >= 64,
                 aligned=tuple(name for name in fn.arg_names if name[2:] in ("_b", "_h", "_l")),
+                pairs=pairs,
             )
 
 

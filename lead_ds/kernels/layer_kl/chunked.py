@@ -1,152 +1,81 @@
-"""Layer-relevance KL in torch, a block of query rows at a time: what a CPU runs.
+"""Layer-relevance KL in torch, a block of layers and query rows at a time: what a CPU runs.
+
+The gradient comes out of the same visit as the value, for the scores are there anyway: no map is kept, and none is computed
+twice. What waits for the backward pass is the gradient itself, which that multiplies by its weight.
 
 Dimensions: K layer pairs, Q queries, P passages, D width (teacher and student each their own), N rows of one block.
 """
 
+from collections.abc import Iterator
+from math import e, log2
+
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.layer_kl.regime import saved_dtype, saved_shapes, stores_maps
+from lead_ds.kernels.layer_kl.inputs import Problem, saved_shapes
 
-# Scores of one map held at once where the maps are not stored: 8 MiB of float32 a map.
-_CHUNK_SCORES = 1 << 21
+# Scores of one map of a block: 2 MiB of float32, so that both models' stay in a core's cache.
+_CHUNK_SCORES = 1 << 19
 # Fewer rows than this waste the matrix product.
 _CHUNK_ROWS = 32
+_LOG2_E = log2(e)
 
 
-def forward(
-    tq: Tensor,
-    td: Tensor,
-    sq: Tensor,
-    sd: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    teacher_temperature: float,
-    student_temperature: float,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(kl [K], teacher_nll [K], saved, saved); what is saved is described in `regime.saved_shapes`."""
-    layers, queries, _ = tq.shape
-    passages = td.shape[1]
-    dtype = saved_dtype(tq.dtype, sq.dtype)
-    kl_KQ = torch.empty(layers, queries, dtype=dtype, device=tq.device)
-    nll_KQ = torch.empty_like(kl_KQ)
-    residual, lse = (
-        torch.empty(shape, dtype=dtype, device=tq.device)
-        for shape in saved_shapes("torch", layers, queries, passages, differentiable)
-    )
-    hidden_QP = _hidden(mask, target)
-    if stores_maps(layers, queries, passages):
-        t_KQP, s_KQP = torch.bmm(tq.to(dtype), td.to(dtype).mT), torch.bmm(sq.to(dtype), sd.to(dtype).mT)
-        p_KQP, log_r_KQP, _, _ = _rows(
-            t_KQP, s_KQP, target, hidden_QP, teacher_temperature, student_temperature, kl_KQ, nll_KQ
-        )
-        if differentiable:
-            torch.sub(log_r_KQP.exp_(), p_KQP, out=residual)
-        return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), residual, lse
-    for k in range(layers):
-        td_PD, sd_PD = td[k].to(dtype), sd[k].to(dtype)
-        for rows in _blocks(queries, passages):
-            t_NP, s_NP = torch.mm(tq[k, rows].to(dtype), td_PD.T), torch.mm(sq[k, rows].to(dtype), sd_PD.T)
-            hidden_NP = None if hidden_QP is None else hidden_QP[rows]
-            _, _, lse_t, lse_s = _rows(
-                t_NP,
-                s_NP,
-                target[rows],
-                hidden_NP,
-                teacher_temperature,
-                student_temperature,
-                kl_KQ[k, rows],
-                nll_KQ[k, rows],
-            )
-            if differentiable:
-                lse[0, k, rows], lse[1, k, rows] = lse_t, lse_s
-    return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), residual, lse
-
-
-def backward(
-    grad_K: Tensor,
-    tq: Tensor,
-    td: Tensor,
-    sq: Tensor,
-    sd: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    teacher_temperature: float,
-    student_temperature: float,
-    residual: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of sq and sd: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q."""
-    layers, queries, _ = tq.shape
-    passages = td.shape[1]
-    dtype = saved_dtype(tq.dtype, sq.dtype)
-    scale_K = grad_K.to(dtype) / (max(queries, 1) * student_temperature)
-    if stores_maps(layers, queries, passages):
-        ds_KQP = residual * scale_K[:, None, None]
-        return torch.bmm(ds_KQP, sd.to(dtype)).to(sq.dtype), torch.bmm(ds_KQP.mT, sq.to(dtype)).to(sd.dtype)
-    hidden_QP = _hidden(mask, target)
-    dsq, dsd = torch.empty_like(sq), torch.empty_like(sd)
-    for k in range(layers):
-        td_PD, sd_PD = td[k].to(dtype), sd[k].to(dtype)
-        # Summed over blocks, so held in the accumulation dtype: for float32 that is the result itself.
-        sum_PD = (dsd[k] if dsd.dtype == dtype else torch.empty_like(sd_PD)).zero_()
-        for rows in _blocks(queries, passages):
-            sq_ND = sq[k, rows].to(dtype)
-            p_NP, r_NP = torch.mm(tq[k, rows].to(dtype), td_PD.T), torch.mm(sq_ND, sd_PD.T)
-            p_NP.div_(teacher_temperature).sub_(lse[0, k, rows, None]).exp_()
-            ds_NP = r_NP.div_(student_temperature).sub_(lse[1, k, rows, None]).exp_().sub_(p_NP).mul_(scale_K[k])
+def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kl [K], teacher_nll [K], gradients of the student's q and d for a KL of weight 1, or nothing)."""
+    (tq, td, t_temperature, _), (sq, sd, s_temperature, _) = problem.teacher, problem.student
+    layers, queries, passages = problem.shape
+    new = {"dtype": problem.dtype, "device": sq.device}
+    kl_KQ, nll_KQ = torch.empty(layers, queries, **new), torch.empty(layers, queries, **new)
+    dsq, dsd = (torch.zeros(shape, **new) for shape in saved_shapes(problem, "torch", differentiable))
+    hidden_QP = None if problem.mask is None else (~problem.mask).scatter_(1, problem.target[:, None], False)
+    scale = 1 / (max(queries, 1) * s_temperature)
+    for ks in _layer_groups(layers, queries, passages):
+        td_KPD, sd_KPD = td[ks].to(problem.dtype), sd[ks].to(problem.dtype)
+        for rows in _row_blocks(queries, passages):
+            sq_KND = sq[ks, rows].to(problem.dtype)
+            t_KNP = torch.bmm(tq[ks, rows].to(problem.dtype), td_KPD.mT)
+            s_KNP = torch.bmm(sq_KND, sd_KPD.mT)
             if hidden_QP is not None:
-                ds_NP.masked_fill_(hidden_QP[rows], 0)
-            dsq[k, rows] = torch.mm(ds_NP, sd_PD)
-            sum_PD.addmm_(ds_NP.T, sq_ND)
-        if sum_PD.dtype != dsd.dtype:
-            dsd[k] = sum_PD
-    return dsq, dsd
+                # Finite, so that the difference of two hidden log-probabilities is a number, which probability 0 cancels.
+                t_KNP.masked_fill_(hidden_QP[rows], -1e30)
+                s_KNP.masked_fill_(hidden_QP[rows], -1e30)
+            place_KN1 = problem.target[rows].expand(t_KNP.shape[:-1])[..., None]
+            if t_temperature != 1.0:
+                lse_KN = torch.logsumexp(t_KNP, dim=-1)
+                nll_KQ[ks, rows] = lse_KN - t_KNP.gather(-1, place_KN1).squeeze(-1)
+                t_KNP.div_(t_temperature)
+            if s_temperature != 1.0:
+                s_KNP.div_(s_temperature)
+            p_KNP, log_r_KNP = torch.log_softmax(t_KNP, dim=-1), torch.log_softmax(s_KNP, dim=-1)
+            if t_temperature == 1.0:
+                nll_KQ[ks, rows] = -p_KNP.gather(-1, place_KN1).squeeze(-1)
+            difference_KNP = torch.sub(p_KNP, log_r_KNP, out=t_KNP)
+            _exponential_(p_KNP)
+            torch.sum(difference_KNP.mul_(p_KNP), dim=-1, out=kl_KQ[ks, rows])
+            if differentiable:
+                residual_KNP = _exponential_(log_r_KNP).sub_(p_KNP).mul_(scale)
+                dsq[ks, rows] = torch.bmm(residual_KNP, sd_KPD)
+                dsd[ks].baddbmm_(residual_KNP.mT, sq_KND)
+    return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), dsq, dsd
 
 
-def _blocks(queries: int, passages: int) -> list[slice]:
-    rows = max(_CHUNK_ROWS, _CHUNK_SCORES // max(passages, 1))
-    return [slice(start, min(start + rows, queries)) for start in range(0, queries, rows)]
+def backward(grad_K: Tensor, problem: Problem, dsq: Tensor, dsd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the student's q and d."""
+    weight_K11 = grad_K.to(dsq.dtype)[:, None, None]
+    return (dsq * weight_K11).to(problem.student.q.dtype), (dsd * weight_K11).to(problem.student.d.dtype)
 
 
-def _hidden(mask: Tensor | None, target: Tensor) -> Tensor | None:
-    """True where a passage is left out of a query's distributions; never the target."""
-    return None if mask is None else (~mask).scatter_(1, target[:, None], False)
+def _layer_groups(layers: int, queries: int, passages: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_SCORES // max(queries * passages, 1))
+    return (slice(k, min(k + step, layers)) for k in range(0, layers, step))
 
 
-def _rows(
-    t_NP: Tensor,
-    s_NP: Tensor,
-    target: Tensor,
-    hidden_NP: Tensor | None,
-    teacher_temperature: float,
-    student_temperature: float,
-    kl_N: Tensor,
-    nll_N: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fill a block's KL and NLL from its scores (leading dimensions are free); also tempers and masks the scores in place.
+def _row_blocks(queries: int, passages: int) -> Iterator[slice]:
+    step = max(_CHUNK_ROWS, _CHUNK_SCORES // max(passages, 1))
+    return (slice(start, min(start + step, queries)) for start in range(0, queries, step))
 
-    Returns the teacher's probabilities, the student's log-probabilities, and the two log-sum-exps.
-    """
-    if hidden_NP is not None:
-        # Finite, so that the difference of two hidden log-probabilities is a number, which probability 0 then cancels.
-        t_NP.masked_fill_(hidden_NP, -1e30)
-        s_NP.masked_fill_(hidden_NP, -1e30)
-    place_N1 = target.expand(t_NP.shape[:-1])[..., None]
-    if teacher_temperature != 1.0:
-        nll_N.copy_(torch.logsumexp(t_NP, dim=-1).sub_(t_NP.gather(-1, place_N1).squeeze(-1)))
-        t_NP.div_(teacher_temperature)
-    if student_temperature != 1.0:
-        s_NP.div_(student_temperature)
-    p_NP, log_r_NP = torch.log_softmax(t_NP, dim=-1), torch.log_softmax(s_NP, dim=-1)
-    # The target is never hidden, so its score less its log-probability is the log-sum-exp, with no pass over the row.
-    log_p_N1 = p_NP.gather(-1, place_N1)
-    lse_t = (t_NP.gather(-1, place_N1) - log_p_N1).squeeze(-1)
-    lse_s = (s_NP.gather(-1, place_N1) - log_r_NP.gather(-1, place_N1)).squeeze(-1)
-    if teacher_temperature == 1.0:
-        nll_N.copy_(log_p_N1.squeeze(-1).neg_())
-    difference_NP = torch.sub(p_NP, log_r_NP, out=t_NP)
-    p_NP.exp_()
-    torch.sum(difference_NP.mul_(p_NP), dim=-1, out=kl_N)
-    return p_NP, log_r_NP, lse_t, lse_s
+
+def _exponential_(x: Tensor) -> Tensor:
+    """exp in place, by base 2: torch's exp on a CPU is slow where the result underflows."""
+    return x.mul_(_LOG2_E).exp2_()

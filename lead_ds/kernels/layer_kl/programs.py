@@ -19,25 +19,30 @@ _START = tl.constexpr(-1e20)
 _HIDDEN_BELOW = tl.constexpr(-1e19)
 # What a share of the passages leaves behind per row: maximum and sum of each side, KL sum, sum at temperature 1, target.
 _STATISTICS = tl.constexpr(7)
+# Arguments that are not specialised: each value that is 1 or a multiple of 16 would be a build of its own.
+_COUNTS = ["layers", "queries", "passages", "shares", "tiles_per_share", "map_size", "first_layer", "chunk_start"]
 
 
 @triton.jit
 def _score_tile(
     q_ptr,
     d_ptr,
+    q_inverse_ptr,
+    d_inverse_ptr,
     layer,
     first_query,
     first_passage,
     queries,
     passages,
     width,
+    COSINE: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_PASSAGES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Inner products of a tile of one layer, in float32; rows past the end repeat the last one and are hidden afterwards."""
+    """Products or cosines of a tile of one layer, in float32; rows past the end repeat the last and are hidden afterwards."""
     # A 64-bit scalar for where the tile lies and 32-bit offsets inside it: 64-bit offsets would fill the registers.
     query = tl.minimum(tl.arange(0, BLOCK_QUERIES), queries - 1 - first_query)
     passage = tl.minimum(tl.arange(0, BLOCK_PASSAGES), passages - 1 - first_passage)
@@ -53,6 +58,10 @@ def _score_tile(
             q_tile = tl.load(q_base + start, mask=(column < width - start)[None, :], other=0.0)
             d_tile = tl.load(d_base + start, mask=(column < width - start)[:, None], other=0.0)
         product = tl.dot(q_tile, d_tile, product, input_precision=PRECISION)
+    if COSINE:
+        q_inverse = tl.load(q_inverse_ptr + layer * queries + first_query + query)
+        d_inverse = tl.load(d_inverse_ptr + layer * passages + first_passage + passage)
+        product = product * q_inverse[:, None] * d_inverse[None, :]
     return product
 
 
@@ -85,12 +94,16 @@ def _hide(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def scores_kernel(
     tq_ptr,
     td_ptr,
     sq_ptr,
     sd_ptr,
+    tq_inverse_ptr,
+    td_inverse_ptr,
+    sq_inverse_ptr,
+    sd_inverse_ptr,
     target_ptr,
     mask_ptr,
     maps_ptr,
@@ -109,6 +122,8 @@ def scores_kernel(
     EVEN_PASSAGES: tl.constexpr,
     STORE: tl.constexpr,
     TEMPERED: tl.constexpr,
+    TEACHER_COSINE: tl.constexpr,
+    STUDENT_COSINE: tl.constexpr,
     EVEN_TEACHER: tl.constexpr,
     EVEN_STUDENT: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -140,12 +155,15 @@ def scores_kernel(
         t = _score_tile(
             tq_ptr,
             td_ptr,
+            tq_inverse_ptr,
+            td_inverse_ptr,
             layer,
             first_query,
             first_passage,
             queries,
             passages,
             teacher_width,
+            TEACHER_COSINE,
             EVEN_TEACHER,
             BLOCK_QUERIES,
             BLOCK_PASSAGES,
@@ -176,12 +194,15 @@ def scores_kernel(
         s = _score_tile(
             sq_ptr,
             sd_ptr,
+            sq_inverse_ptr,
+            sd_inverse_ptr,
             layer,
             first_query,
             first_passage,
             queries,
             passages,
             student_width,
+            STUDENT_COSINE,
             EVEN_STUDENT,
             BLOCK_QUERIES,
             BLOCK_PASSAGES,
@@ -217,12 +238,12 @@ def scores_kernel(
     tl.store(base + 3 * queries, sum_s, mask=inside)
     tl.store(base + 4 * queries, total, mask=inside)
     if TEMPERED:
-        # One number does: the log-sum-exp of this share at temperature 1.
-        tl.store(base + 5 * queries, tl.where(sum_r > 0, max_r + tl.log2(sum_r), _HIDDEN), mask=inside)
+        # One number does: the log-sum-exp of this share at temperature 1. NaN, which equals nothing, stays.
+        tl.store(base + 5 * queries, tl.where(sum_r == 0, _HIDDEN, max_r + tl.log2(sum_r)), mask=inside)
     tl.store(base + 6 * queries, hit, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def combine_kernel(
     shares_ptr,
     lse_ptr,
@@ -276,13 +297,15 @@ def _residual(t, s, lse_t, lse_s, RANGE: tl.constexpr):
     return (tl.exp2(s - lse_s) - tl.exp2(t - lse_t)) * RANGE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def gradient_kernel(
     maps_ptr,
     lse_ptr,
     grad_ptr,
     sq_ptr,
     sd_ptr,
+    sq_weight_ptr,
+    sd_weight_ptr,
     dq_ptr,
     dd_ptr,
     layers,
@@ -291,8 +314,8 @@ def gradient_kernel(
     width,
     map_stride,
     map_size,
-    scale,
     RANGE: tl.constexpr,
+    STUDENT_COSINE: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_PASSAGES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -306,7 +329,7 @@ def gradient_kernel(
     s_map = t_map + map_size
     t_lse = lse_ptr + layer * queries
     s_lse = t_lse + layers * queries
-    scale = scale * tl.load(grad_ptr + layer) / RANGE
+    scale = tl.load(grad_ptr + layer) / RANGE
     query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
     pid = tl.program_id(0)
     if pid < query_tiles:
@@ -314,6 +337,8 @@ def gradient_kernel(
         real = query < queries
         lse_t = tl.load(t_lse + query, mask=real, other=0.0)[:, None]
         lse_s = tl.load(s_lse + query, mask=real, other=0.0)[:, None]
+        if STUDENT_COSINE:
+            q_weight = tl.load(sq_weight_ptr + layer * queries + query, mask=real, other=0.0)
         dq = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
         for start in range(0, passages, BLOCK_PASSAGES):
             passage = start + tl.arange(0, BLOCK_PASSAGES)
@@ -323,13 +348,19 @@ def gradient_kernel(
             s = tl.load(s_map + place, mask=inside, other=_HIDDEN)
             base = sd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
             d_tile = tl.load(base, mask=(passage < passages)[:, None] & in_width, other=0.0)
-            residual = _residual(t, s, lse_t, lse_s, RANGE).to(d_tile.dtype)
+            residual = _residual(t, s, lse_t, lse_s, RANGE)
+            if STUDENT_COSINE:
+                weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=passage < passages, other=0.0)
+                residual *= q_weight[:, None] * weight[None, :]
+            residual = residual.to(d_tile.dtype)
             dq = tl.dot(residual, d_tile, dq, input_precision=PRECISION)
         base = dq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
         tl.store(base, (dq * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & in_width)
     else:
         passage = (pid - query_tiles) * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
         real = passage < passages
+        if STUDENT_COSINE:
+            d_weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=real, other=0.0)
         dd = tl.zeros([BLOCK_PASSAGES, BLOCK_WIDTH], dtype=tl.float32)
         for start in range(0, queries, BLOCK_QUERIES):
             query = start + tl.arange(0, BLOCK_QUERIES)
@@ -341,18 +372,28 @@ def gradient_kernel(
             s = tl.load(s_map + place, mask=inside, other=_HIDDEN)
             base = sq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
             q_tile = tl.load(base, mask=(query < queries)[:, None] & in_width, other=0.0)
-            residual = _residual(t, s, lse_t, lse_s, RANGE).to(q_tile.dtype)
+            residual = _residual(t, s, lse_t, lse_s, RANGE)
+            if STUDENT_COSINE:
+                weight = tl.load(sq_weight_ptr + layer * queries + query, mask=query < queries, other=0.0)
+                residual *= d_weight[:, None] * weight[None, :]
+            residual = residual.to(q_tile.dtype)
             dd = tl.dot(residual, q_tile, dd, input_precision=PRECISION)
         base = dd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
         tl.store(base, (dd * scale).to(dd_ptr.dtype.element_ty), mask=real[:, None] & in_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def residual_kernel(
     tq_ptr,
     td_ptr,
     sq_ptr,
     sd_ptr,
+    tq_inverse_ptr,
+    td_inverse_ptr,
+    sq_inverse_ptr,
+    sd_inverse_ptr,
+    sq_weight_ptr,
+    sd_weight_ptr,
     target_ptr,
     mask_ptr,
     lse_ptr,
@@ -371,6 +412,8 @@ def residual_kernel(
     RANGE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EVEN_PASSAGES: tl.constexpr,
+    TEACHER_COSINE: tl.constexpr,
+    STUDENT_COSINE: tl.constexpr,
     EVEN_TEACHER: tl.constexpr,
     EVEN_STUDENT: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -388,12 +431,15 @@ def residual_kernel(
     t = _score_tile(
         tq_ptr,
         td_ptr,
+        tq_inverse_ptr,
+        td_inverse_ptr,
         layer,
         first_query,
         first_passage,
         queries,
         passages,
         teacher_width,
+        TEACHER_COSINE,
         EVEN_TEACHER,
         BLOCK_QUERIES,
         BLOCK_PASSAGES,
@@ -418,12 +464,15 @@ def residual_kernel(
     s = _score_tile(
         sq_ptr,
         sd_ptr,
+        sq_inverse_ptr,
+        sd_inverse_ptr,
         layer,
         first_query,
         first_passage,
         queries,
         passages,
         student_width,
+        STUDENT_COSINE,
         EVEN_STUDENT,
         BLOCK_QUERIES,
         BLOCK_PASSAGES,
@@ -434,7 +483,12 @@ def residual_kernel(
     s = tl.where(t > _HIDDEN_BELOW, s * _LOG2_E * student_scale, _HIDDEN)
     lse_t = tl.load(lse_ptr + layer * queries + row)[:, None]
     lse_s = tl.load(lse_ptr + (layers + layer) * queries + row)[:, None]
-    residual = _residual(t, s, lse_t, lse_s, RANGE).to(residual_ptr.dtype.element_ty)
+    residual = _residual(t, s, lse_t, lse_s, RANGE)
+    if STUDENT_COSINE:
+        passage = tl.minimum(first_passage + tl.arange(0, BLOCK_PASSAGES), passages - 1)
+        residual *= tl.load(sq_weight_ptr + layer * queries + row)[:, None]
+        residual *= tl.load(sd_weight_ptr + layer * passages + passage)[None, :]
+    residual = residual.to(residual_ptr.dtype.element_ty)
     place = tl.program_id(1) * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
     base = residual_ptr + (tl.program_id(2).to(tl.int64) * queries + first_query) * chunk_passages
     offset = tl.arange(0, BLOCK_QUERIES)[:, None] * chunk_passages + place[None, :]

@@ -14,11 +14,16 @@ def layer_kl_reference(
     student_temperature: float = 1.0,
     *,
     mask: Tensor | None = None,
+    cosine: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) and the teacher's NLL of `target`, per layer pair; differentiable, in the inputs' dtypes.
 
     Shapes and meaning as in `lead_ds.kernels.layer_kl`. LEAD, https://arxiv.org/abs/2212.05225.
     """
+    if cosine[0]:
+        tq, td = torch.nn.functional.normalize(tq, dim=-1), torch.nn.functional.normalize(td, dim=-1)
+    if cosine[1]:
+        sq, sd = torch.nn.functional.normalize(sq, dim=-1), torch.nn.functional.normalize(sd, dim=-1)
     t_KQP, s_KQP = tq @ td.mT, sq @ sd.mT
     hidden_QP = torch.zeros(t_KQP.shape[1:], dtype=torch.bool, device=tq.device)
     if mask is not None:

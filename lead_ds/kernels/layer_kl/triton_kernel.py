@@ -10,7 +10,6 @@ Dimensions: K layer pairs, Q queries, P passages, D width.
 """
 
 from collections.abc import Iterator
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,19 @@ import triton
 from torch import Tensor
 
 from lead_ds.kernels.aot import Variant
-from lead_ds.kernels.dispatch import architecture, float32_dot_precision, processor_count, tiles_for
+from lead_ds.kernels.dispatch import (
+    ADA,
+    AMPERE,
+    CDNA,
+    HOPPER,
+    float32_dot_precision,
+    processor_count,
+    shared_memory,
+    tiles_for,
+)
+from lead_ds.kernels.launch import launch
 from lead_ds.kernels.layer_kl import chunked
+from lead_ds.kernels.layer_kl.inputs import Problem, saved_shapes, stores_maps
 from lead_ds.kernels.layer_kl.programs import (
     _STATISTICS,
     combine_kernel,
@@ -27,8 +37,7 @@ from lead_ds.kernels.layer_kl.programs import (
     residual_kernel,
     scores_kernel,
 )
-from lead_ds.kernels.layer_kl.regime import saved_shapes, stores_maps
-from lead_ds.kernels.layout import aligned
+from lead_ds.kernels.layout import aligned, inverse_lengths, through_lengths
 
 # float16 holds probabilities below 6e-5 badly: residuals are stored this much larger, and divided by it in float32.
 _FLOAT16_RANGE = 2.0**15
@@ -52,7 +61,15 @@ class ScoreTiles(NamedTuple):
 # By element size and amount of work: small batches want many short programs; large ones hold both models' score tiles in
 # registers, beside which a tile of the mask, or the addresses at which scores are stored, does not fit ("crowded").
 _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
-    80: {
+    CDNA: {
+        (2, "small"): ScoreTiles(64, 32, 64, 4, 2),
+        (2, "large"): ScoreTiles(64, 64, 32, 4, 2),
+        (2, "large, crowded"): ScoreTiles(64, 64, 32, 4, 2),
+        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
+        (4, "large"): ScoreTiles(64, 64, 32, 4, 1),
+        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
+    },
+    ADA: {
         (2, "small"): ScoreTiles(64, 32, 64, 4, 3),
         (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
         (2, "large, crowded"): ScoreTiles(128, 64, 32, 8, 3),
@@ -60,7 +77,15 @@ _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
         (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
         (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
     },
-    90: {
+    AMPERE: {
+        (2, "small"): ScoreTiles(64, 32, 64, 4, 3),
+        (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
+        (2, "large, crowded"): ScoreTiles(128, 64, 32, 8, 3),
+        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
+        (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
+        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
+    },
+    HOPPER: {
         (2, "small"): ScoreTiles(64, 32, 128, 4, 4),
         (2, "large"): ScoreTiles(128, 128, 64, 8, 4),
         (2, "large, crowded"): ScoreTiles(128, 64, 64, 8, 4),
@@ -71,61 +96,51 @@ _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
 }
 # Tiles of the one-launch backward pass, by element size.
 _GRADIENT: dict[int, dict[int, ScoreTiles]] = {
-    80: {2: ScoreTiles(64, 64, 64, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
-    90: {2: ScoreTiles(64, 64, 128, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
+    CDNA: {2: ScoreTiles(64, 32, 64, 4, 1), 4: ScoreTiles(32, 32, 64, 4, 1)},
+    ADA: {2: ScoreTiles(64, 64, 64, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
+    AMPERE: {2: ScoreTiles(64, 64, 64, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
+    HOPPER: {2: ScoreTiles(64, 64, 128, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
 }
 
 
-def forward(
-    tq: Tensor,
-    td: Tensor,
-    sq: Tensor,
-    sd: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    teacher_temperature: float,
-    student_temperature: float,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(kl [K], teacher_nll [K], saved maps, saved log-sum-exps); what is saved is described in `regime.saved_shapes`."""
-    layers, queries, passages = *tq.shape[:2], td.shape[1]
-    maps_shape, lse_shape = saved_shapes("triton", layers, queries, passages, differentiable)
-    new: dict[str, Any] = {"dtype": torch.float32, "device": tq.device}
+def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kl [K], teacher_nll [K], saved maps, saved log-sum-exps); what is saved is described in `inputs.saved_shapes`."""
+    layers, queries, passages = problem.shape
+    maps_shape, lse_shape = saved_shapes(problem, "triton", differentiable)
+    new: dict[str, Any] = {"dtype": torch.float32, "device": problem.student.q.device}
     maps = torch.empty(maps_shape, **new)
     if layers * queries * passages == 0:
-        kl, nll, _, _ = chunked.forward(tq, td, sq, sd, target, mask, teacher_temperature, student_temperature, False)
+        kl, nll, _, _ = chunked.forward(problem.unit(), False)
         return kl, nll, maps, torch.empty(lse_shape, **new)
-    tq, td, sq, sd = aligned(tq), aligned(td), aligned(sq), aligned(sd)
+    scores = _scores(problem)
     lse = torch.empty((2, layers, queries), **new)
-    store, tempered = len(maps_shape) == 4, teacher_temperature != 1.0
-    tiles = _score_tiles(tq, sq, queries, passages, store or mask is not None)
+    store, tempered = len(maps_shape) == 4, problem.teacher.temperature != 1.0
+    tiles = _score_tiles(problem, store or scores.crowded)
     query_tiles, passage_tiles = triton.cdiv(queries, tiles.queries), triton.cdiv(passages, tiles.passages)
     # About eight programs a multiprocessor, or one tile each where there are fewer tiles than that.
-    wanted = min(_MAX_SHARES, max(1, 8 * processor_count(tq) // (layers * query_tiles)))
+    wanted = min(_MAX_SHARES, max(1, 8 * processor_count(lse) // (layers * query_tiles)))
     tiles_per_share = triton.cdiv(passage_tiles, wanted)
     shares = triton.cdiv(passage_tiles, tiles_per_share)
     statistics = torch.empty((layers, shares, _STATISTICS.value, queries), **new)
-    mask_bytes = _bytes(mask, tiles.passages, target)
-    scores_kernel[(query_tiles, shares, layers)](
-        tq,
-        td,
-        sq,
-        sd,
-        target,
+    mask_bytes = _bytes(problem.mask, tiles.passages, scores.target)
+    launch(
+        scores_kernel,
+        (query_tiles, shares, layers),
+        *scores.vectors,
+        *scores.inverses,
+        scores.target,
         mask_bytes,
         maps if store else statistics,
         statistics,
         queries,
         passages,
-        tq.shape[2],
-        sq.shape[2],
+        *scores.widths,
         maps.shape[-1],
         maps.numel() // 2,
         mask_bytes.stride(0),
         tiles_per_share,
-        1.0 / teacher_temperature,
-        1.0 / student_temperature,
-        **_score_constants(tiles, tq.shape[2], sq.shape[2], passages, mask is not None),
+        *scores.scales,
+        **_score_constants(tiles, scores),
         STORE=store,
         TEMPERED=tempered,
         PRECISION=float32_dot_precision(),
@@ -134,7 +149,9 @@ def forward(
     )
     blocks = triton.cdiv(queries, _COMBINE_ROWS)
     kl, nll = torch.empty((layers, blocks), **new), torch.empty((layers, blocks), **new)
-    combine_kernel[(layers, blocks)](
+    launch(
+        combine_kernel,
+        (layers, blocks),
         statistics,
         lse,
         kl,
@@ -154,46 +171,81 @@ def forward(
     return kl, nll, maps, lse if lse_shape == lse.shape else lse.new_empty(lse_shape)
 
 
-def backward(
-    grad: Tensor,
-    tq: Tensor,
-    td: Tensor,
-    sq: Tensor,
-    sd: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    teacher_temperature: float,
-    student_temperature: float,
-    maps: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of sq and sd: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q."""
-    layers, queries, passages = *tq.shape[:2], td.shape[1]
+def backward(grad: Tensor, problem: Problem, maps: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the student's q and d: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q."""
+    layers, queries, passages = problem.shape
+    student = problem.student
     if layers * queries * passages == 0:
-        return torch.zeros_like(sq), torch.zeros_like(sd)
-    width = sq.shape[2]
-    tq, td, sq, sd, grad = aligned(tq), aligned(td), aligned(sq), aligned(sd), grad.contiguous()
-    scale = 1.0 / (queries * student_temperature)
+        return torch.zeros_like(student.q), torch.zeros_like(student.d)
+    scores = _scores(problem)
+    grad = (grad.float() * (1.0 / (queries * student.temperature))).contiguous()
+    weights: tuple[Tensor, Tensor] = (lse, lse)
+    if scores.cosine[1]:
+        # A score's gradient times both lengths' inverses is what multiplies q and d. Relative to each layer's largest,
+        # they leave the residual in the range of 16 bits; the largest follow with the layer's own gradient.
+        tops = [inverse.amax(dim=1, keepdim=True).clamp_min(1e-30) for inverse in scores.inverses[2:]]
+        weights = scores.inverses[2] / tops[0], scores.inverses[3] / tops[1]
+        grad = grad * tops[0][:, 0] * tops[1][:, 0]
+    maps, lse = maps.contiguous(), lse.contiguous()
     if stores_maps(layers, queries, passages):
-        dq, dd = _from_maps(grad, sq, sd, maps, lse, scale)
+        dq, dd = _from_maps(grad, scores, weights, maps, lse)
     else:
-        scales = 1.0 / teacher_temperature, 1.0 / student_temperature
-        dq, dd = _recomputed(grad * scale, tq, td, sq, sd, target, mask, scales, lse)
+        dq, dd = _recomputed(grad, problem, scores, weights, lse)
+    if scores.cosine[1]:
+        dq = through_lengths(dq, scores.vectors[2], scores.inverses[2])
+        dd = through_lengths(dd, scores.vectors[3], scores.inverses[3])
+    width = student.q.shape[2]
     return dq[..., :width].contiguous(), dd[..., :width].contiguous()
 
 
-def _from_maps(grad: Tensor, sq: Tensor, sd: Tensor, maps: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+class _Scores(NamedTuple):
+    """What every kernel that computes scores reads: tq, td, sq, sd; 1 / their lengths, where cosines are taken."""
+
+    vectors: tuple[Tensor, ...]
+    inverses: tuple[Tensor, ...]
+    target: Tensor
+    scales: tuple[float, float]
+    cosine: tuple[bool, bool]
+    masked: bool
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of the teacher's and of the student's vectors."""
+        return self.vectors[0].shape[2], self.vectors[2].shape[2]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more than two tiles of scores wants registers."""
+        return self.masked or any(self.cosine)
+
+
+def _scores(problem: Problem) -> _Scores:
+    sides = problem.teacher, problem.student
+    vectors = tuple(aligned(x) for side in sides for x in side[:2])
+    target = problem.target.contiguous()
+    inverses = tuple(inverse_lengths(x) if sides[i // 2].cosine else x for i, x in enumerate(vectors))
+    scales = 1.0 / sides[0].temperature, 1.0 / sides[1].temperature
+    return _Scores(vectors, inverses, target, scales, (sides[0].cosine, sides[1].cosine), problem.mask is not None)
+
+
+def _from_maps(
+    grad: Tensor, scores: _Scores, weights: tuple[Tensor, Tensor], maps: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    sq, sd = scores.vectors[2:]
     layers, queries, width = sq.shape
     passages = sd.shape[1]
-    dq, dd = torch.empty_like(sq), torch.empty_like(sd)
-    tiles = _gradient_tiles(architecture(sq), sq.element_size(), width)
+    dq, dd = _new_gradients(scores)
+    tiles = _gradient_tiles(shared_memory(sq), sq.element_size(), width)
     row_tiles = triton.cdiv(queries, tiles.queries) + triton.cdiv(passages, tiles.passages)
-    gradient_kernel[(row_tiles, triton.cdiv(width, tiles.width), layers)](
+    launch(
+        gradient_kernel,
+        (row_tiles, triton.cdiv(width, tiles.width), layers),
         maps,
         lse,
         grad,
         sq,
         sd,
+        *weights,
         dq,
         dd,
         layers,
@@ -202,8 +254,7 @@ def _from_maps(grad: Tensor, sq: Tensor, sd: Tensor, maps: Tensor, lse: Tensor, 
         width,
         maps.shape[-1],
         maps.numel() // 2,
-        scale,
-        **_gradient_constants(tiles, sq.dtype),
+        **_gradient_constants(tiles, sq.dtype, scores.cosine[1]),
         PRECISION=float32_dot_precision(),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -212,54 +263,45 @@ def _from_maps(grad: Tensor, sq: Tensor, sd: Tensor, maps: Tensor, lse: Tensor, 
 
 
 def _recomputed(
-    scale_K: Tensor,
-    tq: Tensor,
-    td: Tensor,
-    sq: Tensor,
-    sd: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    scales: tuple[float, float],
-    lse: Tensor,
+    grad: Tensor, problem: Problem, scores: _Scores, weights: tuple[Tensor, Tensor], lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Residuals of as many layers, or as much of one layer, as the workspace holds; then two matrix products of each."""
-    layers, queries, passages = *tq.shape[:2], td.shape[1]
-    tiles = _score_tiles(tq, sq, queries, passages, mask is not None)
+    layers, queries, passages = problem.shape
+    sq, sd = scores.vectors[2:]
+    tiles = _score_tiles(problem, scores.crowded)
     chunk_k, chunk_p = _chunks(layers, queries, passages, sq.element_size(), tiles.passages)
     residual_range = _range(sq.dtype)
     workspace = torch.empty(chunk_k * queries * chunk_p, dtype=sq.dtype, device=sq.device)
-    dq, dd = torch.empty_like(sq), torch.empty_like(sd)
-    constants = _score_constants(tiles, tq.shape[2], sq.shape[2], passages, mask is not None)
-    mask_bytes = _bytes(mask, tiles.passages, target)
+    dq, dd = _new_gradients(scores)
+    mask_bytes = _bytes(problem.mask, tiles.passages, scores.target)
     for k in range(0, layers, chunk_k):
         here = slice(k, min(k + chunk_k, layers))
         count = here.stop - k
-        scale_K11 = (scale_K[here] / residual_range)[:, None, None]
+        scale_K11 = (grad[here] / residual_range)[:, None, None]
         dq_KQD = torch.zeros((count, queries, sq.shape[2]), dtype=torch.float32, device=sq.device)
         for p in range(0, passages, chunk_p):
             width_p = min(chunk_p, passages - p)
             residual_KQP = workspace[: count * queries * width_p].view(count, queries, width_p)
-            grid = (triton.cdiv(queries, tiles.queries), triton.cdiv(width_p, tiles.passages), count)
-            residual_kernel[grid](
-                tq,
-                td,
-                sq,
-                sd,
-                target,
+            launch(
+                residual_kernel,
+                (triton.cdiv(queries, tiles.queries), triton.cdiv(width_p, tiles.passages), count),
+                *scores.vectors,
+                *scores.inverses,
+                *weights,
+                scores.target,
                 mask_bytes,
                 lse,
                 residual_KQP,
                 layers,
                 queries,
                 passages,
-                tq.shape[2],
-                sq.shape[2],
+                *scores.widths,
                 mask_bytes.stride(0),
                 k,
                 p,
                 width_p,
-                *scales,
-                **constants,
+                *scores.scales,
+                **_score_constants(tiles, scores),
                 RANGE=residual_range,
                 PRECISION=float32_dot_precision(),
                 num_warps=tiles.warps,
@@ -270,6 +312,13 @@ def _recomputed(
             dd[here, part_p] = _product(residual_KQP.mT, sq[here]).mul_(scale_K11)
         dq[here] = dq_KQD.mul_(scale_K11)
     return dq, dd
+
+
+def _new_gradients(scores: _Scores) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of the student's q and d; in float32 where their lengths' share is still to follow."""
+    sq, sd = scores.vectors[2:]
+    dtype = torch.float32 if scores.cosine[1] else sq.dtype
+    return torch.empty_like(sq, dtype=dtype), torch.empty_like(sd, dtype=dtype)
 
 
 def _product(a_KMN: Tensor, b_KND: Tensor) -> Tensor:
@@ -293,10 +342,11 @@ def _chunks(layers: int, queries: int, passages: int, size: int, block: int) -> 
     return 1, min(passages, max(1, _WORKSPACE // (per_passage * block)) * block)
 
 
-def _score_tiles(tq: Tensor, sq: Tensor, queries: int, passages: int, crowded: bool) -> ScoreTiles:
-    size = max(tq.element_size(), sq.element_size())
+def _score_tiles(problem: Problem, crowded: bool) -> ScoreTiles:
+    _, queries, passages = problem.shape
+    size = max(problem.teacher.q.element_size(), problem.student.q.element_size())
     amount = "small" if queries * passages < (128 * 128) * 16 else "large, crowded" if crowded else "large"
-    return tiles_for(_SCORES, architecture(tq))[size, amount]
+    return tiles_for(_SCORES, shared_memory(problem.student.q))[size, amount]
 
 
 def _bytes(mask: Tensor | None, block: int, unused: Tensor) -> Tensor:
@@ -306,61 +356,66 @@ def _bytes(mask: Tensor | None, block: int, unused: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask.contiguous().view(torch.uint8), (0, -mask.shape[1] % block))
 
 
-def _score_constants(
-    tiles: ScoreTiles, teacher_width: int, student_width: int, passages: int, has_mask: bool
-) -> dict[str, Any]:
+def _score_constants(tiles: ScoreTiles, scores: _Scores) -> dict[str, Any]:
+    passages = scores.vectors[1].shape[1]
     return {
-        "HAS_MASK": has_mask,
-        "EVEN_PASSAGES": passages % tiles.passages == 0,
-        "EVEN_TEACHER": teacher_width % tiles.width == 0,
-        "EVEN_STUDENT": student_width % tiles.width == 0,
+        "HAS_MASK": scores.masked,
+        # The mask hides what is past the end, too.
+        "EVEN_PASSAGES": not scores.masked and passages % tiles.passages == 0,
+        "TEACHER_COSINE": scores.cosine[0],
+        "STUDENT_COSINE": scores.cosine[1],
+        "EVEN_TEACHER": scores.widths[0] % tiles.width == 0,
+        "EVEN_STUDENT": scores.widths[1] % tiles.width == 0,
         "BLOCK_QUERIES": tiles.queries,
         "BLOCK_PASSAGES": tiles.passages,
         "BLOCK_WIDTH": tiles.width,
     }
 
 
-def _gradient_tiles(capability: int, size: int, width: int) -> ScoreTiles:
-    tiles = tiles_for(_GRADIENT, capability)[size]
+def _gradient_tiles(shared: int, size: int, width: int) -> ScoreTiles:
+    tiles = tiles_for(_GRADIENT, shared)[size]
     return tiles._replace(width=min(tiles.width, triton.next_power_of_2(width)))
 
 
-def _gradient_constants(tiles: ScoreTiles, dtype: torch.dtype) -> dict[str, Any]:
+def _gradient_constants(tiles: ScoreTiles, dtype: torch.dtype, cosine: bool) -> dict[str, Any]:
     return {
         "RANGE": _range(dtype),
+        "STUDENT_COSINE": cosine,
         "BLOCK_QUERIES": tiles.queries,
         "BLOCK_PASSAGES": tiles.passages,
         "BLOCK_WIDTH": tiles.width,
     }
 
 
-def aot_variants() -> Iterator[Variant]:
-    """Every tile configuration of the Hopper table, on the shapes that select it."""
-    counts: tuple[str, ...] = (
-        "layers",
-        "queries",
-        "passages",
-        "shares",
-        "teacher_width",
-        "student_width",
-        "width",
+def aot_variants(shared: int) -> Iterator[Variant]:
+    """Every tile configuration for so much shared memory a block, on the shapes that select it."""
+    counts: tuple[str, ...] = ("layers", "queries", "passages", "shares", "teacher_width", "student_width", "width")
+    counts += (
         "tiles_per_share",
+        "map_stride",
+        "map_size",
+        "mask_stride",
+        "first_layer",
+        "chunk_start",
+        "chunk_passages",
     )
-    counts += ("map_stride", "map_size", "mask_stride")
-    common: dict[str, str] = dict.fromkeys((*counts, "first_layer", "chunk_start", "chunk_passages"), "i32")
-    common |= dict.fromkeys(("teacher_scale", "student_scale", "scale"), "fp32")
+    common: dict[str, str] = dict.fromkeys(counts, "i32")
+    common |= dict.fromkeys(("teacher_scale", "student_scale"), "fp32")
     common |= dict.fromkeys(("maps_ptr", "shares_ptr", "lse_ptr", "kl_ptr", "nll_ptr", "grad_ptr"), "*fp32")
-    common |= {"target_ptr": "*i64", "mask_ptr": "*u8"}
-    aligned_counts = ("teacher_width", "student_width", "width", "map_stride", "map_size", "mask_stride", "chunk_start")
-    vectors = ("tq_ptr", "td_ptr", "sq_ptr", "sd_ptr", "dq_ptr", "dd_ptr", "residual_ptr")
+    sides = [f"{side}_{what}_ptr" for side in ("tq", "td", "sq", "sd") for what in ("inverse", "weight")]
+    common |= dict.fromkeys(sides, "*fp32") | {"target_ptr": "*i64", "mask_ptr": "*u8"}
+    aligned_counts = ("teacher_width", "student_width", "width", "map_stride", "mask_stride")
+    vectors = ("tq_ptr", "td_ptr", "sq_ptr", "sd_ptr", "residual_ptr")
 
     def variant(fn: Any, name: str, dtype: str, constexprs: dict[str, Any], tiles: ScoreTiles, dots: bool) -> Variant:
+        cosine = constexprs.get("STUDENT_COSINE", False)
         known = common | dict.fromkeys(vectors, f"*{dtype}")
+        known |= dict.fromkeys(("dq_ptr", "dd_ptr"), "*fp32" if cosine else f"*{dtype}")
         return Variant(
-            name=f"layer-kl-{name}",
+            name=f"layer-kl-{name}{'-cosine' if cosine else ''}",
             fn=fn,
             signature={key: known[key] for key in fn.arg_names if key in known},
-            constexprs=constexprs,
+            constexprs=constexprs | ({"PRECISION": "ieee"} if dots else {}),
             options={"num_warps": tiles.warps, "num_stages": tiles.stages},
             expects_wgmma=dots and dtype != "fp32",
             aligned=tuple(key for key in aligned_counts if key in fn.arg_names),
@@ -368,26 +423,25 @@ def aot_variants() -> Iterator[Variant]:
 
     for dtype, torch_dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
         size = torch_dtype.itemsize
+        # Plain; ending inside a tile; masked, tempered and, in the last, cosines, at a width that ends inside a slice.
+        cases = ((768, 512, False, False), (768, 500, False, False), (768, 500, True, False), (400, 500, True, True))
         for amount in ("small", "large"):
-            # A width that ends inside a slice, and float16, which takes bfloat16's tiles, each in its hardest case only.
-            hardest = (500, True)
-            for width, cases in ((768, ((512, False), (500, False), hardest)), (400, (hardest,))):
-                for passages, masked in cases[-1:] if dtype == "fp16" else cases:
-                    name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
-                    for store, tempered in ((True, True),) if dtype == "fp16" else product((False, True), repeat=2):
-                        crowded = amount == "large" and (masked or store)
-                        tiles = _SCORES[90][size, amount + (", crowded" if crowded else "")]
-                        constants = _score_constants(tiles, width, width, passages, masked) | {"PRECISION": "ieee"}
-                        switches = {"STORE": store, "TEMPERED": tempered}
-                        label = f"scores-{name}{'-stored' if store else ''}{'-tempered' if tempered else ''}"
-                        yield variant(scores_kernel, label, dtype, constants | switches, tiles, True)
-                    tiles = _SCORES[90][size, amount + (", crowded" if amount == "large" and masked else "")]
-                    constants = _score_constants(tiles, width, width, passages, masked) | {"PRECISION": "ieee"}
-                    constants["RANGE"] = _range(torch_dtype)
-                    yield variant(residual_kernel, f"residual-{name}", dtype, constants, tiles, True)
-        for width in (768, 64):
-            tiles = _gradient_tiles(90, size, width)
-            constants = _gradient_constants(tiles, torch_dtype) | {"PRECISION": "ieee"}
+            for width, passages, masked, cosine in cases[-1:] if dtype == "fp16" else cases:
+                vector = torch.empty(1, passages, width, device="meta")
+                scores = _Scores((vector,) * 4, (), vector, (1.0, 1.0), (cosine, cosine), masked)
+                name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
+                for store in (False, True):
+                    crowded = amount == "large" and (scores.crowded or store)
+                    tiles = tiles_for(_SCORES, shared)[size, amount + (", crowded" if crowded else "")]
+                    constants = _score_constants(tiles, scores) | {"STORE": store, "TEMPERED": masked}
+                    yield variant(scores_kernel, f"scores-{name}{'-stored' * store}", dtype, constants, tiles, True)
+                crowded = amount == "large" and scores.crowded
+                tiles = tiles_for(_SCORES, shared)[size, amount + (", crowded" if crowded else "")]
+                constants = _score_constants(tiles, scores) | {"RANGE": _range(torch_dtype)}
+                yield variant(residual_kernel, f"residual-{name}", dtype, constants, tiles, True)
+        for width, cosine in ((768, False), (64, False), (768, True)):
+            tiles = _gradient_tiles(shared, size, width)
+            constants = _gradient_constants(tiles, torch_dtype, cosine)
             yield variant(gradient_kernel, f"gradient-{dtype}-d{width}", dtype, constants, tiles, True)
     for block_shares in (1, 16, _MAX_SHARES):
         constants = {"TEMPERED": True, "BLOCK_SHARES": block_shares, "BLOCK_QUERIES": _COMBINE_ROWS}

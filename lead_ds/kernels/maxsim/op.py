@@ -3,43 +3,59 @@
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.dispatch import accumulation_dtype, resolve
+from lead_ds.kernels.dispatch import accumulation_dtype, resolve, with_fallback
+from lead_ds.kernels.layout import unit
 from lead_ds.kernels.maxsim import chunked
 
 _LIBRARY = torch.library.Library("lead_ds", "FRAGMENT")
 _LIBRARY.define(
-    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool save_argmax, str impl) -> (Tensor, Tensor)"
+    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool cosine, bool save_argmax, str impl)"
+    " -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "maxsim_backward(Tensor grad, Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, Tensor argmax, str impl)"
+    "maxsim_backward(Tensor grad, Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, Tensor argmax, bool cosine, str impl)"
     " -> (Tensor, Tensor)"
 )
 
 
 def maxsim(
-    q: Tensor, d: Tensor, q_mask: Tensor | None = None, d_mask: Tensor | None = None, *, impl: str = "auto"
+    q: Tensor,
+    d: Tensor,
+    q_mask: Tensor | None = None,
+    d_mask: Tensor | None = None,
+    *,
+    cosine: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """Late-interaction scores: for every query and passage, the sum over query tokens of the best passage token's
     product.
 
     q [Q, Lq, D], d [P, Ld, D] float (the wider dtype of the two is used), masks [Q, Lq] and [P, Ld] with 1 = real ->
     [Q, P], float32 (float64 for float64 inputs). Masked query tokens add 0, masked passage tokens never win, and a
-    fully masked passage scores 0. Differentiable in q and d, deterministically; the [Q, P, Lq, Ld] similarities are
-    never held, only the position of each winner (2 bytes).
+    fully masked passage scores 0; a score that NaN takes part in is NaN. `cosine` divides products by the vectors'
+    lengths, which are computed in float32 and have their share of the gradient. Differentiable in q and d,
+    deterministically; the [Q, P, Lq, Ld] similarities are never held, only the position of each winner (2 bytes).
 
     Raises ValueError for shapes that do not fit together or an `impl` that cannot run here.
     ColBERT, https://arxiv.org/abs/2004.12832, eq. 3.
+
+    >>> maxsim(torch.ones(1, 2, 4), torch.ones(1, 3, 4)).item()
+    8.0
     """
     _check(q, d, q_mask, d_mask)
     if q.dtype != d.dtype:
         dtype = torch.promote_types(q.dtype, d.dtype)
         q, d = q.to(dtype), d.to(dtype)
-    chosen = resolve(impl, q, d, kernel="maxsim")
     save_argmax = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
-    q_mask = None if q_mask is None else q_mask.to(torch.bool)
-    d_mask = None if d_mask is None else d_mask.to(torch.bool)
-    scores, _ = torch.ops.lead_ds.maxsim(q, d, q_mask, d_mask, save_argmax, chosen)
-    return scores
+    masks = [None if mask is None else mask.to(torch.bool) for mask in (q_mask, d_mask)]
+
+    def run(chosen: str) -> Tensor:
+        whole = cosine and chosen == "torch"
+        vectors = (unit(q), unit(d)) if whole else (q, d)
+        scores, _ = torch.ops.lead_ds.maxsim(*vectors, *masks, cosine and not whole, save_argmax, chosen)
+        return scores
+
+    return with_fallback(run, impl, resolve(impl, q, d, kernel="maxsim"), kernel="maxsim")
 
 
 def _check(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> None:
@@ -53,22 +69,29 @@ def _check(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -
 
 
 def _forward(
-    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, save_argmax: bool, impl: str
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, cosine: bool, save_argmax: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         from lead_ds.kernels.maxsim import triton_kernel
 
-        return triton_kernel.forward(q, d, q_mask, d_mask, save_argmax)
+        return triton_kernel.forward(q, d, q_mask, d_mask, cosine, save_argmax)
     return chunked.forward(q, d, q_mask, d_mask, save_argmax)
 
 
 def _backward(
-    grad: Tensor, q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, argmax: Tensor, impl: str
+    grad: Tensor,
+    q: Tensor,
+    d: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    argmax: Tensor,
+    cosine: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         from lead_ds.kernels.maxsim import triton_kernel
 
-        return triton_kernel.backward(grad, q, d, q_mask, argmax)
+        return triton_kernel.backward(grad, q, d, q_mask, d_mask, argmax, cosine)
     return chunked.backward(grad, q, d, q_mask, d_mask, argmax)
 
 
@@ -78,7 +101,7 @@ _LIBRARY.impl("maxsim_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("lead_ds::maxsim")
 def _fake_forward(
-    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, save_argmax: bool, impl: str
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, cosine: bool, save_argmax: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     scores = q.new_empty((q.shape[0], d.shape[0]), dtype=accumulation_dtype(q.dtype))
     shape = (d.shape[0], q.shape[0] * q.shape[1]) if save_argmax else (0,)
@@ -87,22 +110,28 @@ def _fake_forward(
 
 @torch.library.register_fake("lead_ds::maxsim_backward")
 def _fake_backward(
-    grad: Tensor, q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, argmax: Tensor, impl: str
+    grad: Tensor,
+    q: Tensor,
+    d: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    argmax: Tensor,
+    cosine: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), d.new_empty(d.shape)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, d, q_mask, d_mask, _, impl = inputs
+    q, d, q_mask, d_mask, cosine, _, impl = inputs
     ctx.save_for_backward(q, d, q_mask, d_mask, output[1])
-    ctx.impl = impl  # type: ignore[attr-defined]
+    ctx.rest = cosine, impl  # type: ignore[attr-defined]
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple:
     q, d, q_mask, d_mask, argmax = ctx.saved_tensors  # type: ignore[attr-defined]
-    impl = ctx.impl  # type: ignore[attr-defined]
-    dq, dd = torch.ops.lead_ds.maxsim_backward(grad, q, d, q_mask, d_mask, argmax, impl)
-    return dq, dd, None, None, None, None
+    dq, dd = torch.ops.lead_ds.maxsim_backward(grad, q, d, q_mask, d_mask, argmax, *ctx.rest)  # type: ignore[attr-defined]
+    return dq, dd, None, None, None, None, None
 
 
 torch.library.register_autograd("lead_ds::maxsim", _differentiate, setup_context=_setup_context, lib=_LIBRARY)

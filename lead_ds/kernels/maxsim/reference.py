@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def maxsim_reference(q: Tensor, d: Tensor, q_mask: Tensor | None = None, d_mask: Tensor | None = None) -> Tensor:
+def maxsim_reference(
+    q: Tensor, d: Tensor, q_mask: Tensor | None = None, d_mask: Tensor | None = None, *, cosine: bool = False
+) -> Tensor:
     """Sum over query tokens of the largest product with a passage token; differentiable, in the dtype of `q`.
 
     q [Q, Lq, D], d [P, Ld, D], masks [Q, Lq] and [P, Ld] with 1 = real -> scores [Q, P]. Masked tokens are zeroed
@@ -15,6 +17,8 @@ def maxsim_reference(q: Tensor, d: Tensor, q_mask: Tensor | None = None, d_mask:
         q = q.masked_fill(~q_mask.bool()[..., None], 0)
     if d_mask is not None:
         d = d.masked_fill(~d_mask.bool()[..., None], 0)
+    if cosine:
+        q, d = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(d, dim=-1)
     if d.shape[1] == 0:
         return q.new_zeros(q.shape[0], d.shape[0])
     similarity = torch.einsum("qld,pmd->qplm", q, d)

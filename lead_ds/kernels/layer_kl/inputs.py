@@ -1,0 +1,124 @@
+"""What a caller passes to `layer_kl`, what its implementations are given, and what a forward pass saves.
+
+Dimensions: K layer pairs, Q queries, P passages, D width (teacher and student each their own).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lead_ds.kernels.dispatch import accumulation_dtype
+from lead_ds.kernels.layout import unit
+
+# 16 MiB of float32: so much of both models' scores the Triton kernels keep for the backward pass.
+_STORED_SCORES = 1 << 22
+
+
+class Factors(NamedTuple):
+    """A model's relevance as factors: q [K, Q, D], d [K, P, D]; a score is q . d, or their cosine, over the temperature."""
+
+    q: Tensor
+    d: Tensor
+    temperature: float = 1.0
+    cosine: bool = False
+
+    def unit(self) -> "Factors":
+        """The same with cosines taken: vectors of length 1."""
+        return self._replace(q=unit(self.q), d=unit(self.d), cosine=False) if self.cosine else self
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked call: target [Q] int64, mask [Q, P] bool (False: that passage is left out, unless it is the target)."""
+
+    teacher: Factors
+    student: Factors
+    target: Tensor
+    mask: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """K, Q, P."""
+        return self.teacher.q.shape[0], self.teacher.q.shape[1], self.teacher.d.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the results and of what is saved."""
+        return accumulation_dtype(torch.promote_types(self.teacher.q.dtype, self.student.q.dtype))
+
+    def unit(self) -> "Problem":
+        """The same with cosines taken."""
+        return replace(self, teacher=self.teacher.unit(), student=self.student.unit())
+
+    def flat(self) -> tuple[Any, ...]:
+        """As the operator takes it: tensors and numbers, one after the other."""
+        t, s = self.teacher, self.student
+        return t.q, t.d, s.q, s.d, self.target, self.mask, t.temperature, s.temperature, t.cosine, s.cosine
+
+    @classmethod
+    def of(cls, tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, *rest: Any) -> "Problem":
+        """The inverse of `flat`."""
+        target, mask, teacher_temperature, student_temperature, teacher_cosine, student_cosine = rest
+        teacher = Factors(tq, td, teacher_temperature, teacher_cosine)
+        return cls(teacher, Factors(sq, sd, student_temperature, student_cosine), target, mask)
+
+
+def checked(teacher: Factors, student: Factors, target: Tensor, mask: Tensor | None) -> Problem:
+    """The call in one form. Raises ValueError where shapes or temperatures do not fit or the teacher requires a gradient."""
+    for side, (q, d, temperature, _) in (("teacher", teacher), ("student", student)):
+        if q.dim() != 3 or d.dim() != 3 or q.shape[0] != d.shape[0] or q.shape[2] != d.shape[2]:
+            raise ValueError(
+                f"layer_kl: the {side}'s queries and passages must be [K, Q, D] and [K, P, D],"
+                f" not {tuple(q.shape)} and {tuple(d.shape)}"
+            )
+        if not temperature > 0:
+            raise ValueError(f"layer_kl: temperatures must be positive, not {temperature}")
+    t_q, t_d = teacher[:2]
+    if t_q.shape[:2] != student.q.shape[:2] or t_d.shape[1] != student.d.shape[1]:
+        raise ValueError(
+            f"layer_kl: teacher {tuple(t_q.shape)}, {tuple(t_d.shape)} and student {tuple(student.q.shape)},"
+            f" {tuple(student.d.shape)} must agree in layers, queries and passages"
+        )
+    if target.shape != t_q.shape[1:2]:
+        raise ValueError(f"layer_kl: target must be [{t_q.shape[1]}], not {tuple(target.shape)}")
+    if mask is not None and mask.shape != (t_q.shape[1], t_d.shape[1]):
+        raise ValueError(f"layer_kl: mask must be {(t_q.shape[1], t_d.shape[1])}, not {tuple(mask.shape)}")
+    if t_q.requires_grad or t_d.requires_grad:
+        raise ValueError("layer_kl: the teacher is a constant; detach its q and d")
+    mask = None if mask is None else mask.to(torch.bool)
+    return Problem(_one_dtype(teacher), _one_dtype(student), target, mask)
+
+
+def _one_dtype(factors: Factors) -> Factors:
+    q, d, temperature, cosine = factors
+    dtype = torch.promote_types(q.dtype, d.dtype)
+    return Factors(q.to(dtype), d.to(dtype), float(temperature), cosine)
+
+
+def stores_maps(layers: int, queries: int, passages: int) -> bool:
+    """Whether the Triton forward pass keeps both models' scores for the backward pass.
+
+    A LEAD batch has a few hundred thousand scores: keeping them costs less than launching their recomputation. At
+    retrieval-training sizes the maps are gigabytes, and only the rows' log-sum-exps are kept.
+    """
+    return layers * queries * passages <= _STORED_SCORES
+
+
+def saved_shapes(problem: Problem, impl: str, differentiable: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the two tensors that a forward pass saves.
+
+    torch: the gradients of the student's q and d themselves, which come out of the same visit of the scores. Triton:
+    both models' scores [2, K, Q, P], P rounded up, where they are stored; and log-sum-exps [2, K, Q].
+    """
+    layers, queries, passages = problem.shape
+    if not differentiable:
+        return (0,), (0,)
+    if impl == "torch":
+        return tuple(problem.student.q.shape), tuple(problem.student.d.shape)
+    lse = (2, layers, queries)
+    if not stores_maps(layers, queries, passages):
+        return (0,), lse
+    # Rows that start on a 16-element boundary let the kernels read and write several elements at once.
+    return (2, layers, queries, -(-passages // 16) * 16), lse
