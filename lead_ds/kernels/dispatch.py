@@ -147,7 +147,7 @@ def probe(kind: str = "cuda", index: int | None = None) -> Probe:
     try:
         from lead_ds.kernels.probe import run
 
-        run(torch.device(kind, index))
+        run(torch.device(kind) if index is None else torch.device(kind, index))
         obstacle = None
     except Exception as error:  # whatever a tool chain may raise
         lines = str(error).strip().splitlines() or [""]

@@ -8,6 +8,7 @@ Dimensions: K layer pairs, Q queries, P passages, D width (teacher and student e
 
 from collections.abc import Iterator
 from math import e, log2
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
     """(kl [K], teacher_nll [K], gradients of the student's q and d for a KL of weight 1, or nothing)."""
     (tq, td, t_temperature, _), (sq, sd, s_temperature, _) = problem.teacher, problem.student
     layers, queries, passages = problem.shape
-    new = {"dtype": problem.dtype, "device": sq.device}
+    new: dict[str, Any] = {"dtype": problem.dtype, "device": sq.device}
     kl_KQ, nll_KQ = torch.empty(layers, queries, **new), torch.empty(layers, queries, **new)
     dsq, dsd = (torch.zeros(shape, **new) for shape in saved_shapes(problem, "torch", differentiable))
     hidden_QP = None if problem.mask is None else (~problem.mask).scatter_(1, problem.target[:, None], False)
