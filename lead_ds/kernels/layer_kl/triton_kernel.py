@@ -115,7 +115,7 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
     scores = _scores(problem)
     lse = torch.empty((2, layers, queries), **new)
     store, tempered = len(maps_shape) == 4, problem.teacher.temperature != 1.0
-    tiles = _score_tiles(problem, store or scores.crowded)
+    tiles = _score_tiles(problem, scores.extras + store)
     query_tiles, passage_tiles = triton.cdiv(queries, tiles.queries), triton.cdiv(passages, tiles.passages)
     # About eight programs a multiprocessor, or one tile each where there are fewer tiles than that.
     wanted = min(_MAX_SHARES, max(1, 8 * processor_count(lse) // (layers * query_tiles)))
@@ -214,9 +214,9 @@ class _Scores(NamedTuple):
         return self.vectors[0].shape[2], self.vectors[2].shape[2]
 
     @property
-    def crowded(self) -> bool:
-        """Whether more than two tiles of scores wants registers."""
-        return self.masked or any(self.cosine)
+    def extras(self) -> int:
+        """How many things beside the two tiles of scores want registers: a mask, lengths."""
+        return int(self.masked) + any(self.cosine)
 
 
 def _scores(problem: Problem) -> _Scores:
@@ -268,7 +268,7 @@ def _recomputed(
     """Residuals of as many layers, or as much of one layer, as the workspace holds; then two matrix products of each."""
     layers, queries, passages = problem.shape
     sq, sd = scores.vectors[2:]
-    tiles = _score_tiles(problem, scores.crowded)
+    tiles = _score_tiles(problem, scores.extras)
     chunk_k, chunk_p = _chunks(layers, queries, passages, sq.element_size(), tiles.passages)
     residual_range = _range(sq.dtype)
     workspace = torch.empty(chunk_k * queries * chunk_p, dtype=sq.dtype, device=sq.device)
@@ -342,11 +342,18 @@ def _chunks(layers: int, queries: int, passages: int, size: int, block: int) -> 
     return 1, min(passages, max(1, _WORKSPACE // (per_passage * block)) * block)
 
 
-def _score_tiles(problem: Problem, crowded: bool) -> ScoreTiles:
+def _score_tiles(problem: Problem, extras: int) -> ScoreTiles:
     _, queries, passages = problem.shape
     size = max(problem.teacher.q.element_size(), problem.student.q.element_size())
-    amount = "small" if queries * passages < (128 * 128) * 16 else "large, crowded" if crowded else "large"
-    return tiles_for(_SCORES, shared_memory(problem.student.q))[size, amount]
+    large = queries * passages >= (128 * 128) * 16
+    return tiles_for(_SCORES, shared_memory(problem.student.q))[size, _amount(large, extras)]
+
+
+def _amount(large: bool, extras: int) -> str:
+    """Which tiles: `extras` of a mask, lengths and storing the scores want registers beside the scores."""
+    if not large or extras == 3:
+        return "small"
+    return "large, crowded" if extras else "large"
 
 
 def _bytes(mask: Tensor | None, block: int, unused: Tensor) -> Tensor:
@@ -431,12 +438,10 @@ def aot_variants(shared: int) -> Iterator[Variant]:
                 scores = _Scores((vector,) * 4, (), vector, (1.0, 1.0), (cosine, cosine), masked)
                 name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
                 for store in (False, True):
-                    crowded = amount == "large" and (scores.crowded or store)
-                    tiles = tiles_for(_SCORES, shared)[size, amount + (", crowded" if crowded else "")]
+                    tiles = tiles_for(_SCORES, shared)[size, _amount(amount == "large", scores.extras + store)]
                     constants = _score_constants(tiles, scores) | {"STORE": store, "TEMPERED": masked}
                     yield variant(scores_kernel, f"scores-{name}{'-stored' * store}", dtype, constants, tiles, True)
-                crowded = amount == "large" and scores.crowded
-                tiles = tiles_for(_SCORES, shared)[size, amount + (", crowded" if crowded else "")]
+                tiles = tiles_for(_SCORES, shared)[size, _amount(amount == "large", scores.extras)]
                 constants = _score_constants(tiles, scores) | {"RANGE": _range(torch_dtype)}
                 yield variant(residual_kernel, f"residual-{name}", dtype, constants, tiles, True)
         for width, cosine in ((768, False), (64, False), (768, True)):
