@@ -12,6 +12,7 @@ from typing import Any
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import alone
+from lead_ds.io.owner import owned
 from lead_ds.pipeline.plan import Recipe
 from lead_ds.pipeline.process import PLAIN, Run, find_launcher, spawn
 from lead_ds.pipeline.results import collect, write_results
@@ -60,7 +61,9 @@ def run_pipeline(
     tell(table(recipe, found, chosen, launching))
     if dry_run:
         return {"recipe": str(path), "stages": facts(recipe, records, found, launching), "results": []}
-    with alone(recipe.output / "stages", OTHER, WAIT) as lock:
+    stages_folder = recipe.output / "stages"
+    # The lock lives on in a stage whose pipeline was killed; the owner is seen from other hosts too.
+    with alone(stages_folder, OTHER, WAIT) as lock, owned(stages_folder, "another lead-ds pipeline"):
         for name, stage in recipe.stages.items():
             if name not in chosen:
                 continue

@@ -13,6 +13,7 @@ from typing import IO, Any
 from lead_ds import __version__
 from lead_ds.errors import InputError
 from lead_ds.io.files import alone, atomic, checksum, read_json, write_json
+from lead_ds.io.owner import RECORD, owned
 from lead_ds.prepare.source import Source
 
 NAME = "prepare.json"
@@ -160,7 +161,8 @@ def open_manifest(folder: Path, overwrite: bool) -> Iterator[Manifest]:
     if not known and folder.is_dir() and any(not _ours(path) for path in folder.iterdir()):
         raise InputError(folder, f"holds something else: there is no {NAME}", "name an empty or a new folder")
     tree = read_manifest(folder) if known and not overwrite else None
-    with alone(folder, "another lead-ds prepare", "wait for it to end"):
+    other = "another lead-ds prepare"
+    with alone(folder, other, "wait for it to end"), owned(folder, other):
         if known and overwrite:
             old = read_json(folder / NAME, "remove the folder yourself")
             for name in old.get("files", {}):
@@ -173,4 +175,4 @@ def open_manifest(folder: Path, overwrite: bool) -> Iterator[Manifest]:
 
 
 def _ours(path: Path) -> bool:
-    return path.name.startswith(f".{NAME}.") and path.name.endswith(".tmp")
+    return (path.name.startswith(f".{NAME}.") and path.name.endswith(".tmp")) or path.name.startswith(RECORD)

@@ -19,6 +19,7 @@ from lead_ds.data.collections.texts import Texts
 from lead_ds.data.tokens.encoder import Rows, TextEncoder, Tokens
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.files import atomic, data_checksum, read_json, write_json
+from lead_ds.io.owner import owned
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress, progress
 from lead_ds.retrieval.peers import ALONE, Peers
@@ -259,51 +260,52 @@ def encode_to(
     """
     folder = Path(folder)
     embed = in_precision(embed, precision, device)
-    agreed: dict[str, Any] | LeadError = {}
-    if peers.rank == 0:
-        shard_rows = shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
-        facts = {
-            "version": 1,
-            "model": model,
-            **asdict(Side.of(encoder, texts.kind)),
-            "dtype": dtype,
-            "precision": precision,
-            "count": len(texts),
-            "shard_rows": shard_rows,
-        }
-        try:
-            agreed = _agree(folder, {**facts, "data": data_checksum(texts.path)}, texts)
-        except LeadError as error:
-            agreed = error
-    agreed = peers.from_main(agreed)
-    if isinstance(agreed, LeadError):  # on every process, or the others would wait for ever
-        raise agreed
-    vectors = Vectors(folder, agreed)
-    todo = peers.from_main([shard for shard in range(vectors.shards) if not vectors.path(shard).exists()])
-    mine = todo[peers.rank :: peers.world]
-    total = sum(len(vectors.rows(shard)) for shard in mine)
-    with progress(f"encoding {texts.path.name}", total, "texts", shown=peers.rank == 0 and total > 0) as meter:
-        for turn in range(-(-len(todo) // peers.world)):
-            # The turn's largest share sets how often every process runs the model.
-            turn_shards = todo[turn * peers.world : (turn + 1) * peers.world]
-            most = max(len(vectors.rows(shard)) for shard in turn_shards)
-            forwards = -(-most // batch_size) if lockstep else 0
-            rows = vectors.rows(mine[turn]) if turn < len(mine) else range(0)
-            encoded = encode_share(
-                embed,
-                encoder,
-                texts.kind,
-                texts.texts,
-                rows,
-                batch_size=batch_size,
-                device=device,
-                forwards=forwards,
-                meter=meter,
-            )
-            if rows:
-                _write_shard(vectors.path(mine[turn]), encoded.cpu().numpy(), dtype)
-    peers.barrier()
-    return Vectors.open(folder)
+    with owned(folder, "another lead-ds encode", peers):
+        agreed: dict[str, Any] | LeadError = {}
+        if peers.rank == 0:
+            shard_rows = shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
+            facts = {
+                "version": 1,
+                "model": model,
+                **asdict(Side.of(encoder, texts.kind)),
+                "dtype": dtype,
+                "precision": precision,
+                "count": len(texts),
+                "shard_rows": shard_rows,
+            }
+            try:
+                agreed = _agree(folder, {**facts, "data": data_checksum(texts.path)}, texts)
+            except LeadError as error:
+                agreed = error
+        agreed = peers.from_main(agreed)
+        if isinstance(agreed, LeadError):  # on every process, or the others would wait for ever
+            raise agreed
+        vectors = Vectors(folder, agreed)
+        todo = peers.from_main([shard for shard in range(vectors.shards) if not vectors.path(shard).exists()])
+        mine = todo[peers.rank :: peers.world]
+        total = sum(len(vectors.rows(shard)) for shard in mine)
+        with progress(f"encoding {texts.path.name}", total, "texts", shown=peers.rank == 0 and total > 0) as meter:
+            for turn in range(-(-len(todo) // peers.world)):
+                # The turn's largest share sets how often every process runs the model.
+                turn_shards = todo[turn * peers.world : (turn + 1) * peers.world]
+                most = max(len(vectors.rows(shard)) for shard in turn_shards)
+                forwards = -(-most // batch_size) if lockstep else 0
+                rows = vectors.rows(mine[turn]) if turn < len(mine) else range(0)
+                encoded = encode_share(
+                    embed,
+                    encoder,
+                    texts.kind,
+                    texts.texts,
+                    rows,
+                    batch_size=batch_size,
+                    device=device,
+                    forwards=forwards,
+                    meter=meter,
+                )
+                if rows:
+                    _write_shard(vectors.path(mine[turn]), encoded.cpu().numpy(), dtype)
+        peers.barrier()
+        return Vectors.open(folder)
 
 
 def _agree(folder: Path, facts: dict[str, Any], texts: Texts) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic, read_json, write_json
+from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import IDS, Side, Vectors, read_ids
 
@@ -48,51 +49,54 @@ def build_index(
     import faiss
 
     out = Path(out)
-    if (out / META).exists():
-        raise InputError(out, "already holds an index", "choose another folder, or delete it")
-    try:
-        index = faiss.index_factory(vectors.dimension, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        what = f"cannot make {factory!r} of vectors {vectors.dimension} wide: {_reason(error)}"
-        raise InputError(
-            "factory", what, "see FAISS's wiki, The index factory; for example Flat or IVF256,Flat"
-        ) from None
-    vectors.ids()  # are told before the work, if they are not as many
-    on_gpus = gpus > 0 and not index.is_trained  # FAISS fills a sharded Flat in one call only, and HNSW not at all
-    if not index.is_trained:
-        index = _to_gpus(index, gpus, layout, half=False)
-        cells = _cells(factory)
-        wanted = min(PER_CENTROID * max(cells, PQ_CENTROIDS), max(TRAIN_MAX, PER_CENTROID_AT_LEAST * cells))
-        sample = _sample(vectors, min(len(vectors), wanted), seed)
+    with owned(out, "another lead-ds index"):
+        if (out / META).exists():
+            raise InputError(out, "already holds an index", "choose another folder, or delete it")
         try:
-            index.train(sample)
+            index = faiss.index_factory(vectors.dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
-            what = f"{len(vectors)} vectors cannot train {factory!r}: {_reason(error)}"
-            raise InputError("factory", what, "use Flat, or fewer cells") from None
-    with progress(f"indexing {factory}", len(vectors), "vectors", shown=not quiet) as meter:
-        for chunk in _chunks(vectors):
-            if not np.isfinite(chunk).all():
-                what = "holds a vector that is not finite, which would be found first, or never"
-                raise InputError(vectors.folder, what, "delete the folder, see the model's weights, and encode again")
+            what = f"cannot make {factory!r} of vectors {vectors.dimension} wide: {_reason(error)}"
+            raise InputError(
+                "factory", what, "see FAISS's wiki, The index factory; for example Flat or IVF256,Flat"
+            ) from None
+        vectors.ids()  # are told before the work, if they are not as many
+        on_gpus = gpus > 0 and not index.is_trained  # FAISS fills a sharded Flat in one call only, and HNSW not at all
+        if not index.is_trained:
+            index = _to_gpus(index, gpus, layout, half=False)
+            cells = _cells(factory)
+            wanted = min(PER_CENTROID * max(cells, PQ_CENTROIDS), max(TRAIN_MAX, PER_CENTROID_AT_LEAST * cells))
+            sample = _sample(vectors, min(len(vectors), wanted), seed)
             try:
-                index.add(chunk)
+                index.train(sample)
             except RuntimeError as error:
-                what = f"{factory!r} does not take vectors without ids: {_reason(error)}"
-                raise InputError("factory", what, "leave IDMap out: ids are kept beside the index") from None
-            meter.advance(len(chunk))
-    if on_gpus:
-        index = faiss.index_gpu_to_cpu(index)
-    with atomic(out / INDEX) as temporary:
-        try:
-            faiss.write_index(index, str(temporary))
-        except RuntimeError as error:
-            raise RunError(out / INDEX, f"cannot be written: {_reason(error)}", "check the free space") from None
-    with atomic(out / IDS) as temporary:
-        shutil.copyfile(vectors.folder / IDS, temporary)
-    facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
-    # Last: its presence is what marks the folder as holding an index.
-    write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts})
-    return out
+                what = f"{len(vectors)} vectors cannot train {factory!r}: {_reason(error)}"
+                raise InputError("factory", what, "use Flat, or fewer cells") from None
+        with progress(f"indexing {factory}", len(vectors), "vectors", shown=not quiet) as meter:
+            for chunk in _chunks(vectors):
+                if not np.isfinite(chunk).all():
+                    what = "holds a vector that is not finite, which would be found first, or never"
+                    raise InputError(
+                        vectors.folder, what, "delete the folder, see the model's weights, and encode again"
+                    )
+                try:
+                    index.add(chunk)
+                except RuntimeError as error:
+                    what = f"{factory!r} does not take vectors without ids: {_reason(error)}"
+                    raise InputError("factory", what, "leave IDMap out: ids are kept beside the index") from None
+                meter.advance(len(chunk))
+        if on_gpus:
+            index = faiss.index_gpu_to_cpu(index)
+        with atomic(out / INDEX) as temporary:
+            try:
+                faiss.write_index(index, str(temporary))
+            except RuntimeError as error:
+                raise RunError(out / INDEX, f"cannot be written: {_reason(error)}", "check the free space") from None
+        with atomic(out / IDS) as temporary:
+            shutil.copyfile(vectors.folder / IDS, temporary)
+        facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
+        # Last: its presence is what marks the folder as holding an index.
+        write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts})
+        return out
 
 
 class Index:

@@ -19,6 +19,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, read_run
 from lead_ds.errors import InputError
 from lead_ds.io.files import atomic
+from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import encode_share
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
@@ -71,32 +72,34 @@ def mine(
         raise InputError(split, "no query has a positive", "check the judgements")
     by_score = settings.margin is not None or settings.ratio is not None
     deep = depth if keep else with_spare(depth, positives, dataset.corpus, len(dataset.corpus))
-    run = _candidates(source, dataset, positives, deep, by_score, batch_size, quiet)
-    if not set(run) & set(positives):
-        raise InputError(split, "the run has none of its queries", "check that run and split belong together")
-    counts = {"positive": 0, "itself": 0, "rank": 0, "score": 0, "copy": 0}
-    negatives = short = unscored = 0
-    with (
-        atomic(Path(out)) as temporary,
-        temporary.open("w", encoding="utf-8") as file,
-        progress("choosing negatives", len(positives), "queries", shown=not quiet) as meter,
-    ):
-        for query, names in positives.items():
-            found = run.get(query, {})
-            if not keep and query in found and query not in names:
-                found = {name: score for name, score in found.items() if name != query}
-                counts["itself"] += 1
-            chosen = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
-            scores = {name: found[name] for name in (*names, *chosen) if name in found}
-            group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
-            if scores:
-                group["scores"] = scores
-            file.write(json.dumps(group, ensure_ascii=False, allow_nan=False) + "\n")
-            negatives += len(chosen)
-            short += len(chosen) < settings.number
-            unscored += by_score and not found.keys() >= set(names)
-            meter.advance(1)
-    return Mined(len(positives), negatives, counts, short, unscored)
+    out = Path(out)
+    with owned(out.parent, "another lead-ds mine", record=f".{out.name}.owner.json"):
+        run = _candidates(source, dataset, positives, deep, by_score, batch_size, quiet)
+        if not set(run) & set(positives):
+            raise InputError(split, "the run has none of its queries", "check that run and split belong together")
+        counts = {"positive": 0, "itself": 0, "rank": 0, "score": 0, "copy": 0}
+        negatives = short = unscored = 0
+        with (
+            atomic(out) as temporary,
+            temporary.open("w", encoding="utf-8") as file,
+            progress("choosing negatives", len(positives), "queries", shown=not quiet) as meter,
+        ):
+            for query, names in positives.items():
+                found = run.get(query, {})
+                if not keep and query in found and query not in names:
+                    found = {name: score for name, score in found.items() if name != query}
+                    counts["itself"] += 1
+                chosen = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
+                scores = {name: found[name] for name in (*names, *chosen) if name in found}
+                group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
+                if scores:
+                    group["scores"] = scores
+                file.write(json.dumps(group, ensure_ascii=False, allow_nan=False) + "\n")
+                negatives += len(chosen)
+                short += len(chosen) < settings.number
+                unscored += by_score and not found.keys() >= set(names)
+                meter.advance(1)
+        return Mined(len(positives), negatives, counts, short, unscored)
 
 
 def bm25_package() -> Any:

@@ -21,6 +21,7 @@ from lead_ds.config import Config, TeacherConfig
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic, read_json, write_json
+from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.provenance import provenance
 from lead_ds.models.lens import RECORD, VERSION, WEIGHTS, Lens
@@ -71,7 +72,7 @@ def fit_lens(
     `out` holds another teacher's, or where the groups are too few; RunError where a fit does not end in finite numbers.
     """
     settings = fittable(config)
-    with opened(config, settings, out) as (ranks, groups, encoder):
+    with opened(config, settings, out) as (ranks, groups, encoder), owned(out, "another lead-ds fit-lens", ranks):
         facts = agreed(ranks, lambda: check_folder(out, lens_identity(settings, encoder, config.seed)))
         states = read_states(config, out / "states", groups, encoder, fit.groups, ranks, quiet=quiet)
         parts = agreed(ranks, lambda: split(states.positives, fit.held_out, config.seed))

@@ -17,6 +17,7 @@ from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.io.files import write_json
+from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.provenance import provenance
 from lead_ds.teachers.cached import epochs_of
@@ -48,7 +49,7 @@ def teach(
     intact, where the work fails.
     """
     settings = teachable(config, vectors is not None)
-    with opened(config, settings, out) as (ranks, groups, encoder):
+    with opened(config, settings, out) as (ranks, groups, encoder), owned(out, "another lead-ds teach", ranks):
         shards = agreed(ranks, lambda: shards_of(config, settings, out, groups, vectors))
         manifest = ranks.from_main(
             agreed(ranks, lambda: begin(config, shards, encoder, epochs, ranks) if ranks.main else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lead_ds.engine.training.loop import Training
 from lead_ds.engine.training.resume import check_inputs, check_lens, find_state
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
 from lead_ds.losses.selection import select_layers
 from lead_ds.models.attention_backend import candidates, choose_attention
@@ -73,9 +75,12 @@ def train(
         joined_ranks(minutes + 5 if minutes else 30.0) as ranks,
         closed_to_others(),
         Watchdog(ranks, minutes, output, signals) as watchdog,
+        ExitStack() as held,
     ):
         check_agreement(config, resume, ranks)
         check_output(output, resume, ranks)
+        held.enter_context(owned(output, "another run", ranks))
+        check_output(output, resume, ranks)  # again: who had the folder until now may have left a run in it
         check_shared(output, ranks)
         kernels_used(config, ranks)  # told now, where they cannot run
         config = agreed(ranks, lambda: with_settled_teacher(config))
