@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.config.schema import Config
+from lead_ds.io.files import atomic
 from lead_ds.settings.documents import write_yaml
 from lead_ds.settings.parse import load_tree, parse_section
 
@@ -27,4 +28,5 @@ def parse_config(tree: dict[str, Any], where: str | Path) -> Config:
 def save_config(config: Config, path: str | Path) -> None:
     """Write a run's resolved configuration as YAML; the pipeline that it may be a stage of is none of its concern."""
     tree = config.model_dump(mode="json", exclude={"pipeline"})
-    Path(path).write_text(write_yaml(tree), "utf-8")
+    with atomic(Path(path)) as temporary:  # a full disk must not leave an empty one, which would be taken for a run
+        temporary.write_text(write_yaml(tree), "utf-8")

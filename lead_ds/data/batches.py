@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.group import Group, Groups
-from lead_ds.data.reads import ModelBatch, Reads, in_parts
+from lead_ds.data.reads import ModelBatch, Reads, in_parts, refuse_voided
 from lead_ds.data.tokens.alignment import UNGROUPED, token_groups
 from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
@@ -31,6 +31,7 @@ from lead_ds.io.notes import say_once
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.train import TrainConfig
 
+_LOOKED_AT = 32  # groups of the first window that are looked at before anything is trained
 _AHEAD = 2  # windows that are ready before they are asked for, per worker
 
 
@@ -131,6 +132,19 @@ class Batches:
         if model.encoder is None:
             return model
         return replace(model, tokens=TokenCache.open(place, self.groups, model.encoder, rank=self.rank))
+
+    def check(self, compared: int) -> None:
+        """Refuse settings that leave nothing of the texts, and say where nothing is compared.
+
+        compared: groups whose passages a query is compared with. Raises InputError as `refuse_voided`.
+        """
+        groups = [self.groups.draw(int(row), self.seed, 0) for row in self.rows(0)[:_LOOKED_AT]]
+        for who, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is not None and model.encoder is not None:
+                refuse_voided(model.encoder, groups, who)
+        if self.group * compared == 1 and self.rank == 0:
+            what = "every query is compared with its positive alone: losses over passages are 0, and teach nothing"
+            say_once(f"data.negatives is 0: {what} (raise it, or train.batch_size)")
 
     def __iter__(self) -> Iterator[Window]:
         """The first epoch."""

@@ -17,6 +17,7 @@ from lead_ds.data.groups.group import Group
 from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
+from lead_ds.errors import InputError
 
 _PAIRS = ("cross_encoder", "llm_reranker")
 
@@ -115,6 +116,32 @@ def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
     if encoder.kind in _PAIRS:
         return ModelBatch(size, pairs=encoder.pairs([query for query in queries for _ in range(size)], passages))
     return ModelBatch(size, queries=encoder.queries(queries), passages=encoder.passages(passages))
+
+
+def refuse_voided(encoder: TextEncoder, groups: Sequence[Group], who: str) -> None:
+    """Raise InputError where `who` would read every query, or every passage, of these groups the same, whatever it says.
+
+    A length that the prompt or the instruction fills is enough: every text behind it is cut away, and no loss tells.
+    """
+    queries = list(dict.fromkeys(group.query for group in groups))
+    passages = list(dict.fromkeys(passage for group in groups for passage in group.passages))
+    pairs = encoder.kind in _PAIRS
+    for kind, texts in (("queries", queries), ("passages", passages)):
+        if len(texts) < 2:
+            continue
+        if not pairs:
+            rows, _ = encoder.rows(texts, "queries" if kind == "queries" else "passages")
+        elif kind == "queries":
+            rows, _ = encoder.pair_rows(texts, passages[:1] * len(texts))
+        else:
+            rows, _ = encoder.pair_rows(queries[:1] * len(texts), texts)
+        if all(list(row) == list(rows[0]) for row in rows):
+            length = "max_length" if pairs else "query_length" if kind == "queries" else "passage_length"
+            limit = getattr(encoder, length)
+            what = f"is {limit}, and all {kind} of the first batch read the same: nothing is left of their texts"
+            raise InputError(
+                f"{who}.{length}", what, "raise it, or shorten the prompt, the instruction or the template"
+            )
 
 
 def split(batch: ModelBatch, encoder: TextEncoder, n: int, cuts: Cuts) -> ModelBatch:

@@ -192,8 +192,10 @@ def _texts(tables: list[Table]) -> Part[Text]:
                 name, text = _field(row, _ID, table.where), _field(row, _TEXT, table.where)
                 if not isinstance(text, str):
                     raise InputError(f"{table.where}:{number}", "the text is not a string", f"row {name!r}")
+                if not isinstance(title := row.get("title") or "", str):
+                    raise InputError(f"{table.where}:{number}", "the title is not a string", f"row {name!r}")
                 tick(1)
-                yield Text(str(name), row.get("title") or "", text, f"{table.where}:{number}")
+                yield Text(str(name), title, text, f"{table.where}:{number}")
 
     identity = {table.where: table.identity for table in tables}
     return Part(read, sum(table.count for table in tables), "rows", identity)

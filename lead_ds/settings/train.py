@@ -53,7 +53,7 @@ class TrainConfig(Section):
 class EvaluationConfig(Section):
     """During training: of a dual encoder by exact search over the corpus, of others by reranking candidates."""
 
-    split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or a split that is absent: no evaluation")
+    split: str | None = Field("dev", description="qrels/SPLIT.tsv; null, or where dev is absent: no evaluation")
     path: Annotated[Place | None, PLACE] = Field(
         None, description="a folder with corpus, queries and qrels; null: data.path"
     )

@@ -222,7 +222,8 @@ def _names(block: Block, kind: Kind) -> list[bytes]:
     try:
         names = [record["_id"] for record in block.records]
         kinds = {type(record["text"]) for record in block.records}
-        if kinds == {str}:
+        titles = {type(record.get("title")) for record in block.records} if kind == "corpus" else set()
+        if kinds == {str} and titles <= {str, type(None)}:
             return [(name if type(name) is str else _name(name)).encode() for name in names]
     except (KeyError, TypeError):
         pass
@@ -234,6 +235,8 @@ def _names(block: Block, kind: Kind) -> list[bytes]:
             block.fail(row, "the field '_id' is not a string", f"each line is {_SHAPE[kind]}")
         if not isinstance(record["text"], str):
             block.fail(row, "the field 'text' is not a string", f"each line is {_SHAPE[kind]}")
+        if kind == "corpus" and not isinstance(record.get("title"), str | None):
+            block.fail(row, "the field 'title' is not a string", 'write it as one, or "" where there is none')
     raise AssertionError("a block that fails has a record that fails")
 
 

@@ -82,9 +82,14 @@ def _tevatron(record: Record) -> Lines:
     for field in ("positive_passages", "negative_passages"):
         found = record.get(field) or []
         if not isinstance(found, list) or not all(
-            isinstance(passage, dict) and isinstance(passage.get("text"), str) for passage in found
+            isinstance(passage, dict)
+            and isinstance(passage.get("text"), str)
+            and isinstance(passage.get("title"), str | None)
+            for passage in found
         ):
-            raise Unusable(f"the field {field!r} is not a list of passages with a text", shape)
+            raise Unusable(
+                f"the field {field!r} is not a list of passages with a text, and a title that is a text", shape
+            )
         lists.append(
             [
                 Listed(passage_text(passage.get("title"), passage["text"]), _optional(passage.get("docid")))

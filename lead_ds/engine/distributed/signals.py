@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after its step, with a checkpoint, on all ranks at the same step."""
+"""SIGTERM, SIGINT and SIGHUP end a run after its step, with a checkpoint, on all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Interrupted(RunError):
 
 
 class Signals:
-    """While open, a first SIGTERM or SIGINT is only noted, in `received`; SIGINT again means at once."""
+    """While open, a first SIGTERM, SIGINT or SIGHUP is only noted, in `received`; SIGINT again means at once.
+
+    SIGHUP comes when a terminal or its connection is lost; under nohup it stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -37,7 +40,10 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+            noted = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                noted.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

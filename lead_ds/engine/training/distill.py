@@ -28,7 +28,7 @@ from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Training
-from lead_ds.engine.training.resume import check_inputs, check_lens, find_state
+from lead_ds.engine.training.resume import check_inputs, check_lens, compared, find_state
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
@@ -173,6 +173,7 @@ def open_inputs(
     groups = given.groups or open_groups(config.data)
     student_text = TextEncoder.from_config(config.student)
     batches = open_batches(config, groups, student_text, uses_teacher, ranks)
+    batches.check(compared(config, ranks.world))
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
 
 

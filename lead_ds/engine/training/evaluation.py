@@ -13,6 +13,7 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
+from lead_ds.io.notes import say_once
 from lead_ds.models.scorer import Scorer
 from lead_ds.retrieval.evaluate import draw_queries, evaluate_model
 from lead_ds.retrieval.metrics import parse_measure
@@ -50,6 +51,16 @@ class Evaluator:
         if settings.split is None:
             return None
         if not any((folder / "qrels" / f"{settings.split}.tsv{suffix}").exists() for suffix in ("", ".gz")):
+            # The default is no promise; what was asked for is.
+            default = settings.split == EvaluationConfig().split and settings.path is None
+            if folder.is_dir() and (not default or config.train.patience > 0):
+                what = f"{settings.split}: there is no qrels/{settings.split}.tsv"
+                has = ", ".join(Dataset.open(folder).splits) or "none"
+                raise InputError(
+                    "evaluation.split", f"{what}, so nothing would be evaluated", f"splits here: {has}; or null"
+                )
+            if ranks.main and folder.is_dir():
+                say_once(f"no evaluation while training: {folder} has no qrels/{settings.split}.tsv")
             return None
         if settings.metric not in settings.measures:
             raise InputError(

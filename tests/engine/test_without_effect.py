@@ -1,0 +1,137 @@
+"""What is given is used, or refused: lengths that leave no text, splits that are not there; and edges of beginning and ending."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lead_ds.config import load_config, save_config
+from lead_ds.data.batches import Batches
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.reads import Reads
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.signals import Signals
+from lead_ds.engine.training.evaluation import Evaluator
+from lead_ds.errors import InputError
+from tests.helpers.tiny import write_jsonl
+
+Configure = Callable[..., Path]
+ALONE: Any = type("Alone", (), {"rank": 0, "world": 1, "main": True})()
+PROMPT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"query_prompt": PROMPT, "query_length": 8},
+            r"^student\.query_length: is 8, and all queries .* read the same",
+        ),
+        ({"passage_prompt": PROMPT, "passage_length": 8}, r"^student\.passage_length: is 8, and all passages"),
+        ({"query_length": 2}, r"^student\.query_length: is 2"),
+        ({"query_prompt": "one ", "query_length": 16}, None),
+    ],
+)
+def test_a_length_that_leaves_nothing_of_the_texts(
+    configure: Configure, changed: dict[str, Any], told: str | None
+) -> None:
+    config = load_config(configure())
+    student = Reads(TextEncoder.from_config(config.student.model_copy(update=changed)))
+    groups = open_groups(config.data)
+    batches = Batches(groups, student, None, config.data, config.train, seed=0, ranks=ALONE)
+    if told is None:
+        batches.check(1)
+    else:
+        with pytest.raises(InputError, match=told):
+            batches.check(1)
+
+
+def test_a_passage_compared_with_nothing_is_told(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(configure(data={"negatives": 0}, train={"batch_size": 1}))
+    student = Reads(TextEncoder.from_config(config.student))
+    batches = Batches(open_groups(config.data), student, None, config.data, config.train, seed=0, ranks=ALONE)
+    batches.check(1)
+    assert "every query is compared with its positive alone" in capsys.readouterr().err
+    batches.check(2)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "patience", "told"),
+    [
+        ({"split": "devv"}, 0, r"evaluation\.split: devv: there is no qrels/devv\.tsv.*splits here: dev, test, train"),
+        ({"split": "dev"}, 3, r"evaluation\.split: dev: there is no qrels/dev\.tsv"),
+        ({"split": "dev"}, 0, None),
+    ],
+)
+def test_a_split_that_is_not_there(
+    configure: Configure,
+    rooms: Path,
+    tmp_path: Path,
+    evaluation: dict[str, Any],
+    patience: int,
+    told: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = rooms / "data"
+    if evaluation["split"] == "dev":
+        data = tmp_path / "data"
+        data.mkdir()
+    config = load_config(configure(evaluation=evaluation, train={"patience": patience}, data={"path": str(data)}))
+    encoder = TextEncoder.from_config(config.student)
+    if told is not None:
+        with pytest.raises(InputError, match=told):
+            Evaluator.open(config, encoder, ALONE)
+        return
+    assert Evaluator.open(config, encoder, ALONE) is None
+    assert "no evaluation while training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("title", [1984, ["a", "b"], {"en": "x"}, True])
+def test_a_title_is_a_text(configure: Configure, tmp_path: Path, title: object) -> None:
+    write_jsonl(
+        tmp_path / "corpus.jsonl", [{"_id": "p", "title": None, "text": "x"}, {"_id": "q", "title": title, "text": "y"}]
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "y"}])
+    write_jsonl(tmp_path / "train.jsonl", [{"query_id": "q", "positives": ["q"]}])
+    config = load_config(configure(data={"path": str(tmp_path), "negatives": 1}))
+    with pytest.raises(InputError, match=r"corpus\.jsonl:2: the field 'title' is not a string"):
+        open_groups(config.data)
+    passage = {"docid": "a", "title": title, "text": "x"}
+    write_jsonl(tmp_path / "train.jsonl", [{"query": "y", "positive_passages": [passage]}])
+    with pytest.raises(InputError, match=r"train\.jsonl:1: the field 'positive_passages' .* a title that is a text"):
+        open_groups(config.data)
+
+
+def test_a_full_disk_leaves_no_empty_configuration(configure: Configure, tmp_path: Path) -> None:
+    """Files of this process may hold so few bytes as a full disk would take."""
+    config = load_config(configure())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(Exception, match="cannot be written"):
+            save_config(config, tmp_path / "new" / "config.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_lost_terminal_ends_a_run_with_a_checkpoint_and_nohup_does_not() -> None:
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.received == signal.SIGHUP
+    program = (
+        "import signal\nfrom lead_ds.engine.distributed.signals import Signals\n"
+        "with Signals() as signals:\n    signal.raise_signal(signal.SIGHUP)\n    print(signals.received)"
+    )
+    done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
