@@ -13,7 +13,7 @@ import typer
 
 from lead_ds import __version__
 from lead_ds.cli import evaluation, operations, pipeline, preparation, retrieval, sharing, teaching, training
-from lead_ds.errors import LeadError
+from lead_ds.errors import InputError, LeadError
 
 # Usage errors: click's own class, or that of the click which newer versions of typer carry inside.
 UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # DeepSpeed's launcher puts --local_rank=N before our own arguments; --debug is welcome anywhere.
     arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a) and a != "--debug"]
     try:
+        _refuse_undecoded(arguments)
         status = app(args=arguments, prog_name="lead-ds", standalone_mode=False)
     except LeadError as error:
         status = _tell(str(error), error.status, debug)
@@ -87,6 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _tell(f"lead-ds: {type(error).__name__}: {what[:600]} (add --debug for the traceback)", 1, False)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse_undecoded(arguments: Sequence[str]) -> None:
+    """Raise InputError for an argument whose bytes are no text here: no tokenizer, file or report could take it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            what = f"is not {sys.getfilesystemencoding().upper()}: {argument!r}"
+            raise InputError(
+                "an argument", what, "write it in UTF-8, under a UTF-8 locale such as LANG=C.UTF-8"
+            ) from None
 
 
 def _tell(message: str, status: int, debug: bool) -> int:

@@ -27,7 +27,13 @@ except ImportError:
         raise ValueError(f"{constant} is no JSON")
 
     def loads(line: bytes) -> Any:
-        return json.loads(line, parse_constant=_refused)
+        value = json.loads(line, parse_constant=_refused)
+        if b"\\ud" in line.lower():
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError("a lone surrogate in an escape") from None
+        return value
 
     def dumps(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
@@ -93,7 +99,10 @@ def parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
         record = loads(line)
     except (ValueError, RecursionError) as error:
         what = str(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise InputError(f"{path}:{number}", f"not valid JSON: {what}", "one JSON object a line") from None
+        remedy = "one JSON object a line"
+        if "surrogate" in what:
+            remedy = "an escape such as \\ud83d is half a character: write the character itself, or take it out"
+        raise InputError(f"{path}:{number}", f"not valid JSON: {what}", remedy) from None
     if not isinstance(record, dict):
         raise InputError(f"{path}:{number}", f"a JSON {type(record).__name__}, not an object", "one JSON object a line")
     return record

@@ -20,6 +20,7 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.io.progress import progress
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.scorer import Scorer
+from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.encode import Embed, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
 from lead_ds.retrieval.identical import with_spare, without_identical
@@ -55,6 +56,7 @@ def open_encoder(
         scorer, encoder = dual_encoder(load_student(model, torch.float32)), TextEncoder.from_config(model)
     else:
         scorer, encoder = load_encoder(str(model))
+    check_vocabulary(scorer, encoder.tokenizer, scorer.config.path)
     return scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), encoder
 
 

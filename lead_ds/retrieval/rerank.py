@@ -26,6 +26,7 @@ from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress, progress
 from lead_ds.models.kinds.colbert import score_mask
 from lead_ds.models.scorer import Scorer
+from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
 from lead_ds.retrieval.evaluate import MEASURES, draw_queries
 from lead_ds.retrieval.identical import Judged, with_spare, without_identical
@@ -67,6 +68,7 @@ class Reranker:
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         scorer, encoder = load_scorer(str(model), kind, settings, device)
+        check_vocabulary(scorer, encoder.tokenizer, str(model))
         return cls(scorer.to(device).eval(), encoder)
 
     def scores(self, query: str, passages: Sequence[str], batch_size: int = 64) -> list[float]:

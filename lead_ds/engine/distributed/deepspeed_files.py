@@ -98,6 +98,7 @@ def student_deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, An
         tree["tensorboard"] = {"enabled": True, "output_path": monitor_folder, "job_name": "tensorboard"}
     if monitor.csv:
         tree["csv_monitor"] = {"enabled": True, "output_path": monitor_folder, "job_name": "csv"}
+    _refuse_auto(tree, "deepspeed.student")
     if monitor.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise InputError("monitor.wandb", "wandb is not installed", "pip install wandb, or set it to false")
@@ -145,6 +146,7 @@ def teacher_deepspeed_config(
             if not parameters["nvme_path"]:
                 raise InputError("teacher.offload_path", "is not set", "name a folder on a local NVMe disk")
     _set_precision(tree, dtype)
+    _refuse_auto(tree, "deepspeed.teacher")
     return tree
 
 
@@ -153,11 +155,23 @@ def _auto(section: dict[str, Any], key: str, value: Any) -> None:
         section[key] = value
 
 
+def _refuse_auto(tree: Any, where: str, name: str = "") -> None:
+    """Raise InputError for an "auto" that is left: DeepSpeed itself knows none, and ends in an error of types."""
+    for key, value in tree.items():
+        if value == "auto":
+            what = f'{name}{key} is "auto", which is filled in for transformers\' Trainer alone'
+            raise InputError(where, what, "write the number, or take it out: DeepSpeed's own default holds then")
+        if isinstance(value, dict):
+            _refuse_auto(value, where, f"{name}{key}.")
+
+
 def _set_precision(tree: dict[str, Any], dtype: torch.dtype) -> None:
     for flag in FLAGS.values():
         if flag in tree and not isinstance(tree[flag], dict):
             raise InputError(flag, "must be an object in a DeepSpeed configuration", 'write {"enabled": true}')
         if FLAGS.get(dtype) != flag:
             tree.pop(flag, None)
+    if dtype == torch.float16 and not torch.cuda.is_available():
+        raise InputError("dtype", "fp16 is for GPUs: DeepSpeed has none on a CPU", "set dtype to bf16, fp32 or auto")
     if dtype in FLAGS:
         tree.setdefault(FLAGS[dtype], {})["enabled"] = True

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lead_ds.errors import RunError
+
+WAIT = 8.0  # seconds after which a wait is told of
 
 T = TypeVar("T")
 
@@ -101,9 +106,10 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     else:
         _skip_shared_memory_op()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=timeout_minutes)
-    )
+    with _told_while_waiting(), _rendezvous_errors():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=timeout_minutes)
+        )
     try:
         yield _this_rank()
     finally:
@@ -115,6 +121,48 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         deepspeed.utils.groups._WORLD_GROUP = deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         for name in alone:  # what this process starts later is no rank of ours
             os.environ.pop(name, None)
+
+
+def _meeting_point() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+@contextmanager
+def _told_while_waiting() -> Iterator[None]:
+    """Say on stderr what is waited for, when the processes have not met after WAIT seconds, and each minute from then on."""
+    met = threading.Event()
+
+    def tell() -> None:
+        pause = waited = WAIT
+        while not met.wait(pause):
+            rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+            what = (
+                f"rank {rank} on {socket.gethostname()} has waited {waited:.0f} s for all of {world} processes to meet"
+            )
+            advice = "is each of them started, and can each reach that address? (MASTER_ADDR, MASTER_PORT, WORLD_SIZE)"
+            print(f"{what} at {_meeting_point()}: {advice}", file=sys.stderr, flush=True)
+            pause = 60.0
+            waited += pause
+
+    threading.Thread(target=tell, name="lead-ds-waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
+
+
+@contextmanager
+def _rendezvous_errors() -> Iterator[None]:
+    """Errors of the meeting of processes as RunError, which says what to do."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        told = " ".join(str(error).split())
+        if "EADDRINUSE" in told or "address already in use" in told.lower():
+            remedy = "another run may have it: choose another (deepspeed --master_port N), or end that run"
+            raise RunError(f"MASTER_PORT {os.environ.get('MASTER_PORT')}", "is in use on this host", remedy) from error
+        remedy = "see that every process is started and reaches MASTER_ADDR and MASTER_PORT; lead-ds doctor --hostfile checks it"
+        raise RunError(_meeting_point(), f"the processes did not meet: {told[:300]}", remedy) from error
 
 
 @contextmanager

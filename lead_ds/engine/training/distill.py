@@ -39,6 +39,7 @@ from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.scorer import Scorer
 from lead_ds.models.student_dir import save_student
+from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.report.card import model_card
 from lead_ds.teachers.informative import informative
 from lead_ds.teachers.open import teacher_class
@@ -98,6 +99,9 @@ def train(
         if uses_teacher and config.teacher and config.teacher.train:
             teacher_settings = config.teacher
             cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
+        for scorer, reads in ((student, batches.student), (cotrained, batches.teacher)):
+            if scorer is not None and reads is not None and reads.encoder is not None:
+                check_vocabulary(scorer, reads.encoder.tokenizer, scorer.config.path)
         trainee = Trainee(student, cotrained).to(ranks.device)
         fit_attention(trainee, config, batches, dtype, ranks)
         for key, scorer in (("student", student), ("teacher", cotrained)):
@@ -111,7 +115,7 @@ def train(
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
         check_lens(config, state, teacher)
-        check_inputs(config, state, groups, ranks)
+        check_inputs(config, state, batches, ranks)
         if "informative" not in state:
             state["informative"] = informative(config.losses, teacher, batches, ranks)
         check_layers(config, student.num_layers, *layers_of(teacher, cotrained), state["informative"])

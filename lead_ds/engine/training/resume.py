@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
 from lead_ds.config import Config
-from lead_ds.data.groups.group import Groups
+from lead_ds.data.batches import Batches
+from lead_ds.data.tokens.tokenizer import tokenizer_checksum
 from lead_ds.engine.distributed.agreement import agreed, flat
+from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.errors import InputError
@@ -15,6 +18,9 @@ from lead_ds.settings.meaning import keys_of
 from lead_ds.teachers.identity import differing, input_facts
 from lead_ds.teachers.open import teacher_class
 from lead_ds.teachers.teacher import Teacher
+
+DECIDING = ("optimizer", "fp16", "bf16", "data_types", "prescale_gradients", "gradient_predivide_factor")
+LATER = ("tokenizer: ", "deepspeed: ")  # facts that older checkpoints do not have
 
 
 def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ranks) -> dict[str, Any]:
@@ -46,6 +52,23 @@ def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ran
     return state
 
 
+def reading_facts(batches: Batches) -> dict[str, str]:
+    """What the tokenizers do that make tokens of the texts."""
+    models = {"student": batches.student, "teacher": batches.teacher}
+    encoders = {name: model.encoder for name, model in models.items() if model is not None}
+    return {
+        f"tokenizer: {name}": tokenizer_checksum(encoder.tokenizer)
+        for name, encoder in encoders.items()
+        if encoder is not None
+    }
+
+
+def deepspeed_facts(config: Config) -> dict[str, str]:
+    """What the student's DeepSpeed file says of the result, such as its optimizer, wherever it lies; how it shards is free."""
+    tree = read_deepspeed_config(config.deepspeed.student)
+    return {f"deepspeed: {name}": json.dumps(part, sort_keys=True) for name, part in tree.items() if name in DECIDING}
+
+
 def groups_per_step(config: Config, processes: int) -> int:
     """Groups that an optimizer step takes, over all processes."""
     return processes * config.train.batch_size * config.train.accumulation
@@ -73,12 +96,21 @@ def check_lens(config: Config, state: dict[str, Any], teacher: Teacher | None) -
         raise InputError(config.lens_folder, "is not the lens that this run began with", "bring that one back")
 
 
-def check_inputs(config: Config, state: dict[str, Any], groups: Groups, ranks: Ranks) -> None:
-    """Refuse to go on with other texts or another teacher than a checkpoint was trained on; `state` keeps what they are."""
+def check_inputs(config: Config, state: dict[str, Any], batches: Batches, ranks: Ranks) -> None:
+    """Refuse to go on with other files than a checkpoint was trained on: texts, teacher, tokenizers, DeepSpeed's settings.
+
+    `state` keeps what they are; one of before some of them were kept says nothing of those.
+    """
     settings = config.teacher if config.losses.needs_teacher else None
     files = {} if settings is None else teacher_class(settings.kind).files(settings)
-    now = agreed(ranks, lambda: input_facts(groups, files) if ranks.main else {})
+
+    def facts() -> dict[str, str]:
+        return input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config)
+
+    now = agreed(ranks, lambda: facts() if ranks.main else {})
     before = state.get("inputs") or now
+    if not any(name.startswith(LATER) for name in before):
+        before = before | {name: told for name, told in now.items() if name.startswith(LATER)}
     changed = agreed(ranks, lambda: differing(before, now) if ranks.main else [])
     state["inputs"] = before
     if changed := ranks.from_main(changed):

@@ -1,0 +1,42 @@
+"""Whether a model has an embedding for every token that its tokenizer may give it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lead_ds.errors import InputError
+from lead_ds.io.notes import say_once
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any, path: str) -> None:
+    """Raise InputError where padding or a special token has no embedding; say once where another token has none.
+
+    Such a token ends a run in an index error, on a GPU in one that names no line, whenever a text first holds it.
+    """
+    rows = embedding_rows(model)
+    if rows is None:
+        return
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    special = {tokenizer.pad_token, *tokenizer.all_special_tokens} & beyond.keys()
+    told = ", ".join(f"{token!r} is {beyond[token]}" for token in sorted(special or beyond, key=beyond.__getitem__)[:3])
+    if special:
+        remedy = "use the tokenizer that belongs to the model, or one whose pad token is among its words"
+        raise InputError(path, f"has {rows} embeddings, its tokenizer's token {told}", remedy)
+    if beyond:
+        say_once(f"{path}: has {rows} embeddings, its tokenizer's token {told}: a text that holds it cannot be read")
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """The rows of the table of words; None where there is none to be seen."""
+    for module in model.modules():
+        asked: Any = getattr(module, "get_input_embeddings", None)
+        if asked is not None:
+            try:
+                table = asked()
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(table, nn.Embedding):
+                return table.num_embeddings
+    return None

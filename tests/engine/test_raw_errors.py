@@ -1,0 +1,162 @@
+"""What libraries would say in their own words, or not at all, is found at the start and told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lead_ds.cli.main import main
+from lead_ds.config import load_config
+from lead_ds.data.batches import Batches
+from lead_ds.data.collections.texts import Texts
+from lead_ds.data.groups.open import open_groups
+from lead_ds.data.reads import Reads
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, teacher_deepspeed_config
+from lead_ds.engine.training.resume import check_inputs
+from lead_ds.errors import InputError
+from lead_ds.models.vocabulary import check_vocabulary
+from lead_ds.retrieval.evaluate import open_encoder
+
+Configure = Callable[..., Path]
+ALONE: Any = type(
+    "Alone",
+    (),
+    {"rank": 0, "world": 1, "main": True, "from_main": lambda _, value: value, "all": lambda _, value: [value]},
+)()
+
+
+def test_a_pad_token_beyond_the_embeddings(rooms: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scorer, encoder = open_encoder(str(rooms / "student"), "cpu")
+    tokenizer = encoder.tokenizer
+    check_vocabulary(scorer, tokenizer, "student")
+    assert not capsys.readouterr().err
+    tokenizer.add_tokens(["a word of later"] * 1 + [f"later{i}" for i in range(1000)])
+    check_vocabulary(scorer, tokenizer, "student")
+    assert "embeddings, its tokenizer's token" in capsys.readouterr().err
+    tokenizer.add_special_tokens({"pad_token": "<a new pad>"})
+    with pytest.raises(InputError, match=r"student: has \d+ embeddings, its tokenizer's token '<a new pad>' is \d+"):
+        check_vocabulary(scorer, tokenizer, "student")
+
+
+@pytest.mark.parametrize(
+    ("tree", "name"),
+    [
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}}, "optimizer.params.betas"),
+    ],
+)
+def test_an_auto_that_nobody_fills_in(configure: Configure, tree: dict[str, Any], name: str) -> None:
+    config = load_config(configure(deepspeed={"student": tree}))
+    with pytest.raises(InputError, match=rf'^deepspeed.student: {name} is "auto"'):
+        student_deepspeed_config(config, torch.float32)
+
+
+def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
+    tree = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "fp16": {"enabled": "auto"},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+    }
+    config = load_config(configure(deepspeed={"student": tree}))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert '"auto"' not in json.dumps(student_deepspeed_config(config, dtype))
+    zero = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}
+    with pytest.raises(InputError, match=r"zero_optimization\.stage3_max_live_parameters"):
+        teacher_deepspeed_config(zero, torch.float32, hidden=8, local_world=1, offload="none", offload_path=None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_fp16_on_a_cpu(configure: Configure) -> None:
+    with pytest.raises(InputError, match=r"fp16 is for GPUs.*bf16, fp32 or auto"):
+        student_deepspeed_config(load_config(configure()), torch.float16)
+
+
+def test_half_a_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "\\ud83d"}\n')
+    with pytest.raises(InputError, match=r"corpus\.jsonl:1: not valid JSON: .*surrogate.*half a character"):
+        Texts.open(tmp_path / "corpus.jsonl", "corpus")
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "--model", "m", "caf\udce9"])
+    assert ended.value.code == 2
+    assert "an argument: is not UTF-8: 'caf\\udce9'" in capsys.readouterr().err
+
+
+START = "from lead_ds.engine.distributed.ranks import ranks\nfrom lead_ds.cli.main import main\n{}\nwith ranks(): pass"
+
+
+def environment(port: int, world: int) -> dict[str, str]:
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    return {**os.environ, **place, "MASTER_PORT": str(port)}
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-c", START.format("")], env=environment(port, 1), capture_output=True, text=True
+        )
+    assert f"RunError: MASTER_PORT {port}: is in use on this host" in done.stderr
+
+
+def test_who_waits_is_told_what_for() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", START.format("")], env=environment(port, 2), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        started = time.monotonic()
+        line = next(line for line in process.stderr if "has waited" in line)
+        assert "rank 0 on " in line
+        assert f"for all of 2 processes to meet at 127.0.0.1:{port}" in line
+        assert time.monotonic() - started < 300  # and not after half an hour
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_and_optimizer(configure: Configure, rooms: Path, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(rooms / "student", tmp_path / "student"))
+
+    def check(state: dict[str, Any], **sections: Any) -> None:
+        config = load_config(configure(student={"path": str(student)}, **sections))
+        reads = Reads(TextEncoder.from_config(config.student))
+        batches = Batches(open_groups(config.data), reads, None, config.data, config.train, seed=0, ranks=ALONE)
+        check_inputs(config, state, batches, ALONE)
+
+    optimizer = {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}
+    state: dict[str, Any] = {}
+    check(state, deepspeed={"student": {"optimizer": optimizer}})
+    check(state, deepspeed={"student": {"optimizer": optimizer, "zero_optimization": {"stage": 2}}})  # the same result
+    other = {"type": "AdamW", "params": {"betas": [0.9, 0.99]}}
+    with pytest.raises(InputError, match=r"files that have changed: deepspeed: optimizer"):
+        check(state, deepspeed={"student": {"optimizer": other}})
+    tree = json.loads((student / "tokenizer.json").read_text())
+    words = sorted(tree["model"]["vocab"], key=tree["model"]["vocab"].__getitem__)
+    words[-1], words[-2] = words[-2], words[-1]
+    tree["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    (student / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"files that have changed: tokenizer: student"):
+        check(state, deepspeed={"student": {"optimizer": optimizer}})
+    older = {"inputs": {name: told for name, told in state["inputs"].items() if name.startswith(("data", "teacher"))}}
+    check(older, deepspeed={"student": {"optimizer": other}})  # nothing is known of what it was
