@@ -58,9 +58,13 @@ class _AnyKind(TextConfig):
 class TeacherConfig(_AnyKind, Trained):
     """The model to learn from. Frozen unless `train`."""
 
-    kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker", "cached"] = Field(
-        description="cached: `path` is a folder that lead-ds teach wrote. Relevance: teacher losses compare a query with its "
-        "own passages; vectors (teach --vectors, of a dual_encoder): with every passage of the batch, as that model would"
+    kind: Literal["dual_encoder", "colbert", "cross_encoder", "llm_reranker", "cached", "scores"] = Field(
+        description="scores: those of the training file, with no other key but scale. cached: `path` is a folder that "
+        "lead-ds teach wrote. Relevance: teacher losses compare a query with its own passages; vectors (teach --vectors, of a "
+        "dual_encoder): with every passage of the batch, as that model would"
+    )
+    path: Annotated[Place, PLACE] = Field(
+        "", description="a model's directory or hub name, or a folder that lead-ds teach wrote"
     )
     placement: Annotated[Literal["auto", "replicate", "zero3"], PACE] = "auto"
     offload: Annotated[Literal["none", "cpu", "nvme"], PACE] = Field("none", description="where zero3 keeps the shards")
@@ -98,6 +102,14 @@ class TeacherConfig(_AnyKind, Trained):
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
+        if self.kind == "scores":
+            for name, field in type(self).model_fields.items():
+                if name not in ("kind", "scale") and getattr(self, name) != field.default:
+                    raise ValueError(f"{name} is nothing that scores have: take it out")
+            if self.scale == "cosine":
+                raise ValueError("scores have no cosine: set scale to none or standard")
+        elif not self.path:
+            raise ValueError("path is required: name the model, or the folder that lead-ds teach wrote")
         if self.offload != "none" and self.placement == "replicate":
             raise ValueError("offload needs placement: zero3")
         if self.compile and (self.placement == "zero3" or self.offload != "none"):

@@ -16,6 +16,7 @@ from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
 from lead_ds.settings.documents import in_yaml
 from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
 from lead_ds.settings.train import EvaluationConfig
+from lead_ds.teachers.open import teacher_class
 
 MAIN = "distilled"
 
@@ -132,8 +133,9 @@ class Recipe:
         """Add a stage of `warmup` or `distill`; `sources`: stages that give its models, lens and cache."""
         wiring, needs = self._wiring(groups, **sources)
         overrides, config = self._settings(name, {**flat(changes), **wiring})
-        if of == "teacher" and (config.teacher is None or config.teacher.kind in ("cached", "llm_reranker")):
-            what = f"a teacher of kind {config.teacher.kind if config.teacher else 'none'} cannot be warmed up"
+        kind = "none" if config.teacher is None else config.teacher.kind
+        if of == "teacher" and (kind in ("none", "llm_reranker") or not teacher_class(kind).computes):
+            what = f"a teacher of kind {kind} cannot be warmed up"
             raise InputError(
                 f"{self.path}: pipeline.teacher", what, "set pipeline.teacher=null: it is used as it comes"
             )
@@ -172,7 +174,7 @@ class Recipe:
             return ""
         wiring, needs = self._wiring(groups, teacher=teacher, lens=lens)
         overrides, config = self._settings(name, wiring)
-        if config.teacher is None or config.teacher.train or config.teacher.kind == "cached":
+        if config.teacher is None or config.teacher.train or not teacher_class(config.teacher.kind).computes:
             what = "reads a teacher that is there and stays as it is"
             raise InputError(
                 f"{self.path}: pipeline.{name}", what, "set teacher.train=false and name the teacher itself"
@@ -202,7 +204,8 @@ class Recipe:
     def _given(self, config: Config, wiring: Mapping[str, Any], groups: str, roles: Sequence[str]) -> Given:
         """The models, lens and groups that a command reads and no stage makes."""
         sections = {"student": config.student, "teacher": config.teacher}
-        paths = {role: section.path for role in roles if (section := sections[role]) and f"{role}.path" not in wiring}
+        given = {role: section.path for role in roles if (section := sections[role]) and section.path}
+        paths = {role: path for role, path in given.items() if f"{role}.path" not in wiring}
         tree = {f"{role} model": self.fingerprints.model(path) for role, path in paths.items()}
         if groups not in self.stages:
             tree["groups"] = config.data.train

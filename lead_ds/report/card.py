@@ -74,7 +74,7 @@ def model_card(config: Config, run: Path) -> str:
     lines = [*front_matter(student.kind, *(["knowledge-distillation"] if distilled else [])), f"# {title}", ""]
     if teacher is not None and distilled:
         path, kind = teacher.path, teacher.kind
-        if kind == "cached":  # the run knows whose relevance that is
+        if kind in ("cached", "scores"):  # the run knows whose relevance that is
             found = json.loads((run / "run.json").read_text("utf-8"))["teacher"]
             path, kind = found["path"], found["kind"]
         how = ", layer by layer" if config.losses.layer.weight > 0 or config.losses.attention.weight > 0 else ""

@@ -64,8 +64,9 @@ class Lesson:
 class Teacher(ABC):
     """Answers accumulation windows without gradient. Registered under the name that `teacher.kind` has.
 
-    Opened in three steps, so that what is wrong with the input is reported before any model is loaded: `settled` completes
-    the settings, `reads` says what the teacher is given of groups, `open` makes it ready. Every process calls each of them.
+    Opened step by step, so that what is wrong with the input is reported before any model is loaded: `settled` completes the
+    settings, `drawn` the groups, `reads` says what the teacher is given of them, `open` makes it ready. Every process calls
+    each of them.
     """
 
     Settings: ClassVar[type[Section]]
@@ -85,6 +86,11 @@ class Teacher(ABC):
     def files(cls, settings: Any) -> dict[str, Path]:
         """The files that decide what it says, by name: of a run that is resumed they must be what they were."""
         return {}
+
+    @classmethod
+    def drawn(cls, groups: Groups) -> Groups:
+        """The groups, as they are drawn for it. Raises InputError for groups of which it can say nothing."""
+        return groups
 
     @classmethod
     @abstractmethod

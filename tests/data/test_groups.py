@@ -244,6 +244,21 @@ def test_tevatron(opened: Callable[..., Any]) -> None:
     assert group.scores is None
 
 
+def test_tevatron_scores(opened: Callable[..., Any]) -> None:
+    scored = {
+        **TEVATRON,
+        "positive_passages": [{"docid": "a", "text": "x", "score": 2.5}],
+        "negative_passages": [{"docid": "c", "text": "z", "score": 1}, {"docid": "d", "text": "w", "score": None}],
+    }
+    group = opened([scored], negatives=2).draw(0, 0, 0)
+    found = dict(zip(group.passage_ids, group.scores.tolist(), strict=True))
+    assert (found["a"], found["c"]) == (2.5, 1)
+    assert np.isnan(found["d"])
+    scored["negative_passages"][0]["score"] = "1"
+    with pytest.raises(InputError, match=r":1: a 'score' in 'negative_passages' is not a number"):
+        opened([scored], negatives=1)
+
+
 def test_flagembedding_with_a_prompt_that_is_no_text(opened: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=r":1: the field 'prompt' is not a text"):
         opened([FLAG | {"prompt": 3}])

@@ -17,7 +17,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import read_judgements, refuse_conflict
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.drawing import Draw
-from lead_ds.data.groups.group import Group, KnownPositives, Pool
+from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, twin_of
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import Block, read_blocks
 from lead_ds.io.mapped import Arrays, cached_arrays, open_buffer, signature
@@ -41,7 +41,7 @@ class IdGroups:
         self._query, self._scores = arrays["query"], arrays["scores"]
         self._positives, self._positive_starts = arrays["positives"], arrays["positive_starts"]
         self._negatives, self._negative_starts = arrays["negatives"], arrays["negative_starts"]
-        self.has_scores = len(self._scores) > 0
+        self.has_scores, self._scored = len(self._scores) > 0, False
         groups, passages = arrays["same_groups"], arrays["same_passages"]
         same = {} if config.keep_identical else _by_group(groups, passages)
         self.identical = len(same)
@@ -70,7 +70,7 @@ class IdGroups:
         return cls(config, path, form, dataset, cached_arrays(path, form, key, built))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self._config, self.path, self._form)
+        return _reopened, (self._config, self.path, self._form, self._scored)
 
     def __len__(self) -> int:
         return len(self._query)
@@ -126,6 +126,42 @@ class IdGroups:
         """See `Groups.offered`."""
         return len(self._offered(row))
 
+    def where(self, row: int) -> str:
+        """See `Groups.where`. Reads the file, up to the row's record."""
+        first = 0
+        for block in read_blocks(self.path, open_buffer(self.path)) if self._form == "canonical" else ():
+            if row < first + len(block.records):
+                return f"{self.path}:{block.numbers[row - first]}"
+            first += len(block.records)
+        return str(self.path)
+
+    def scored(self) -> IdGroups:
+        """See `Groups.scored`."""
+        if not self.has_scores:
+            raise no_scores(self)
+        groups = self._only_scored()
+        positives = np.diff(groups._positive_starts)
+        for row in range(len(groups)):
+            refuse_unscored(groups, row, int(positives[row]), groups.offered(row), self._config.negatives)
+        return groups
+
+    def _only_scored(self) -> IdGroups:
+        """A copy without the passages that have no score, but with all known positives."""
+        groups, has = twin_of(self), np.isfinite(self._scores)
+        groups._scored = True
+        if has.all():
+            return groups
+        first, kept = 0, []
+        for name, starts in (("_positives", "_positive_starts"), ("_negatives", "_negative_starts")):
+            rows, bounds = getattr(self, name), getattr(self, starts)
+            some = has[first : first + len(rows)]
+            kept.append(self._scores[first : first + len(rows)][some])
+            setattr(groups, name, rows[some])
+            setattr(groups, starts, np.concatenate([[0], np.cumsum(some)])[bounds])
+            first += len(rows)
+        groups._scores = np.concatenate(kept)
+        return groups
+
     def _offered(self, row: int) -> np.ndarray:
         listed = self._negatives[int(self._negative_starts[row]) : int(self._negative_starts[row + 1])]
         return np.setdiff1d(listed, self._known.of(row))
@@ -135,6 +171,11 @@ class IdGroups:
         scores[0] = self._scores[chosen[0]]
         scores[1 : len(chosen)] = self._scores[len(self._positives) + np.array(chosen[1:], np.int64)]
         return scores
+
+
+def _reopened(config: DataConfig, path: Path, form: str, scored: bool) -> IdGroups:
+    groups = IdGroups.open(config, path, form)
+    return groups._only_scored() if scored else groups
 
 
 def _build_canonical(path: Path, corpus: Texts, queries: Texts) -> Arrays:

@@ -49,14 +49,25 @@ class TextGroups(ListedGroups):
         def build() -> Arrays:
             return index_records(records(), len(buffer), read, lambda number: f"{path}:{number}")
 
-        key = {"version": 2, "form": form, **signature(path)}
+        key = {"version": 3, "form": form, **signature(path)}
         return cls(config, path, form, read, buffer, cached_arrays(path, form, key, build))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self._config, self.path, self._form)
+        return _reopened, (self._config, self.path, self._form, self._scored)
+
+    def where(self, row: int) -> str:
+        """See `Groups.where`."""
+        before = self._buffer[: int(self._starts[row])].count(b"\n")
+        return f"{self.path}:{before + 1}"
 
     def _lines(self, row: int) -> Lines:
         span = self._buffer[int(self._starts[row]) : int(self._starts[row + 1])]
         if self._read.grouped:
             return self._read.join([loads(line) for line in span.split(b"\n") if line.strip()])
         return self._read.one(loads(span))
+
+
+def _reopened(config: DataConfig, path: Path, form: str, scored: bool) -> TextGroups:
+    groups = TextGroups.open(config, path, form)
+    groups._scored = scored
+    return groups

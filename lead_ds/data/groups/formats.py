@@ -16,7 +16,7 @@ Record = dict[str, Any]
 # What a record of each format looks like, as errors say it.
 FORMATS = {
     "texts": '{"query", "positives": [text], "negatives": [text], "scores": [number]}, scores if there are any',
-    "tevatron": '{"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages"}',
+    "tevatron": '{"query_id", "query", "positive_passages": [{"docid", "title", "text", "score"?}], "negative_passages"}',
     "flagembedding": '{"query", "pos": [text], "neg": [text]}, and pos_scores, neg_scores, prompt if there are any',
 }
 
@@ -47,6 +47,13 @@ class Lines:
     positives: list[Listed]
     negatives: list[Listed]
     name: str | None = None
+
+    def scored(self) -> Lines:
+        """The same without passages that have no score."""
+        positives, negatives = (
+            [passage for passage in some if math.isfinite(passage.score)] for some in (self.positives, self.negatives)
+        )
+        return Lines(self.query, positives, negatives, self.name)
 
 
 def is_query(lines: Lines, passage: Listed) -> bool:
@@ -90,10 +97,14 @@ def _tevatron(record: Record) -> Lines:
             raise Unusable(
                 f"the field {field!r} is not a list of passages with a text, and a title that is a text", shape
             )
+        given = [passage.get("score") for passage in found]
+        scores = [math.nan if score is None else score for score in given]
+        if not _numbers(scores):
+            raise Unusable(f"a 'score' in {field!r} is not a number", shape)
         lists.append(
             [
-                Listed(passage_text(passage.get("title"), passage["text"]), _optional(passage.get("docid")))
-                for passage in found
+                Listed(passage_text(passage.get("title"), passage["text"]), _optional(passage.get("docid")), score)
+                for passage, score in zip(found, scores, strict=True)
             ]
         )
     return Lines(query, lists[0], lists[1], _optional(record.get("query_id")))

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+
+from lead_ds.errors import InputError
+
+G = TypeVar("G")
 
 
 @dataclass
@@ -63,6 +67,38 @@ class Groups(Protocol):
         """How many negatives the row's pool has."""
         ...
 
+    def where(self, row: int) -> str:
+        """The file and line of a row, for errors."""
+        ...
+
+    def scored(self) -> Groups:
+        """The same groups, of which passages without a score are never drawn, nor random ones.
+
+        Raises InputError naming the file, and the line of a group with no scored positive or too few scored negatives.
+        """
+        ...
+
+
+def refuse_unscored(groups: Groups, row: int, positives: int, negatives: int, wanted: int) -> None:
+    """Raise InputError for a row that has too few passages with scores to be drawn."""
+    if positives and negatives >= wanted:
+        return
+    what = f"{negatives} negatives have a score, {wanted} are drawn" if positives else "no positive has a score"
+    remedy = "add scores, take the line out" + (", or lower data.negatives" if positives else "")
+    raise InputError(groups.where(row), what, remedy)
+
+
+def twin_of(groups: G) -> G:
+    """A shallow copy, which reads nothing: `copy` would open the files again, as a worker process does."""
+    twin = object.__new__(type(groups))
+    twin.__dict__.update(groups.__dict__)
+    return twin
+
+
+def no_scores(groups: Groups) -> InputError:
+    """What to raise for groups of which none has a score."""
+    return InputError(groups.path, "holds no scores", "name the model with teacher.kind and teacher.path instead")
+
 
 class KnownPositives:
     """All positives of a query, also those of other lines of the file that ask the same; and passages that are the query."""
@@ -90,6 +126,14 @@ class KnownPositives:
         query = self._queries[row]
         first, last = np.searchsorted(self._ordered, query, "left"), np.searchsorted(self._ordered, query, "right")
         return np.unique(np.concatenate([self._own(int(other)) for other in self._order[first:last]])).astype(np.int64)
+
+    def asked_again(self) -> np.ndarray:
+        """Of each row, whether another row asks the same. bool [n]."""
+        again = np.zeros(len(self._queries), bool)
+        if self._order is not None and self._ordered is not None:
+            same = self._ordered[1:] == self._ordered[:-1]
+            again[self._order[1:][same]] = again[self._order[:-1][same]] = True
+        return again
 
     def leave(self, passages: int, wanted: int) -> bool:
         """Whether every query has `wanted` of `passages` that are not its known positives."""

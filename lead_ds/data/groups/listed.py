@@ -13,7 +13,7 @@ import numpy as np
 
 from lead_ds.data.groups.drawing import Draw
 from lead_ds.data.groups.formats import Lines, Listed, Reader, Record, Unusable, is_query, key_of
-from lead_ds.data.groups.group import Group, KnownPositives, Pool
+from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, twin_of
 from lead_ds.errors import InputError
 from lead_ds.io.mapped import Arrays
 
@@ -27,6 +27,7 @@ class ListedGroups(ABC):
     """
 
     sources: dict[str, Path]
+    checksums: dict[str, str]
 
     def __init__(self, path: Path, arrays: Arrays, wanted: int, keep_identical: bool = False) -> None:
         self.path, self._starts, self._wanted = path, arrays["starts"], wanted
@@ -34,6 +35,11 @@ class ListedGroups(ABC):
         self.identical = 0 if keep_identical else int(arrays["identical"][0])
         self._keep_identical = keep_identical
         self._known = KnownPositives(arrays["query"], arrays["positive_starts"], arrays["positives"])
+        self._scores_listed, self._scored = arrays["scored"].reshape(-1, 2), False
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """See `Groups.where`."""
 
     @abstractmethod
     def _lines(self, row: int) -> Lines:
@@ -45,7 +51,7 @@ class ListedGroups(ABC):
     def draw(self, row: int, seed: int, epoch: int) -> Group:
         """See `Groups.draw`. Negatives come from the row, then from other rows at random; none is a positive."""
         draw = Draw(seed, epoch, row)
-        lines = self._lines(row)
+        lines = self._drawable(row)
         known = self._known_of(lines, row)
         passages = [lines.positives[draw.below(len(lines.positives))]]
         keys = [passages[0].key]
@@ -79,7 +85,7 @@ class ListedGroups(ABC):
 
     def pool(self, row: int) -> Pool:
         """See `Groups.pool`."""
-        lines = self._lines(row)
+        lines = self._drawable(row)
         passages = {passage.key: passage.text for passage in lines.positives} | self._offered(lines, row)
         return Pool(lines.query, np.array(list(passages), np.int64), list(passages.values()))
 
@@ -90,7 +96,24 @@ class ListedGroups(ABC):
 
     def offered(self, row: int) -> int:
         """See `Groups.offered`."""
-        return len(self._offered(self._lines(row), row))
+        return len(self._offered(self._drawable(row), row))
+
+    def scored(self) -> ListedGroups:
+        """See `Groups.scored`. Reads those rows alone whose negatives may also be positives of another row."""
+        if not self.has_scores:
+            raise no_scores(self)
+        groups = twin_of(self)
+        groups._scored = True
+        wanted, doubtful = self._wanted, self._known.asked_again()
+        for row, (positives, negatives) in enumerate(self._scores_listed.tolist()):
+            if negatives < wanted or doubtful[row]:
+                negatives = groups.offered(row)
+            refuse_unscored(groups, row, positives, negatives, wanted)
+        return groups
+
+    def _drawable(self, row: int) -> Lines:
+        lines = self._lines(row)
+        return lines.scored() if self._scored else lines
 
     def _offered(self, lines: Lines, row: int) -> dict[int, str]:
         known = set(self._known_of(lines, row).tolist())
@@ -143,7 +166,9 @@ def index_records(
     positives: list[int] = []
     positive_starts = [0]
     identical: list[bool] = []
-    scored = False
+    scored: list[list[int]] = []  # positives, and different negatives, that have a score
+    negatives: set[int] = set()
+    has_scores = False
     opened = (0, "")  # number and query of the group at hand
     for start, number, record in records:
         try:
@@ -154,20 +179,27 @@ def index_records(
             _refuse_without_positive(positive_starts, positives, opened, where)
             starts.append(start)
             identical.append(False)
+            scored.append([0, 0])
+            negatives = set()
             queries.append(key_of(lines.query if lines.name is None else lines.name))
             positive_starts.append(len(positives))
             opened = (number, lines.query)
         positives += [passage.key for passage in lines.positives]
         positive_starts[-1] = len(positives)
         identical[-1] |= any(is_query(lines, passage) for passage in lines.negatives)
-        scored = scored or any(p.score == p.score for p in (*lines.positives, *lines.negatives))  # NaN: none
+        having = lines.scored()
+        has_scores = has_scores or bool(having.positives or having.negatives)
+        negatives.update(passage.key for passage in having.negatives if not is_query(lines, passage))
+        scored[-1][0] += len(having.positives)
+        scored[-1][1] = len(negatives.difference(positives[positive_starts[-2] :]))
     _refuse_without_positive(positive_starts, positives, opened, where)
     return {
         "starts": np.array([*starts, end], np.int64),
         "query": np.array(queries, np.int64),
         "positives": np.array(positives, np.int64),
         "positive_starts": np.array(positive_starts, np.int64),
-        "has_scores": np.array([scored]),
+        "has_scores": np.array([has_scores]),
+        "scored": np.array(scored, np.int32).reshape(-1),
         # As a negative of its own row, or as a passage of another, which a batch compares it with.
         "identical": np.array([int((np.isin(queries, positives) | np.array(identical, bool)).sum())]),
     }

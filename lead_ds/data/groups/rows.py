@@ -79,6 +79,10 @@ class RowGroups(ListedGroups):
         arrays = index_records(records(), len(rows), read, lambda number: f"{NAME}[{number}]")
         return cls(rows, read, arrays, digest.hexdigest(), negatives)
 
+    def where(self, row: int) -> str:
+        """See `Groups.where`."""
+        return f"{NAME}[{int(self._starts[row])}]"
+
     def _lines(self, row: int) -> Lines:
         first, last = int(self._starts[row]), int(self._starts[row + 1])
         if not self._read.grouped:

@@ -175,6 +175,8 @@ def open_inputs(
 ) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
     """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
     groups = given.groups or open_groups(config.data)
+    if uses_teacher and config.teacher:
+        groups = teacher_class(config.teacher.kind).drawn(groups)
     student_text = TextEncoder.from_config(config.student)
     batches = open_batches(config, groups, student_text, uses_teacher, ranks)
     batches.check(compared(config, ranks.world))

@@ -11,6 +11,7 @@ from lead_ds.config.load import parse_config
 from lead_ds.engine.training.distill import train
 from lead_ds.errors import InputError
 from lead_ds.settings.parse import load_tree
+from lead_ds.teachers.open import teacher_class
 
 
 def warmup(
@@ -65,8 +66,9 @@ def trained(teacher: TeacherConfig | None) -> dict[str, Any]:
     """A teacher's section as that of a student."""
     if teacher is None:
         raise InputError("teacher", "is missing", "add the section, or warm up the student: --of student")
-    if teacher.kind == "cached":
-        raise InputError("teacher.kind", "a cached teacher has no weights to train", "name the model and its kind")
+    if not teacher_class(teacher.kind).computes:
+        what = f"a teacher of kind {teacher.kind} has no weights to train"
+        raise InputError("teacher.kind", what, "name the model and its kind")
     if teacher.kind == "llm_reranker":
         raise InputError(
             "teacher.kind",
