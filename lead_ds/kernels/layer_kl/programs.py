@@ -20,7 +20,7 @@ _HIDDEN_BELOW = tl.constexpr(-1e19)
 # What a share of the passages leaves behind per row: maximum and sum of each side, KL sum, sum at temperature 1, target.
 _STATISTICS = tl.constexpr(7)
 # Arguments that are not specialised: each value that is 1 or a multiple of 16 would be a build of its own.
-_COUNTS = ["layers", "queries", "passages", "shares", "tiles_per_share", "map_size", "first_layer", "chunk_start"]
+_COUNTS = ["layers", "queries", "passages", "shares", "tiles_per_share", "first_layer", "chunk_start"]
 
 
 @triton.jit

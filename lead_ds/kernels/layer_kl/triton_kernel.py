@@ -70,7 +70,7 @@ _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
         (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
     },
     ADA: {
-        (2, "small"): ScoreTiles(64, 32, 64, 4, 3),
+        (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
         (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
         (2, "large, crowded"): ScoreTiles(128, 64, 32, 8, 3),
         (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
@@ -78,7 +78,7 @@ _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
         (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
     },
     AMPERE: {
-        (2, "small"): ScoreTiles(64, 32, 64, 4, 3),
+        (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
         (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
         (2, "large, crowded"): ScoreTiles(128, 64, 32, 8, 3),
         (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
@@ -97,8 +97,8 @@ _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
 # Tiles of the one-launch backward pass, by element size.
 _GRADIENT: dict[int, dict[int, ScoreTiles]] = {
     CDNA: {2: ScoreTiles(64, 32, 64, 4, 1), 4: ScoreTiles(32, 32, 64, 4, 1)},
-    ADA: {2: ScoreTiles(64, 64, 64, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
-    AMPERE: {2: ScoreTiles(64, 64, 64, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
+    ADA: {2: ScoreTiles(64, 64, 64, 8, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
+    AMPERE: {2: ScoreTiles(64, 64, 64, 8, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
     HOPPER: {2: ScoreTiles(64, 64, 128, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
 }
 
@@ -411,7 +411,7 @@ def aot_variants(shared: int) -> Iterator[Variant]:
     common |= dict.fromkeys(("maps_ptr", "shares_ptr", "lse_ptr", "kl_ptr", "nll_ptr", "grad_ptr"), "*fp32")
     sides = [f"{side}_{what}_ptr" for side in ("tq", "td", "sq", "sd") for what in ("inverse", "weight")]
     common |= dict.fromkeys(sides, "*fp32") | {"target_ptr": "*i64", "mask_ptr": "*u8"}
-    aligned_counts = ("teacher_width", "student_width", "width", "map_stride", "mask_stride")
+    aligned_counts = ("teacher_width", "student_width", "width", "map_stride", "map_size", "mask_stride")
     vectors = ("tq_ptr", "td_ptr", "sq_ptr", "sd_ptr", "residual_ptr")
 
     def variant(fn: Any, name: str, dtype: str, constexprs: dict[str, Any], tiles: ScoreTiles, dots: bool) -> Variant:

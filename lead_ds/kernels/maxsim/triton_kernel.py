@@ -87,7 +87,7 @@ _SCATTER: dict[int, dict[int, ScatterTiles]] = {
     AMPERE: {2: ScatterTiles(128, 32, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
     HOPPER: {2: ScatterTiles(128, 64, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
 }
-# The gather of winners: query rows and passages at once. Their product is the number of rows in flight.
+# The gather of winners: query rows and passages at once (half as many with lengths). Their product is the rows in flight.
 _GATHER_ROWS, _GATHER_PASSAGES, _GATHER_WARPS = 4, 32, 8
 _WHOLE_WIDTH = 128
 
@@ -187,7 +187,7 @@ def backward(
         width,
         HAS_SCALES=cosine,
         BLOCK_ROWS=_GATHER_ROWS,
-        BLOCK_PASSAGES=_GATHER_PASSAGES,
+        BLOCK_PASSAGES=_GATHER_PASSAGES // (1 + cosine),
         BLOCK_WIDTH=block_width,
         num_warps=_GATHER_WARPS,
     )
@@ -315,7 +315,11 @@ def aot_variants(shared: int) -> Iterator[Variant]:
                 yield variant(
                     passage_gradient_kernel, f"passage-gradient-{dtype}-d{width}", constants, scatter[3:], True
                 )
-                constants = {"BLOCK_ROWS": _GATHER_ROWS, "BLOCK_PASSAGES": _GATHER_PASSAGES, "HAS_SCALES": cosine}
+                constants = {
+                    "BLOCK_ROWS": _GATHER_ROWS,
+                    "BLOCK_PASSAGES": _GATHER_PASSAGES // (1 + cosine),
+                    "HAS_SCALES": cosine,
+                }
                 constants["BLOCK_WIDTH"] = min(128, triton.next_power_of_2(width))
                 name = f"query-gradient-{dtype}-d{width}"
                 yield variant(query_gradient_kernel, name, constants, (_GATHER_WARPS, 3), False)
