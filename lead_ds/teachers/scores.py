@@ -17,14 +17,13 @@ from lead_ds.data.reads import ModelBatch, Reads
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.relevance import Scale, ScoreFeatures
-from lead_ds.settings.base import Section
-from lead_ds.teachers.teacher import TEACHERS, Lesson, Teacher, TeacherView
+from lead_ds.teachers.teacher import TEACHERS, Lesson, Teacher, TeacherSettings, TeacherView
 
 
-class ScoresSettings(Section):
+class ScoresSettings(TeacherSettings):
     """Settings of scores of the training file."""
 
-    kind: Literal["scores"] = "scores"
+    kind: Literal["scores"]
     scale: Literal["none", "standard"] = Field("none", description="as the file gives them, or z-scores per query")
 
 

@@ -26,6 +26,21 @@ Gift = Literal["final", "layers", "features", "attention"]
 """What a loss may read of a teacher: relevance of its final state, of its layers; vectors or token states; attention maps."""
 
 
+class TeacherSettings(Section):
+    """Settings of a teacher that is no model of ours: what is asked of a model's section, it answers for all of them."""
+
+    kind: str
+
+    path: ClassVar[str] = ""  # of a folder whose files decide what it says
+    weights: ClassVar[str] = "pretrained"
+    train: ClassVar[bool] = False
+    lr: ClassVar[float | None] = None
+    batch_size: ClassVar[int | None] = None
+    passes: ClassVar[int | None] = None
+    lens: ClassVar[str] = "head"
+    lens_path: ClassVar[str | None] = None
+
+
 @dataclass(frozen=True)
 class TeacherView:
     """What the teacher says of a window: final (K = 1) and selected layers' features; taps of each batch where requested."""
@@ -69,7 +84,7 @@ class Teacher(ABC):
     each of them.
     """
 
-    Settings: ClassVar[type[Section]]
+    Settings: ClassVar[type[Section]]  # of a model: its role's and kind's; else a subclass of TeacherSettings
     gives: ClassVar[frozenset[Gift]]  # the most that a teacher of the kind can give
     computes: ClassVar[bool] = False  # runs a model, which takes memory and may be begun a window early
 
