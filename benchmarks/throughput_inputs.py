@@ -13,7 +13,7 @@ from lead_ds.config import Config
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.distill import open_inputs
-from lead_ds.losses.selection import select_layers
+from lead_ds.losses.selection import NO_LAYERS, Depths
 from lead_ds.models.backbone import find_layers, read_model_config
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import pad_tokens
@@ -53,7 +53,7 @@ class Inputs:
     def layers(self, step: int) -> tuple[list[int], list[int]]:
         """The layers that lead-ds compares at a step."""
         depths = [read_depth(settings) for settings in (self.config.teacher, self.config.student)]
-        return select_layers(self.config.losses.layer, *depths, seed=self.config.seed, step=step)
+        return self.config.losses.pairs(Depths(*depths, self.config.seed), step).get("layer", NO_LAYERS)
 
     def _step(self, step: int) -> list[Texts]:
         batches, encoder = self.batches, self.batches.student.encoder

@@ -29,6 +29,7 @@ from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.ahead import with_next
 from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher, with_settled_teacher
 from lead_ds.engine.training.loop import Training
+from lead_ds.engine.training.objective import build_objective
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
 from lead_ds.models.backbone import load_model
 from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
@@ -134,11 +135,12 @@ class LeadDS(Runner):
         student = load_student(config.student, self.student_dtype)
         trainee = Trainee(student).to(ranks.device)
         fit_attention(trainee, config, batches, self.student_dtype, ranks)
-        engine = build_engine(trainee, config, self.student_dtype, ranks)
         self.teacher: Teacher | None = None
         if uses_teacher:
             with _made_on(ranks.device, config):
                 self.teacher = open_teacher(config, batches, ranks)
+        trainee.losses = build_objective(config, student, None, self.teacher, batches, ranks)
+        engine = build_engine(trainee, config, self.student_dtype, ranks)
         if isinstance(self.teacher, FrozenTeacher):
             assert config.teacher is not None
             self.teacher_dtype = teacher_dtype(config.teacher, ranks.device)

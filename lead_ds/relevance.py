@@ -2,7 +2,7 @@
 
 A model says of a micro-batch, for each of K selected layers, how relevant passages are to queries. Three forms of
 features carry that: pooled vectors (dual encoder), token states (ColBERT) and scores (cross-encoder, decoder reranker).
-Each gives a `Relevance`, [K, Q, P]; nothing past this file knows which family a model is of.
+Each gives a `Relevance`, [K, Q, P]; nothing past this file need know which family a model is of.
 
 Dimensions: K selected layers, Q queries, P passages, N passages of each query (its group: the positive first), L tokens,
 D width. In a batch, passage j of query i is row i*N + j.
@@ -10,9 +10,10 @@ D width. In a batch, passage j of query i is row i*N + j.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,10 +66,93 @@ class Relevance:
         return Relevance(logits, factors=factors, mask_QP=self.mask, cosine=self.cosine)
 
 
+class Gather(Protocol):
+    """Joins what several processes hold of a batch."""
+
+    def along(self, x: Tensor, dim: int) -> Tensor:
+        """`x` of every process, joined along `dim` in order of rank; equal shapes everywhere; carries gradient."""
+
+    def largest(self, n: int, device: torch.device) -> int:
+        """The largest of every process's `n`."""
+
+
+F = TypeVar("F", bound="Features")
+
+
+class Features(ABC):
+    """What a model says of a micro-batch's texts, K layers at once. Immutable: every method gives new features.
+
+    `scale`: what its relevance is put through. `grouped`: it knows only of a query's own passages.
+    """
+
+    grouped: ClassVar[bool] = False
+    _states: ClassVar[tuple[str, ...]]  # fields that begin with dimension K and may carry gradient
+    scale: Scale
+
+    @property
+    @abstractmethod
+    def queries(self) -> int:
+        """Q."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the features live."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int | None:
+        """D, the width of its vectors; None where there are only scores."""
+
+    @abstractmethod
+    def micro(self: F, start: int, stop: int, group: int) -> F:
+        """Queries start..stop and their own passages."""
+
+    @abstractmethod
+    def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
+        """Every query against every passage: [K, Q, P]."""
+
+    @abstractmethod
+    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+        """Every query against its own N passages: [K, Q, N]."""
+
+    @abstractmethod
+    def merged(self: F, others: Sequence[F]) -> F:
+        """These and the features of the batch's next slices, joined in order; token states are padded to the longest."""
+
+    @abstractmethod
+    def gathered(self: F, over: Gather) -> F:
+        """With the passages of every process; queries stay this one's own."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+
+    def detach(self: F) -> F:
+        """Without gradient."""
+        return self._changed(Tensor.detach)
+
+    def at(self: F, places: Sequence[int]) -> F:
+        """Of the layers at `places` of K, in that order."""
+        if list(places) == list(range(len(getattr(self, self._states[0])))):
+            return self
+        # Not by a list of indices, which a GPU would have to wait for.
+        return self._changed(lambda x_K: torch.stack([x_K[place] for place in places]))
+
+    def truncated(self: F, width: int) -> F:
+        """The first `width` dimensions of its vectors; scores stay as they are."""
+        return self if self.width is None else self._changed(lambda x_KD: x_KD[..., :width])
+
+    def _changed(self: F, change: Callable[[Tensor], Tensor]) -> F:
+        changes: dict[str, Any] = {name: change(getattr(self, name)) for name in self._states}
+        return replace(self, **changes)  # type: ignore[type-var]  # every subclass is a dataclass
+
+
 @dataclass(frozen=True)
-class VectorFeatures:
+class VectorFeatures(Features):
     """One pooled vector per layer and text: q_KQD [K, Q, D], p_KPD [K, P, D]."""
 
+    _states = ("q_KQD", "p_KPD")
     q_KQD: Tensor
     p_KPD: Tensor
     scale: Scale = "none"
@@ -82,6 +166,11 @@ class VectorFeatures:
     def device(self) -> torch.device:
         """Where the features live."""
         return self.q_KQD.device
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.q_KQD.shape[2]
 
     def micro(self, start: int, stop: int, group: int) -> VectorFeatures:
         """Queries start..stop and their own passages."""
@@ -101,11 +190,23 @@ class VectorFeatures:
         scores_KQN = torch.einsum("kqd,kqnd->kqn", q_KQD, p_KQND)
         return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
 
+    def merged(self, others: Sequence[VectorFeatures]) -> VectorFeatures:
+        """See `Features`."""
+        if not others:
+            return self
+        parts = [self, *others]
+        return replace(self, q_KQD=torch.cat([f.q_KQD for f in parts], 1), p_KPD=torch.cat([f.p_KPD for f in parts], 1))
+
+    def gathered(self, over: Gather) -> VectorFeatures:
+        """See `Features`."""
+        return replace(self, p_KPD=over.along(self.p_KPD, 1))
+
 
 @dataclass(frozen=True)
-class TokenFeatures:
+class TokenFeatures(Features):
     """Token states: q_KQLD [K, Q, Lq, D] with q_mask_QL, p_KPLD [K, P, Lp, D] with p_mask_PL (1: a token that counts)."""
 
+    _states = ("q_KQLD", "p_KPLD")
     q_KQLD: Tensor
     q_mask_QL: Tensor
     p_KPLD: Tensor
@@ -121,6 +222,11 @@ class TokenFeatures:
     def device(self) -> torch.device:
         """Where the features live."""
         return self.q_KQLD.device
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.q_KQLD.shape[3]
 
     def micro(self, start: int, stop: int, group: int) -> TokenFeatures:
         """Queries start..stop and their own passages."""
@@ -152,11 +258,36 @@ class TokenFeatures:
         scores_KQN = (best * self.q_mask_QL[None, :, None, :].to(best.dtype)).sum(-1)
         return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
 
+    def merged(self, others: Sequence[TokenFeatures]) -> TokenFeatures:
+        """See `Features`."""
+        if not others:
+            return self
+        parts = [self, *others]
+        lq, lp = max(f.q_KQLD.shape[2] for f in parts), max(f.p_KPLD.shape[2] for f in parts)
+        return replace(
+            self,
+            q_KQLD=torch.cat([pad_tokens(f.q_KQLD, 2, lq) for f in parts], 1),
+            q_mask_QL=torch.cat([pad_tokens(f.q_mask_QL, 1, lq) for f in parts]),
+            p_KPLD=torch.cat([pad_tokens(f.p_KPLD, 2, lp) for f in parts], 1),
+            p_mask_PL=torch.cat([pad_tokens(f.p_mask_PL, 1, lp) for f in parts]),
+        )
+
+    def gathered(self, over: Gather) -> TokenFeatures:
+        """See `Features`. Processes pad to their own longest passage, so they agree on the longest of all first."""
+        length = over.largest(self.p_KPLD.shape[2], self.device)
+        return replace(
+            self,
+            p_KPLD=over.along(pad_tokens(self.p_KPLD, 2, length), 1),
+            p_mask_PL=over.along(pad_tokens(self.p_mask_PL, 1, length), 0),
+        )
+
 
 @dataclass(frozen=True)
-class ScoreFeatures:
+class ScoreFeatures(Features):
     """Scores of a query's own passages: s_KQN [K, Q, N]. Such a model knows nothing of other queries' passages."""
 
+    grouped = True
+    _states = ("s_KQN",)
     s_KQN: Tensor
     scale: Scale = "none"
 
@@ -170,6 +301,11 @@ class ScoreFeatures:
         """Where the features live."""
         return self.s_KQN.device
 
+    @property
+    def width(self) -> None:
+        """There are no vectors."""
+        return None
+
     def micro(self, start: int, stop: int, group: int) -> ScoreFeatures:
         """Queries start..stop."""
         return replace(self, s_KQN=self.s_KQN[:, start:stop])
@@ -179,8 +315,17 @@ class ScoreFeatures:
         scores = self.s_KQN.float()
         return Relevance(standardised(scores) if self.scale == "standard" else scores)
 
+    def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
+        """Raises ValueError: see `group_relevance`."""
+        raise ValueError("scores say nothing of other queries' passages: use group_relevance")
 
-Features = VectorFeatures | TokenFeatures | ScoreFeatures
+    def merged(self, others: Sequence[ScoreFeatures]) -> ScoreFeatures:
+        """See `Features`."""
+        return replace(self, s_KQN=torch.cat([f.s_KQN for f in (self, *others)], 1)) if others else self
+
+    def gathered(self, over: Gather) -> ScoreFeatures:
+        """Themselves: no query meets another process's passages."""
+        return self
 
 
 def _scaled(q: Tensor, p: Tensor, cosine: bool = False) -> tuple[Tensor, Tensor]:
@@ -198,28 +343,6 @@ def standardised(logits_KQP: Tensor, mask_QP: Tensor | None = None) -> Tensor:
     centred = logits_KQP - (logits_KQP * keep).sum(-1, keepdim=True) / count
     variance = (centred.square() * keep).sum(-1, keepdim=True) / count
     return centred / variance.clamp_min(1e-12).sqrt()  # clamped inside: the root's gradient at 0 is infinite
-
-
-def merge(parts: Sequence[Features]) -> Features:
-    """Features of consecutive slices of a batch, joined in order; token states are padded to the longest."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, VectorFeatures):
-        rest = [part for part in parts if isinstance(part, VectorFeatures)]
-        return replace(first, q_KQD=torch.cat([f.q_KQD for f in rest], 1), p_KPD=torch.cat([f.p_KPD for f in rest], 1))
-    if isinstance(first, ScoreFeatures):
-        scores = [part for part in parts if isinstance(part, ScoreFeatures)]
-        return replace(first, s_KQN=torch.cat([f.s_KQN for f in scores], 1))
-    tokens = [part for part in parts if isinstance(part, TokenFeatures)]
-    lq, lp = max(f.q_KQLD.shape[2] for f in tokens), max(f.p_KPLD.shape[2] for f in tokens)
-    return replace(
-        first,
-        q_KQLD=torch.cat([pad_tokens(f.q_KQLD, 2, lq) for f in tokens], 1),
-        q_mask_QL=torch.cat([pad_tokens(f.q_mask_QL, 1, lq) for f in tokens]),
-        p_KPLD=torch.cat([pad_tokens(f.p_KPLD, 2, lp) for f in tokens], 1),
-        p_mask_PL=torch.cat([pad_tokens(f.p_mask_PL, 1, lp) for f in tokens]),
-    )
 
 
 def pad_tokens(x: Tensor, dim: int, length: int) -> Tensor:

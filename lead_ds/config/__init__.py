@@ -1,14 +1,7 @@
 """The configuration: one pydantic tree (`schema`), read from YAML with `key=value` overrides (`load`)."""
 
 from lead_ds.config.load import load_config, save_config
-from lead_ds.config.losses import (
-    AttentionLoss,
-    ContrastiveLoss,
-    LayerLoss,
-    LossesConfig,
-    MarginMSELoss,
-    ResponseLoss,
-)
+from lead_ds.config.losses import LossesConfig, losses_section
 from lead_ds.config.schema import Config, StudentConfig, TeacherConfig
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.mining import MineSettings
@@ -17,28 +10,24 @@ from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, Pipeline
 from lead_ds.settings.train import DeepSpeedFiles, EvaluationConfig, MonitorConfig, ProfileConfig, TrainConfig
 
 __all__ = [
-    "AttentionLoss",
     "Config",
-    "ContrastiveLoss",
     "DataConfig",
     "DeepSpeedFiles",
     "EvaluateStage",
     "EvaluationConfig",
-    "LayerLoss",
     "LensStage",
     "LossesConfig",
-    "MarginMSELoss",
     "MineSettings",
     "Mining",
     "ModelConfig",
     "MonitorConfig",
     "PipelineConfig",
     "ProfileConfig",
-    "ResponseLoss",
     "StudentConfig",
     "TeachStage",
     "TeacherConfig",
     "TrainConfig",
     "load_config",
+    "losses_section",
     "save_config",
 ]

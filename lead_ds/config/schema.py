@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lead_ds.config.losses import LossesConfig
+from lead_ds.config.losses import AnyLosses, losses_section
 from lead_ds.settings.base import BITS, PACE, PLACE, Means, NonNegative, Place, Positive, Section, Seed
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.model import TextConfig
@@ -157,7 +157,7 @@ class Config(Section):
     teacher: TeacherConfig | None = None
     student: StudentConfig
     data: DataConfig
-    losses: LossesConfig = LossesConfig()
+    losses: AnyLosses = Field(default_factory=lambda: losses_section()())
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
@@ -215,8 +215,10 @@ class Config(Section):
             if self.train.grad_cache is not None and (isinstance(model, StudentConfig) or model.train):
                 raise ValueError(f"train.grad_cache makes passes of its own: set {key}.passes to null")
         if self.losses.needs_teacher and self.teacher is None:
-            raise ValueError("a teacher section is missing: response, margin_mse, layer and attention losses read one")
-        if self.losses.attention.weight > 0:
+            readers = ", ".join(self.losses.needing("final", "layers", "features", "attention"))
+            raise ValueError(f"a teacher section is missing: {readers} of losses read one")
+        maps = " and ".join(f"losses.{name}.weight: 0" for name in self.losses.needing("attention"))
+        if maps:
             for key, value in (
                 ("train.grad_cache", self.train.grad_cache),
                 ("student.passes", self.student.passes),
@@ -225,13 +227,11 @@ class Config(Section):
             ):
                 if value is not None:
                     off = "false" if value is True else "null"
-                    raise ValueError(f"{key} has no attention maps: set it to {off}, or losses.attention.weight: 0")
-        if self.teacher is not None and self.teacher.train and self.losses.layer.select == "informative":
+                    raise ValueError(f"{key} has no attention maps: set it to {off}, or {maps}")
+        if self.teacher is not None and self.teacher.train and self.losses.informative is not None:
             raise ValueError(
                 "select: informative measures a frozen teacher once: set teacher.train: false, or another select"
             )
-        if self.teacher is not None and self.teacher.kind == "cached" and self.losses.attention.weight > 0:
-            raise ValueError(
-                "a cached teacher has no attention maps: set losses.attention.weight: 0, or name the model itself"
-            )
+        if self.teacher is not None and self.teacher.kind == "cached" and maps:
+            raise ValueError(f"a cached teacher has no attention maps: set {maps}, or name the model itself")
         return self

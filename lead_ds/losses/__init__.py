@@ -1,21 +1,39 @@
-"""Divergences between a teacher's and a student's relevance, and the objective that sums them.
+"""Losses: what a student is trained by, one file each, with its settings, its formula and its module.
 
-Knows relevance only: no model, no text, no process. Temperatures divide logits; every KL is in nats.
+Knows relevance and features only: no model, no text, no process. Temperatures divide logits; every KL is in nats.
 """
 
-from lead_ds.losses.attention import TextTaps, attention_loss, pair_taps
-from lead_ds.losses.contrastive import contrastive_loss
+from lead_ds.losses.attention import Attention, TextTaps, attention_loss, pair_taps
+from lead_ds.losses.contrastive import Contrastive, contrastive_loss
 from lead_ds.losses.divergence import entropy, relevance_kl
-from lead_ds.losses.layer import LayerKLOutput, layer_relevance_kl
-from lead_ds.losses.margin import margin_mse
-from lead_ds.losses.objective import Objective, ObjectiveOutput, Views
-from lead_ds.losses.response import response_kl
-from lead_ds.losses.selection import informative_layers, select_layers
+from lead_ds.losses.layer import Layer, LayerKLOutput, layer_relevance_kl
+from lead_ds.losses.loss import LOSSES, Loss, Losses, LossSettings, LossShape, ModelFacts, Need, register
+from lead_ds.losses.margin_mse import MarginMSE, margin_mse
+from lead_ds.losses.objective import Asked, Objective, ObjectiveOutput
+from lead_ds.losses.response import Response, response_kl
+from lead_ds.losses.selection import Depths, informative_layers
+from lead_ds.losses.views import Scope, Side, Views
 
 __all__ = [
+    "LOSSES",
+    "Asked",
+    "Attention",
+    "Contrastive",
+    "Depths",
+    "Layer",
     "LayerKLOutput",
+    "Loss",
+    "LossSettings",
+    "LossShape",
+    "Losses",
+    "MarginMSE",
+    "ModelFacts",
+    "Need",
     "Objective",
     "ObjectiveOutput",
+    "Response",
+    "Scope",
+    "Side",
     "TextTaps",
     "Views",
     "attention_loss",
@@ -25,7 +43,7 @@ __all__ = [
     "layer_relevance_kl",
     "margin_mse",
     "pair_taps",
+    "register",
     "relevance_kl",
     "response_kl",
-    "select_layers",
 ]

@@ -5,49 +5,52 @@ Dimensions: K layer pairs, B texts, H heads, L tokens, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Protocol
+from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lead_ds.config import AttentionLoss
 from lead_ds.errors import InputError
 from lead_ds.kernels import attention_kl, grouped_attention_kl, interaction_attention
+from lead_ds.losses.loss import Loss, LossSettings, register
+from lead_ds.losses.selection import selecting
+from lead_ds.losses.views import Tap, Views
 from lead_ds.relevance import Impl
+from lead_ds.settings.base import Positive, Temperature
+from lead_ds.settings.modes import refusal
 
 WHERE = "losses.attention"
 
 
-class Tap(Protocol):
-    """What one layer's attention read: q [B, H, L, d], k (fewer heads: grouped queries), mask [B, L] (1: a token).
+class AttentionSettings(LossSettings):
+    """Attention-distribution KL (or MSE) between selected layers."""
 
-    causal: later keys are hidden; window: so are keys farther than that many positions (None: none).
-    """
+    form: Literal["self", "interaction"] = Field(
+        "self", description="self: attention maps of each text; interaction: query tokens over passage tokens"
+    )
+    divergence: Literal["kl", "mse"] = Field("kl", description="mse: interaction form only")
+    heads: Literal["relation", "mean", "pair"] = Field(
+        "relation", description="relation: MiniLMv2 relation heads; mean: averaged maps; pair: one to one"
+    )
+    relation_heads: Positive | None = Field(None, description="heads: relation; null: the student's number of heads")
+    temperature: Temperature = 1.0
 
-    @property
-    def q(self) -> Tensor: ...
-    @property
-    def k(self) -> Tensor: ...
-    @property
-    def mask(self) -> Tensor | None: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def causal(self) -> bool: ...
-    @property
-    def window(self) -> int | None: ...
-
-
-class Tapped(Protocol):
-    """A model's output with the taps of its selected layers, in order, of queries and of passages (or of pairs)."""
-
-    @property
-    def taps_queries(self) -> Mapping[int, Tap] | None: ...
-    @property
-    def taps_passages(self) -> Mapping[int, Tap] | None: ...
+    @model_validator(mode="after")
+    def _check(self) -> AttentionSettings:
+        if self.divergence == "mse" and self.form != "interaction":
+            what, remedy = "mse needs form: interaction", "use kl, or set form: interaction"
+            raise refusal("attention", "divergence", self.divergence, what, remedy)
+        if self.form == "interaction" and self.heads == "mean":
+            what, remedy = "mean does not go with form: interaction", "use heads: relation, or pair"
+            raise refusal("attention", "heads", self.heads, what, remedy)
+        if self.relation_heads is not None and self.heads != "relation":
+            what, remedy = f"is ignored by heads: {self.heads}", "take it out, or set heads: relation"
+            raise refusal("attention", "relation_heads", self.relation_heads, what, remedy)
+        return self
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class TextTaps:
     student_groups: Tensor | None = None
 
 
-def attention_loss(texts: Sequence[TextTaps], config: AttentionLoss, *, impl: Impl = "auto") -> Tensor:
+def attention_loss(texts: Sequence[TextTaps], config: AttentionSettings, *, impl: Impl = "auto") -> Tensor:
     """Divergence of the student's attention from the teacher's; gradient to the student only. A float32 scalar.
 
     texts: queries and passages, in this order. Form `self`: KL(teacher || student) over keys in nats, mean over real
@@ -79,20 +82,21 @@ def attention_loss(texts: Sequence[TextTaps], config: AttentionLoss, *, impl: Im
     return torch.stack([_self_attention(text, config, impl) for text in texts]).mean()
 
 
-Groups = tuple[Tensor, Tensor]
-"""[B, Lt] and [B, Ls]: the groups of the teacher's and of the student's tokens."""
+def pair_taps(views: Views) -> list[TextTaps]:
+    """The taps of both models in the layers that are compared: of queries, then of passages.
 
-
-def pair_taps(teacher: Tapped, student: Tapped, groups: Sequence[Groups | None] = (None, None)) -> list[TextTaps]:
-    """The taps of two outputs on the same texts: of queries, then of passages. `groups`: of either, where tokenizers differ."""
-    pairs = []
-    for t, s, group in (
-        (teacher.taps_queries, student.taps_queries, groups[0]),
-        (teacher.taps_passages, student.taps_passages, groups[1]),
+    Raises InputError where the models read different kinds of text.
+    """
+    teacher, student, pairs = views.teacher, views.student, []
+    assert teacher is not None
+    for t, s, groups in (
+        (teacher.taps_queries, student.taps_queries, views.groups[0]),
+        (teacher.taps_passages, student.taps_passages, views.groups[1]),
     ):
         # A model that reads pairs has no taps of queries: its maps are of other texts than a dual encoder's.
         if t and s and bool(teacher.taps_queries) == bool(student.taps_queries):
-            pairs.append(TextTaps(list(t.values()), list(s.values()), *(group or (None, None))))
+            of_teacher, of_student = ([taps[i] for i in at] for taps, at in zip((t, s), views.compared, strict=True))
+            pairs.append(TextTaps(of_teacher, of_student, *(groups or (None, None))))
     if not pairs:
         raise InputError(
             WHERE, "the models read different kinds of text", "compare models of one kind, or set weight: 0"
@@ -100,7 +104,33 @@ def pair_taps(teacher: Tapped, student: Tapped, groups: Sequence[Groups | None] 
     return pairs
 
 
-def _self_attention(text: TextTaps, config: AttentionLoss, impl: Impl) -> Tensor:
+@register
+class Attention(Loss):
+    """L = mean of KL(teacher || student), or the squared error, of attention maps of selected layers: see `attention_loss`.
+
+    Form `self`: each text over itself (MiniLMv2, arXiv 2012.15828); `interaction`: queries over passages (VIRT, arXiv
+    2112.04195). The views' taps hold q and k [B, H, L, d] of each layer that is compared.
+
+    >>> from types import SimpleNamespace
+    >>> from lead_ds.losses import LossShape, ModelFacts, Scope, Side, Views
+    >>> from lead_ds.relevance import VectorFeatures
+    >>> x = torch.randn(2, 4, 5, 8)  # two texts, four heads, five tokens
+    >>> taps = {1: SimpleNamespace(q=x, k=x, mask=None, scale=1.0, causal=False, window=None)}
+    >>> side = Side(VectorFeatures(x[None, :, 0, 0], x[None, :, 0, 0]), taps_queries=taps, taps_passages=taps)
+    >>> loss = Attention(Attention.set(weight=1), LossShape(ModelFacts("dual_encoder", layers=2)))
+    >>> abs(loss(Views(side, side, Scope(group=1), compared=([1], [1]))).item()) < 1e-6
+    True
+    """
+
+    name, needs = "attention", frozenset({"attention"})
+    Settings = selecting(AttentionSettings, default="last", k=1, ways=("random", "last", "skip", "given"))
+
+    def forward(self, views: Views) -> Tensor:
+        """A scalar. Raises InputError as `pair_taps` and `attention_loss`."""
+        return attention_loss(pair_taps(views), self.settings, impl=self.shape.impl)
+
+
+def _self_attention(text: TextTaps, config: AttentionSettings, impl: Impl) -> Tensor:
     heads = _relation_heads(text, config)
     teacher_scales = [_scale(tap, heads) for tap in text.teacher]
     student_scales = [_scale(tap, heads) for tap in text.student]
@@ -150,7 +180,7 @@ def _self_attention(text: TextTaps, config: AttentionLoss, impl: Impl) -> Tensor
     return torch.stack(kls).mean()
 
 
-def _interaction(texts: Sequence[TextTaps], config: AttentionLoss, impl: Impl) -> Tensor:
+def _interaction(texts: Sequence[TextTaps], config: AttentionSettings, impl: Impl) -> Tensor:
     if len(texts) != 2:
         what = "form: interaction needs queries and passages apart, these models read pairs"
         raise InputError(f"{WHERE}.form", what, "use form: self")
@@ -180,7 +210,7 @@ def _interaction(texts: Sequence[TextTaps], config: AttentionLoss, impl: Impl) -
     return torch.stack(values).mean()
 
 
-def _relation_heads(text: TextTaps, config: AttentionLoss) -> int | None:
+def _relation_heads(text: TextTaps, config: AttentionSettings) -> int | None:
     """Into how many heads both models' are re-split; None: as they are."""
     teacher, student = text.teacher[0], text.student[0]
     if text.teacher_groups is None and teacher.q.shape[2] != student.q.shape[2]:

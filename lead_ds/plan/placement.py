@@ -161,11 +161,9 @@ class _Calculator:
     @cached_property
     def captured(self) -> int:
         """Layers that are compared, and the final one."""
-        layer = self.r.config.losses.layer
-        if self.r.teacher is None or layer.weight == 0:
+        if self.r.teacher is None:
             return 1
-        k = layer.k if layer.teacher_layers is None else len(layer.teacher_layers)
-        return 1 + min(k, self.r.student.layers, self.r.teacher.layers)
+        return 1 + min(self.r.config.losses.captured, self.r.student.layers, self.r.teacher.layers)
 
     def vectors(self, shape: ModelShape, config: StudentConfig | TeacherConfig) -> tuple[int, int]:
         """Elements that one query and one passage leave behind, per captured layer."""

@@ -77,7 +77,7 @@ def model_card(config: Config, run: Path) -> str:
         if kind in ("cached", "scores"):  # the run knows whose relevance that is
             found = json.loads((run / "run.json").read_text("utf-8"))["teacher"]
             path, kind = found["path"], found["kind"]
-        how = ", layer by layer" if config.losses.layer.weight > 0 or config.losses.attention.weight > 0 else ""
+        how = ", layer by layer" if config.losses.needs & {"layers", "attention"} else ""
         lines += [f"Distilled by lead-ds from `{Path(path).name}` ({kind.replace('_', ' ')}){how}.", ""]
     else:
         over = "its own passages" if in_group(config) else "every passage of the batch"

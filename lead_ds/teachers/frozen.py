@@ -20,13 +20,12 @@ from lead_ds.engine.distributed.deepspeed_files import teacher_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks, local_world
 from lead_ds.errors import InputError
 from lead_ds.io.files import model_files
-from lead_ds.losses.selection import teacher_layers_needed
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.backbone import cut_shape
 from lead_ds.models.load import DTYPES, load_teacher, read_model_config
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.scorer import Scorer
-from lead_ds.relevance import merge
+from lead_ds.relevance import Features
 from lead_ds.teachers.lens import FittedLens, open_lens
 from lead_ds.teachers.teacher import Lesson, Teacher, TeacherView
 
@@ -62,7 +61,7 @@ class FrozenTeacher(Teacher):
         settings, train = lesson.teacher, lesson.train
         encoder = TextEncoder.from_config(settings)
         open_lens(settings, lesson.lens_folder, lesson.seed, encoder)  # reported before any model is loaded
-        tapped = lesson.losses.attention.weight > 0
+        tapped = "attention" in lesson.losses.needs
         at_once = None if settings.batch_size is None else max(1, settings.batch_size // (1 + lesson.data.negatives))
         return Reads(
             encoder=encoder,
@@ -94,8 +93,8 @@ class FrozenTeacher(Teacher):
         module = self.engine if self.engine is not None else self.scorer
         outputs = [module(chunk.to(self.device), layers=layers, tap_layers=tap_layers) for chunk in chunks]
         return TeacherView(
-            final=merge([output.final for output in outputs]),
-            layers=merge([output.layers for output in outputs if output.layers is not None]) if layers else None,
+            final=_merged([output.final for output in outputs]),
+            layers=_merged([output.layers for output in outputs if output.layers is not None]) if layers else None,
             outputs=outputs if tap_layers else [],
         )
 
@@ -190,7 +189,7 @@ def depth_needed(settings: TeacherConfig, losses: Any) -> int | None:
     if not settings.truncate:
         return None
     whole = int(read_model_config(settings).get_text_config().num_hidden_layers)
-    needed = teacher_layers_needed(losses, whole)
+    needed = losses.deepest(whole)
     return needed if needed < whole else None
 
 
@@ -219,6 +218,10 @@ def count_parameters(settings: TeacherConfig, depth: int | None = None) -> int:
     with torch.device("meta"):
         model = AutoModel.from_config(shape, trust_remote_code=settings.trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _merged(parts: Sequence[Features]) -> Features:
+    return parts[0].merged(parts[1:])
 
 
 def _frozen(scorer: Scorer) -> Scorer:

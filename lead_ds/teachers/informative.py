@@ -32,8 +32,8 @@ def informative(losses: Any, teacher: Teacher | None, batches: Batches, ranks: R
     A lens was measured on groups that it was not fitted on. A model's own read-out was fitted on none of them: it is
     measured on the run's first groups, at the layer loss's temperature.
     """
-    loss = losses.layer
-    if teacher is None or loss.weight == 0 or loss.select != "informative":
+    loss = losses.informative
+    if teacher is None or loss is None:
         return []
     layers = teacher.readable
     if teacher.lens_facts is not None:

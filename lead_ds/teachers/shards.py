@@ -21,7 +21,6 @@ from lead_ds.data.taught.vectors import VectorCache, index_arrays, index_path, s
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic
-from lead_ds.losses.selection import select_layers
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import read_model_config
 from lead_ds.teachers.frozen import FrozenTeacher
@@ -222,14 +221,9 @@ def layers_to_keep(config: Config, asked: str) -> list[int]:
     """
     assert config.teacher is not None
     depth = int(read_model_config(config.teacher).get_text_config().num_hidden_layers)
-    loss, everything = config.losses.layer, list(range(depth))
+    everything = list(range(depth))
     if asked == "auto":
-        if loss.weight == 0:
-            return []
-        if loss.select in ("random", "informative"):
-            return everything
-        student = 1 + max(depth, *(loss.student_layers or [0]))  # the student's depth is not at issue
-        return sorted(set(select_layers(loss, depth, student, seed=config.seed, step=0)[0]))
+        return config.losses.reach(depth)
     if asked in ("all", "final"):
         return everything if asked == "all" else []
     try:

@@ -82,7 +82,7 @@ def test_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
         (["losses.layer.select=given"], "losses.layer", "teacher_layers and student_layers"),
         (["losses.layer={select: given, teacher_layers: [], student_layers: []}"], "teacher_layers", "at least 1"),
         (["losses.attention.select=given"], "losses.attention", "teacher_layers and student_layers"),
-        (["losses.attention={teacher_layers: [1], student_layers: [0]}"], "losses.attention", "go with select: given"),
+        (["losses.attention={teacher_layers: [1], student_layers: [0]}"], "losses.attention", "select: given"),
         (["losses.attention={heads: pair, relation_heads: 2}"], "losses.attention", "heads: relation"),
         (["losses.attention={form: interaction, heads: mean}"], "losses.attention", "heads: relation"),
         (["teacher={kind: cross_encoder, path: x, train: true, placement: zero3}"], "teacher", "student's engine"),

@@ -10,8 +10,8 @@ import torch
 from lead_ds.config import Config
 from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.records.parts import Parts
-from lead_ds.engine.training.step import Pair, Scope, make_views
-from lead_ds.losses.objective import Objective
+from lead_ds.engine.training.step import RankScope
+from lead_ds.losses import Asked, LossShape, ModelFacts, Objective, Side, Views
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures
 from tests.helpers.launch import launch
 
@@ -72,8 +72,10 @@ def case(here: Ranks, kind: str, in_batch: str, batches: int) -> dict[str, Any]:
     total = here.world * batches
     size = QUERIES // total
     config = config_of(in_batch, size)
-    scope = Scope.of(config, here, GROUP, Parts())
-    objective = Objective(config.losses, impl="torch", cotrain=False, mean=scope.mean)
+    scope = RankScope.of(in_batch, here, GROUP, "torch", Parts())
+    facts, selected = ModelFacts(kind, LAYERS), list(range(LAYERS))
+    objective = Objective(config.losses, LossShape(facts, facts, "torch"))
+    asked = Asked({"layer": (selected, selected)}, layers=(selected, selected))
     result: dict[str, Any] = {"loss": 0.0, "weights": [], "grads": []}
     for index in range(batches):
         part = slice((here.rank + index) * size, (here.rank + index + 1) * size)
@@ -86,13 +88,12 @@ def case(here: Ranks, kind: str, in_batch: str, batches: int) -> dict[str, Any]:
         keys = torch.arange(QUERIES * GROUP)
         keys[4 * GROUP] = keys[0]
         positives = keys[::GROUP, None]
-        mask = scope.mask(keys[part.start * GROUP : part.stop * GROUP], positives[part])
-        views = make_views(Pair(final, layers), Pair(*teacher), scope, mask, contrastive_group=False)
-        output = objective(views)
+        own = keys[part.start * GROUP : part.stop * GROUP], positives[part]
+        output = objective(Views(Side(final, layers), Side(*teacher), scope, own), asked)
         # What data parallelism does with a rank's loss, and accumulation with a micro-batch's: the mean.
         (output.loss / total).backward()
         result["loss"] += output.loss.item() / batches
-        result["weights"].append(output.layer_weights.tolist())
+        result["weights"].append(output.layers["layers"]["weights"].tolist())
         result["grads"].append([leaf.grad.tolist() for leaf in leaf_final + leaf_layers])
     result["loss"] = float(here.mean(torch.tensor(result["loss"])))
     return result

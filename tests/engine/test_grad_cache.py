@@ -13,10 +13,11 @@ import torch
 from lead_ds.config import Config, load_config
 from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.records.parts import Parts
-from lead_ds.engine.training.step import Pair, Scope, make_views
+from lead_ds.engine.training.step import Micro, RankScope
 from lead_ds.engine.training.trainee import Trainee, build_engine
-from lead_ds.losses.objective import Objective
+from lead_ds.losses import Asked, LossShape, ModelFacts, Objective, Side
 from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.scorer import Scorer
 from lead_ds.plan.activations import Ledger
 from lead_ds.teachers.frozen import build_teacher
 from lead_ds.teachers.teacher import Lesson
@@ -36,22 +37,26 @@ def gradient(config: Config, here: Ranks, *, recompute: bool | None = None) -> d
     batches = windows_of(config, here)
     cotrained = load_teacher(config.teacher, torch.float32) if config.teacher.train else None
     student = load_student(config.student, torch.float32)
-    engine = build_engine(Trainee(student, cotrained), config, torch.float32, here)
+    taught = cotrained or build_teacher(Lesson.of(config), here)
+    facts = ModelFacts(config.teacher.kind, taught.num_layers)
+    losses = Objective(config.losses, LossShape(ModelFacts(config.student.kind, student.num_layers), facts, "torch"))
+    engine = build_engine(Trainee(student, cotrained, losses), config, torch.float32, here)
     if recompute is not None:
         student.recompute = recompute
-    window, scope = batches.window(0), Scope.of(config, here, batches.group, Parts())
-    objective = Objective(config.losses, impl="torch", cotrain=cotrained is not None, mean=scope.mean)
-    view = None if cotrained is not None else build_teacher(Lesson.of(config), here).window(window.teacher, LAYERS[0])
+    window, scope = batches.window(0), RankScope.of("global", here, batches.group, "torch", Parts())
+    view = None if isinstance(taught, Scorer) else taught.window(window.teacher, LAYERS[0])
+    micro = Micro(
+        window.student[0],
+        scope,
+        Asked({"layer": LAYERS}, layers=LAYERS),
+        None if view is None else Side(view.final, view.layers),
+        window.teacher[0] if cotrained else None,
+        (window.passage_keys, window.positive_keys),
+    )
     torch.manual_seed(5)
     ledger = Ledger({x.untyped_storage()._cdata for x in student.parameters()})
     with ledger:
-        said, taught = engine(window.student[0], LAYERS[1], (), window.teacher[0] if cotrained else None, LAYERS[0])
-        teacher = taught if taught is not None else view
-        assert teacher is not None
-        mask = scope.mask(window.passage_keys, window.positive_keys)
-        pairs = Pair(said.final, said.layers), Pair(teacher.final, teacher.layers)
-        views = make_views(*pairs, scope, mask, contrastive_group=False, cotrained=cotrained is not None)
-        output = objective(views)
+        output = engine(micro)
         engine.backward(output.loss)
     found = {
         name: safe_get_full_grad(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") else p.grad

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lead_ds.config import LossesConfig, TeacherConfig
+from lead_ds.config import TeacherConfig, losses_section
 from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.losses.selection import teacher_layers_needed
 from lead_ds.models.load import load_teacher
 from tests.helpers.launch import launch
 from tests.helpers.rooms import TEACHERS
@@ -58,7 +57,7 @@ def test_only_given_layers_and_no_final_relevance_let_go_of_layers() -> None:
     given = {"select": "given", "teacher_layers": [1, 4], "student_layers": [0, 1]}
 
     def needed(**losses: Any) -> int:
-        return teacher_layers_needed(LossesConfig.model_validate({"response": {"weight": 0.0}, **losses}), 12)
+        return losses_section().model_validate({"response": {"weight": 0.0}, **losses}).deepest(12)
 
     assert needed(layer=given) == 5
     assert needed(layer=given, response={"weight": 0.1}) == 12

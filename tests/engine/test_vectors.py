@@ -18,8 +18,9 @@ from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.relevance import mapped
 from lead_ds.data.taught.vectors import VectorCache, index_arrays, vector_arrays
-from lead_ds.engine.training.distill import check_layers, layers_of, with_settled_teacher
+from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.errors import InputError
+from lead_ds.losses import Depths
 from lead_ds.teachers.cached import CachedTeacher, open_cache
 from lead_ds.teachers.shards import layers_to_keep
 from lead_ds.teachers.teach import teachable
@@ -196,7 +197,7 @@ def test_what_vectors_can_and_cannot_give(kept: Kept, overrides: list[str], told
     def begin() -> None:
         config = kept.config(*overrides)
         teacher = opened(config)
-        check_layers(config, 3, *layers_of(teacher, None), [])
+        config.losses.pairs(Depths(teacher.num_layers, 3, config.seed, readable=teacher.readable), step=0)
 
     if not told:
         begin()

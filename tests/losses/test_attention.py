@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lead_ds.config import AttentionLoss
 from lead_ds.data.tokens.alignment import token_groups
 from lead_ds.errors import InputError
-from lead_ds.losses import TextTaps, attention_loss, pair_taps
+from lead_ds.losses import Attention, Scope, Side, TextTaps, Views, attention_loss, pair_taps
+from lead_ds.relevance import ScoreFeatures
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Tap:
     window: int | None = None
 
 
-@dataclass
-class Output:
-    taps_queries: dict[int, Tap] | None
-    taps_passages: dict[int, Tap] | None
+def views(teacher: tuple[Any, Any], student: tuple[Any, Any], layers: list[int]) -> Views:
+    """Taps of (queries, passages) of both models, and which layers are compared."""
+    final = ScoreFeatures(torch.zeros(1, 1, 1))
+    return Views(Side(final, None, *student), Side(final, None, *teacher), Scope(1), compared=(layers, layers))
 
 
 def tap(heads: int, width: int, length: int, *, seed: int, texts: int = 2, key_heads: int | None = None) -> Tap:
@@ -55,7 +55,7 @@ def kl(teacher: Tensor, student: Tensor, mask: Tensor) -> Tensor:
 def test_pair_heads_against_plain_maps() -> None:
     teacher, student = tap(2, 8, 5, seed=0), tap(2, 4, 5, seed=1)
     student.q.requires_grad_()
-    value = attention_loss([TextTaps([teacher], [student])], AttentionLoss(weight=1, heads="pair"))
+    value = attention_loss([TextTaps([teacher], [student])], Attention.set(weight=1, heads="pair"))
     expected = kl(maps(teacher, 8**-0.5), maps(student, 4**-0.5), teacher.mask)
     torch.testing.assert_close(value, expected)
     value.backward()
@@ -66,7 +66,7 @@ def test_pair_heads_against_plain_maps() -> None:
 
 def test_mean_heads_against_plain_maps() -> None:
     teacher, student = tap(4, 8, 5, seed=0, key_heads=2), tap(2, 4, 5, seed=1)
-    value = attention_loss([TextTaps([teacher], [student])], AttentionLoss(weight=1, heads="mean"))
+    value = attention_loss([TextTaps([teacher], [student])], Attention.set(weight=1, heads="mean"))
     averaged = [maps(x, x.scale).mean(1, keepdim=True) for x in (teacher, student)]
     torch.testing.assert_close(value, kl(*averaged, teacher.mask))
 
@@ -75,7 +75,7 @@ def test_mean_heads_against_plain_maps() -> None:
 def test_relation_heads_against_plain_maps(relation_heads: int | None) -> None:
     """Heads are concatenated and re-split, with the new width's own scale."""
     teacher, student = tap(4, 8, 5, seed=0), tap(2, 4, 5, seed=1)
-    config = AttentionLoss(weight=1, relation_heads=relation_heads)
+    config = Attention.set(weight=1, relation_heads=relation_heads)
     value = attention_loss([TextTaps([teacher], [student])], config)
     heads, resplit = relation_heads or 2, []
     for taps in (teacher, student):
@@ -86,7 +86,7 @@ def test_relation_heads_against_plain_maps(relation_heads: int | None) -> None:
 
 def test_identical_models_give_zero_and_layers_and_texts_average() -> None:
     a, b = tap(2, 4, 5, seed=0), tap(2, 4, 5, seed=1)
-    config = AttentionLoss(weight=1)
+    config = Attention.set(weight=1)
     assert attention_loss([TextTaps([a], [a])], config).item() == pytest.approx(0, abs=1e-12)
     one, two = (attention_loss([TextTaps([t], [s])], config) for t, s in ((a, b), (b, a)))
     torch.testing.assert_close(attention_loss([TextTaps([a, b], [b, a])], config), (one + two) / 2)
@@ -95,7 +95,7 @@ def test_identical_models_give_zero_and_layers_and_texts_average() -> None:
 
 def test_causal_attention_and_windows_hide_keys_of_both() -> None:
     teacher, student = replace(tap(2, 4, 5, seed=0), causal=True), replace(tap(2, 4, 5, seed=1), window=1)
-    value = attention_loss([TextTaps([teacher], [student])], AttentionLoss(weight=1))
+    value = attention_loss([TextTaps([teacher], [student])], Attention.set(weight=1))
     rows, keys = torch.arange(5)[:, None], torch.arange(5)[None]
     hidden = (keys > rows) | ((rows - keys).abs() > 1) | (teacher.mask[:, None, None] == 0)
     both = [(x.q @ x.k.mT * x.scale).masked_fill(hidden, -1e30).softmax(-1) for x in (teacher, student)]
@@ -106,7 +106,7 @@ def test_interaction_against_plain_maps() -> None:
     query, passage = tap(2, 4, 3, seed=0), tap(2, 4, 6, seed=1, texts=4)
     teacher = tap(2, 8, 3, seed=2), tap(2, 8, 6, seed=3, texts=4)
     texts = [TextTaps([teacher[0]], [query]), TextTaps([teacher[1]], [passage])]
-    config = AttentionLoss(weight=1, form="interaction", divergence="mse", heads="pair")
+    config = Attention.set(weight=1, form="interaction", divergence="mse", heads="pair")
     total = torch.zeros((), dtype=torch.float64)
     for i in range(2):
         for j in range(4):
@@ -119,12 +119,12 @@ def test_interaction_against_plain_maps() -> None:
 
 def test_pairs_of_outputs() -> None:
     taps = {3: tap(2, 4, 5, seed=0), 5: tap(2, 4, 5, seed=1)}
-    texts = pair_taps(Output(None, taps), Output(None, taps))
+    texts = pair_taps(views((None, taps), (None, taps), [5, 3]))
     assert len(texts) == 1
-    assert len(texts[0].teacher) == 2
-    assert len(pair_taps(Output(taps, taps), Output(taps, taps))) == 2
+    assert texts[0].teacher == [taps[5], taps[3]]
+    assert len(pair_taps(views((taps, taps), (taps, taps), [3]))) == 2
     with pytest.raises(InputError, match="different kinds of text"):
-        pair_taps(Output(taps, None), Output(None, taps))
+        pair_taps(views((taps, None), (None, taps), [3]))
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     texts = [TextTaps([tap(*teacher, seed=0)], [tap(2, 4, 5, seed=1)])]
     with pytest.raises(InputError, match=message):
-        attention_loss(texts, AttentionLoss(weight=1, **config))
+        attention_loss(texts, Attention.set(weight=1, **config))
 
 
 def test_the_teacher_gets_no_gradient() -> None:
     teacher, student = tap(2, 4, 5, seed=0), tap(2, 4, 5, seed=1)
     teacher.q.requires_grad_()
     student.q.requires_grad_()
-    attention_loss([TextTaps([teacher], [student])], AttentionLoss(weight=1)).backward()
+    attention_loss([TextTaps([teacher], [student])], Attention.set(weight=1)).backward()
     assert teacher.q.grad is None
     assert student.q.grad is not None
 
@@ -178,7 +178,7 @@ def test_groups_skip_prompts_and_dropped_characters() -> None:
 
 def test_grouped_attention_of_equal_tokens_is_the_plain_one() -> None:
     teacher, student = tap(4, 8, 5, seed=0), tap(2, 4, 5, seed=1)
-    config = AttentionLoss(weight=1)
+    config = Attention.set(weight=1)
     groups = torch.arange(5).expand(2, 5).clone()
     groups[0, 4] = -1  # the padded token
     plain = attention_loss([TextTaps([teacher], [student])], config)
@@ -189,7 +189,7 @@ def test_splitting_a_teacher_token_moves_no_mass() -> None:
     """A key split in two of half its probability, with the same row, leaves the grouped divergence as it was."""
     teacher, student = tap(2, 4, 3, seed=0), tap(2, 4, 3, seed=1)
     groups = torch.arange(3).expand(2, 3)
-    config = AttentionLoss(weight=1, heads="pair")
+    config = Attention.set(weight=1, heads="pair")
     whole = attention_loss([TextTaps([teacher], [student], groups, groups)], config)
     # One more key dimension adds log(1/2) to the logits of both halves, whatever the row.
     half = torch.zeros(2, 2, 4, 1, dtype=torch.float64)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lead_ds.config import LossesConfig
-from lead_ds.losses import Objective, TextTaps, Views
+from lead_ds.config import losses_section
+from lead_ds.losses import Asked, LossShape, ModelFacts, Objective, Scope, Side, Views
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures
 
 SHARED = Path(os.environ.get("LEAD_DS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -71,37 +71,32 @@ def test_golden(name: str) -> None:
     student_layers = cls_vectors(arrays["student_query_layers"], arrays["student_passage_layers"], layers)
     teacher, teacher_layers = teacher_features(arrays, kind, meta["selected_teacher"])
 
-    def look(features: Features):  # type: ignore[no-untyped-def]
-        return features.group_relevance(group) if kind == "ce" else features.relevance()
-
-    target = torch.zeros(meta["queries"], dtype=torch.long)
-    target = target if kind == "ce" else torch.arange(meta["queries"]) * group
-    views = Views(
-        contrastive=look(student),
-        contrastive_target=target,
-        teacher_contrastive=look(teacher),
-        student=look(student),
-        teacher=look(teacher),
-        target=target,
-        student_layers=look(student_layers),
-        teacher_layers=look(teacher_layers),
-        group=group,
-    )
     attention = "loss_de_db_attention" in meta["parts"]
-    if attention:
-        views.attention = [
-            TextTaps(
-                [Tap.of(arrays[t][:, k], lengths) for k in meta["selected_teacher"]],
-                [Tap.of(arrays[s][:, k], lengths) for k in meta["selected_student"]],
-            )
-            for t, s, lengths in (
-                ("teacher_tq", "student_query_layers", arrays["query_length"]),
-                ("teacher_td", "student_passage_layers", arrays["passage_length"]),
-            )
-        ]
-    losses = LossesConfig.model_validate(
+    pairs = meta["selected_teacher"], meta["selected_student"]
+
+    def taps(of: str, lengths: str, layers: list[int]) -> dict[int, Tap] | None:
+        return {k: Tap.of(arrays[of][:, k], arrays[lengths]) for k in layers} if attention else None
+
+    views = Views(
+        Side(
+            student,
+            student_layers,
+            taps("student_query_layers", "query_length", pairs[1]),
+            taps("student_passage_layers", "passage_length", pairs[1]),
+        ),
+        Side(
+            teacher,
+            teacher_layers,
+            taps("teacher_tq", "query_length", pairs[0]),
+            taps("teacher_td", "passage_length", pairs[0]),
+        ),
+        Scope(group),
+        cotrained=meta["train_teacher"],
+    )
+    asked = Asked({"layer": pairs, "attention": pairs}, layers=pairs, taps=pairs)
+    losses = losses_section().model_validate(
         {
-            "contrastive": {"temperature": 1.0},
+            "contrastive": {"temperature": 1.0, "scope": "group" if kind == "ce" else "batch"},
             "response": {"teacher_temperature": meta["temperature"]},
             "layer": {
                 "teacher_temperature": meta["temperature"],
@@ -111,7 +106,7 @@ def test_golden(name: str) -> None:
             "attention": {"weight": float(attention), "form": "interaction", "divergence": "mse"},
         }
     )
-    output = Objective(losses, cotrain=meta["train_teacher"])(views)
+    output = Objective(losses, LossShape(ModelFacts("dual_encoder", 6), ModelFacts(kind, 12)))(views, asked)
     output.loss.backward()
 
     def close(value: Tensor | float, expected: Tensor | float, what: str) -> None:
@@ -124,8 +119,7 @@ def test_golden(name: str) -> None:
     close(output.parts["contrastive"], parts["loss_db"], "L_stu")
     close(output.parts["response"], parts[f"loss_{kind}_db_dis"], "L_rep")
     close(output.parts["layer"], parts[f"loss_{kind}_db_layer_dis"], "L_lyr")
-    assert output.layer_kl is not None
-    for k, value in enumerate(output.layer_kl):
+    for k, value in enumerate(output.layers["layers"]["kl"]):
         close(value, parts[f"loss_score_layer_dis_{k}"], f"layer pair {k}")
     if meta["train_teacher"]:
         close(output.parts["teacher_contrastive"], parts["loss_dual"], "L_tch")

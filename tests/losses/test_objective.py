@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
-from lead_ds.config import LossesConfig
+from lead_ds.config import losses_section
 from lead_ds.errors import InputError
-from lead_ds.losses import Objective, Views, contrastive_loss, margin_mse
-from lead_ds.relevance import Relevance, VectorFeatures
+from lead_ds.losses import (
+    Asked,
+    Losses,
+    LossShape,
+    ModelFacts,
+    Objective,
+    ObjectiveOutput,
+    Scope,
+    Side,
+    Views,
+    contrastive_loss,
+    margin_mse,
+)
+from lead_ds.relevance import Relevance, ScoreFeatures, VectorFeatures
 
 Q, N, P = 3, 4, 12
+
+
+LAYERS = ([3, 5], [0, 1])
 
 
 class Scene:
     """Vectors of a teacher and a student with two layer pairs, and the views of them."""
 
-    def __init__(self, seed: int = 0, mask: Tensor | None = None) -> None:
+    def __init__(self, seed: int = 0, keys: tuple[Tensor, Tensor] | None = None, cotrained: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def make(*shape: int) -> Tensor:
@@ -25,37 +42,32 @@ class Scene:
 
         self.student = [make(1, Q, 8), make(1, P, 8), make(2, Q, 8), make(2, P, 8)]
         self.teacher = [make(1, Q, 6), make(1, P, 6), make(2, Q, 6), make(2, P, 6)]
-        s, t = self.student, self.teacher
-        target = torch.arange(Q) * N
-        self.views = Views(
-            contrastive=VectorFeatures(s[0], s[1]).relevance(mask),
-            contrastive_target=target,
-            teacher_contrastive=VectorFeatures(t[0], t[1]).relevance(mask),
-            student=VectorFeatures(s[0], s[1]).relevance(mask),
-            teacher=VectorFeatures(t[0], t[1]).relevance(mask),
-            target=target,
-            student_layers=VectorFeatures(s[2], s[3]).relevance(mask),
-            teacher_layers=VectorFeatures(t[2], t[3]).relevance(mask),
-            group=N,
+        student, teacher = (
+            Side(VectorFeatures(*side[:2]), VectorFeatures(*side[2:])) for side in (self.student, self.teacher)
         )
+        self.views = Views(student, teacher, Scope(N), keys, cotrained=cotrained)
 
 
-def losses(**weights: float) -> LossesConfig:
+def losses(**weights: float) -> Losses:
     names = ("contrastive", "response", "margin_mse", "layer")
-    return LossesConfig.model_validate({name: {"weight": weights.get(name, 0.0)} for name in names})
+    return losses_section().model_validate({name: {"weight": weights.get(name, 0.0)} for name in names})
+
+
+def objective(settings: Losses, views: Views) -> ObjectiveOutput:
+    facts = ModelFacts("dual_encoder", layers=12)
+    return Objective(settings, LossShape(facts, facts))(views, Asked({"layer": LAYERS}, layers=LAYERS))
 
 
 def test_loss_is_the_weighted_sum_of_parts() -> None:
-    output = Objective(losses(contrastive=0.5, response=2.0, margin_mse=0.1, layer=3.0))(Scene().views)
+    output = objective(losses(contrastive=0.5, response=2.0, margin_mse=0.1, layer=3.0), Scene().views)
     parts = output.parts
     assert set(parts) == {"contrastive", "response", "margin_mse", "layer"}
     expected = 0.5 * parts["contrastive"] + 2 * parts["response"] + 0.1 * parts["margin_mse"] + 3 * parts["layer"]
     torch.testing.assert_close(output.loss.detach(), expected)
-    assert output.layer_kl is not None
-    assert output.layer_weights is not None
-    torch.testing.assert_close(parts["layer"], (output.layer_kl * output.layer_weights).sum())
-    for vector in (output.layer_nll, output.teacher_entropy, output.student_entropy):
-        assert vector is not None
+    layers = output.layers["layers"]
+    torch.testing.assert_close(parts["layer"], (layers["kl"] * layers["weights"]).sum())
+    assert layers.keys() == {"kl", "weights", "nll", "teacher_entropy", "student_entropy"}
+    for vector in layers.values():
         assert vector.shape == (2,)
         assert not vector.requires_grad
 
@@ -64,16 +76,16 @@ def test_loss_is_the_weighted_sum_of_parts() -> None:
 def test_one_weight_multiplies_the_layer_loss_with_and_without_reweighting(reweight: bool) -> None:
     values = []
     for weight in (1.0, 0.25):
-        config = LossesConfig.model_validate(
+        config = losses_section().model_validate(
             {"contrastive": {"weight": 0}, "response": {"weight": 0}, "layer": {"weight": weight, "reweight": reweight}}
         )
-        values.append(Objective(config)(Scene().views).loss.item())
+        values.append(objective(config, Scene().views).loss.item())
     assert values[1] == pytest.approx(0.25 * values[0])
 
 
 def test_a_frozen_teacher_gets_no_gradient() -> None:
     scene = Scene()
-    output = Objective(losses(contrastive=1, response=1, margin_mse=1, layer=1))(scene.views)
+    output = objective(losses(contrastive=1, response=1, margin_mse=1, layer=1), scene.views)
     output.loss.backward()
     assert all(leaf.grad is None for leaf in scene.teacher)
     assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in scene.student)
@@ -82,8 +94,8 @@ def test_a_frozen_teacher_gets_no_gradient() -> None:
 
 def test_a_cotrained_teacher_gets_gradient_from_every_loss() -> None:
     for name in ("contrastive", "response", "layer"):
-        scene = Scene()
-        output = Objective(losses(**{name: 1.0}), cotrain=True)(scene.views)
+        scene = Scene(cotrained=True)
+        output = objective(losses(**{name: 1.0}), scene.views)
         output.loss.backward()
         grads = [leaf.grad for leaf in (scene.teacher[2:] if name == "layer" else scene.teacher[:2])]
         assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
@@ -100,35 +112,32 @@ def test_a_cotrained_teacher_gets_gradient_from_every_loss() -> None:
 def test_a_cotrained_teacher_of_pairs_is_judged_in_its_group() -> None:
     scene = Scene()
     scores = torch.randn(1, Q, N)
-    scene.views.teacher_contrastive = Relevance(scores)
-    scene.views.target = torch.zeros(Q, dtype=torch.long)
-    output = Objective(losses(contrastive=1), cotrain=True)(scene.views)
+    views = Views(scene.views.student, Side(ScoreFeatures(scores)), Scope(N), cotrained=True)
+    output = objective(losses(contrastive=1), views)
     expected = -scores[0].log_softmax(-1)[:, 0].mean()
     torch.testing.assert_close(output.parts["teacher_contrastive"], expected)
 
 
 def test_a_cotrained_teacher_has_a_temperature_of_its_own() -> None:
-    scene = Scene()
+    scene = Scene(cotrained=True)
     settings = losses(contrastive=1)
-    alike = Objective(settings, cotrain=True)(scene.views).parts
+    alike = objective(settings, scene.views).parts
     settings = settings.model_copy(
         update={"contrastive": settings.contrastive.model_copy(update={"teacher_temperature": 3.0})}
     )
-    parts = Objective(settings, cotrain=True)(scene.views).parts
-    teacher = scene.views.teacher_contrastive
-    assert teacher is not None
-    expected = contrastive_loss(teacher, scene.views.contrastive_target, 3.0)
+    parts = objective(settings, scene.views).parts
+    expected = contrastive_loss(scene.views.relevance("teacher"), scene.views.target(), 3.0)
     torch.testing.assert_close(parts["teacher_contrastive"], expected)
     torch.testing.assert_close(parts["contrastive"], alike["contrastive"])
     assert parts["teacher_contrastive"] != alike["teacher_contrastive"]
 
 
 def test_contrastive_by_hand_with_temperature() -> None:
-    config = LossesConfig.model_validate(
+    config = losses_section().model_validate(
         {"contrastive": {"temperature": 0.5}, "response": {"weight": 0}, "layer": {"weight": 0}}
     )
-    logits = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])
-    output = Objective(config)(Views(Relevance(logits), torch.tensor([0, 1])))
+    student = VectorFeatures(torch.eye(2)[None], torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]))
+    output = objective(config, Views(Side(student), None, Scope(1)))
     expected = (torch.tensor([2.0, 6.0]).neg().exp() + 1).log().mean()
     torch.testing.assert_close(output.loss, expected)
 
@@ -153,11 +162,13 @@ def test_margin_mse_leaves_masked_negatives_out() -> None:
 
 
 def test_masked_batch_gives_finite_loss_and_gradients() -> None:
-    mask = torch.ones(Q, P, dtype=torch.bool)
-    mask[0, 5:] = False
+    # Every passage behind the fifth is a positive of the first query, too.
+    keys = torch.arange(P), torch.stack([torch.arange(5, P), *[torch.full((P - 5,), i * N) for i in range(1, Q)]])
     for cotrain in (False, True):
-        scene = Scene(mask=mask)
-        output = Objective(losses(contrastive=1, response=1, layer=1), cotrain=cotrain)(scene.views)
+        scene = Scene(keys=keys, cotrained=cotrain)
+        assert scene.views.mask is not None
+        assert scene.views.mask.sum() == P * Q - (P - 5)
+        output = objective(losses(contrastive=1, response=1, layer=1), scene.views)
         output.loss.backward()
         assert output.loss.isfinite()
         for leaf in scene.student + (scene.teacher if cotrain else []):
@@ -165,37 +176,46 @@ def test_masked_batch_gives_finite_loss_and_gradients() -> None:
             assert leaf.grad.isfinite().all()
 
 
+@dataclass(frozen=True)
+class ScopeOfOne(Scope):
+    """Query `row` alone, of a batch whose passages are all in scope and whose layers have the mean NLL `shared`."""
+
+    row: int = 0
+    shared: Tensor | None = None
+
+    def mean(self, x: Tensor) -> Tensor:
+        assert self.shared is not None
+        return self.shared
+
+    def target(self, queries: int, device: torch.device) -> Tensor:
+        return super().target(queries, device) + self.row * self.group
+
+
 def test_queries_split_over_processes_average_to_the_whole() -> None:
-    """The mean of halves' losses and gradients, weighing by their mean NLL, is the whole batch's."""
+    """The mean of parts' losses and gradients, weighing by their mean NLL, is the whole batch's."""
     whole, config = Scene(), losses(contrastive=1, response=1, layer=1)
-    output = Objective(config)(whole.views)
+    output = objective(config, whole.views)
     output.loss.backward()
-    assert output.layer_nll is not None
-    shared = output.layer_nll
-    halves = Scene()
-    total = torch.zeros(())
+    parts, total = Scene(), torch.zeros(())
     for i in range(Q):
-        views = Scene().views
-        rows = slice(i, i + 1)
-        for name in ("contrastive", "student", "teacher", "student_layers", "teacher_layers"):
-            side = halves.teacher if name.startswith("teacher") else halves.student
-            q, p = side[2:] if name.endswith("layers") else side[:2]
-            setattr(views, name, VectorFeatures(q[:, rows], p).relevance())
-        views.contrastive_target, views.target = whole.views.contrastive_target[rows], whole.views.target[rows]
-        total = total + Objective(config, mean=lambda _: shared)(views).loss / Q
+        student, teacher = (
+            Side(*(VectorFeatures(q[:, i : i + 1], p) for q, p in (side[:2], side[2:])))
+            for side in (parts.student, parts.teacher)
+        )
+        views = Views(student, teacher, ScopeOfOne(N, row=i, shared=output.layers["layers"]["nll"]))
+        total = total + objective(config, views).loss / Q
     total.backward()
     torch.testing.assert_close(total, output.loss)
-    for part, leaf in zip(halves.student, whole.student, strict=True):
+    for part, leaf in zip(parts.student, whole.student, strict=True):
         torch.testing.assert_close(part.grad, leaf.grad)
 
 
 def test_nothing_to_learn_is_refused() -> None:
     with pytest.raises(InputError, match="losses: every weight is 0"):
-        Objective(losses())
+        objective(losses(), Scene().views)
 
 
 def test_a_missing_view_is_named() -> None:
-    scene = Scene()
-    scene.views.teacher = None
+    views = Views(Scene().views.student, None, Scope(N))
     with pytest.raises(ValueError, match=r"Views\.teacher"):
-        Objective(losses(response=1))(scene.views)
+        objective(losses(response=1), views)

@@ -8,17 +8,11 @@ gradient) would make the gradient depend on how the batch is spread over process
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures, pad_tokens
-
-F = TypeVar("F", VectorFeatures, TokenFeatures, ScoreFeatures)
 
 
 class _Gather(torch.autograd.Function):
@@ -48,18 +42,15 @@ def gather_dim(x: Tensor, dim: int) -> Tensor:
     return gathered.flatten(0, 1).movedim(0, dim)
 
 
-def gather_passages(features: Features, ranks: Ranks) -> Features:
-    """Features with the passages of all ranks (queries stay the rank's own). Scores of pairs stay as they are."""
-    if ranks.world == 1 or isinstance(features, ScoreFeatures):
-        return features
-    if isinstance(features, VectorFeatures):
-        return replace(features, p_KPD=gather_dim(features.p_KPD, 1))
-    # Token states: ranks pad to their own longest passage, so agree on the longest of all first.
-    longest = torch.tensor([features.p_KPLD.shape[2]], device=features.p_KPLD.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    length = int(longest.item())
-    return replace(
-        features,
-        p_KPLD=gather_dim(pad_tokens(features.p_KPLD, 2, length), 1),
-        p_mask_PL=gather_dim(pad_tokens(features.p_mask_PL, 1, length), 0),
-    )
+class AllRanks:
+    """Joins what every rank holds of a batch: see `lead_ds.relevance.Gather`."""
+
+    def along(self, x: Tensor, dim: int) -> Tensor:
+        """See `gather_dim`."""
+        return gather_dim(x, dim)
+
+    def largest(self, n: int, device: torch.device) -> int:
+        """The largest of every rank's `n`."""
+        largest = torch.tensor([n], device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,20 @@ from lead_ds.engine.distributed.signals import Stop
 from lead_ds.engine.records.callbacks import Callback, Callbacks, RunFacts
 from lead_ds.errors import RunError
 from lead_ds.losses.objective import ObjectiveOutput
+from lead_ds.losses.selection import Layers
 from lead_ds.settings.train import TrainConfig
-
-# Names in metrics.jsonl -> fields of ObjectiveOutput.
-LAYER_FIELDS = {
-    "kl": "layer_kl",
-    "weights": "layer_weights",
-    "nll": "layer_nll",
-    "teacher_entropy": "teacher_entropy",
-    "student_entropy": "student_entropy",
-}
 
 
 class StepSums:
-    """The detached statistics of a step's micro-batches, averaged on the device."""
+    """The detached statistics of a step's micro-batches, averaged on the device.
 
-    def __init__(self) -> None:
+    rows: the teacher's and the student's layers that are compared, by the row that statistics of them stand in.
+    """
+
+    def __init__(self, rows: Mapping[str, Layers]) -> None:
+        self.rows = rows
         self.names: list[str] = []
+        self.vectors: list[tuple[str, str, int]] = []  # row, name and length
         self.sum: Tensor | None = None
         self.count = 0
 
@@ -43,19 +40,30 @@ class StepSums:
         """Take one micro-batch in."""
         parts = {"loss": output.loss, **output.parts}
         vectors = [torch.stack([value.detach().float() for value in parts.values()])]
-        self.names = list(parts)
-        for field in LAYER_FIELDS.values():
-            vector = getattr(output, field)
-            if vector is not None:
-                vectors.append(vector.detach().float())
+        self.names, self.vectors = list(parts), []
+        for row, statistics in output.layers.items():
+            for name, vector in statistics.items():
+                vectors.append(vector.float())
+                self.vectors.append((row, name, len(vector)))
         flat = torch.cat(vectors)
         self.sum = flat if self.sum is None else self.sum + flat
         self.count += 1
 
     def mean(self, ranks: Ranks, more: float = 0.0) -> Tensor:
-        """[parts + layer fields + 1] averaged over micro-batches and ranks; the last is the ranks' mean of `more`."""
+        """[parts + statistics of layers + 1] averaged over micro-batches and ranks; the last is the ranks' mean of `more`."""
         assert self.sum is not None
         return ranks.mean(torch.cat([self.sum / self.count, self.sum.new_full((1,), more)]))
+
+    def read(self, values: list[float]) -> tuple[dict[str, float], dict[str, dict[str, list[Any]]]]:
+        """The parts by name, and the statistics of layers by row, of a mean that was read from the device."""
+        parts, rest = dict(zip(self.names, values, strict=False)), values[len(self.names) :]
+        rows: dict[str, dict[str, list[Any]]] = {}
+        for row, name, length in self.vectors:
+            if row not in rows:
+                teacher, student = self.rows.get(row, ([], []))
+                rows[row] = {"teacher": list(teacher), "student": list(student)}
+            rows[row][name], rest = rest[:length], rest[length:]
+        return parts, rows
 
 
 class Recorder:
@@ -76,18 +84,18 @@ class Recorder:
         self.folder, self.ranks, self.engine, self.stop = folder, ranks, engine, stop
         self.log_every, self.steps = train.log_every, train.steps
         self.callbacks = Callbacks(callbacks, ranks)
-        self.pending: OrderedDict[int, tuple[Tensor, list[str], dict[str, Any], Sequence[str]]] = OrderedDict()
+        self.pending: OrderedDict[int, tuple[Tensor, StepSums, float, Sequence[str]]] = OrderedDict()
         self.clock, self.queries = time.perf_counter(), 0
         self.progress = _Progress(start, train.steps) if ranks.main and not quiet else None
         if ranks.main:
             trim_metrics(folder / "metrics.jsonl", start)
 
-    def step(self, step: int, sums: StepSums, meta: dict[str, Any], query_ids: Sequence[str], queries: int) -> None:
+    def step(self, step: int, sums: StepSums, lr: float, query_ids: Sequence[str]) -> None:
         """Take one finished step (1-based) in."""
         reduced = sums.mean(self.ranks, self.stop.wish())
         self.stop.reduced(reduced[-1])
-        self.pending[step] = (reduced[:-1], sums.names, meta, query_ids)
-        self.queries += queries * self.ranks.world
+        self.pending[step] = (reduced[:-1], sums, lr, query_ids)
+        self.queries += len(query_ids) * self.ranks.world
         if step % self.log_every == 0 or step == self.steps:
             self.flush()
         elif self.progress:
@@ -100,10 +108,9 @@ class Recorder:
         """
         if not self.pending:
             return
-        rows = []
-        for step, (vector, names, meta, query_ids) in self.pending.items():
-            values = vector.tolist()
-            parts = dict(zip(names, values[: len(names)], strict=True))
+        rows: list[dict[str, Any]] = []
+        for step, (vector, sums, lr, query_ids) in self.pending.items():
+            parts, layers = sums.read(vector.tolist())
             loss = parts.pop("loss")
             if not math.isfinite(loss):
                 shown = ", ".join(query_ids[:4]) + (" ..." if len(query_ids) > 4 else "")
@@ -114,13 +121,7 @@ class Recorder:
                     "the last checkpoint is intact: lower train.lr, set teacher.scale=cosine, or inspect these texts, "
                     "then continue with --resume",
                 )
-            row = {"step": step, "loss": loss, "parts": parts, "lr": meta["lr"]}
-            layers = values[len(names) :]
-            if layers:
-                k = len(meta["teacher_layers"])
-                fields = dict(zip(LAYER_FIELDS, (layers[i : i + k] for i in range(0, len(layers), k)), strict=True))
-                row["layers"] = {"teacher": meta["teacher_layers"], "student": meta["student_layers"], **fields}
-            rows.append(row)
+            rows.append({"step": step, "loss": loss, "parts": parts, "lr": lr, **layers})
         self.pending.clear()
         now = time.perf_counter()
         rate = self.queries / max(now - self.clock, 1e-9)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from lead_ds.data.batches import Window
 from lead_ds.errors import InputError
@@ -52,9 +50,8 @@ class AheadTeacher:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
             for features in (view.final, view.layers):
-                for tensor in [] if features is None else [getattr(features, field.name) for field in fields(features)]:
-                    if isinstance(tensor, Tensor):
-                        tensor.record_stream(current)  # its memory is the other stream's to use again
+                for tensor in [] if features is None else features.tensors():
+                    tensor.record_stream(current)  # its memory is the other stream's to use again
         return view
 
 

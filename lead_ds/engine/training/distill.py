@@ -28,16 +28,15 @@ from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Training
+from lead_ds.engine.training.objective import build_objective, depths_of
 from lead_ds.engine.training.resume import check_inputs, check_lens, compared, find_state
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
-from lead_ds.losses.selection import select_layers
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.packing_check import check_packing
-from lead_ds.models.scorer import Scorer
 from lead_ds.models.student_dir import save_student
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.report.card import model_card
@@ -104,13 +103,14 @@ def train(
                 check_vocabulary(scorer, reads.encoder.tokenizer, scorer.config.path)
         trainee = Trainee(student, cotrained).to(ranks.device)
         fit_attention(trainee, config, batches, dtype, ranks)
+        teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
+        trainee.losses = build_objective(config, student, cotrained, teacher, batches, ranks).to(ranks.device)
         for key, scorer in (("student", student), ("teacher", cotrained)):
             if scorer is not None and scorer.config.passes == "packed":
                 check_packing(scorer, scorer.all_layers, f"{key}.passes")
             if scorer is not None:
                 scorer.capture.uninstall()  # what ran until now must not stand before DeepSpeed's hooks
         engine = build_engine(trainee, config, dtype, ranks)
-        teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
 
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
@@ -118,7 +118,8 @@ def train(
         check_inputs(config, state, batches, ranks)
         if "informative" not in state:
             state["informative"] = informative(config.losses, teacher, batches, ranks)
-        check_layers(config, student.num_layers, *layers_of(teacher, cotrained), state["informative"])
+        # Drawn once, so that a layer that does not exist is reported at start.
+        config.losses.pairs(depths_of(config, student, teacher or cotrained, state["informative"]), step=0)
         recorder = Recorder(
             output,
             ranks,
@@ -229,27 +230,6 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
         raise InputError(
             output, f"cannot be made: {nearest} is no folder that you may write to", "set output= to another"
         )
-
-
-def layers_of(teacher: Teacher | None, cotrained: Scorer | None) -> tuple[int, list[int]]:
-    """How many layers the model that is learned from has, and which of them can be read."""
-    if teacher is not None:
-        return teacher.num_layers, teacher.readable
-    depth = 0 if cotrained is None else cotrained.num_layers
-    return depth, list(range(depth))
-
-
-def check_layers(
-    config: Config, student_layers: int, depth: int, readable: Sequence[int], informative_layers: Sequence[int]
-) -> None:
-    """Draw once from each selection, so that a layer that does not exist is reported at start. depth: of the teacher."""
-    if depth == 0:
-        return
-    for name in ("layer", "attention"):
-        loss = getattr(config.losses, name)
-        if loss.weight > 0:
-            depths = depth, student_layers
-            select_layers(loss, *depths, seed=config.seed, step=0, informative=informative_layers, stored=readable)
 
 
 def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Profile | None:

@@ -17,12 +17,12 @@ from lead_ds.engine.records.parts import Part, Parts
 from lead_ds.engine.records.recorder import Recorder, StepSums
 from lead_ds.engine.training.ahead import AheadTeacher, with_next
 from lead_ds.engine.training.evaluation import Evaluator
+from lead_ds.engine.training.objective import depths_of
 from lead_ds.engine.training.schedule import learning_rate
-from lead_ds.engine.training.step import Pair, Scope, make_views, word_groups
-from lead_ds.losses.attention import pair_taps
-from lead_ds.losses.objective import Objective
-from lead_ds.losses.selection import select_layers
-from lead_ds.models.scorer import Output
+from lead_ds.engine.training.step import Micro, RankScope, word_groups
+from lead_ds.engine.training.trainee import side
+from lead_ds.losses.objective import Asked
+from lead_ds.losses.views import Side
 from lead_ds.teachers.teacher import Teacher, TeacherView
 
 
@@ -54,17 +54,11 @@ class Training:
         self.worse: int = state.get("worse", 0)
         self.informative: list[int] = state.get("informative", [])
         self.inputs: dict[str, str] = state.get("inputs", {})
-        self.scope = Scope.of(config, ranks, batches.group, self.parts)
-        cotrained = engine.module.teacher
-        self.objective = Objective(
-            config.losses, impl=config.kernels, cotrain=cotrained is not None, mean=self.scope.mean
-        )
+        self.scope = RankScope.of(config.train.in_batch, ranks, batches.group, config.kernels, self.parts)
+        self.trainee = engine.module
         early = config.train.overlap and teacher is not None and teacher.computes
         self.ahead = AheadTeacher(teacher, ranks.device) if early and teacher is not None else None
-        taught_by = teacher if teacher is not None else cotrained
-        self.teacher_depth = taught_by.num_layers if taught_by is not None else 0
-        self.readable = teacher.readable if teacher is not None else list(range(self.teacher_depth))
-        self.student_depth = engine.module.student.num_layers
+        self.depths = depths_of(config, self.trainee.student, teacher or self.trainee.teacher, self.informative)
 
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, or until early stopping or a callback ends it; the best evaluation, if there was any.
@@ -126,54 +120,58 @@ class Training:
 
         following: the next step's window, where the teacher runs ahead.
         """
-        config, step = self.config, self.step
+        step = self.step
         # Dropout depends on (seed, step, rank) only: a resumed run has no generator to restore.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + self.ranks.rank)
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.ranks.rank)
         lr = self._set_learning_rate(step)
-        teacher_layers, student_layers = self._layers("layer", step)
-        teacher_taps, student_taps = self._layers("attention", step)
+        asked = self._asked(step)
         self._at("teacher forward")
         if self.ahead is not None:
-            view: TeacherView | None = self.ahead.take(window, teacher_layers)
+            view: TeacherView | None = self.ahead.take(window, asked.layers[0])
             if following is not None:
-                self.ahead.begin(following, self._layers("layer", step + 1)[0])
+                self.ahead.begin(following, self._asked(step + 1).layers[0])
         else:
-            view = self.teacher.window(window.teacher, teacher_layers, teacher_taps) if self.teacher else None
-        sums = StepSums()
-        done = 0
-        for index, batch in enumerate(window.student):
-            queries = len(window.query_ids) // len(window.student)
+            view = self.teacher.window(window.teacher, asked.layers[0], asked.taps[0]) if self.teacher else None
+        sums = StepSums(self.trainee.losses.rows(asked))
+        for index in range(len(window.student)):
             self._at("student forward")
-            student, cotrained = self.engine(
-                batch.to(self.ranks.device),
-                student_layers,
-                student_taps,
-                window.teacher[index].to(self.ranks.device) if self.engine.module.teacher is not None else None,
-                teacher_layers,
-                teacher_taps,
-            )
-            self.parts.at("losses")
-            views = make_views(
-                Pair(student.final, student.layers),
-                self._teacher_pair(view, cotrained, done, queries),
-                self.scope,
-                self._mask(window, done, queries),
-                contrastive_group=config.losses.contrastive.scope == "group",
-                cotrained=cotrained is not None,
-            )
-            if student_taps:
-                groups = word_groups(window.teacher[index], batch, self.ranks.device)
-                views.attention = pair_taps(self._teacher_output(view, cotrained, index), student, groups)
-            output = self.objective(views)
+            output = self.engine(self.micro(window, index, asked, view))
             self._at("backward")
             self.engine.backward(output.loss)
             self._at("optimizer")
             self.engine.step()
             sums.add(output)
-            done += queries
         self._at("statistics")
-        meta = {"lr": lr, "teacher_layers": list(teacher_layers), "student_layers": list(student_layers)}
-        self.recorder.step(step + 1, sums, meta, window.query_ids, done)
+        self.recorder.step(step + 1, sums, lr, window.query_ids)
+
+    def micro(self, window: Window, index: int, asked: Asked, view: TeacherView | None) -> Micro:
+        """A window's micro-batch as the trained module takes it, with what the frozen teacher says of it."""
+        device, batch, group = self.ranks.device, window.student[index], self.batches.group
+        queries = len(window.query_ids) // len(window.student)
+        first, last = index * queries, (index + 1) * queries
+        keys: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self.config.data.mask_duplicates:
+            passages, positives = window.passage_keys[first * group : last * group], window.positive_keys[first:last]
+            keys = passages.to(device, non_blocking=True), positives.to(device, non_blocking=True)
+        taught: Side | None = None
+        if view is not None:
+            final, layers = view.final.micro(first, last, group), view.layers
+            taps = side(view.outputs[index]) if view.outputs else None
+            taught = Side(
+                final,
+                None if layers is None else layers.micro(first, last, group),
+                None if taps is None else taps.taps_queries,
+                None if taps is None else taps.taps_passages,
+            )
+        return Micro(
+            batch.to(device),
+            self.scope,
+            asked,
+            taught,
+            window.teacher[index].to(device) if self.trainee.teacher is not None else None,
+            keys,
+            word_groups(window.teacher[index], batch, device) if asked.taps[0] else (None, None),
+        )
 
     def evaluate(self) -> bool:
         """Evaluate the student; whether it is the best so far."""
@@ -222,34 +220,5 @@ class Training:
             group["lr"] = group.get("base_lr", self.config.train.lr) * factor
         return self.config.train.lr * factor
 
-    def _layers(self, name: str, step: int) -> tuple[list[int], list[int]]:
-        loss = getattr(self.config.losses, name)
-        if loss.weight == 0 or self.teacher_depth == 0:
-            return [], []
-        depth, seed = (self.teacher_depth, self.student_depth), self.config.seed
-        return select_layers(loss, *depth, seed=seed, step=step, informative=self.informative, stored=self.readable)
-
-    def _teacher_pair(
-        self, view: TeacherView | None, cotrained: Output | None, start: int, queries: int
-    ) -> Pair | None:
-        if cotrained is not None:
-            return Pair(cotrained.final, cotrained.layers)
-        if view is None:
-            return None
-        group, stop = self.batches.group, start + queries
-        return Pair(
-            view.final.micro(start, stop, group), view.layers.micro(start, stop, group) if view.layers else None
-        )
-
-    def _teacher_output(self, view: TeacherView | None, cotrained: Output | None, index: int) -> Output:
-        if cotrained is not None:
-            return cotrained
-        assert view is not None
-        return view.outputs[index]
-
-    def _mask(self, window: Window, start: int, queries: int) -> torch.Tensor | None:
-        if not self.config.data.mask_duplicates:
-            return None
-        group, device = self.batches.group, self.ranks.device
-        keys = window.passage_keys[start * group : (start + queries) * group].to(device, non_blocking=True)
-        return self.scope.mask(keys, window.positive_keys[start : start + queries].to(device, non_blocking=True))
+    def _asked(self, step: int) -> Asked:
+        return self.trainee.losses.asked(self.config.losses.pairs(self.depths, step))

@@ -1,8 +1,7 @@
-"""What is trained, in one DeepSpeed engine: the student, and beside it the teacher where that is co-trained."""
+"""What is trained, in one DeepSpeed engine: the student, the losses, and the teacher where that is co-trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,37 +9,45 @@ from pydantic import ValidationError
 from torch import nn
 
 from lead_ds.config import Config
-from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training.step import Micro
 from lead_ds.errors import InputError
+from lead_ds.losses.objective import Objective, ObjectiveOutput
+from lead_ds.losses.views import Side, Views
 from lead_ds.models.load import DTYPES
 from lead_ds.models.scorer import Output, Scorer
 from lead_ds.settings.model import ModelConfig
 
 
 class Trainee(nn.Module):
-    """Student and co-trained teacher as one module: one engine, one optimizer, one checkpoint."""
+    """Student, losses and co-trained teacher as one module: one engine, one optimizer, one checkpoint.
 
-    def __init__(self, student: Scorer, teacher: Scorer | None = None) -> None:
+    The losses run inside its forward, so that every ZeRO stage finds their weights where they are used.
+    """
+
+    def __init__(self, student: Scorer, teacher: Scorer | None = None, losses: Objective | None = None) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
+        self.losses = losses
 
-    def forward(
-        self,
-        batch: ModelBatch,
-        layers: Sequence[int],
-        tap_layers: Sequence[int] = (),
-        teacher_batch: ModelBatch | None = None,
-        teacher_layers: Sequence[int] = (),
-        teacher_tap_layers: Sequence[int] = (),
-    ) -> tuple[Output, Output | None]:
-        """The student's and the co-trained teacher's outputs for one micro-batch."""
-        student = self.student(batch, layers=layers, tap_layers=tap_layers)
-        if self.teacher is None:
-            return student, None
-        return student, self.teacher(teacher_batch, layers=teacher_layers, tap_layers=teacher_tap_layers)
+    def forward(self, micro: Micro) -> ObjectiveOutput:
+        """The objective of one micro-batch."""
+        assert self.losses is not None
+        (teacher_layers, layers), (teacher_taps, taps) = micro.asked.layers, micro.asked.taps
+        student, taught = side(self.student(micro.student, layers=layers, tap_layers=taps)), micro.taught
+        if self.teacher is not None:
+            taught = side(self.teacher(micro.teacher, layers=teacher_layers, tap_layers=teacher_taps))
+        micro.scope.begin()
+        cotrained = self.teacher is not None
+        views = Views(student, taught, micro.scope, micro.keys, cotrained=cotrained, groups=micro.groups)
+        return self.losses(views, micro.asked)
+
+
+def side(output: Output) -> Side:
+    """A model's answer as losses see it."""
+    return Side(output.final, output.layers, output.taps_queries, output.taps_passages)
 
 
 def student_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
@@ -84,14 +91,10 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
 def parameter_groups(trainee: Trainee, config: Config) -> list[dict[str, Any]]:
     """Optimizer groups: weight decay on matrices only, and a co-trained teacher's own learning rate."""
     train = config.train
+    taught = config.teacher.lr if config.teacher and config.teacher.lr else train.lr
     groups = []
-    for scorer, lr in (
-        (trainee.student, train.lr),
-        (trainee.teacher, (config.teacher.lr if config.teacher else None) or train.lr),
-    ):
-        if scorer is None:
-            continue
-        parameters = [p for p in scorer.parameters() if p.requires_grad]
+    for module, lr in ((trainee.student, train.lr), (trainee.teacher, taught), (trainee.losses, train.lr)):
+        parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
         decayed = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
         plain = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
         for members, decay in ((decayed, train.weight_decay), (plain, 0.0)):

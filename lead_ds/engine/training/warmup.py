@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import Config, LossesConfig, StudentConfig, TeacherConfig
+from lead_ds.config import Config, StudentConfig, TeacherConfig, losses_section
 from lead_ds.config.load import parse_config
 from lead_ds.engine.training.distill import train
 from lead_ds.errors import InputError
@@ -33,7 +33,7 @@ def load_warmup(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = load_tree(path, overrides, Config)
     losses = tree.setdefault("losses", {})
     if tree.get("teacher") is None and isinstance(losses, dict):
-        for name in LossesConfig.model_fields:
+        for name in losses_section().model_fields:
             loss = losses.setdefault(name, {})
             if name != "contrastive" and isinstance(loss, dict):
                 loss["weight"] = 0.0

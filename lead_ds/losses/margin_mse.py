@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from lead_ds.losses.loss import Loss, LossSettings, register
+from lead_ds.losses.views import Views
 from lead_ds.relevance import Relevance
+
+
+class MarginMSESettings(LossSettings):
+    """Squared error between the teacher's and the student's margins of positive over negatives."""
+
+    teacher_scale: float = Field(1.0, gt=0, description="multiplies the teacher's scores first")
 
 
 def margin_mse(
@@ -27,3 +36,24 @@ def margin_mse(
             keep = keep & mask_QP.gather(1, columns_QN[:, 1:])
     # Selected before squaring: a masked logit squared overflows, and 0 * inf would poison the gradient.
     return difference.masked_fill(~keep, 0.0).square().sum() / keep.sum().clamp_min(1)
+
+
+@register
+class MarginMSE(Loss):
+    """L = mean_(q, n) ((t(q, p) - t(q, n)) * teacher_scale - (s(q, p) - s(q, n)))^2, of the query's own negatives n.
+
+    Hofstaetter et al., arXiv 2010.02666.
+
+    >>> from lead_ds.losses import LossShape, ModelFacts, Scope, Side, Views
+    >>> from lead_ds.relevance import ScoreFeatures
+    >>> student, teacher = (Side(ScoreFeatures(torch.tensor(scores)[None, None])) for scores in ([1.0, 0.0], [4.0, 1.0]))
+    >>> loss = MarginMSE(MarginMSE.set(weight=1), LossShape(ModelFacts("cross_encoder", layers=3)))
+    >>> loss(Views(student, teacher, Scope(group=2))).item()  # (3 - 1)^2
+    4.0
+    """
+
+    name, Settings, needs = "margin_mse", MarginMSESettings, frozenset({"final"})
+
+    def forward(self, views: Views) -> Tensor:
+        """A scalar."""
+        return margin_mse(*views.pair(), views.scope.group, self.settings.teacher_scale)
