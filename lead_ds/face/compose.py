@@ -92,9 +92,9 @@ def losses_section(losses: Mapping[str, Any] | Sequence[Any] | None, taught: boo
 
 def only(losses: Mapping[str, Any]) -> dict[str, Any]:
     """A section in which every other loss is switched off."""
-    from lead_ds.config import LossesConfig
+    from lead_ds.config import losses_section as registered
 
-    others = {name: {"weight": 0.0} for name in LossesConfig.model_fields if name not in losses}
+    others = {name: {"weight": 0.0} for name in registered().model_fields if name not in losses}
     return others | {name: {"weight": 1.0, **values} for name, values in losses.items()}
 
 
