@@ -66,7 +66,8 @@ class Arm:
 
 
 def _layer(**settings: Any) -> dict[str, dict[str, Any]]:
-    return {"layer": {"weight": 1.0, "select": "last", "k": 3, "layer_temperature": 1.0, **settings}}
+    counted = {} if settings.get("select") == "given" else {"k": 3}
+    return {"layer": {"weight": 1.0, "select": "last", **counted, "layer_temperature": 1.0, **settings}}
 
 
 def _lens(**settings: Any) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
 from pydantic import PlainValidator, SerializeAsAny, ValidationError
@@ -11,15 +12,26 @@ from pydantic_core import PydanticCustomError
 from lead_ds.settings.base import Section
 
 
+@dataclass(frozen=True)
+class Modes:
+    """Marks a field whose section is one of `sections`, chosen by the setting `key`."""
+
+    key: str
+    sections: Mapping[str, type[Section]]
+
+
 def in_modes(key: str, default: str, modes: Mapping[str, type[Section]]) -> Any:
     """The annotation of a section that is one of `modes`, chosen by its `key`; `default` where it has none.
 
     A setting that the chosen mode ignores is refused, with what to set instead; null counts as not given.
 
-    >>> from typing import Literal
     >>> from pydantic import TypeAdapter
-    >>> class Summer(Section): season: Literal["summer"] = "summer"; shade: int = 1
-    >>> class Winter(Section): season: Literal["winter"] = "winter"; wool: int = 2
+    >>> class Summer(Section):
+    ...     season: str = "summer"
+    ...     shade: int = 1
+    >>> class Winter(Section):
+    ...     season: str = "winter"
+    ...     wool: int = 2
     >>> weather = TypeAdapter(in_modes("season", "summer", {"summer": Summer, "winter": Winter}))
     >>> weather.validate_python({"season": "winter", "wool": 3}).wool
     3
@@ -57,7 +69,32 @@ def in_modes(key: str, default: str, modes: Mapping[str, type[Section]]) -> Any:
                 raise refusal(section.__name__, name, None, f"is needed by {key}: {chosen}", remedy)
         return section.model_validate(given)
 
-    return Annotated[SerializeAsAny[Union[tuple(modes.values())]], PlainValidator(choose)]  # type: ignore[misc]  # noqa: UP007
+    return Annotated[SerializeAsAny[Union[tuple(modes.values())]], PlainValidator(choose), Modes(key, modes)]  # type: ignore[misc]  # noqa: UP007
+
+
+def forget_former(tree: dict[str, Any], overrides: Sequence[str], root: type[Section]) -> None:
+    """Where an override changes a section's mode, take out of `tree` what the file says for another mode.
+
+    What is itself overridden stays, to be refused where the new mode ignores it.
+    """
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    for where in keys:
+        *path, key = where.split(".")
+        node: Any = tree
+        section, modes = [root], None
+        for name in path:
+            node = node.get(name) if isinstance(node, dict) else None
+            field = next((found for one in section if (found := one.known_fields().get(name))), None)
+            modes = next((mark for mark in field.metadata if isinstance(mark, Modes)), None) if field else None
+            kind = field.annotation if field else None
+            section = [kind] if isinstance(kind, type) and issubclass(kind, Section) else []
+        if modes is None or modes.key != key or not isinstance(node, dict) or node.get(key) not in modes.sections:
+            continue
+        own = modes.sections[node[key]].model_fields
+        known = {name for one in modes.sections.values() for name in one.model_fields}
+        for name in [name for name in node if name in known and name not in own]:
+            if ".".join([*path, name]) not in keys:
+                del node[name]
 
 
 def refusal(section: str, name: str, value: Any, what: str, remedy: str) -> ValidationError:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from lead_ds.errors import InputError
 from lead_ds.settings.base import Section
 from lead_ds.settings.documents import read_yaml
+from lead_ds.settings.modes import forget_former
 from lead_ds.settings.typed import fields_of, is_section, kinds_of, typed_value
 
 S = TypeVar("S", bound=Section)
@@ -35,6 +36,7 @@ def load_tree(path: str | Path, overrides: Sequence[str], section: type[Section]
         raise InputError(path, "does not hold a configuration", "it must be a mapping of sections")
     for override in overrides:
         apply_override(tree, override, section)
+    forget_former(tree, overrides, section)
     return tree
 
 

@@ -41,7 +41,7 @@ SELECT = {
     "dual_encoder": {"select": "random", "k": 2, "every": 2},
     "colbert": {"select": "last", "k": 2},
     "cross_encoder": {"select": "skip", "k": 3},
-    "llm_reranker": {"select": "given", "teacher_layers": [0, 2], "student_layers": [1, 2], "k": 2},
+    "llm_reranker": {"select": "given", "teacher_layers": [0, 2], "student_layers": [1, 2]},
 }
 EXTRA: dict[str, Any] = {"cross_encoder": {"scale": "standard"}}
 

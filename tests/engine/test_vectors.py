@@ -76,7 +76,7 @@ def kept(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Kept:
 
     given = {
         **SECTIONS["losses"],
-        "layer": {"select": "given", "teacher_layers": [1, 3], "student_layers": [0, 2], "k": 2},
+        "layer": {"select": "given", "teacher_layers": [1, 3], "student_layers": [0, 2]},
     }
     runs = {
         "online": write("online", None),
