@@ -16,6 +16,7 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = {
     "distil_in_ten_lines.py": (["cross", "student", "OUT"], "vectors; the model is in"),
     "callbacks.py": (["cross", "student", "data", "OUT"], "on the test split: {'nDCG@10'"),
+    "own_student.py": (["cross", "OUT"], "the glacier grinds rock"),
     "search_and_rerank.py": (["student", "cross"], "the best passage by each layer"),
 }
 LONGEST, SLOWEST = 60, 30.0  # lines, and seconds of processor time

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lead_ds.config import Config
 from lead_ds.config.load import parse_config
 from lead_ds.data.taught.relevance import MANIFEST
 from lead_ds.errors import InputError
 from lead_ds.face.model import Model
 from lead_ds.models.load import kind_of
+from lead_ds.models.own import probe
 from lead_ds.settings.base import Section
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.train import TrainConfig
@@ -20,7 +23,8 @@ from lead_ds.settings.train import TrainConfig
 WHERE = "Distiller"
 ROWS = "(rows given from Python)"  # data.path of a run whose groups are in memory
 
-ModelLike = Model | str | Path | Mapping[str, Any]
+ModelLike = Model | nn.Module | str | Path | Mapping[str, Any]
+_READ_OF_OWN = {"dtype", "scale"}
 # Settings that stand beside sections, by the section that they are of: Distiller(steps=100) is train.steps.
 _SHORT: tuple[tuple[str, type[Section], frozenset[str]], ...] = (
     ("train", TrainConfig, frozenset[str]()),
@@ -42,20 +46,24 @@ def compose(
     tree["losses"] = losses_section(losses, teacher is not None)
     for name, value in settings.items():
         place_setting(tree, name, value)
-    return parse_config(tree, WHERE)
+    config = parse_config(tree, WHERE)
+    if module_of(student) is not None or module_of(teacher) is not None:
+        check_own(config)
+    return config
 
 
 def model_section(model: ModelLike, role: str) -> dict[str, Any]:
     """The section of a model: of one that is loaded, or in a directory, or given as the section itself."""
     if isinstance(model, Model):
-        return dict(model.section)
+        model = model.section
+    if module_of(model) is not None:
+        return own_section(model, role)
     if isinstance(model, str | Path):
         model = {"path": model}
     if not isinstance(model, Mapping):
         what = f"a {type(model).__name__} is no {role}"
-        raise InputError(
-            f"{WHERE}: {role}", what, "give load(...), a path, or a section such as {'path': ..., 'kind': ...}"
-        )
+        remedy = "give load(...), a path, a torch module, or a section such as {'path': ..., 'kind': ...}"
+        raise InputError(f"{WHERE}: {role}", what, remedy)
     section = dict(model)
     if "path" in section:
         path = Path(section["path"]).expanduser()
@@ -64,6 +72,40 @@ def model_section(model: ModelLike, role: str) -> dict[str, Any]:
             taught = role == "teacher" and (path / MANIFEST).exists()
             section["kind"] = "cached" if taught else kind_of(section["path"])
     return section
+
+
+def module_of(model: object) -> nn.Module | None:
+    """The module that is given in place of a path: itself, or as `module` of a section."""
+    model = model.section if isinstance(model, Model) else model
+    model = model.get("module") if isinstance(model, Mapping) else model
+    return model if isinstance(model, nn.Module) else None
+
+
+def own_section(model: Any, role: str) -> dict[str, Any]:
+    """The section of a module of one's own: what is read of it is a dual encoder's. Raises InputError for what is not."""
+    module = module_of(model)
+    assert module is not None
+    probe(module)
+    section = {name: value for name, value in model.items() if name != "module"} if isinstance(model, Mapping) else {}
+    ignored = sorted(section.keys() - _READ_OF_OWN - ({"batch_size"} if role == "teacher" else set()))
+    if ignored:
+        remedy = f"the module itself decides: take it out; {', '.join(sorted(_READ_OF_OWN))} are read"
+        raise InputError(f"{WHERE}: {role}.{ignored[0]}", "is ignored by a module of your own", remedy)
+    where = {"placement": "replicate", "truncate": False} if role == "teacher" else {}
+    name = f"({type(module).__name__} given from Python)"
+    return {"kind": "dual_encoder", "path": name, "attention": "sdpa", **where, **section}
+
+
+def check_own(config: Config) -> None:
+    """Refuse what a run with modules of one's own cannot do."""
+    tapped = config.losses.needing("attention")
+    for key, value, off in (
+        ("train.grad_cache", config.train.grad_cache, None),
+        ("data.token_cache", config.data.token_cache, False),
+        (f"losses.{''.join(tapped[:1])}.weight", tapped, 0),
+    ):
+        if value:
+            raise InputError(f"{WHERE}: {key}", "needs models of a kind, not a module of your own", f"set it to {off}")
 
 
 def data_section(data: Any) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from lead_ds.engine.training.distill import train
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.engine.training.given import Given
 from lead_ds.errors import InputError
-from lead_ds.face.compose import ROWS, ModelLike, compose
+from lead_ds.face.compose import ROWS, ModelLike, compose, module_of
 from lead_ds.face.model import Model, load
+from lead_ds.models.own import OwnEncoder, load_weights
 from lead_ds.settings.parse import parse_section
 from lead_ds.settings.train import EvaluationConfig
 
@@ -31,8 +32,10 @@ from lead_ds.settings.train import EvaluationConfig
 class Distiller:
     """A run: a teacher, a student, training groups, losses and settings.
 
-    teacher, student: a model of `load`, a path or hub name, or its section ({"path": ..., "kind": ..., ...}). Without a teacher
-    the student learns from labels. data: a folder or file of groups, a `datasets.Dataset`, or rows
+    teacher, student: a model of `load`, a path or hub name, or its section ({"path": ..., "kind": ..., ...}). Or a torch module
+    of your own, or {"module": ..., "scale": "cosine"}: `tokenize(texts, side)` gives a dictionary of tensors with a row for each
+    text, `forward(tokens)` vectors [B, D], or these and a list of its layers' vectors. Without a teacher the student learns
+    from labels. data: a folder or file of groups, a `datasets.Dataset`, or rows
     [{"query", "positives", "negatives", "scores"?}] of texts; the columns of sentence-transformers and FlagEmbedding do, too.
     losses: those to train by; None: the configuration's defaults. callbacks: told of the run; they can end it.
     settings: what a configuration file holds, as sections (`evaluation={"split": "dev"}`) or, of `train` and `data`, alone
@@ -40,10 +43,11 @@ class Distiller:
 
     Under a launcher every process makes and trains the same. Raises InputError for what cannot be, before any training.
 
+    >>> things = ["octopus", "glacier", "violin", "volcano", "honeybee", "lighthouse", "compass", "bread"]
     >>> run = Distiller(
     ...     teacher=load(cross_encoder, max_length=64),
     ...     student=dual_encoder,
-    ...     data=[{"query": f"query {i}", "positives": [f"answer {i}"], "negatives": []} for i in range(8)],
+    ...     data=[{"query": f"what is a {thing}", "positives": [f"a {thing} is"]} for thing in things],
     ...     losses={"response": {"weight": 3}},
     ...     steps=2,
     ...     batch_size=4,
@@ -66,7 +70,8 @@ class Distiller:
     ) -> None:
         config = compose(teacher, student, data, losses, settings)
         groups = RowGroups.of(data, config.data.negatives) if config.data.path == ROWS else None
-        self._set(config, Given(groups=groups, callbacks=callbacks), "student")
+        given = Given(groups, student=module_of(student), teacher=module_of(teacher), callbacks=callbacks)
+        self._set(config, given, "student")
 
     @classmethod
     def of(cls, config: Config, *, callbacks: Sequence[Callback] = (), product: str = "student") -> Distiller:
@@ -110,9 +115,18 @@ class Distiller:
 
     @property
     def student(self) -> Model:
-        """The trained model: of the best checkpoint where an evaluation chose one, else of the last step."""
+        """The trained model: of the best checkpoint where an evaluation chose one, else of the last step.
+
+        A module of your own has the trained weights from here on, in its own dtype.
+        """
         if self._student is None:
-            self._student = load(self.folder, kind=self.config.student.kind)
+            module, section = self._given.student, self.config.student
+            if module is None:
+                self._student = load(self.folder, kind=section.kind)
+            else:
+                load_weights(module, self.folder)
+                scorer = OwnEncoder(module, section, student=True).eval()
+                self._student = Model(scorer, self._given.student_text(section), {"module": module})
         return self._student
 
     def save(self, path: str | Path) -> Path:

@@ -40,7 +40,7 @@ class Model:
     @property
     def path(self) -> str:
         """The directory or hub name that it was loaded from."""
-        return str(self.section["path"])
+        return str(self.scorer.config.path)
 
     @property
     def kind(self) -> str:

@@ -20,6 +20,7 @@ from lead_ds.models.kinds.colbert import ColBERT
 from lead_ds.models.kinds.cross_encoder import CrossEncoder
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.layout import RECORD
+from lead_ds.models.own import OwnEncoder
 from lead_ds.models.scorer import Scorer
 from lead_ds.report.card import USES, front_matter
 
@@ -45,7 +46,12 @@ def save_student(
     if not isinstance(scorer, (DualEncoder, ColBERT, CrossEncoder)):
         raise TypeError(f"a {scorer.kind} is no student")
     with whole_folder(Path(folder)) as made:
-        write_student(scorer, encoder, made, state_dict or scorer.state_dict(), card)
+        state = state_dict or scorer.state_dict()
+        if isinstance(scorer, OwnEncoder):
+            _json(made / RECORD, scorer.save(made, encoder, state))
+            (made / "README.md").write_text(scorer.card(), encoding="utf-8")
+        else:
+            write_student(scorer, encoder, made, state, card)
     return Path(folder)
 
 

@@ -26,6 +26,7 @@ from lead_ds.models.load import DTYPES, load_teacher, read_model_config
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Features
+from lead_ds.settings.data import DataConfig
 from lead_ds.teachers.lens import FittedLens, open_lens
 from lead_ds.teachers.teacher import Lesson, Teacher, TeacherView
 
@@ -62,10 +63,9 @@ class FrozenTeacher(Teacher):
         encoder = TextEncoder.from_config(settings)
         open_lens(settings, lesson.lens_folder, lesson.seed, encoder)  # reported before any model is loaded
         tapped = "attention" in lesson.losses.needs
-        at_once = None if settings.batch_size is None else max(1, settings.batch_size // (1 + lesson.data.negatives))
         return Reads(
             encoder=encoder,
-            at_once=train.batch_size if settings.train or tapped else at_once,
+            at_once=train.batch_size if settings.train or tapped else at_once(settings, lesson.data),
             passes=settings.passes,
             # A frozen teacher keeps no activations: GradCache has nothing to save there.
             queries_at_once=train.grad_cache if settings.train else None,
@@ -143,6 +143,11 @@ class FrozenTeacher(Teacher):
             sharded = getattr(parameter, "ds_tensor", None)
             held += (numel if sharded is None else sharded.numel()) * parameter.element_size()
         return held, whole
+
+
+def at_once(settings: TeacherConfig, data: DataConfig) -> int | None:
+    """Groups of one forward of a teacher; None: all of a window."""
+    return None if settings.batch_size is None else max(1, settings.batch_size // (1 + data.negatives))
 
 
 def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> FrozenTeacher:

@@ -10,9 +10,23 @@ import pytest
 
 from lead_ds import Distiller
 
+THINGS = [
+    "octopus",
+    "glacier",
+    "violin",
+    "volcano",
+    "honeybee",
+    "lighthouse",
+    "compass",
+    "bread",
+    "telescope",
+    "camel",
+    "bridge",
+    "piano",
+]
 ROWS = [
-    {"query": f"which thing {i}", "positives": [f"the thing {i} is this"], "negatives": [f"thing {i + 1} is that"]}
-    for i in range(12)
+    {"query": f"which {thing}", "positives": [f"the {thing} is this"], "negatives": [f"{other} is that"]}
+    for thing, other in zip(THINGS, [*THINGS[1:], THINGS[0]], strict=True)
 ]
 
 

@@ -35,13 +35,16 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
 from lead_ds.models.attention_backend import candidates, choose_attention
-from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.load import load_teacher
+from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.student_dir import save_student
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.report.card import model_card
+from lead_ds.teachers.frozen import at_once
 from lead_ds.teachers.informative import informative
 from lead_ds.teachers.open import teacher_class
+from lead_ds.teachers.own import OwnTeacher
 from lead_ds.teachers.teacher import Lesson, Teacher, refuse_ungiven
 
 
@@ -93,17 +96,18 @@ def train(
         check_given(groups, given, ranks)
         torch.manual_seed(config.seed)  # the same new layers on every rank
         dtype = student_dtype(config.student, ranks.device)
-        student = agreed(ranks, lambda: load_student(config.student, dtype))
+        student = agreed(ranks, lambda: given.load_student(config.student, dtype))
         cotrained = None
         if uses_teacher and config.teacher and config.teacher.train:
             teacher_settings = config.teacher
             cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
         for scorer, reads in ((student, batches.student), (cotrained, batches.teacher)):
-            if scorer is not None and reads is not None and reads.encoder is not None:
-                check_vocabulary(scorer, reads.encoder.tokenizer, scorer.config.path)
+            tokenizer = None if reads is None or reads.encoder is None else reads.encoder.tokenizer
+            if scorer is not None and tokenizer is not None:
+                check_vocabulary(scorer, tokenizer, scorer.config.path)
         trainee = Trainee(student, cotrained).to(ranks.device)
         fit_attention(trainee, config, batches, dtype, ranks)
-        teacher = open_teacher(config, batches, ranks) if uses_teacher and cotrained is None else None
+        teacher = open_teacher(config, batches, ranks, given) if uses_teacher and cotrained is None else None
         trainee.losses = build_objective(config, student, cotrained, teacher, batches, ranks).to(ranks.device)
         for key, scorer in (("student", student), ("teacher", cotrained)):
             if scorer is not None and scorer.config.passes == "packed":
@@ -178,25 +182,34 @@ def open_inputs(
     groups = given.groups or open_groups(config.data)
     if uses_teacher and config.teacher:
         groups = teacher_class(config.teacher.kind).drawn(groups)
-    student_text = TextEncoder.from_config(config.student)
-    batches = open_batches(config, groups, student_text, uses_teacher, ranks)
+    student_text = given.student_text(config.student)
+    batches = open_batches(config, groups, student_text, uses_teacher, ranks, given)
     batches.check(compared(config, ranks.world))
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
 
 
-def open_batches(config: Config, groups: Groups, encoder: TextEncoder, uses_teacher: bool, ranks: Ranks) -> Batches:
+def open_batches(
+    config: Config, groups: Groups, encoder: TextEncoder, uses_teacher: bool, ranks: Ranks, given: Given = NOTHING
+) -> Batches:
     """The windows of a run: its groups, as the student and the teacher are given them."""
     student = Reads(encoder, passes=config.student.passes, queries_at_once=config.train.grad_cache)
     teacher = None
     if uses_teacher and config.teacher:
-        teacher = teacher_class(config.teacher.kind).reads(Lesson.of(config), groups, ranks)
+        text = given.teacher_text(config.teacher)
+        if text is not None:
+            teacher = Reads(text, at_once=at_once(config.teacher, config.data))
+        else:
+            teacher = teacher_class(config.teacher.kind).reads(Lesson.of(config), groups, ranks)
     return Batches(groups, student, teacher, config.data, config.train, seed=config.seed, ranks=ranks)
 
 
-def open_teacher(config: Config, batches: Batches, ranks: Ranks) -> Teacher:
+def open_teacher(config: Config, batches: Batches, ranks: Ranks, given: Given = NOTHING) -> Teacher:
     """The teacher that is not trained."""
     assert config.teacher is not None
     assert batches.teacher is not None
+    if given.teacher is not None:
+        module, settings = given.teacher, config.teacher
+        return OwnTeacher(agreed(ranks, lambda: OwnEncoder(module, settings)), ranks.device)
     kind = teacher_class(config.teacher.kind)
     return kind.open(Lesson.of(config), batches.teacher, lambda: batches.window(0).teacher, ranks)
 

@@ -4,19 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import nn
+
+from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.data.groups.group import Groups
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.callbacks import Callback
 from lead_ds.errors import InputError
+from lead_ds.models.load import load_student
+from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, copied
+from lead_ds.models.scorer import Scorer
 
 
 @dataclass(frozen=True)
 class Given:
-    """groups: instead of those of the section `data`; callbacks: told of the run."""
+    """groups: instead of those of the section `data`; student, teacher: modules instead of what their sections name;
+    callbacks: told of the run."""
 
     groups: Groups | None = None
+    student: nn.Module | None = None
+    teacher: nn.Module | None = None
     callbacks: Sequence[Callback] = ()
+
+    def student_text(self, config: StudentConfig) -> TextEncoder:
+        """How the student reads text."""
+        return TextEncoder.from_config(config) if self.student is None else _text(self.student, config.path)
+
+    def teacher_text(self, config: TeacherConfig) -> TextEncoder | None:
+        """How a teacher that was given reads text; None where its section names it."""
+        return None if self.teacher is None else _text(self.teacher, config.path)
+
+    def load_student(self, config: StudentConfig, dtype: torch.dtype) -> Scorer:
+        """The student, a module's in a copy of it."""
+        if self.student is None:
+            return load_student(config, dtype)
+        return OwnEncoder(copied(self.student).to(dtype), config, student=True).train()
+
+
+def _text(module: nn.Module, path: str) -> Any:
+    tokenize = getattr(module, "tokenize", None)
+    if not callable(tokenize):
+        raise InputError(type(module).__name__, "has no tokenize", SHAPE)
+    return OwnText(path, tokenize)
 
 
 NOTHING = Given()

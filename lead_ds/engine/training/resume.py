@@ -59,7 +59,7 @@ def reading_facts(batches: Batches) -> dict[str, str]:
     return {
         f"tokenizer: {name}": tokenizer_checksum(encoder.tokenizer)
         for name, encoder in encoders.items()
-        if encoder is not None
+        if encoder is not None and encoder.tokenizer is not None  # a module of one's own has none that can be compared
     }
 
 
