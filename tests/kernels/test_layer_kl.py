@@ -48,6 +48,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Whether score maps are small enough to keep; recomputed ones come in several chunks."""
     if request.param == "recomputed":
         monkeypatch.setattr(inputs, "_STORED_SCORES", 0)
+        monkeypatch.setattr(inputs, "_RESIDUAL_SHARE", 0)
         monkeypatch.setattr(chunked, "_CHUNK_SCORES", 100)
         monkeypatch.setattr(chunked, "_CHUNK_ROWS", 4)
         if "triton_device" in request.fixturenames or request.getfixturevalue("impl") == "triton":

@@ -14,6 +14,8 @@ from lead_ds.kernels.layout import unit
 
 # 16 MiB of float32: so much of both models' scores the Triton kernels keep for the backward pass.
 _STORED_SCORES = 1 << 22
+# Of the gradient's size, what the torch implementation's residuals may have.
+_RESIDUAL_SHARE = 1
 
 
 class Factors(NamedTuple):
@@ -106,16 +108,24 @@ def stores_maps(layers: int, queries: int, passages: int) -> bool:
     return layers * queries * passages <= _STORED_SCORES
 
 
+def keeps_residual(problem: Problem) -> bool:
+    """Whether the torch forward pass keeps R - P: where that is smaller than the gradient."""
+    _, queries, passages = problem.shape
+    return queries * passages <= _RESIDUAL_SHARE * (queries + passages) * problem.student.q.shape[2]
+
+
 def saved_shapes(problem: Problem, impl: str, differentiable: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the two tensors that a forward pass saves.
 
-    torch: the gradients of the student's q and d themselves, which come out of the same visit of the scores. Triton:
-    both models' scores [2, K, Q, P], P rounded up, where they are stored; and log-sum-exps [2, K, Q].
+    torch: the residuals R - P [K, Q, P], or the gradients of the student's q and d for a KL of weight 1. Triton: both
+    models' scores [2, K, Q, P], P rounded up, where they are stored; and log-sum-exps [2, K, Q].
     """
     layers, queries, passages = problem.shape
     if not differentiable:
         return (0,), (0,)
     if impl == "torch":
+        if keeps_residual(problem):
+            return (layers, queries, passages), (0,)
         return tuple(problem.student.q.shape), tuple(problem.student.d.shape)
     lse = (2, layers, queries)
     if not stores_maps(layers, queries, passages):

@@ -72,7 +72,7 @@ _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
     ADA: {
         (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
         (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
-        (2, "large, crowded"): ScoreTiles(128, 64, 32, 8, 3),
+        (2, "large, crowded"): ScoreTiles(64, 64, 32, 8, 3),
         (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
         (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
         (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
@@ -80,7 +80,7 @@ _SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
     AMPERE: {
         (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
         (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
-        (2, "large, crowded"): ScoreTiles(128, 64, 32, 8, 3),
+        (2, "large, crowded"): ScoreTiles(64, 64, 32, 8, 3),
         (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
         (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
         (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
