@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow stress lint types check clean
+.PHONY: help demo test test-slow stress fuzz lint types check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -30,6 +30,9 @@ test-slow: $(VENV)/.test  ## the proofs that take minutes
 
 stress: $(VENV)/.test  ## kill a run 500 times at random moments, continue it each time, compare its losses
 	$(BIN)/python -m tests.engine.stress 500
+
+fuzz: $(VENV)/.test  ## give every reader 100,000 inputs that nobody wrote
+	$(BIN)/python -m tests.fuzz 100000
 
 lint: $(VENV)/.test  ## ruff
 	$(BIN)/ruff check .

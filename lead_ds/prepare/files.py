@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -20,7 +22,20 @@ from lead_ds.prepare.source import Judgement, Part, Text, Tick
 
 BLOCK = 4 << 20
 _TAR = (".tar", ".tar.gz", ".tgz")
-_UNREADABLE = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)  # cut or damaged archives
+# Cut, damaged, encrypted or unheard-of archives.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    RuntimeError,  # encrypted; NotImplementedError, of another compression
+    ValueError,  # offsets and names that cannot be
+    KeyError,
+)
+LONGEST_LINE = 1 << 28  # bytes: a few kilobytes of an archive can hold a line of any length
 Lines = tuple[int, list[str]]  # the number of the first line (from 1), and lines without their ends
 
 
@@ -131,6 +146,8 @@ def read_blocks(file: File, tick: Tick) -> Iterator[Lines]:
                 raise unreadable(file.path, error) from None
             tick(position - done)
             done = position
+            if len(rest) > LONGEST_LINE:
+                raise InputError(f"{file}:{number}", f"a line of more than {LONGEST_LINE >> 20} MB", "is it text?")
             block = rest + chunk
             if chunk:
                 cut = block.rfind(b"\n") + 1

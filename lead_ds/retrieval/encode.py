@@ -174,6 +174,8 @@ class Vectors:
             raise InputError(folder / IDS, "no such file", AGAIN)
         width = vectors.dimension
         for shard in range(vectors.shards):
+            if vectors.block(shard).dtype.kind != "f":
+                raise InputError(vectors.path(shard), f"holds {vectors.block(shard).dtype}, not vectors", AGAIN)
             if vectors.block(shard).shape != (len(vectors.rows(shard)), width):
                 raise InputError(vectors.path(shard), "holds another number of vectors than the manifest tells", AGAIN)
         return vectors
@@ -184,7 +186,7 @@ class Vectors:
     @property
     def dimension(self) -> int:
         """D."""
-        return int(self.block(0).shape[-1])
+        return int(self.block(0).shape[-1]) if self.block(0).ndim else 0
 
     @property
     def shards(self) -> int:
@@ -208,8 +210,8 @@ class Vectors:
         """A shard, memory-mapped: [rows, D]. Raises InputError for a file that is none."""
         try:
             return np.load(self.path(shard), mmap_mode="r")
-        except (OSError, ValueError) as error:
-            reason = str(error).split(". ")[0]
+        except Exception as error:  # numpy parses the header as Python, which can go wrong in as many ways
+            reason = str(error).split(". ")[0] or type(error).__name__
             raise InputError(self.path(shard), f"is damaged: {reason}", AGAIN) from None
 
     def ids(self) -> list[str]:

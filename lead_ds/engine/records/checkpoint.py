@@ -55,9 +55,10 @@ class Checkpoints:
     def best(self) -> dict[str, Any] | None:
         """What best.json says: the best evaluation and its checkpoint."""
         try:
-            return json.loads((self.folder / BEST).read_text("utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = json.loads((self.folder / BEST).read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
+        return found if isinstance(found, dict) and isinstance(found.get("checkpoint"), str) else None
 
     def newest(self, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint whose files are as they were written, and its state; damaged ones are told and passed over."""
@@ -203,6 +204,8 @@ def damage(path: Path) -> str | None:
         return "no manifest"
     except (OSError, ValueError):
         return "its manifest cannot be read"
+    if not isinstance(files, dict):
+        return "its manifest is none"
     for name, expected in files.items():
         try:
             if checksum(path / name) != expected:
@@ -211,6 +214,8 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         except OSError as error:
             return f"{name}: {error.strerror}"
+        except ValueError as error:  # no file can have that name
+            return f"{name!r}: {error}"
     return None
 
 

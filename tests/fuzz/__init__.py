@@ -1,0 +1,1 @@
+"""Every reader, given what no program of ours wrote."""
