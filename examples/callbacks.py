@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lead_ds import Callback, Distiller, load
+from lead_ds import Callback, Distiller, load, losses
 
 
 class Curve(Callback):
@@ -45,7 +45,7 @@ run = Distiller(
     teacher=load(teacher, max_length=64),
     student=student,
     data=data,
-    losses={"response": {}, "contrastive": {}},
+    losses=[losses.Response(), losses.Contrastive()],
     callbacks=[curve, GoodEnough(0.99)],
     steps=12,
     batch_size=4,

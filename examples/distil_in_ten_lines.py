@@ -8,7 +8,7 @@ TEACHER, STUDENT: directories or hub names, such as cross-encoder/ms-marco-MiniL
 
 import sys
 
-from lead_ds import Distiller, load
+from lead_ds import Distiller, load, losses
 
 teacher, student, output = sys.argv[1:]
 facts = [
@@ -26,7 +26,7 @@ run = Distiller(
     teacher=load(teacher, max_length=64),
     student=student,
     data=rows,  # or a folder of corpus, queries and groups, or a datasets.Dataset
-    losses={"response": {"weight": 3}, "contrastive": {}},
+    losses=[losses.Response(weight=3), losses.Contrastive()],
     steps=10,
     batch_size=3,
     negatives=2,

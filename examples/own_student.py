@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lead_ds import Distiller, Searcher, load
+from lead_ds import Distiller, Searcher, load, losses
 
 
 class BagOfWords(nn.Module):
@@ -49,7 +49,7 @@ run = Distiller(
     teacher=load(teacher, max_length=64),  # a module of your own will do, too
     student={"module": student, "scale": "cosine"},
     data=rows,
-    losses={"response": {}, "layer": {"k": 2}, "contrastive": {"temperature": 0.05}},
+    losses=[losses.Response(), losses.Layer(k=2), losses.Contrastive(temperature=0.05)],
     steps=30,
     batch_size=2,
     negatives=2,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, PlainValidator, SerializeAsAny, create_model
 from pydantic.fields import FieldInfo
 
-from lead_ds.losses import LOSSES, Losses, Need
+from lead_ds.losses import LOSSES, Loss, Losses, Need
 
 
 class LossesConfig(Losses):
@@ -28,14 +28,13 @@ def losses_section() -> type[LossesConfig]:
     """
     depth = {need: place for place, need in enumerate(get_args(Need))}
     # From labels to attention: the order in which losses are summed and reported.
-    return _composed(
-        tuple(sorted(LOSSES, key=lambda name: max((depth[need] for need in LOSSES[name].needs), default=0)))
-    )
+    order = sorted(LOSSES, key=lambda name: max((depth[need] for need in LOSSES[name].needs), default=0))
+    return _composed(tuple((name, LOSSES[name]) for name in order))
 
 
 @lru_cache(maxsize=1)
-def _composed(names: tuple[str, ...]) -> type[LossesConfig]:
-    fields: dict[str, Any] = {name: (LOSSES[name].Settings, Field(default_factory=LOSSES[name].set)) for name in names}
+def _composed(losses: tuple[tuple[str, type[Loss]], ...]) -> type[LossesConfig]:
+    fields: dict[str, Any] = {name: (loss.Settings, Field(default_factory=loss.set)) for name, loss in losses}
     return create_model(
         "LossesConfig", __base__=LossesConfig, __module__=__name__, __doc__=LossesConfig.__doc__, **fields
     )

@@ -14,6 +14,7 @@ from lead_ds.config.load import parse_config
 from lead_ds.data.taught.relevance import MANIFEST
 from lead_ds.errors import InputError
 from lead_ds.face.model import Model
+from lead_ds.losses import LOSSES, Chosen, Loss, register
 from lead_ds.models.load import kind_of
 from lead_ds.models.own import probe
 from lead_ds.settings.base import Section
@@ -129,14 +130,34 @@ def losses_section(losses: Mapping[str, Any] | Sequence[Any] | None, taught: boo
         return {} if taught else only({"contrastive": {}})
     if isinstance(losses, Mapping):
         return only(losses)
-    raise InputError(f"{WHERE}: losses", f"a {type(losses).__name__} is no set of losses", "give a dictionary")
+    if not isinstance(losses, Sequence) or isinstance(losses, str):
+        remedy = "give a list such as [losses.Response(weight=3)], or a dictionary"
+        raise InputError(f"{WHERE}: losses", f"a {type(losses).__name__} is no set of losses", remedy)
+    chosen: dict[str, Any] = {}
+    for item in losses:
+        name, values = chosen_loss(item)
+        if name in chosen:
+            raise InputError(f"{WHERE}: losses", f"{name} is there twice", "add their weights up in one of them")
+        chosen[name] = values
+    return only(chosen)
+
+
+def chosen_loss(item: object) -> tuple[str, dict[str, Any]]:
+    """Name and settings of one loss: its class, or what this gives when called with settings. A new class is registered."""
+    loss, values = (item.loss, item.values) if isinstance(item, Chosen) else (item, {})
+    if not (isinstance(loss, type) and issubclass(loss, Loss)):
+        remedy = "give losses.Response(weight=3), or a class of your own: a subclass of lead_ds.losses.Loss"
+        raise InputError(f"{WHERE}: losses", f"a {type(item).__name__} is no loss", remedy)
+    try:
+        register(loss)
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"{WHERE}: losses.{loss.__name__}", str(error), "give it a name of its own") from None
+    return loss.name, values
 
 
 def only(losses: Mapping[str, Any]) -> dict[str, Any]:
     """A section in which every other loss is switched off."""
-    from lead_ds.config import losses_section as registered
-
-    others = {name: {"weight": 0.0} for name in registered().model_fields if name not in losses}
+    others = {name: {"weight": 0.0} for name in LOSSES if name not in losses}
     return others | {name: {"weight": 1.0, **values} for name, values in losses.items()}
 
 

@@ -37,18 +37,21 @@ class Distiller:
     text, `forward(tokens)` vectors [B, D], or these and a list of its layers' vectors. Without a teacher the student learns
     from labels. data: a folder or file of groups, a `datasets.Dataset`, or rows
     [{"query", "positives", "negatives", "scores"?}] of texts; the columns of sentence-transformers and FlagEmbedding do, too.
-    losses: those to train by; None: the configuration's defaults. callbacks: told of the run; they can end it.
+    losses: those to train by, such as [losses.Response(weight=3), losses.Layer(select="last", k=3), MyLoss], or by name,
+    {"response": {"weight": 3}}; weight 1 where none is given. None: the configuration's defaults.
+    callbacks: told of the run; they can end it.
     settings: what a configuration file holds, as sections (`evaluation={"split": "dev"}`) or, of `train` and `data`, alone
     (`steps=1000`, `lr=1e-5`, `negatives=7`), besides `output`, `seed` and `kernels`.
 
     Under a launcher every process makes and trains the same. Raises InputError for what cannot be, before any training.
 
+    >>> from lead_ds import losses
     >>> things = ["octopus", "glacier", "violin", "volcano", "honeybee", "lighthouse", "compass", "bread"]
     >>> run = Distiller(
     ...     teacher=load(cross_encoder, max_length=64),
     ...     student=dual_encoder,
     ...     data=[{"query": f"what is a {thing}", "positives": [f"a {thing} is"]} for thing in things],
-    ...     losses={"response": {"weight": 3}},
+    ...     losses=[losses.Response(weight=3)],
     ...     steps=2,
     ...     batch_size=4,
     ...     negatives=2,

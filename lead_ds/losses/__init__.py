@@ -7,7 +7,7 @@ from lead_ds.losses.attention import Attention, TextTaps, attention_loss, pair_t
 from lead_ds.losses.contrastive import Contrastive, contrastive_loss
 from lead_ds.losses.divergence import entropy, relevance_kl
 from lead_ds.losses.layer import Layer, LayerKLOutput, layer_relevance_kl
-from lead_ds.losses.loss import LOSSES, Loss, Losses, LossSettings, LossShape, ModelFacts, Need, register
+from lead_ds.losses.loss import LOSSES, Chosen, Loss, Losses, LossSettings, LossShape, ModelFacts, Need, register
 from lead_ds.losses.margin_mse import MarginMSE, margin_mse
 from lead_ds.losses.objective import Asked, Objective, ObjectiveOutput
 from lead_ds.losses.response import Response, response_kl
@@ -18,6 +18,7 @@ __all__ = [
     "LOSSES",
     "Asked",
     "Attention",
+    "Chosen",
     "Contrastive",
     "Depths",
     "Layer",

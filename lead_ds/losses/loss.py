@@ -43,7 +43,21 @@ class LossShape:
     impl: Impl = "auto"
 
 
-class Loss(nn.Module):
+@dataclass(frozen=True)
+class Chosen:
+    """A loss that a run is to have, with values of its settings: `losses.Response(weight=3)`."""
+
+    loss: type[Loss]
+    values: dict[str, Any]
+
+
+class _LossType(type):
+    def __call__(cls, *made_for: Any, **values: Any) -> Any:
+        """The module, of settings and a shape; or, of values of settings alone, the choice of it for a run."""
+        return super().__call__(*made_for, **values) if made_for else Chosen(cls, values)  # type: ignore[arg-type]
+
+
+class Loss(nn.Module, metaclass=_LossType):
     """A loss. Its weights, if any, are trained, sharded, checkpointed and resumed with the student's, but not saved with it.
 
     name: its section in `losses`. Settings: that section, a subclass of LossSettings or an annotated union of such.
@@ -51,6 +65,7 @@ class Loss(nn.Module):
     of both models; layers: that of selected layers; features: vectors of both models, where scores will not do; attention:
     taps of selected layers. All but labels need a teacher.
     row: where statistics of layers stand in metrics.jsonl; null: under its name.
+    Called with values of its settings alone, a class is `Chosen` for a run, and made when the models are there.
 
     >>> import torch
     >>> class Spread(Loss):

@@ -29,10 +29,13 @@ class Registry(Generic[T]):
         self._searched = False
 
     def register(self, name: str):  # type: ignore[no-untyped-def]  # a decorator of whatever it is given
-        """A decorator that names a class. Raises ValueError where the name is another's."""
+        """A decorator that names a class. Raises ValueError where the name is another's.
+
+        A class that is defined again, as where a notebook's cell is run again, takes the place of what it was.
+        """
 
         def named(part: T) -> T:
-            if self._parts.get(name, part) is not part:
+            if _home(self._parts.get(name, part)) != _home(part):
                 raise ValueError(f"{self.group}: {name!r} is registered twice")
             self._parts[name] = part
             return part
@@ -67,3 +70,7 @@ class Registry(Generic[T]):
         for point in entry_points(group=self.group):
             if point.name not in self._parts:
                 self.register(point.name)(point.load())
+
+
+def _home(part: object) -> tuple[str, str]:
+    return getattr(part, "__module__", ""), getattr(part, "__qualname__", repr(part))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lead_ds import Callback, Distiller, load
+from lead_ds import Callback, Distiller, load, losses
 from lead_ds.config import load_config
 from lead_ds.errors import InputError
 from tests.face.conftest import ROWS
@@ -22,6 +22,40 @@ from tests.helpers.rooms import settings
 from tests.helpers.tiny import write_jsonl
 
 Make = Callable[..., Distiller]
+
+
+class Nameless(losses.Loss):
+    """A loss without a name."""
+
+
+class Usurper(losses.Loss):
+    """A loss with another's name."""
+
+    name, Settings, needs = "response", losses.LossSettings, frozenset()
+
+
+def spread(power: int) -> type[losses.Loss]:
+    """A loss of a notebook's cell, with a weight that is trained, as it is when the cell is run."""
+
+    class SpreadSettings(losses.LossSettings):
+        """Its settings."""
+
+        margin: float = 0.5
+
+    class Spread(losses.Loss):
+        """Passages that are alike."""
+
+        name, Settings, needs = "spread", SpreadSettings, frozenset()
+
+        def __init__(self, settings: Any, shape: losses.LossShape) -> None:
+            super().__init__(settings, shape)
+            self.scale = torch.nn.Parameter(torch.ones(shape.student.layers))
+
+        def forward(self, views: losses.Views) -> torch.Tensor:
+            p_PD = views.student.final.p_KPD[-1]  # type: ignore[attr-defined]
+            return (self.scale.mean() * (p_PD @ p_PD.T) - self.settings.margin).relu().pow(power).mean()
+
+    return Spread
 
 
 def losses_of(run: Distiller) -> list[float]:
@@ -122,6 +156,12 @@ def test_a_loaded_model_is_a_teacher_and_a_student(distiller: Make, rooms: Path,
         ({"steps": 0}, r"Distiller: train.steps: .* got 0"),
         ({"losses": {"respons": {}}}, r"did you mean 'response'"),
         ({"losses": 3}, "a int is no set of losses"),
+        ({"losses": [3]}, "a int is no loss"),
+        ({"losses": [losses.Response(wieght=3)]}, r"losses.response.wieght.*did you mean 'weight'"),
+        ({"losses": [losses.Response(weight=-3)]}, r"losses.response.weight"),
+        ({"losses": [losses.Response(), losses.Response()]}, "response is there twice"),
+        ({"losses": [Nameless]}, r"losses.Nameless: .*name"),
+        ({"losses": [Usurper]}, "registered twice"),
         ({"student": 3}, "a int is no student"),
         ({"data": 3}, "a int is no list of rows"),
         ({"data": "absent"}, "no such folder"),
@@ -136,9 +176,26 @@ def test_what_cannot_be_is_refused_in_one_line(distiller: Make, change: dict[str
         distiller(**change).train(quiet=True)
 
 
+def test_losses_by_class_and_one_of_ones_own(distiller: Make) -> None:
+    named = distiller("named", losses={"response": {"weight": 2}, "layer": {"k": 2, "select": "last"}})
+    listed = distiller("listed", losses=[losses.Response(weight=2), losses.Layer(k=2, select="last")])
+    assert listed.config.losses == named.config.losses
+    assert (listed.config.losses.contrastive.weight, listed.config.losses.layer.weight) == (0, 1)
+
+    found = []
+    for power in (1, 2):  # the cell is run again, changed
+        loss = spread(power)
+        run = distiller(f"own{power}", losses=[losses.Response(), loss(margin=0.25)]).train(quiet=True)
+        assert run.config.losses.spread.margin == 0.25
+        found.append([row["parts"]["spread"] for row in run.metrics if "loss" in row])
+    assert found[0] != found[1]
+    alone = distiller("alone", losses=[loss]).train(quiet=True)
+    assert all(set(row["parts"]) == {"spread"} for row in alone.metrics if "loss" in row)
+
+
 def test_the_front_door_is_light() -> None:
     code = (
-        "import time; start = time.perf_counter(); import lead_ds; took = time.perf_counter() - start\n"
+        "import time; start = time.process_time(); import lead_ds; took = time.process_time() - start\n"
         "import sys; print(took, 'torch' in sys.modules, 'pydantic' in sys.modules, sorted(lead_ds.__all__))"
     )
     took = []
