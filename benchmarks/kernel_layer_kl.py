@@ -9,6 +9,8 @@ from benchmarks.kernel_spec import Ceilings, Inputs, KernelSpec, Shape
 from lead_ds.kernels import Factors, layer_kl
 from lead_ds.kernels.layer_kl.inputs import stores_maps
 from lead_ds.kernels.layer_kl.reference import layer_kl_reference
+from lead_ds.losses.divergence import relevance_kl
+from lead_ds.relevance import VectorFeatures
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -39,6 +41,11 @@ def eager(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Ten
 def ours(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Tensor:
     """The KL; the NLL comes with it."""
     return layer_kl(Factors(tq, td), Factors(sq, sd), target)[0]
+
+
+def in_training(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Tensor:
+    """As a training step calls it: from the features of both models, whatever their dtype, to the KL."""
+    return relevance_kl(VectorFeatures(tq, td).relevance(), VectorFeatures(sq, sd).relevance(), target)[0]
 
 
 def reference(**tensors: Any) -> Tensor:
@@ -77,7 +84,7 @@ SPECS = (
         check_shape={"K": 2, "Q": 19, "P": 70, "D": 48},
         make_inputs=make_inputs,
         reference=reference,
-        providers={"eager": eager, "lead-ds": ours},
+        providers={"eager": eager, "lead-ds": ours, "lead-ds, as training calls it": in_training},
         floor=floor,
         size=lambda shape: shape["K"] * shape["Q"] * shape["P"],
         size_label="scores",

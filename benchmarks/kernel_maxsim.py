@@ -6,6 +6,7 @@ from torch import Tensor
 from benchmarks.kernel_spec import Ceilings, Inputs, KernelSpec, Shape
 from lead_ds.kernels import maxsim
 from lead_ds.kernels.maxsim.reference import maxsim_reference
+from lead_ds.relevance import TokenFeatures
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -34,6 +35,14 @@ def eager(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) ->
     if q_mask is not None:
         best = best * q_mask[:, None, :]
     return best.sum(dim=-1)
+
+
+def in_training(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> Tensor:
+    """As a training step calls it: from token features, whatever their dtype, to relevance."""
+    masks = [
+        torch.ones(x.shape[:2], device=x.device) if mask is None else mask for x, mask in ((q, q_mask), (d, d_mask))
+    ]
+    return TokenFeatures(q[None], masks[0], d[None], masks[1]).relevance().logits[0]
 
 
 def flash_maxsim(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> Tensor:
@@ -84,6 +93,7 @@ SPECS = (
         providers={
             "eager": eager,
             "lead-ds": maxsim,
+            "lead-ds, as training calls it": in_training,
             "flash-maxsim": flash_maxsim,
             "late-interaction-kernels": late_interaction_kernels,
         },

@@ -16,9 +16,9 @@ for _name in ("attention_kl", "layer_kl", "maxsim"):
     del globals()[_name]
 
 if TYPE_CHECKING:
-    from lead_ds.kernels.attention_kl.grouped import grouped_attention_kl
-    from lead_ds.kernels.attention_kl.interaction import interaction_attention
     from lead_ds.kernels.attention_kl.op import attention_kl, attention_kl_pairs
+    from lead_ds.kernels.grouped.op import grouped_attention_kl
+    from lead_ds.kernels.interaction.op import interaction_attention
     from lead_ds.kernels.layer_kl.inputs import Factors
     from lead_ds.kernels.layer_kl.op import layer_kl
     from lead_ds.kernels.maxsim.op import maxsim
@@ -36,8 +36,8 @@ __all__ = [
 _HOME = {
     "attention_kl": "lead_ds.kernels.attention_kl.op",
     "attention_kl_pairs": "lead_ds.kernels.attention_kl.op",
-    "grouped_attention_kl": "lead_ds.kernels.attention_kl.grouped",
-    "interaction_attention": "lead_ds.kernels.attention_kl.interaction",
+    "grouped_attention_kl": "lead_ds.kernels.grouped.op",
+    "interaction_attention": "lead_ds.kernels.interaction.op",
     "Factors": "lead_ds.kernels.layer_kl.inputs",
     "layer_kl": "lead_ds.kernels.layer_kl.op",
     "maxsim": "lead_ds.kernels.maxsim.op",

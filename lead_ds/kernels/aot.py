@@ -20,6 +20,7 @@ KERNEL_MODULES = (
     "lead_ds.kernels.maxsim.triton_kernel",
     "lead_ds.kernels.layer_kl.triton_kernel",
     "lead_ds.kernels.attention_kl.triton_kernel",
+    "lead_ds.kernels.interaction.triton_kernel",
 )
 
 

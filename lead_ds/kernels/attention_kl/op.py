@@ -48,7 +48,8 @@ def attention_kl(
         head_mean: compare the distributions averaged over each model's heads; always runs on torch.
         atomic: let the Triton backward add up with atomics: one kernel instead of two, but sums in no fixed order.
 
-    Returns a float32 scalar (float64 for float64 inputs); 0 if no row is real.
+    Returns a float32 scalar (float64 for float64 inputs); 0 if no row is real; NaN if an input that counts is NaN.
+    One pass forward and recomputation backward are also what StreamKL does (Liu et al., 2026, arXiv 2606.20005).
     Raises ValueError where shapes or head counts do not fit, or where the teacher requires grad.
     """
     return attention_kl_pairs(

@@ -13,7 +13,6 @@ import triton
 from torch import Tensor
 
 from lead_ds.kernels.aot import Variant
-from lead_ds.kernels.attention_kl import interaction_triton
 from lead_ds.kernels.attention_kl.inputs import LayerPair
 from lead_ds.kernels.attention_kl.programs import (
     bounds_kernel,
@@ -369,8 +368,7 @@ def _options(tiles: Tiles) -> dict[str, int]:
 
 
 def aot_variants(shared: int) -> Iterator[Variant]:
-    """Every entry of the table with the most work its kernel can have, the common plain shape, and interaction."""
-    yield from interaction_triton.aot_variants(shared)
+    """Every entry of the table with the most work its kernel can have, and the common plain shape."""
     kernels: dict[str, Any] = {
         "forward": forward_kernel,
         "dq": query_gradient_kernel,

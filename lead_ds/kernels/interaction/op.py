@@ -57,7 +57,7 @@ def interaction_attention(
     _check(tq, td, sq, sd, q_mask, d_mask, divergence, pairs)
     implementation: str = resolve(impl, tq, td, sq, sd, kernel="interaction_attention")
     if implementation == "triton":
-        from lead_ds.kernels.attention_kl.interaction_triton import MAX_LENGTH
+        from lead_ds.kernels.interaction.triton_kernel import MAX_LENGTH
 
         if td.shape[2] > MAX_LENGTH:
             if impl == "triton":
@@ -227,7 +227,7 @@ def _block(
     visible [g, n, L]: tokens that may be attended to; real [g, r, n]: rows that count.
     """
     if call.triton:
-        from lead_ds.kernels.attention_kl.interaction_triton import divergence
+        from lead_ds.kernels.interaction.triton_kernel import divergence
 
         kl = call.divergence == "kl"
         return divergence(teacher, student, call.scales, visible, real, kl, grad_dtype if call.with_grad else None)

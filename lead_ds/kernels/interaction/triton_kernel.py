@@ -147,7 +147,7 @@ def aot_variants(shared: int) -> Iterator[Variant]:
             constants = {"KL": kl, "HAS_MASK": True, "WITH_GRAD": True, "ROWS": rows, "BLOCK": block}
             known = types | {"grad_ptr": f"*{dtype}"}
             yield Variant(
-                name=f"attention_kl-interaction-{'kl' if kl else 'mse'}-{dtype}-L{block}",
+                name=f"interaction-{'kl' if kl else 'mse'}-{dtype}-L{block}",
                 fn=map_kernel,
                 signature={name: known.get(name, "i32") for name in map_kernel.arg_names if name not in constants},
                 constexprs=constants,
