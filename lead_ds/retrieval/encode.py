@@ -6,7 +6,6 @@ D width of a vector.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.collections.texts import Texts
-from lead_ds.data.tokens.encoder import Rows, TextEncoder, Tokens
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.longest_first import Tokenised, longest_first
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.files import atomic, data_checksum, read_json, write_json
 from lead_ds.io.owner import owned
-from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress, progress
 from lead_ds.retrieval.peers import ALONE, Peers
 
@@ -28,7 +27,6 @@ Embed = Callable[[Tokens], Tensor]
 """Tokens on the model's device -> final vectors [B, D]: `DualEncoder.embed`, or a sharded engine called with `tokens=`."""
 
 STRETCH = 8192  # texts tokenised at once and sorted by length together: little padding, little memory
-SHORTER = 8  # a batch of short texts holds at most so many times more than one of full length
 SHARD_ROWS = 65_536
 Precision = Literal["fp32", "bf16", "fp16"]
 MANIFEST, IDS = "manifest.json", "ids.txt"
@@ -74,25 +72,20 @@ def encode_texts(
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
     length = Side.of(encoder, kind).length
 
-    def read(stretch: range) -> tuple[range, Rows, Rows | None]:
-        return stretch, *encoder.rows(texts([rows[i] for i in stretch]), side)
+    def load(stretch: range) -> Tokenised:
+        return Tokenised(encoder, *encoder.rows(texts([rows[i] for i in stretch]), side))
 
     done = 0
     # Where batches are counted, a stretch is whole batches.
-    stretches = _batches(rows, -(-STRETCH // batch_size) * batch_size)
-    with ThreadPoolExecutor(1) as pool, torch.no_grad():
-        for stretch, ids, types in ahead(pool, read, stretches, 1):
-            lengths = [len(row) for row in ids]
-            order = sorted(range(len(ids)), key=lambda i: -lengths[i])
-            for chosen in _cut(order, lengths, batch_size, None if forwards else batch_size * length):
-                batch = encoder.padded([ids[i] for i in chosen], None if types is None else [types[i] for i in chosen])
-                positions = [stretch[i] for i in chosen]
-                vectors_BD = embed({name: x.to(device) for name, x in batch.items()}).float()
-                _refuse_not_finite(vectors_BD, kind, texts, [rows[i] for i in positions])
-                yield positions, vectors_BD
-                done += 1
-                if meter is not None:
-                    meter.advance(len(chosen))
+    stretch, budget = -(-STRETCH // batch_size) * batch_size, None if forwards else batch_size * length
+    with torch.no_grad():
+        for places, batch in longest_first(len(rows), load, batch_size=batch_size, stretch=stretch, budget=budget):
+            vectors_BD = embed({name: x.to(device) for name, x in batch.items()}).float()
+            _refuse_not_finite(vectors_BD, kind, texts, [rows[i] for i in places])
+            yield places, vectors_BD
+            done += 1
+            if meter is not None:
+                meter.advance(len(places))
         for _ in range(forwards - done):
             embed({name: x.to(device) for name, x in encoder.padded(*encoder.rows(["a"], side)).items()})
 
@@ -339,18 +332,3 @@ def _write_shard(path: Path, vectors: np.ndarray, dtype: str) -> None:
         raise RunError(path, f"the model gave vectors that {dtype} cannot hold", "encode as float32; check the model")
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, vectors)
-
-
-def _batches(rows: Sequence[int], batch_size: int) -> Iterator[range]:
-    return (range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size))
-
-
-def _cut(order: list[int], lengths: list[int], batch_size: int, budget: int | None) -> Iterator[list[int]]:
-    """`order`, whose lengths fall, in batches of at most `budget` tokens with padding; None: of `batch_size` texts each."""
-    start = 0
-    while start < len(order):
-        size = batch_size
-        if budget is not None:
-            size = min(max(budget // max(lengths[order[start]], 1), 1), batch_size * SHORTER)
-        yield order[start : start + size]
-        start += size

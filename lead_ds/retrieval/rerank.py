@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,9 +19,9 @@ from torch import Tensor
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, blank_name, check_run_names, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.longest_first import Untokenised, longest_first
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import checksum
-from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress, progress
 from lead_ds.models.kinds.colbert import score_mask
 from lead_ds.models.scorer import Scorer
@@ -40,7 +39,6 @@ TextsOf = Callable[[Sequence[int]], list[str]]
 
 DEPTH = 100  # candidates of a query
 SORTED_BATCHES = 256  # texts of so many batches are sorted by length together: little padding, little memory
-AHEAD = 4  # batches tokenised ahead of the model
 COMPARED_AT_ONCE = 64  # candidates whose tokens late interaction holds at once
 
 
@@ -246,7 +244,7 @@ def score_pairs(
 
 
 class _Reader:
-    """A model that reads items in batches of about equal length, tokenised ahead."""
+    """A model that reads items, every process its own, all equally often."""
 
     def __init__(self, scorer: Scorer, encoder: TextEncoder, batch_size: int, peers: Peers) -> None:
         self.scorer, self.encoder, self.batch_size, self.peers = scorer, encoder, batch_size, peers
@@ -256,7 +254,6 @@ class _Reader:
         self,
         count: int,
         read: Callable[[range], list[T]],
-        size: Callable[[T], int],
         tokenize: Callable[[list[T]], Tokens],
         filler: T,
     ) -> Iterator[tuple[list[int], Tokens, Tensor]]:
@@ -265,22 +262,13 @@ class _Reader:
         read: positions -> items. As many forwards as the process with most items makes: those that it lacks read `filler`.
         """
 
-        def ordered() -> Iterator[tuple[list[int], list[T]]]:
-            stretch = self.batch_size * SORTED_BATCHES
-            for start in range(0, count, stretch):
-                items = read(range(start, min(start + stretch, count)))
-                order = sorted(range(len(items)), key=lambda i: -size(items[i]))
-                for first in range(0, len(order), self.batch_size):
-                    chosen = order[first : first + self.batch_size]
-                    yield [start + i for i in chosen], [items[i] for i in chosen]
+        def load(places: range) -> Untokenised[T]:
+            return Untokenised(read(places), tokenize)
 
-        def tokens(batch: tuple[list[int], list[T]]) -> tuple[list[int], Tokens]:
-            return batch[0], tokenize(batch[1])
-
-        own = -(-count // self.batch_size)
+        own, size = -(-count // self.batch_size), self.batch_size
         forwards = max(self.peers.all(own))
-        with ThreadPoolExecutor(1) as pool, torch.no_grad():
-            for positions, batch in ahead(pool, tokens, ordered(), AHEAD):
+        with torch.no_grad():
+            for positions, batch in longest_first(count, load, batch_size=size, stretch=size * SORTED_BATCHES):
                 moved = self._moved(batch)
                 yield positions, moved, self.scorer(tokens=moved)
             for _ in range(forwards - own):
@@ -306,9 +294,7 @@ def _by_pairs(
 
     scores_C = np.empty(len(own), np.float32)
     with progress("reranking", len(own), "pairs", shown=shown) as meter:
-        for places, _, scores_B in reader.run(
-            len(own), read, lambda pair: len(pair[0]) + len(pair[1]), tokenize, ("a", "a")
-        ):
+        for places, _, scores_B in reader.run(len(own), read, tokenize, ("a", "a")):
             scores_C[places] = scores_B.float().cpu().numpy()
             meter.advance(len(places))
     return np.arange(own.start, own.stop), scores_C
@@ -331,7 +317,7 @@ def _by_texts(
         def read(places: range) -> list[str]:
             return passages(rows_P[own.start + places.start : own.start + places.stop].tolist())
 
-        for places, tokens, said in reader.run(len(own), read, len, reader.encoder.passages, "a"):
+        for places, tokens, said in reader.run(len(own), read, reader.encoder.passages, "a"):
             slots = [np.arange(bounds_P[place], bounds_P[place + 1]) for place in places]
             slots_C, in_batch_C = np.concatenate(slots), np.repeat(np.arange(len(places)), [len(s) for s in slots])
             for first in range(0, len(slots_C), COMPARED_AT_ONCE):
@@ -358,7 +344,7 @@ def _read_queries(reader: _Reader, texts: TextsOf, rows: np.ndarray, meter: Prog
     def read(places: range) -> list[str]:
         return texts(rows[places.start : places.stop].tolist())
 
-    for places, tokens, said in reader.run(len(rows), read, len, reader.encoder.queries, "a"):
+    for places, tokens, said in reader.run(len(rows), read, reader.encoder.queries, "a"):
         order += places
         states.append(said)
         if said.ndim == 3:

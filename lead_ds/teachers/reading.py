@@ -25,6 +25,7 @@ from lead_ds.data.groups.group import Group, Groups
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.relevance import damage
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.longest_first import Untokenised, longest_first, once
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
 from lead_ds.engine.distributed.ranks import ranks as joined_ranks
@@ -36,7 +37,6 @@ from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
 
 PAIRS = ("cross_encoder", "llm_reranker")
-AHEAD = 4  # batches tokenised ahead of the model
 PAIRS_AT_ONCE = 32  # of which late interaction compares all tokens
 
 
@@ -139,27 +139,23 @@ class Reader(ABC):
     def run_pairs(self, shard: Shard, tell: Callable[[float], None]) -> Iterator[tuple[list[int], Tensor]]:
         """(candidates, what was looked at) of every candidate with its query, batch after batch."""
         pairs = [(shard.queries[owner], text) for owner, text in zip(shard.owners, shard.passages, strict=True)]
-        sizes = [len(query) + len(passage) for query, passage in pairs]
         read = 0
-        for places, _, looked in self.run(pairs, sizes, self._tokens_of_pairs):
+        for places, _, looked in self.run(pairs, self._tokens_of_pairs):
             yield places, looked
             read += len(places)
             tell(read / len(pairs))
 
     def run(
-        self, items: Sequence[Any], sizes: Sequence[int], tokenize: Callable[[list[Any]], Tokens]
+        self, items: Sequence[Any], tokenize: Callable[[list[Any]], Tokens]
     ) -> Iterator[tuple[list[int], Tokens, Tensor]]:
         """(places in items, their tokens on the device, what was looked at), batch after batch, the longest first."""
-        order = sorted(range(len(items)), key=lambda i: -sizes[i])
-        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
 
-        def read(places: list[int]) -> tuple[list[int], Tokens]:
-            return places, tokenize([items[i] for i in places])
+        def load(places: range) -> Untokenised[Any]:
+            return Untokenised(items[places.start : places.stop], tokenize)
 
-        with ThreadPoolExecutor(1) as pool:
-            for places, tokens in ahead(pool, read, iter(batches), AHEAD):
-                moved = {name: x.to(self.teacher.device) for name, x in tokens.items()}
-                yield places, moved, self.look(moved)
+        for places, tokens in longest_first(len(items), load, batch_size=self.batch_size):
+            moved = {name: x.to(self.teacher.device) for name, x in tokens.items()}
+            yield places, moved, self.look(moved)
 
     def _tokens_of_pairs(self, pairs: Sequence[tuple[str, str]]) -> Tokens:
         return self.encoder.pairs([query for query, _ in pairs], [passage for _, passage in pairs])
@@ -184,18 +180,16 @@ class RelevanceReader(Reader):
 
     def _of_texts(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
         out = self._empty(shard)
-        query_rows = {text: i for i, text in enumerate(dict.fromkeys(shard.queries))}
-        passage_rows = {text: i for i, text in enumerate(dict.fromkeys(shard.passages))}
-        if not query_rows:
+        asked, query_of_group = once(shard.queries)
+        texts, passage_of = once(shard.passages)
+        if not asked:
             return out
-        queries = self._read_queries(list(query_rows))
-        query_of = np.array([query_rows[shard.queries[owner]] for owner in shard.owners])
-        passage_of = np.array([passage_rows[text] for text in shard.passages])
+        queries = self._read_queries(asked)
+        query_of = query_of_group[shard.owners]
         by_passage = np.argsort(passage_of, kind="stable")
-        bounds = np.searchsorted(passage_of[by_passage], np.arange(len(passage_rows) + 1))
-        texts = list(passage_rows)
+        bounds = np.searchsorted(passage_of[by_passage], np.arange(len(texts) + 1))
         read = 0
-        for places, tokens, states in self.run(texts, [len(text) for text in texts], self.encoder.passages):
+        for places, tokens, states in self.run(texts, self.encoder.passages):
             candidates = [by_passage[bounds[place] : bounds[place + 1]] for place in places]
             own = np.repeat(np.arange(len(places)), [len(found) for found in candidates])
             slots = np.concatenate(candidates)
@@ -212,7 +206,7 @@ class RelevanceReader(Reader):
     def _read_queries(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """States [T + 1, Q, D] or [T + 1, Q, L, D] of queries, in their order, and which tokens count [Q, L]."""
         places, masks, states = [], [], []
-        for some, tokens, read in self.run(texts, [len(text) for text in texts], self.encoder.queries):
+        for some, tokens, read in self.run(texts, self.encoder.queries):
             places += some
             masks.append(score_mask(tokens))
             states.append(read)
@@ -261,18 +255,17 @@ class VectorReader(Reader):
 
     def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
         """See `Reader`."""
-        texts = shard.queries or shard.passages
-        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        texts, rows = once(shard.queries or shard.passages)
         read, done = np.empty((0, 0, 0), np.float32), 0
         tokenize = self.encoder.queries if shard.queries else self.encoder.passages
-        for places, _, vectors_KBD in self.run(list(rows), [len(text) for text in rows], tokenize):
+        for places, _, vectors_KBD in self.run(texts, tokenize):
             found = vectors_KBD.float().transpose(0, 1).cpu().numpy()
             if not len(read):
-                read = np.empty((len(rows), *found.shape[1:]), np.float32)
+                read = np.empty((len(texts), *found.shape[1:]), np.float32)
             read[places] = found
             done += len(places)
-            tell(done / len(rows))
-        return read[[rows[text] for text in texts]] if len(rows) < len(texts) else read
+            tell(done / len(texts))
+        return read[rows] if len(texts) < len(rows) else read
 
 
 def write_in_turns(

@@ -29,6 +29,7 @@ from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.taught.relevance import mapped, save_arrays
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.longest_first import once
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import RunError
@@ -206,14 +207,14 @@ class StateReader(Reader):
         self, texts: list[str], tokenize: Callable[[list[str]], Tokens], tell: Callable[[float], None]
     ) -> np.ndarray:
         """float16 [T + 1, texts, D], an equal text read once."""
-        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        distinct, place_of = once(texts)
         found: np.ndarray | None = None
         read = 0
-        for places, _, states_TBD in self.run(list(distinct), [len(text) for text in distinct], tokenize):
+        for places, _, states_TBD in self.run(distinct, tokenize):
             if found is None:
                 found = np.empty((len(states_TBD), len(distinct), states_TBD.shape[-1]), np.float16)
             found[:, places] = states_TBD.half().cpu().numpy()
             read += len(places)
             tell(read / len(distinct))
         assert found is not None
-        return found[:, [distinct[text] for text in texts]]
+        return found[:, place_of]

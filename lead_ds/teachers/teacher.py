@@ -32,14 +32,15 @@ class TeacherSettings(Section):
 
     kind: str
 
-    path: ClassVar[str] = ""  # of a folder whose files decide what it says
-    weights: ClassVar[str] = "pretrained"
-    train: ClassVar[bool] = False
-    lr: ClassVar[float | None] = None
-    batch_size: ClassVar[int | None] = None
-    passes: ClassVar[int | None] = None
-    lens: ClassVar[str] = "head"
-    lens_path: ClassVar[str | None] = None
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_MODELS:
+            return _OF_MODELS[name]
+        return super().__getattr__(name)  # type: ignore[misc]
+
+
+# What the section of a model may say, and that of another teacher does not: no folder, nothing to train.
+_OF_MODELS: dict[str, Any] = {"path": "", "weights": "pretrained", "train": False, "lr": None, "lens": "head"}
+_OF_MODELS |= dict.fromkeys(("batch_size", "passes", "lens_path"))
 
 
 @dataclass(frozen=True)
