@@ -18,9 +18,11 @@ from lead_ds.data.collections.texts import Texts
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.longest_first import Tokenised, longest_first
 from lead_ds.errors import InputError, LeadError, RunError
+from lead_ds.io.facts import check_facts
 from lead_ds.io.files import atomic, data_checksum, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import Progress, progress
+from lead_ds.io.shards import MANIFEST, refuse_strangers, turns, unfinished
 from lead_ds.retrieval.peers import ALONE, Peers
 
 Embed = Callable[[Tokens], Tensor]
@@ -29,8 +31,9 @@ Embed = Callable[[Tokens], Tensor]
 STRETCH = 8192  # texts tokenised at once and sorted by length together: little padding, little memory
 SHARD_ROWS = 65_536
 Precision = Literal["fp32", "bf16", "fp16"]
-MANIFEST, IDS = "manifest.json", "ids.txt"
+IDS = "ids.txt"
 AGAIN = "delete the folder, and run lead-ds encode again"
+_ANOTHER = "delete it, or choose another folder"
 
 
 @dataclass(frozen=True)
@@ -276,16 +279,17 @@ def encode_to(
         if isinstance(agreed, LeadError):  # on every process, or the others would wait for ever
             raise agreed
         vectors = Vectors(folder, agreed)
-        todo = peers.from_main([shard for shard in range(vectors.shards) if not vectors.path(shard).exists()])
-        mine = todo[peers.rank :: peers.world]
-        total = sum(len(vectors.rows(shard)) for shard in mine)
+        paths = [vectors.path(shard) for shard in range(vectors.shards)]
+        todo = peers.from_main(unfinished(paths))
+        mine = turns(todo, peers.rank, peers.world)
+        total = sum(len(vectors.rows(shard)) for shard in mine if shard is not None)
         with progress(f"encoding {texts.path.name}", total, "texts", shown=peers.rank == 0 and total > 0) as meter:
-            for turn in range(-(-len(todo) // peers.world)):
+            for turn, shard in enumerate(mine):
                 # The turn's largest share sets how often every process runs the model.
                 turn_shards = todo[turn * peers.world : (turn + 1) * peers.world]
-                most = max(len(vectors.rows(shard)) for shard in turn_shards)
+                most = max(len(vectors.rows(other)) for other in turn_shards)
                 forwards = -(-most // batch_size) if lockstep else 0
-                rows = vectors.rows(mine[turn]) if turn < len(mine) else range(0)
+                rows = range(0) if shard is None else vectors.rows(shard)
                 encoded = encode_share(
                     embed,
                     encoder,
@@ -297,8 +301,8 @@ def encode_to(
                     forwards=forwards,
                     meter=meter,
                 )
-                if rows:
-                    _write_shard(vectors.path(mine[turn]), encoded.cpu().numpy(), dtype)
+                if shard is not None:
+                    _write_shard(vectors.path(shard), encoded.cpu().numpy(), dtype)
         peers.barrier()
         return Vectors.open(folder)
 
@@ -309,13 +313,10 @@ def _agree(folder: Path, facts: dict[str, Any], texts: Texts) -> dict[str, Any]:
     if path.exists():
         old = read_json(path, "delete the folder, or choose another one")
         # The size of a shard is how the first call cut the work, not what the vectors are.
-        changed = [key for key in facts if old.get(key) != facts[key] and key != "shard_rows"]
-        if changed:
-            what = f"holds vectors of another {', '.join(changed)}"
-            raise InputError(folder, what, "delete it, or choose another folder")
+        known = {key: old.get(key) for key in facts} | {"shard_rows": facts["shard_rows"]}
+        check_facts(folder, "holds vectors", known, facts, _ANOTHER)
         return old
-    if any(folder.glob("vectors-*.npy")):
-        raise InputError(folder, "holds vectors without a manifest", "delete it, or choose another folder")
+    refuse_strangers(folder, "vectors-*.npy", _ANOTHER)
     with atomic(folder / IDS) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for name in texts.ids:
             if "\n" in name or "\r" in name:

@@ -15,10 +15,11 @@ from torch import Tensor
 from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
-from lead_ds.data.taught.relevance import MANIFEST, RelevanceCache, TeacherCache, read_manifest
+from lead_ds.data.taught.relevance import RelevanceCache, TeacherCache, read_manifest
 from lead_ds.data.taught.vectors import VectorCache
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
+from lead_ds.io.shards import MANIFEST
 from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Features, Scale, ScoreFeatures, VectorFeatures
 from lead_ds.settings.train import TrainConfig

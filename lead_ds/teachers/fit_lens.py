@@ -20,6 +20,7 @@ from torch import Tensor
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.facts import ANOTHER_FOLDER, check_facts
 from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
@@ -27,7 +28,6 @@ from lead_ds.io.provenance import provenance
 from lead_ds.models.lens import RECORD, VERSION, WEIGHTS, Lens
 from lead_ds.relevance import ScoreFeatures, VectorFeatures
 from lead_ds.report.lens import lens_plot
-from lead_ds.teachers.identity import ANOTHER_FOLDER, check_facts
 from lead_ds.teachers.informative import worth
 from lead_ds.teachers.lens import lens_identity
 from lead_ds.teachers.reading import opened

@@ -9,14 +9,11 @@ from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.tokenizer import tokenizer_checksum
-from lead_ds.engine.distributed.agreement import flat, summary
-from lead_ds.errors import InputError
+from lead_ds.engine.distributed.agreement import summary
 from lead_ds.io.files import checksum, model_checksum
 from lead_ds.relevance import Scale
 from lead_ds.settings.meaning import keys_of
 from lead_ds.settings.roles import Trained
-
-ANOTHER_FOLDER = "delete it, or choose another folder with --out"
 
 
 def teacher_facts(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> dict[str, Any]:
@@ -30,18 +27,6 @@ def teacher_facts(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> di
         "passage_prompt": encoder.passage_prompt,
         "seed": seed if teacher.weights == "random" else None,
     }
-
-
-def differing(old: Any, new: Any) -> list[str]:
-    """The dotted keys in which two sets of facts differ."""
-    one, other = dict(flat(old)), dict(flat(new))
-    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-
-
-def check_facts(folder: Path, holds: str, old: Any, new: Any, remedy: str = ANOTHER_FOLDER) -> None:
-    """Raise InputError where what `folder` holds was made of other facts than it would be now, with the keys that differ."""
-    if changed := differing(old, new):
-        raise InputError(folder, f"{holds} of another {', '.join(changed)}", remedy)
 
 
 def data_facts(groups: Groups) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from lead_ds.config import TeacherConfig
 from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.io.facts import check_facts
 from lead_ds.models.lens import Lens, load_lens
-from lead_ds.teachers.identity import check_facts, teacher_facts
+from lead_ds.teachers.identity import teacher_facts
 
 _FIT = "fit one: lead-ds fit-lens CONFIG"
 

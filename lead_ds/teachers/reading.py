@@ -23,7 +23,6 @@ from torch import Tensor
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Group, Groups
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.taught.relevance import damage
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first, once
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
@@ -31,6 +30,7 @@ from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
 from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress
+from lead_ds.io.shards import turns
 from lead_ds.models.kinds.colbert import score_mask
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
 from lead_ds.teachers.frozen import FrozenTeacher
@@ -278,9 +278,7 @@ def write_in_turns(
 ) -> None:
     """Read and save the shards of `todo`, every rank its own; they take turns together, for a sharded teacher needs them
     all. `load` of None: no texts."""
-    turns = -(-len(todo) // ranks.world)
-    mine: list[int | None] = [*todo[ranks.rank :: ranks.world]]
-    mine += [None] * (turns - len(mine))
+    mine = turns(todo, ranks.rank, ranks.world)
     with ThreadPoolExecutor(1) as pool:
         for shard, texts in zip(mine, ahead(pool, load, iter(mine), 1), strict=True):
             forwards = max(ranks.all(reader.forwards(texts)))
@@ -289,19 +287,6 @@ def write_in_turns(
                 agreed(ranks, lambda: save(shard, texts, said))  # noqa: B023 - called at once
             else:
                 agreed(ranks, lambda: None)
-
-
-def unfinished(paths: Sequence[Path], owner: str, ranks: Ranks) -> list[int]:
-    """Places of the shards that are not there, or not as they were written for `owner`, on every rank."""
-    todo: list[int] = []
-    if ranks.main:
-        for shard, path in enumerate(paths):
-            problem = damage(path, owner) if path.exists() else ""
-            if problem:
-                say(f"{path.name} is damaged ({problem}): it is made anew")
-            if problem is not None:
-                todo.append(shard)
-    return ranks.from_main(todo)
 
 
 def say(text: str) -> None:

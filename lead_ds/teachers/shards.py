@@ -16,11 +16,12 @@ from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.taught import relevance as relevance_files
 from lead_ds.data.taught import vectors as vector_files
-from lead_ds.data.taught.relevance import Arrays, RelevanceCache, TeacherCache, damage, identity, mapped, save_arrays
+from lead_ds.data.taught.relevance import RelevanceCache, TeacherCache, identity
 from lead_ds.data.taught.vectors import VectorCache, index_arrays, index_path, shards_of, vector_arrays
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic
+from lead_ds.io.shards import Arrays, damage, mapped, save_arrays
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import read_model_config
 from lead_ds.teachers.frozen import FrozenTeacher

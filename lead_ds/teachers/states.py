@@ -13,8 +13,6 @@ T layers, G groups of N passages (the positive first), D width, B texts or pairs
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,22 +25,22 @@ from torch import Tensor
 
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Groups
-from lead_ds.data.taught.relevance import mapped, save_arrays
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.longest_first import once
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import RunError
+from lead_ds.io.facts import check_facts, digest
 from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.progress import progress
+from lead_ds.io.shards import MANIFEST, damage, mapped, refuse_strangers, save_arrays, unfinished
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
-from lead_ds.teachers.identity import check_facts, data_facts
+from lead_ds.teachers.identity import data_facts
 from lead_ds.teachers.lens import lens_identity
-from lead_ds.teachers.reading import PAIRS, Reader, Shard, say, unfinished, write_in_turns
+from lead_ds.teachers.reading import PAIRS, Reader, Shard, say, write_in_turns
 from lead_ds.teachers.teacher import Lesson
 
 SHARD_GROUPS = 64
-MANIFEST = "manifest.json"
 
 
 class States:
@@ -85,7 +83,8 @@ def read_states(
     count = min(most, len(groups))
     manifest = ranks.from_main(agreed(ranks, lambda: _begin(config, folder, groups, encoder, count, ranks)))
     facts = manifest["facts"]
-    todo = unfinished(shard_paths(folder, manifest), _identity(facts), ranks)
+    paths, owner = shard_paths(folder, manifest), digest(facts)
+    todo = ranks.from_main(unfinished(paths, lambda path: damage(path, owner), say) if ranks.main else [])
     if todo:
         torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
         own_head = config.model_copy(update={"teacher": settings.model_copy(update={"lens": "head"})})
@@ -135,11 +134,8 @@ def _begin(
         manifest = read_json(folder / MANIFEST, "delete the folder")
         check_facts(folder, "holds states", manifest.get("facts"), facts)
         return manifest
+    refuse_strangers(folder, "states-*.safetensors", "delete the folder")
     return {"facts": facts}
-
-
-def _identity(facts: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _save(folder: Path, facts: dict[str, Any], shard: int, texts: Shard, arrays: dict[str, np.ndarray]) -> None:
@@ -148,7 +144,7 @@ def _save(folder: Path, facts: dict[str, Any], shard: int, texts: Shard, arrays:
         raise RunError(path, "the teacher's states are no finite numbers in half precision", "set teacher.lens=head")
     arrays["positive"] = np.array([keys[0] for keys in texts.keys], np.int64)
     with atomic(path) as temporary:
-        save_arrays(temporary, arrays, _identity(facts))
+        save_arrays(temporary, arrays, digest(facts))
 
 
 class Recording:

@@ -11,21 +11,23 @@ import torch
 
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Groups
-from lead_ds.data.taught.relevance import MANIFEST, VERSION, TeacherCache, identity, read_manifest
+from lead_ds.data.taught.relevance import VERSION, TeacherCache, identity, read_manifest
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
+from lead_ds.io.facts import ANOTHER_FOLDER, check_facts
 from lead_ds.io.files import write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.provenance import provenance
+from lead_ds.io.shards import MANIFEST, damage, refuse_strangers, unfinished
 from lead_ds.teachers.cached import epochs_of
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
-from lead_ds.teachers.identity import ANOTHER_FOLDER, check_facts, data_facts, teacher_facts
+from lead_ds.teachers.identity import data_facts, teacher_facts
 from lead_ds.teachers.informative import worth_of_cache
 from lead_ds.teachers.lens import open_lens
-from lead_ds.teachers.reading import PAIRS, Reader, opened, say, unfinished, write_in_turns
+from lead_ds.teachers.reading import PAIRS, Reader, opened, say, write_in_turns
 from lead_ds.teachers.shards import RelevanceShards, Shards, VectorShards, layers_to_keep
 from lead_ds.teachers.teacher import Lesson
 
@@ -95,7 +97,8 @@ def shards_of(config: Config, settings: TeacherConfig, out: Path, groups: Groups
 def unfinished_of(shards: Shards, manifest: dict[str, Any], ranks: Ranks) -> list[int]:
     """Shards that are still to be made; what lies beside them is made now."""
     agreed(ranks, lambda: shards.prepare(manifest) if ranks.main else None)
-    return unfinished(shards.paths(manifest), identity(manifest), ranks)
+    owner, paths = identity(manifest), shards.paths(manifest)
+    return ranks.from_main(unfinished(paths, lambda path: damage(path, owner), say) if ranks.main else [])
 
 
 def note_worth(config: Config, cache: TeacherCache, groups: Groups) -> None:
@@ -135,10 +138,7 @@ def begin(config: Config, shards: Shards, encoder: TextEncoder, epochs: int | No
             raise InputError(out, f"holds a teacher's {had}, not {shards.kept}", ANOTHER_FOLDER)
         check_facts(out, f"holds the {had}", manifest["facts"], facts)
         return manifest
-    if out.exists() and not out.is_dir():
-        raise InputError(out, "is a file", "choose a folder with --out")
-    if any(out.glob("*-*.safetensors")):
-        raise InputError(out, "holds shards without a manifest", ANOTHER_FOLDER)
+    refuse_strangers(out, "*-*.safetensors")
     assert config.teacher is not None
     return {"facts": facts, "layers": None, "teacher_path": config.teacher.path}
 

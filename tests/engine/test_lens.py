@@ -19,10 +19,10 @@ import torch
 import yaml
 
 from lead_ds.config import TeacherConfig, load_config
-from lead_ds.data.taught.relevance import save_arrays
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.errors import InputError
+from lead_ds.io.shards import save_arrays
 from lead_ds.models.lens import Lens, load_lens
 from lead_ds.models.load import load_teacher
 from lead_ds.teachers.fit_lens import Fit, Task, fit_settings, fittable, split

@@ -21,10 +21,11 @@ import yaml
 
 from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.taught.relevance import RelevanceCache, mapped, shard_path
+from lead_ds.data.taught.relevance import RelevanceCache, shard_path
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.errors import InputError
+from lead_ds.io.shards import mapped
 from lead_ds.teachers.cached import open_cache
 from lead_ds.teachers.teacher import Lesson
 from tests.helpers.launch import ROOT, launch

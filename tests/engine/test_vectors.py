@@ -16,10 +16,10 @@ import yaml
 
 from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.taught.relevance import mapped
 from lead_ds.data.taught.vectors import VectorCache, index_arrays, vector_arrays
 from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.errors import InputError
+from lead_ds.io.shards import mapped
 from lead_ds.losses import Depths
 from lead_ds.teachers.cached import CachedTeacher, open_cache
 from lead_ds.teachers.shards import layers_to_keep

@@ -14,10 +14,11 @@ import torch
 
 from lead_ds.config import Config, load_config
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.taught.relevance import TeacherCache, mapped
+from lead_ds.data.taught.relevance import TeacherCache
 from lead_ds.data.taught.vectors import VectorCache, vector_arrays
 from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.training.distill import with_settled_teacher
+from lead_ds.io.shards import mapped
 from lead_ds.relevance import VectorFeatures
 from lead_ds.teachers import shards
 from lead_ds.teachers.cached import CachedTeacher, open_cache

@@ -14,9 +14,7 @@ within a group, which are small beside the raw dot products of a wide model.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +24,13 @@ import numpy as np
 
 from lead_ds.data.groups.group import Group
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.facts import digest
+from lead_ds.io.shards import MANIFEST, Arrays, damage, mapped
 
 VERSION = 1
-MANIFEST = "manifest.json"
 _AGAIN = "run lead-ds teach again"
-_DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in (("I64", "<i8"), ("F32", "<f4"), ("F16", "<f2"))}
-_LARGEST_HEADER = 1 << 20
 # What a manifest says of the sizes of a cache, by what it holds.
 _RELEVANCE, _VECTORS = ("shard_groups",), ("shard_texts", "queries", "passages", "width")
-
-Arrays = dict[str, np.ndarray]
-
 
 C = TypeVar("C", bound="TeacherCache")
 
@@ -208,7 +202,7 @@ def identity(manifest: dict[str, Any]) -> str:
     """A checksum of what decides a cache's content."""
     sizes = _VECTORS if "vectors" in manifest["facts"] else _RELEVANCE
     decides = {name: manifest[name] for name in ("facts", "layers", *sizes)}
-    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest(decides)
 
 
 def shard_arrays(keys: Sequence[np.ndarray], relevance: np.ndarray) -> Arrays:
@@ -234,54 +228,3 @@ def shard_arrays(keys: Sequence[np.ndarray], relevance: np.ndarray) -> Arrays:
         "deviation": deviation[order],
         "mean": mean,
     }
-
-
-def save_arrays(path: Path, arrays: Arrays, cache: str) -> None:
-    """Write arrays as safetensors, with a checksum of them and the identity of the cache they belong to."""
-    from safetensors.numpy import save_file
-
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(arrays, path, metadata={"cache": cache, "checksum": _checksum(arrays)})
-
-
-def mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """The arrays of a safetensors file, mapped into memory, and its metadata.
-
-    Raises OSError, ValueError or KeyError for what is none, or is cut short.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= _LARGEST_HEADER:
-            raise ValueError("not a safetensors file")
-        header = json.loads(file.read(length))
-        size = os.fstat(file.fileno()).st_size
-    start = 8 + length
-    metadata = header.pop("__metadata__", {})
-    if size != start + max((part["data_offsets"][1] for part in header.values()), default=0):
-        raise ValueError("cut short")
-    whole = np.memmap(path, np.uint8, "r")
-    arrays = {}
-    for name, part in header.items():
-        first, last = part["data_offsets"]
-        arrays[name] = np.asarray(whole[start + first : start + last]).view(_DTYPES[part["dtype"]])
-        arrays[name] = arrays[name].reshape(part["shape"])
-    return arrays, metadata
-
-
-def damage(path: Path, cache: str) -> str | None:
-    """What is wrong with a shard; None where it is as it was written, for this cache."""
-    try:
-        arrays, metadata = mapped(path)
-        if metadata.get("checksum") != _checksum(arrays):
-            return "its content changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return str(error) or type(error).__name__
-    return None if metadata.get("cache") == cache else "it belongs to another cache"
-
-
-def _checksum(arrays: Arrays) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
-        digest.update(arrays[name].data)
-    return digest.hexdigest()

@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lead_ds.data.taught.relevance import Arrays, TeacherCache
+from lead_ds.data.taught.relevance import TeacherCache
+from lead_ds.io.shards import Arrays
 
 Kind = Literal["queries", "passages"]
 KINDS: tuple[Kind, Kind] = ("queries", "passages")

@@ -7,13 +7,14 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError, LeadError
+from lead_ds.io.facts import flat
 from lead_ds.io.provenance import versions
 from lead_ds.settings.meaning import means
 
@@ -95,17 +96,6 @@ def facts(config: Any) -> dict[str, str]:
                     found[f"{model}: {file.relative_to(folder)}"] = content
     lens = summary(config.lens_folder / "lens.json")  # which holds the checksum of all of it
     return found if lens is None else {**found, "tuned lens": lens}
-
-
-def flat(tree: Any, at: str = "", free: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dictionaries, by dotted key; without the keys of `free` and what is in them."""
-    if at in free:
-        return
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from flat(value, f"{at}.{key}" if at else str(key), free)
-    else:
-        yield at, tree
 
 
 def summary(path: Path) -> str | None:

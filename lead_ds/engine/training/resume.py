@@ -9,13 +9,14 @@ from typing import Any
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches
 from lead_ds.data.tokens.tokenizer import tokenizer_checksum
-from lead_ds.engine.distributed.agreement import agreed, flat
+from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.errors import InputError
+from lead_ds.io.facts import differing, flat
 from lead_ds.settings.meaning import keys_of
-from lead_ds.teachers.identity import differing, input_facts
+from lead_ds.teachers.identity import input_facts
 from lead_ds.teachers.open import teacher_class
 from lead_ds.teachers.teacher import Teacher
 

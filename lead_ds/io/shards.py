@@ -1,0 +1,110 @@
+"""Folders of shards: files that several processes write in turns, each whole or not at all, and that a later call finishes.
+
+A manifest beside them says what they were made of, so that nothing else is added to them. Arrays are kept as safetensors,
+which are mapped into memory, with a checksum and the identity of the folder that they belong to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lead_ds.errors import InputError
+from lead_ds.io.facts import ANOTHER_FOLDER
+
+Arrays = dict[str, np.ndarray]
+
+MANIFEST = "manifest.json"
+_DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in (("I64", "<i8"), ("F32", "<f4"), ("F16", "<f2"))}
+_LARGEST_HEADER = 1 << 20
+
+
+def refuse_strangers(folder: Path, pattern: str, remedy: str = ANOTHER_FOLDER) -> None:
+    """Raise InputError where new shards cannot go to `folder`: it is a file, or holds some of which no manifest tells."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(folder, "is a file", "choose a folder with --out")
+    if any(folder.glob(pattern)):
+        raise InputError(folder, "holds shards without a manifest", remedy)
+
+
+def unfinished(
+    paths: Sequence[Path], damaged: Callable[[Path], str | None] = lambda _: None, tell: Callable[[str], None] = print
+) -> list[int]:
+    """Places of the shards that are not there, or not as they were written. One process calls this for all.
+
+    damaged: what is wrong with a file that is there, if anything.
+    """
+    todo: list[int] = []
+    for shard, path in enumerate(paths):
+        problem = damaged(path) if path.exists() else ""
+        if problem:
+            tell(f"{path.name} is damaged ({problem}): it is made anew")
+        if problem is not None:
+            todo.append(shard)
+    return todo
+
+
+def turns(todo: Sequence[int], rank: int, world: int) -> list[int | None]:
+    """The shard of one of `world` processes at each turn that all take together; None where it has none.
+
+    >>> turns([3, 4, 7], rank=1, world=2)
+    [4, None]
+    """
+    mine: list[int | None] = [*todo[rank::world]]
+    return mine + [None] * (-(-len(todo) // world) - len(mine))
+
+
+def save_arrays(path: Path, arrays: Arrays, cache: str) -> None:
+    """Write arrays as safetensors, with a checksum of them and the identity of the cache they belong to."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, path, metadata={"cache": cache, "checksum": _checksum(arrays)})
+
+
+def mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """The arrays of a safetensors file, mapped into memory, and its metadata.
+
+    Raises OSError, ValueError or KeyError for what is none, or is cut short.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= _LARGEST_HEADER:
+            raise ValueError("not a safetensors file")
+        header = json.loads(file.read(length))
+        size = os.fstat(file.fileno()).st_size
+    start = 8 + length
+    metadata = header.pop("__metadata__", {})
+    if size != start + max((part["data_offsets"][1] for part in header.values()), default=0):
+        raise ValueError("cut short")
+    whole = np.memmap(path, np.uint8, "r")
+    arrays = {}
+    for name, part in header.items():
+        first, last = part["data_offsets"]
+        arrays[name] = np.asarray(whole[start + first : start + last]).view(_DTYPES[part["dtype"]])
+        arrays[name] = arrays[name].reshape(part["shape"])
+    return arrays, metadata
+
+
+def damage(path: Path, cache: str) -> str | None:
+    """What is wrong with a shard; None where it is as it was written, for this cache."""
+    try:
+        arrays, metadata = mapped(path)
+        if metadata.get("checksum") != _checksum(arrays):
+            return "its content changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error) or type(error).__name__
+    return None if metadata.get("cache") == cache else "it belongs to another cache"
+
+
+def _checksum(arrays: Arrays) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(arrays[name].data)
+    return digest.hexdigest()
