@@ -23,10 +23,9 @@ from benchmarks.throughput_presets import bert, write_data, write_model
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches, Window
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.distill import open_batches
-from lead_ds.models.load import load_student
+from lead_ds.models.load import load_student, load_text
 from lead_ds.models.scorer import Scorer
 from lead_ds.plan.activations import Ledger
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
@@ -55,7 +54,7 @@ def config_of(arguments: argparse.Namespace, name: str = "minilm-l6", /, **secti
 
 def batches_of(config: Config) -> Batches:
     """Its windows."""
-    return open_batches(config, open_groups(config.data), TextEncoder.from_config(config.student), True, HERE)
+    return open_batches(config, open_groups(config.data), load_text(config.student), True, HERE)
 
 
 def in_turns(cases: dict[str, Timed], rounds: int) -> dict[str, float]:

@@ -19,7 +19,6 @@ from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import pad_tokens
 
 Tokens = dict[str, Tensor]
-PAIRS = ("cross_encoder", "llm_reranker")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Inputs:
     def _taught(self, encoder: TextEncoder, queries: list[str], passages: list[str]) -> dict[str, Tokens]:
         teacher = self.config.teacher
         assert teacher is not None
-        if encoder.kind in PAIRS:
+        if encoder.reads_pairs:
             repeated = [query for query in queries for _ in range(self.batches.group)]
             return {"teacher_pairs": self._padded(encoder.pairs(repeated, passages), teacher.max_length)}
         return {

@@ -32,8 +32,8 @@ from lead_ds.engine.training.loop import Training
 from lead_ds.engine.training.objective import build_objective
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
 from lead_ds.models.backbone import load_model
+from lead_ds.models.files import transformer_folder
 from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
-from lead_ds.models.layout import read_layout
 from lead_ds.models.load import load_student
 from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, teacher_dtype
 from lead_ds.teachers.teach import teach
@@ -291,7 +291,7 @@ def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
     if reranker:
         from lead_ds.data.tokens.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(config.teacher.path, read_layout(config.teacher.path).subfolder, False)
+        tokenizer = load_tokenizer(config.teacher.path, transformer_folder(config.teacher.path), False)
         answers = answer_tokens(tokenizer, config.teacher)
     settings = Settings(
         group=1 + config.data.negatives,

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.models.load import load_teacher
+from lead_ds.models.load import load_teacher, load_text
 from lead_ds.report.summary import Table, aligned
 
 AT_ONCE = 10  # groups of a forward
@@ -29,7 +28,7 @@ def vectors(path: str, overrides: list[str], groups: int) -> tuple[Tensor, Tenso
     config = load_config(path, overrides)
     if config.teacher is None or config.teacher.kind != "dual_encoder":
         raise SystemExit("error: teacher.kind is to be dual_encoder")
-    data, text = open_groups(config.data), TextEncoder.from_config(config.teacher)
+    data, text = open_groups(config.data), load_text(config.teacher)
     model = load_teacher(config.teacher, torch.float32).eval()
     layers = list(range(model.num_layers))
     rows = random.Random(config.seed).sample(range(len(data)), min(groups, len(data)))

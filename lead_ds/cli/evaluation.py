@@ -27,7 +27,7 @@ def evaluate(
     kind: str | None = typer.Option(
         None,
         "--kind",
-        help="dual_encoder, colbert, cross_encoder or llm_reranker; default: what the model's files say.",
+        help="A kind of model; default: what the model's files say.",
     ),
     data: Path | None = typer.Option(None, "--data", help="With --model: the dataset's folder."),
     split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),
@@ -90,7 +90,9 @@ def evaluate(
         raise InputError("evaluate", "--gpus, --nprobe and --ef-search are of an index", "add --index")
     choice("--layout", layout, "shard", "replicate")
     if kind is not None:
-        choice("--kind", kind, "dual_encoder", "colbert", "cross_encoder", "llm_reranker")
+        from lead_ds.models.kinds.kind import KINDS
+
+        choice("--kind", kind, *KINDS)
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
@@ -127,7 +129,7 @@ def evaluate(
             "out": out,
             "keep_identical": keep_identical,
         }
-        if opened.scorer.kind == "dual_encoder" and run is None and depth is None:
+        if opened.scorer.gives_vectors and run is None and depth is None:
             scores = evaluate_model(opened.scorer, opened.encoder, dataset, split, names, **options)
         else:
             kept: dict[str, Any] = {"keep_identical": keep_identical}

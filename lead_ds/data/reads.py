@@ -19,8 +19,6 @@ from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
 from lead_ds.errors import InputError
 
-_PAIRS = ("cross_encoder", "llm_reranker")
-
 
 @dataclass
 class ModelBatch:
@@ -87,7 +85,7 @@ class Reads:
     @property
     def texts_apart(self) -> bool:
         """Whether it reads queries and passages apart, and not as pairs."""
-        return self.encoder is not None and self.encoder.kind not in _PAIRS
+        return self.encoder is not None and not self.encoder.reads_pairs
 
     def batches(self, rows: np.ndarray, groups: Sequence[Group]) -> list[ModelBatch]:
         """What it is given of groups, drawn from `rows`: in batches of whole groups, or all at once what is not tokens."""
@@ -113,7 +111,7 @@ def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
     queries = [group.query for group in groups]
     passages = [passage for group in groups for passage in group.passages]
     size = len(passages) // len(queries)
-    if encoder.kind in _PAIRS:
+    if encoder.reads_pairs:
         return ModelBatch(size, pairs=encoder.pairs([query for query in queries for _ in range(size)], passages))
     return ModelBatch(size, queries=encoder.queries(queries), passages=encoder.passages(passages))
 
@@ -125,7 +123,7 @@ def refuse_voided(encoder: TextEncoder, groups: Sequence[Group], who: str) -> No
     """
     queries = list(dict.fromkeys(group.query for group in groups))
     passages = list(dict.fromkeys(passage for group in groups for passage in group.passages))
-    pairs = encoder.kind in _PAIRS
+    pairs = encoder.reads_pairs
     for kind, texts in (("queries", queries), ("passages", passages)):
         if len(texts) < 2:
             continue

@@ -27,7 +27,7 @@ Side = Literal["queries", "passages"]
 class Model:
     """A model in evaluation mode with its own tokenisation; `load` makes one.
 
-    kind: dual_encoder, colbert, cross_encoder or llm_reranker. num_layers: how many layers can be read.
+    kind: the name of its kind. num_layers: how many layers can be read.
     section: what `Distiller` takes it by, `path`, `kind` and settings.
 
     >>> load(dual_encoder).num_layers
@@ -45,7 +45,7 @@ class Model:
     @property
     def kind(self) -> str:
         """Its kind."""
-        return str(self.scorer.kind)
+        return str(self.scorer.name)
 
     @property
     def num_layers(self) -> int:
@@ -65,10 +65,10 @@ class Model:
         torch.Size([2, 16])
         """
         _side(side)
-        if not hasattr(self.scorer, "embed"):
+        if not self.scorer.gives_vectors:
             raise InputError(self.path, f"a {self.kind} gives no vector of a text", "use score")
         if not texts:
-            return torch.empty(0, int(self.scorer.vector_width))
+            return torch.empty(0, int(self.scorer.features_width))
         device = next(self.scorer.parameters()).device
         kind: Literal["queries", "corpus"] = "queries" if side == "queries" else "corpus"
         rows = range(len(texts))
@@ -113,7 +113,7 @@ def load(
 ) -> Model:
     """The model of a directory or hub name, in evaluation mode on `device` (default: CUDA where there is one).
 
-    kind: dual_encoder, colbert, cross_encoder or llm_reranker; None: what its files say. settings: of a configuration's
+    kind: one of `KINDS`; None: what its files say. settings: of a configuration's
     section for that kind, such as passage_length=256 or query_prompt="query: ". Raises InputError for what is no model, for one
     of another kind, and for a setting that the kind has not.
 
@@ -123,7 +123,7 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
     scorer, encoder = load_scorer(path, kind, [f"{name}={_text(value)}" for name, value in settings.items()], device)
-    return Model(scorer.to(device).eval(), encoder, {"path": path, "kind": str(scorer.kind), **settings})
+    return Model(scorer.to(device).eval(), encoder, {"path": path, "kind": str(scorer.name), **settings})
 
 
 def as_model(model: Model | str | Path) -> Model:

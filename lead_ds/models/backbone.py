@@ -15,10 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lead_ds.config import TeacherConfig
 from lead_ds.errors import InputError
 from lead_ds.io.hub import find_file, hub_settings
-from lead_ds.models.layout import read_layout
+from lead_ds.models.files import transformer_folder
 from lead_ds.settings.model import ModelConfig
 
 Family = Literal["base", "classifier", "causal"]
@@ -33,7 +32,7 @@ def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
 
     _check_path(config)
     if subfolder is None:
-        subfolder = read_layout(config.path, late_interaction=True).subfolder
+        subfolder = transformer_folder(config.path)
     with _told(config):
         shape = AutoConfig.from_pretrained(
             config.path,
@@ -47,22 +46,22 @@ def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
 
 
 def load_model(
-    config: ModelConfig, family: Family, dtype: torch.dtype, subfolder: str = "", depth: int | None = None
+    config: ModelConfig, family: Family, dtype: torch.dtype, depth: int | None = None, *, new_head: bool = False
 ) -> Any:
     """A transformers model, in evaluation mode, its weights in `dtype`; with `depth`, of its first layers only.
 
     family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification) or "causal" (AutoModelForCausalLM).
-    A student's missing classification head is initialised; every other missing weight is an InputError, as is a path that
+    new_head: a missing classification head is initialised; every other missing weight is an InputError, as is a path that
     is no model, pickled weights without `allow_pickle`, or code without `trust_remote_code`.
     """
     import transformers
 
+    subfolder = transformer_folder(config.path)
     shape = read_model_config(config, subfolder)
     if depth is not None:
         cut_shape(shape, range(min(depth, shape.get_text_config().num_hidden_layers)))
-    may_lack_head = family == "classifier" and not isinstance(config, TeacherConfig)
     if family == "classifier" and not has_classifier(shape):
-        if not may_lack_head and config.weights == "pretrained":
+        if not new_head and config.weights == "pretrained":
             raise _no_head(config, shape)
         shape.num_labels = 1
     auto = {
@@ -88,7 +87,7 @@ def load_model(
     headless = sorted(missing - set(lost))
     if headless and family == "causal":
         raise InputError(config.path, f"its weights lack the language-model head ({headless[0]})")
-    if headless and family == "classifier" and not may_lack_head:
+    if headless and family == "classifier" and not new_head:
         raise _no_head(config, shape)
     return model.eval()
 
@@ -193,7 +192,7 @@ def _no_head(config: ModelConfig, shape: Any) -> InputError:
     return InputError(
         config.path,
         f"a {shape.model_type} without a trained scoring head cannot be this teacher",
-        "train one with `lead-ds warmup`, or choose kind: dual_encoder",
+        "train one with `lead-ds warmup`, or choose another kind",
     )
 
 
@@ -244,7 +243,7 @@ def _told(config: ModelConfig) -> Iterator[None]:
 
 def _pickle_only(config: ModelConfig) -> bool:
     names = ("model.safetensors", "model.safetensors.index.json")
-    subfolder = read_layout(config.path, late_interaction=True).subfolder
+    subfolder = transformer_folder(config.path)
     prefix = f"{subfolder}/" if subfolder else ""
     if any(find_file(config.path, prefix + name) for name in names):
         return False

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.hub import find_file
 from lead_ds.models.backbone import quiet
+from lead_ds.models.files import RECORD
 from lead_ds.models.kinds.dual_encoder import DualEncoder
-from lead_ds.models.layout import RECORD
 from lead_ds.models.load import load_encoder
 from lead_ds.models.onnx_file import VECTOR, OnnxEncoder, require, write_probes
-from lead_ds.models.pooling import pool
 from lead_ds.models.student_dir import whole_folder, write_student
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ class _Served(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         tokens = dict(zip(self.inputs, tensors, strict=True))
         [states_BLW] = self.scorer.run(tokens, (), lambda state: state, through_norm=True)
-        return states_BLW, self.scorer.read_out(pool(states_BLW, tokens["attention_mask"], self.scorer.pooling))
+        return states_BLW, self.scorer.vectors_of(states_BLW, tokens["attention_mask"])
 
 
 def _trace(scorer: DualEncoder, encoder: TextEncoder, file: Path) -> None:

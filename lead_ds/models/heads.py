@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lead_ds.errors import InputError
-from lead_ds.models.pooling import PoolingMode
+
+PoolingMode = Literal["cls", "mean", "lasttoken"]  # sentence-transformers' names
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def classification_head(model: Any, path: str) -> Head:
     classifier: Any = getattr(model, "classifier", None)
     drop = _dropout(model)
     if isinstance(getattr(model, "score", None), nn.Linear):  # Llama, Qwen, Mistral, Gemma, GPT-2 ...
-        return Head("last", model.score)
+        return Head("lasttoken", model.score)
     if isinstance(getattr(model, "pre_classifier", None), nn.Linear):  # DistilBERT
         return Head("cls", lambda x: classifier(drop(torch.relu(model.pre_classifier(x)))))
     if isinstance(getattr(model, "head", None), nn.Module) and isinstance(classifier, nn.Linear):  # ModernBERT

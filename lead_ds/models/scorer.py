@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lead_ds.config import TeacherConfig
 from lead_ds.models.backbone import checkpoint_activations, is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
 from lead_ds.models.grad_cache import recomputed
@@ -46,15 +45,24 @@ class Output:
 
 
 class Scorer(nn.Module):
-    """Base of all scorers. `model` is the one registered child that is the Hugging Face model, as it is saved."""
+    """Base of all scorers: a chain of sentence-transformers' modules, its transformer captured layer by layer.
 
-    kind: str
+    Registered are `model`, the Hugging Face model as it is saved, and `behind`, the modules after it. The chain itself, which
+    reads and writes the directory, refers to both.
+    """
+
     scope: Literal["batch", "group"]
+    chain: Any
 
-    def __init__(self, model: Any, config: ModelConfig) -> None:
+    def __init__(self, chain: Any, model: Any, config: ModelConfig, *, student: bool = False) -> None:
         super().__init__()
+        chain[0].model = model
         self.model = model
+        self.behind = nn.ModuleList(list(chain)[1:])
+        object.__setattr__(self, "chain", chain)  # not a child: its modules are, once
         self.config = config
+        # A student is trained on what it will serve, whatever its layers are compared by.
+        self.final_scale: Scale = "none" if student else config.scale
         self.width: int = int(model.config.get_text_config().hidden_size)
         self.capture = LayerCapture(self.backbone, config.path)
         parameters = inspect.signature(self.backbone.forward).parameters
@@ -63,15 +71,20 @@ class Scorer(nn.Module):
         self.recompute = False  # GradCache: keep no activations of a batch's passes
         self.lens: LayerReading | None = None  # of a frozen teacher: what its layers are read through
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Checkpoints of before sentence-transformers' modules were used call their Dense layers `dense`."""
+        behind = getattr(self, "behind", ())
+        wanted = [f"{prefix}behind.{i}." for i, module in enumerate(behind) if list(module.parameters())]
+        for i, new in enumerate(wanted):
+            old = f"{prefix}dense.{i}."
+            for key in [key for key in state_dict if key.startswith(old)]:
+                state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @property
     def backbone(self) -> Any:
         """The transformer without its task head."""
         return self.model.base_model
-
-    @property
-    def final_scale(self) -> Scale:
-        """`scale` for a teacher; a student is trained on what it will serve, whatever its layers are compared by."""
-        return self.config.scale if isinstance(self.config, TeacherConfig) else "none"
 
     @property
     def num_layers(self) -> int:
@@ -128,6 +141,12 @@ class Scorer(nn.Module):
             return
         with tap_attention(self.backbone, tap_layers) as taps:
             yield taps
+
+    def freeze_pooler(self) -> None:
+        """A pooler that comes with the architecture stands beside the modules here and would never see a gradient."""
+        pooler = getattr(self.model, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.requires_grad_(False)
 
     def run(self, tokens: Tokens, layers: Sequence[int], reduce: Reduce, *, through_norm: bool) -> list[Tensor]:
         """`reduce` of each of `layers` and then of the model's final state: K + 1 tensors.

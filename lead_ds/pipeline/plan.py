@@ -9,6 +9,7 @@ from typing import Any
 
 from lead_ds.config import Config, load_config
 from lead_ds.errors import InputError
+from lead_ds.models.kinds.kind import KINDS, kinds_that
 from lead_ds.pipeline.fingerprints import Fingerprints
 from lead_ds.pipeline.settings import deciding, existing, flat, options_of
 from lead_ds.pipeline.stage_graph import StageGraph
@@ -134,14 +135,15 @@ class Recipe:
         wiring, needs = self._wiring(groups, **sources)
         overrides, config = self._settings(name, {**flat(changes), **wiring})
         kind = "none" if config.teacher is None else config.teacher.kind
-        if of == "teacher" and (kind in ("none", "llm_reranker") or not teacher_class(kind).computes):
+        if of == "teacher" and not _trainable(kind):
             what = f"a teacher of kind {kind} cannot be warmed up"
             raise InputError(
                 f"{self.path}: pipeline.teacher", what, "set pipeline.teacher=null: it is used as it comes"
             )
-        if name == "first" and config.student.kind != "dual_encoder":
+        if name == "first" and not KINDS[config.student.kind].gives_vectors:
             what = f"a {config.student.kind} cannot search for negatives"
-            raise InputError(f"{self.path}: pipeline.first", what, "set pipeline.first.student.kind=dual_encoder")
+            remedy = f"set pipeline.first.student.kind={kinds_that('gives_vectors')}"
+            raise InputError(f"{self.path}: pipeline.first", what, remedy)
         tree = deciding(config)
         if of:
             for part in ("student" if of == "teacher" else "teacher", "losses"):
@@ -223,8 +225,8 @@ class Recipe:
         if not self.pipeline.evaluate:
             return
         section = self.config.teacher if model == "teacher" else self.config.student
-        if model != "first" and (section is None or section.kind != "dual_encoder"):
-            what = f"the {model} is no dual_encoder: it gives no vectors to index"
+        if model != "first" and (section is None or not _gives_vectors(section.kind)):
+            what = f"the {model} gives no vectors to index"
             raise InputError(f"{self.path}: pipeline.models", what, "leave it out of models, or set evaluate: []")
         inputs: dict[str, str] = {}
         needs, models = [stage], tuple[str, ...]()
@@ -369,3 +371,11 @@ class Recipe:
         """What a training command reads of the data, beside the groups that a stage makes."""
         files = self._graph.files("corpus.jsonl", "queries.jsonl")
         return files if groups in self.stages else (*files, *self._graph.files(config.data.train))
+
+
+def _trainable(kind: str) -> bool:
+    return kind in KINDS and KINDS[kind].can_be_trained
+
+
+def _gives_vectors(kind: str) -> bool:
+    return kind in KINDS and KINDS[kind].gives_vectors

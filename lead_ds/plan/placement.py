@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from lead_ds.config import Config, StudentConfig, TeacherConfig
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.plan.shapes import ModelShape
 from lead_ds.plan.states import student_states, teacher_states
 
@@ -167,11 +168,7 @@ class _Calculator:
 
     def vectors(self, shape: ModelShape, config: StudentConfig | TeacherConfig) -> tuple[int, int]:
         """Elements that one query and one passage leave behind, per captured layer."""
-        if config.kind in ("cross_encoder", "llm_reranker"):
-            return 0, 1
-        if config.kind == "colbert":
-            return shape.features * config.query_length, shape.features * config.passage_length
-        return shape.features, shape.features
+        return KINDS[config.kind].features_of(config, shape.features)
 
     @cached_property
     def features(self) -> int:

@@ -18,8 +18,7 @@ from lead_ds.data.collections.qrels import Qrels, Run, check_run_names, read_qre
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.progress import progress
-from lead_ds.models.kinds.dual_encoder import DualEncoder
-from lead_ds.models.scorer import Scorer
+from lead_ds.models.kinds.kind import Kind, kinds_that
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.encode import Embed, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
@@ -48,27 +47,29 @@ def evaluate_path(
 
 def open_encoder(
     model: str | Path | StudentConfig, device: torch.device | str | None = None
-) -> tuple[DualEncoder, TextEncoder]:
+) -> tuple[Kind, TextEncoder]:
     """A dual encoder in evaluation mode on `device` (default: CUDA where there is one) with its tokenisation."""
-    from lead_ds.models.load import load_encoder, load_student
+    from lead_ds.models.load import load_encoder, load_student, load_text
 
     if isinstance(model, ModelConfig):
-        scorer, encoder = dual_encoder(load_student(model, torch.float32)), TextEncoder.from_config(model)
+        scorer, encoder = dual_encoder(load_student(model, torch.float32)), load_text(model)
     else:
         scorer, encoder = load_encoder(str(model))
     check_vocabulary(scorer, encoder.tokenizer, scorer.config.path)
     return scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), encoder
 
 
-def dual_encoder(scorer: Scorer) -> DualEncoder:
+def dual_encoder(scorer: Kind) -> Kind:
     """The scorer, if it gives a vector per text. Raises InputError for any other kind."""
-    if not isinstance(scorer, DualEncoder):
-        raise InputError(scorer.config.path, f"is a {scorer.kind}", "encoding and exact search need a dual_encoder")
+    if not scorer.gives_vectors:
+        raise InputError(
+            scorer.config.path, f"is a {scorer.name}", f"encoding and exact search need a {kinds_that('gives_vectors')}"
+        )
     return scorer
 
 
 def evaluate_model(
-    scorer: Scorer,
+    scorer: Kind,
     encoder: TextEncoder,
     dataset: Dataset,
     split: str,

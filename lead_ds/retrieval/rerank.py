@@ -18,13 +18,12 @@ from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, blank_name, check_run_names, read_run, write_run
-from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens, score_mask
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import checksum
 from lead_ds.io.progress import Progress, progress
-from lead_ds.models.kinds.colbert import score_mask
-from lead_ds.models.scorer import Scorer
+from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
 from lead_ds.retrieval.evaluate import MEASURES, draw_queries
@@ -46,7 +45,7 @@ COMPARED_AT_ONCE = 64  # candidates whose tokens late interaction holds at once
 class Reranker:
     """A model of any kind with its own tokenisation: a dual encoder, a ColBERT, a cross-encoder or a decoder reranker."""
 
-    scorer: Scorer
+    scorer: Kind
     encoder: TextEncoder
 
     @classmethod
@@ -83,7 +82,7 @@ class Reranker:
 
 
 def evaluate_reranked(
-    scorer: Scorer,
+    scorer: Kind,
     encoder: TextEncoder,
     dataset: Dataset,
     split: str,
@@ -118,7 +117,7 @@ def evaluate_reranked(
 
 
 def rerank(
-    scorer: Scorer,
+    scorer: Kind,
     encoder: TextEncoder,
     dataset: Dataset,
     candidates: Mapping[str, Mapping[str, float]],
@@ -212,7 +211,7 @@ def _candidates(
 
 
 def score_pairs(
-    scorer: Scorer,
+    scorer: Kind,
     encoder: TextEncoder,
     queries: TextsOf,
     passages: TextsOf,
@@ -228,7 +227,7 @@ def score_pairs(
     not finite.
     """
     reader = _Reader(scorer, encoder, batch_size, peers)
-    score = _by_pairs if scorer.scope == "group" else _by_texts
+    score = _by_pairs if encoder.reads_pairs else _by_texts
     places, scores = score(reader, queries, passages, pairs_C2, peers.rank == 0 and not quiet)
     out_C = np.empty(len(pairs_C2), np.float32)
     for some, values in peers.all((places, scores)):
@@ -246,7 +245,7 @@ def score_pairs(
 class _Reader:
     """A model that reads items, every process its own, all equally often."""
 
-    def __init__(self, scorer: Scorer, encoder: TextEncoder, batch_size: int, peers: Peers) -> None:
+    def __init__(self, scorer: Kind, encoder: TextEncoder, batch_size: int, peers: Peers) -> None:
         self.scorer, self.encoder, self.batch_size, self.peers = scorer, encoder, batch_size, peers
         self.device = next(scorer.parameters()).device
 
@@ -362,6 +361,6 @@ def _read_queries(reader: _Reader, texts: TextsOf, rows: np.ndarray, meter: Prog
     )
 
 
-def _scale(scorer: Scorer) -> Scale:
+def _scale(scorer: Kind) -> Scale:
     """Cosines where the model's relevance is read by them; z-scores over a query's passages leave their order alone."""
     return "cosine" if scorer.final_scale == "cosine" else "none"

@@ -19,7 +19,7 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.io.files import model_checksum
 from lead_ds.io.progress import progress
-from lead_ds.models.kinds.dual_encoder import DualEncoder
+from lead_ds.models.kinds.kind import Kind
 from lead_ds.retrieval.encode import Side, check_texts, encode_share
 from lead_ds.retrieval.evaluate import MEASURES, make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
@@ -37,14 +37,9 @@ class Hit:
     text: str
 
 
-def model_facts(path: str | Path, scorer: DualEncoder) -> dict[str, Any]:
+def model_facts(path: str | Path, scorer: Kind) -> dict[str, Any]:
     """What has to be equal for vectors to live in one space: the model's files, pooling, normalisation and width."""
-    return {
-        "checksum": model_checksum(path),
-        "pooling": scorer.pooling,
-        "normalize": scorer.normalize,
-        "dimension": scorer.vector_width,
-    }
+    return {"checksum": model_checksum(path), **scorer.space}
 
 
 class Corpus(Protocol):
@@ -63,7 +58,7 @@ class Searcher:
 
     def __init__(
         self,
-        scorer: DualEncoder,
+        scorer: Kind,
         encoder: TextEncoder,
         passages: Tensor | Index,
         ids: Sequence[str],
@@ -101,7 +96,7 @@ class Searcher:
 
     @classmethod
     def over_index(
-        cls, scorer: DualEncoder, encoder: TextEncoder, path: str | Path, index: Index, corpus: Texts | None
+        cls, scorer: Kind, encoder: TextEncoder, path: str | Path, index: Index, corpus: Texts | None
     ) -> Searcher:
         """The model loaded from `path` over an index. Raises InputError as `open`."""
         index.check_model(model_facts(path, scorer))
@@ -112,7 +107,7 @@ class Searcher:
 
     @classmethod
     def over_corpus(
-        cls, scorer: DualEncoder, encoder: TextEncoder, corpus: Corpus, *, batch_size: int = 64, quiet: bool = False
+        cls, scorer: Kind, encoder: TextEncoder, corpus: Corpus, *, batch_size: int = 64, quiet: bool = False
     ) -> Searcher:
         """The model over passages that are encoded now, searched exactly."""
         with progress("encoding the corpus", len(corpus), "texts", shown=not quiet) as meter:

@@ -25,6 +25,7 @@ from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.provenance import provenance
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.lens import RECORD, VERSION, WEIGHTS, Lens
 from lead_ds.relevance import ScoreFeatures, VectorFeatures
 from lead_ds.report.lens import lens_plot
@@ -111,10 +112,9 @@ def fittable(config: Config) -> TeacherConfig:
         raise InputError("teacher", "is missing", "name the model to fit a lens to")
     if teacher.kind == "cached":
         raise InputError("teacher.kind", "a cache has no states", "name the teacher itself, with its kind")
-    if teacher.kind == "colbert":
-        raise InputError(
-            "teacher.kind", "a lens reads one state per text, colbert has one per token", "distil it as it is"
-        )
+    if KINDS[teacher.kind].lens_form is None:
+        what = f"a lens reads one state per text, {teacher.kind} has one per token"
+        raise InputError("teacher.kind", what, "distil it as it is")
     if teacher.train:
         raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
     if config.data.negatives == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
-from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.encoder import Tokens
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.deepspeed_files import teacher_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks, local_world
@@ -22,9 +22,9 @@ from lead_ds.errors import InputError
 from lead_ds.io.files import model_files
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.backbone import cut_shape
-from lead_ds.models.load import DTYPES, load_teacher, read_model_config
+from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_config
 from lead_ds.models.packing_check import check_packing
-from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
 from lead_ds.teachers.lens import FittedLens, open_lens
@@ -42,7 +42,7 @@ class FrozenTeacher(Teacher):
     computes = True
 
     def __init__(
-        self, scorer: Scorer, engine: Any, placement: str, device: torch.device, fitted: FittedLens | None = None
+        self, scorer: Kind, engine: Any, placement: str, device: torch.device, fitted: FittedLens | None = None
     ) -> None:
         self.scorer, self.engine, self.placement, self.device = scorer, engine, placement, device
         self.num_layers, self.fitted = scorer.num_layers, fitted
@@ -60,7 +60,7 @@ class FrozenTeacher(Teacher):
     def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
         """See `Teacher`: tokens. Where it is trained or its attention is read, of the student's micro-batches, one by one."""
         settings, train = lesson.teacher, lesson.train
-        encoder = TextEncoder.from_config(settings)
+        encoder = load_text(settings)
         open_lens(settings, lesson.lens_folder, lesson.seed, encoder)  # reported before any model is loaded
         tapped = "attention" in lesson.losses.needs
         return Reads(
@@ -229,7 +229,7 @@ def _merged(parts: Sequence[Features]) -> Features:
     return parts[0].merged(parts[1:])
 
 
-def _frozen(scorer: Scorer) -> Scorer:
+def _frozen(scorer: Kind) -> Kind:
     scorer.requires_grad_(False)
     scorer.eval()
     return scorer

@@ -11,6 +11,7 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.tokenizer import tokenizer_checksum
 from lead_ds.engine.distributed.agreement import summary
 from lead_ds.io.files import checksum, model_checksum
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.relevance import Scale
 from lead_ds.settings.meaning import keys_of
 from lead_ds.settings.roles import Trained
@@ -55,4 +56,4 @@ def stored_scale(kind: str, scale: str) -> Scale:
 
     A model of pairs gives scores, which have no cosine.
     """
-    return "cosine" if scale == "cosine" and kind in ("dual_encoder", "colbert") else "none"
+    return "cosine" if scale == "cosine" and not KINDS[kind].reads_pairs else "none"

@@ -10,6 +10,7 @@ from lead_ds.config import TeacherConfig
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.io.facts import check_facts
 from lead_ds.models.lens import Lens, load_lens
+from lead_ds.models.load import load_text
 from lead_ds.teachers.identity import teacher_facts
 
 _FIT = "fit one: lead-ds fit-lens CONFIG"
@@ -46,7 +47,7 @@ def open_lens(teacher: TeacherConfig, folder: Path, seed: int, encoder: TextEnco
     if teacher.lens == "head":
         return None
     lens, record = load_lens(folder, f"{_FIT}; or name its folder, teacher.lens_path=")
-    facts = lens_identity(teacher, encoder or TextEncoder.from_config(teacher), seed)
+    facts = lens_identity(teacher, encoder or load_text(teacher), seed)
     check_facts(folder, "is the lens", record["facts"], facts, f"{_FIT} teacher.lens_path=ANOTHER_FOLDER")
     nll = [row["after"]["nll"] for row in record["layers"]]
     return FittedLens(folder, lens, record["checksum"], nll, record["chance"]["nll"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Group, Groups
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens, score_mask
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first, once
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
@@ -31,12 +31,12 @@ from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress
 from lead_ds.io.shards import turns
-from lead_ds.models.kinds.colbert import score_mask
+from lead_ds.models.kinds.kind import KINDS
+from lead_ds.models.load import load_text
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
 
-PAIRS = ("cross_encoder", "llm_reranker")
 PAIRS_AT_ONCE = 32  # of which late interaction compares all tokens
 
 
@@ -49,7 +49,7 @@ def opened(config: Config, settings: TeacherConfig, out: Path) -> Iterator[tuple
     with joined_ranks() as ranks, closed_to_others():
         check_agreement(config, False, ranks)
         check_shared(out, ranks)
-        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), TextEncoder.from_config(settings)))
+        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(settings)))
         yield ranks, groups, encoder
 
 
@@ -101,7 +101,7 @@ class Reader(ABC):
     def __init__(self, settings: TeacherConfig, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> None:
         self.teacher, self.encoder, self.batch_size = teacher, encoder, batch_size
         self.scale: Scale = stored_scale(settings.kind, settings.scale)
-        self.pairs = settings.kind in PAIRS
+        self.pairs = KINDS[settings.kind].reads_pairs
 
     @abstractmethod
     def look(self, tokens: Tokens) -> Tensor:

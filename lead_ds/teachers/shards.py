@@ -22,11 +22,11 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic
 from lead_ds.io.shards import Arrays, damage, mapped, save_arrays
-from lead_ds.models.kinds.dual_encoder import DualEncoder
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import read_model_config
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
-from lead_ds.teachers.reading import PAIRS, Reader, RelevanceReader, Shard, VectorReader, drawn_besides
+from lead_ds.teachers.reading import Reader, RelevanceReader, Shard, VectorReader, drawn_besides
 
 GROUPS_OF_PAIRS, GROUPS_OF_TEXTS = 512, 2048  # of a shard; texts that its groups share are read once
 TEXTS = 4096  # of a shard of vectors
@@ -100,7 +100,7 @@ class RelevanceShards(Shards):
 
     def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
         """Groups of a shard: few enough that every rank has work until the end, and that a kill costs little."""
-        most = GROUPS_OF_PAIRS if self.settings.kind in PAIRS else GROUPS_OF_TEXTS
+        most = GROUPS_OF_PAIRS if KINDS[self.settings.kind].reads_pairs else GROUPS_OF_TEXTS
         return {"shard_groups": asked or max(1, min(most, -(-len(self.groups) // (4 * world))))}
 
     def describe(self, manifest: dict[str, Any]) -> str:
@@ -152,11 +152,10 @@ class VectorShards(Shards):
 
     def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
         """Texts of a shard, chosen as groups are; and how many there are of each kind."""
-        assert isinstance(teacher.scorer, DualEncoder)
         index = self._index = self._scan(manifest["facts"]["draws"])
         queries, passages = len(index["query_groups"]), len(index["passages"])
         size = asked or max(1, min(TEXTS, -(-passages // (4 * world))))
-        return {"shard_texts": size, "queries": queries, "passages": passages, "width": teacher.scorer.vector_width}
+        return {"shard_texts": size, "queries": queries, "passages": passages, "width": teacher.scorer.features_width}
 
     def prepare(self, manifest: dict[str, Any]) -> None:
         """The index of all texts."""

@@ -34,10 +34,11 @@ from lead_ds.io.facts import check_facts, digest
 from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST, damage, mapped, refuse_strangers, save_arrays, unfinished
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import data_facts
 from lead_ds.teachers.lens import lens_identity
-from lead_ds.teachers.reading import PAIRS, Reader, Shard, say, write_in_turns
+from lead_ds.teachers.reading import Reader, Shard, say, write_in_turns
 from lead_ds.teachers.teacher import Lesson
 
 SHARD_GROUPS = 64
@@ -48,7 +49,7 @@ class States:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.pairs: bool = manifest["facts"]["teacher"]["kind"] in PAIRS
+        self.pairs: bool = KINDS[manifest["facts"]["teacher"]["kind"]].reads_pairs
         self._shards = [mapped(path)[0] for path in shard_paths(folder, manifest)]
 
     @property

@@ -22,12 +22,13 @@ from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.provenance import provenance
 from lead_ds.io.shards import MANIFEST, damage, refuse_strangers, unfinished
+from lead_ds.models.kinds.kind import KINDS
 from lead_ds.teachers.cached import epochs_of
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import data_facts, teacher_facts
 from lead_ds.teachers.informative import worth_of_cache
 from lead_ds.teachers.lens import open_lens
-from lead_ds.teachers.reading import PAIRS, Reader, opened, say, write_in_turns
+from lead_ds.teachers.reading import Reader, opened, say, write_in_turns
 from lead_ds.teachers.shards import RelevanceShards, Shards, VectorShards, layers_to_keep
 from lead_ds.teachers.teacher import Lesson
 
@@ -117,10 +118,10 @@ def teachable(config: Config, vectors: bool = False) -> TeacherConfig:
         raise InputError("teacher.kind", "is cached already", "name the teacher itself, with its kind")
     if teacher.train:
         raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
-    if vectors and teacher.kind != "dual_encoder":
+    if vectors and not KINDS[teacher.kind].gives_vectors:
         has = (
             "reads a query with a passage"
-            if teacher.kind in PAIRS
+            if KINDS[teacher.kind].reads_pairs
             else "has a vector for every token, not one for a text"
         )
         raise InputError("--vectors", f"a teacher of kind {teacher.kind} {has}", "leave it out: relevance is kept then")

@@ -19,8 +19,8 @@ from benchmarks.throughput_inputs import Inputs, costs
 from benchmarks.throughput_presets import MISTRAL_7B, PRESETS, QWEN3, Preset, bert
 from benchmarks.throughput_runners import same_losses
 from lead_ds.config import Config
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks, ranks
+from lead_ds.models.load import load_text
 from tests.helpers.launch import ROOT
 
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
@@ -154,7 +154,7 @@ def test_texts_have_the_lengths_they_claim(
     throughput.write_files(PRESETS["7b"], config, tmp_path, 1, lengths)
     for settings in (config.teacher, config.student):
         assert settings is not None
-        encoder = TextEncoder.from_config(settings)
+        encoder = load_text(settings)
         lines = (tmp_path / "data" / "corpus.jsonl").read_text().splitlines()
         mask = encoder.passages([json.loads(line)["text"] for line in lines])["attention_mask"]
         tokens = mask.sum(1).double()

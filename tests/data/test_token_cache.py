@@ -17,9 +17,9 @@ from lead_ds.data.groups.open import open_groups
 from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens import cache as token_cache
 from lead_ds.data.tokens.cache import TokenCache
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.pairs import PairForm, longest_first
 from lead_ds.errors import InputError, RunError
+from lead_ds.models.load import load_text
 from tests.helpers.batches import ALONE, windows_of
 from tests.helpers.tiny import TokenizerKind, tiny_dataset, tiny_tokenizer, write_jsonl
 
@@ -132,7 +132,7 @@ def test_pairs_of_a_tokenizer_that_makes_them_otherwise_are_not_joined(
     data, path = tiny_dataset(tmp_path / "data"), str(tokenizers / "wordpiece")
     config = config_of(data, False, {"kind": "cross_encoder", "path": path, "max_length": 14}, {"path": path})
     assert config.teacher is not None
-    encoder, groups = TextEncoder.from_config(config.teacher), open_groups(config.data)
+    encoder, groups = load_text(config.teacher), open_groups(config.data)
     assert TokenCache.open(str(tmp_path / "kept"), groups, encoder, rank=0) is not None
     encoder.tokenizer.truncation_side = "left"  # cuts the beginning of a text
     assert TokenCache.open(str(tmp_path / "kept"), groups, encoder, rank=0) is None
@@ -146,6 +146,6 @@ def test_longest_first_is_the_tokenizers(tokenizers: Path, kind: str) -> None:
         settings = {"kind": "cross_encoder", "path": str(tokenizers / kind), "max_length": room}
         tree = config_of(Path("-"), False, settings, {"path": "-"})
         assert tree.teacher is not None
-        encoder = TextEncoder.from_config(tree.teacher)
+        encoder = load_text(tree.teacher)
         assert PairForm.of(encoder, list(zip(texts[::2], texts[1::2], strict=True))) is not None, room
     assert longest_first(3, 9, 8) == (3, 5)

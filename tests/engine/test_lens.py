@@ -19,12 +19,11 @@ import torch
 import yaml
 
 from lead_ds.config import TeacherConfig, load_config
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.training.distill import with_settled_teacher
 from lead_ds.errors import InputError
 from lead_ds.io.shards import save_arrays
 from lead_ds.models.lens import Lens, load_lens
-from lead_ds.models.load import load_teacher
+from lead_ds.models.load import load_teacher, load_text
 from lead_ds.teachers.fit_lens import Fit, Task, fit_settings, fittable, split
 from lead_ds.teachers.lens import open_lens
 from lead_ds.teachers.states import SHARD_GROUPS, States, shard_paths
@@ -205,7 +204,7 @@ def test_a_lens_of_nothing_changes_nothing(rooms: Path, kind: str) -> None:
     tree = {**TEACHERS[kind], "path": str(rooms / TEACHERS[kind]["path"]), "passage_length": 48}
     config = TeacherConfig.model_validate(tree)
     for dtype in (torch.float32, torch.bfloat16):
-        scorer, encoder = load_teacher(config, dtype), TextEncoder.from_config(config)
+        scorer, encoder = load_teacher(config, dtype), load_text(config)
         texts = ["what grinds rock", "which thing hunts"], ["a glacier does", "an octopus hunts crabs at night"]
         tokens = encoder.passages(texts[1]) if kind == "dual_encoder" else encoder.pairs(*texts)
         layers = list(range(scorer.num_layers))

@@ -22,10 +22,10 @@ from lead_ds.data.batches import Batches
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.reads import Reads
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, teacher_deepspeed_config
 from lead_ds.engine.training.resume import check_inputs
 from lead_ds.errors import InputError
+from lead_ds.models.load import load_text
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.evaluate import open_encoder
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_its_own_tokenizer_and_optimizer(configure: Configure
 
     def check(state: dict[str, Any], **sections: Any) -> None:
         config = load_config(configure(student={"path": str(student)}, **sections))
-        reads = Reads(TextEncoder.from_config(config.student))
+        reads = Reads(load_text(config.student))
         batches = Batches(open_groups(config.data), reads, None, config.data, config.train, seed=0, ranks=ALONE)
         check_inputs(config, state, batches, ALONE)
 

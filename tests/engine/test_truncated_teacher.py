@@ -12,8 +12,7 @@ import torch
 
 from lead_ds.config import TeacherConfig, losses_section
 from lead_ds.data.reads import ModelBatch
-from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.models.load import load_teacher
+from lead_ds.models.load import load_teacher, load_text
 from tests.helpers.launch import launch
 from tests.helpers.rooms import TEACHERS
 from tests.models.test_passes import PASSAGES, QUERIES, tensors
@@ -41,7 +40,7 @@ def test_losses_and_memory(configure: Callable[..., Path], tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_its_layers_say_what_they_say_in_the_whole_model(rooms: Path, kind: str) -> None:
     config = TeacherConfig.model_validate(TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"])})
-    encoder = TextEncoder.from_config(config)
+    encoder = load_text(config)
     if kind in ("cross_encoder", "llm_reranker"):
         batch = ModelBatch(3, pairs=encoder.pairs([q for q in QUERIES for _ in range(3)], PASSAGES))
     else:

@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from lead_ds.config import StudentConfig, TeacherConfig, load_config
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import read_run, write_run
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.training.warmup import load_warmup, warmup_config
 from lead_ds.errors import InputError
-from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.load import load_student, load_teacher, load_text
 from lead_ds.retrieval.evaluate import evaluate_path
 from lead_ds.retrieval.rerank import Reranker, evaluate_reranked, score_pairs
 from tests.helpers.launch import launch
@@ -184,7 +183,7 @@ def test_it_loads_as_a_teacher_and_as_a_student(warmed: dict[str, Any], rooms: P
     scores = []
     for config in models:
         load = load_teacher if isinstance(config, TeacherConfig) else load_student
-        scorer, encoder = load(config, torch.float32).eval(), TextEncoder.from_config(config)  # type: ignore[arg-type]
+        scorer, encoder = load(config, torch.float32).eval(), load_text(config)  # type: ignore[arg-type]
         asked, read = (lambda rows, texts=texts: [texts[row] for row in rows] for texts in (queries, passages))
         scores.append(score_pairs(scorer, encoder, asked, read, pairs))
     assert len(set(scores[0].tolist())) == 4

@@ -16,10 +16,10 @@ from lead_ds.config import load_config, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.reads import Reads
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.errors import InputError
+from lead_ds.models.load import load_text
 from tests.helpers.tiny import write_jsonl
 
 Configure = Callable[..., Path]
@@ -43,7 +43,7 @@ def test_a_length_that_leaves_nothing_of_the_texts(
     configure: Configure, changed: dict[str, Any], told: str | None
 ) -> None:
     config = load_config(configure())
-    student = Reads(TextEncoder.from_config(config.student.model_copy(update=changed)))
+    student = Reads(load_text(config.student.model_copy(update=changed)))
     groups = open_groups(config.data)
     batches = Batches(groups, student, None, config.data, config.train, seed=0, ranks=ALONE)
     if told is None:
@@ -55,7 +55,7 @@ def test_a_length_that_leaves_nothing_of_the_texts(
 
 def test_a_passage_compared_with_nothing_is_told(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(configure(data={"negatives": 0}, train={"batch_size": 1}))
-    student = Reads(TextEncoder.from_config(config.student))
+    student = Reads(load_text(config.student))
     batches = Batches(open_groups(config.data), student, None, config.data, config.train, seed=0, ranks=ALONE)
     batches.check(1)
     assert "every query is compared with its positive alone" in capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_a_split_that_is_not_there(
         data = tmp_path / "data"
         data.mkdir()
     config = load_config(configure(evaluation=evaluation, train={"patience": patience}, data={"path": str(data)}))
-    encoder = TextEncoder.from_config(config.student)
+    encoder = load_text(config.student)
     if told is not None:
         with pytest.raises(InputError, match=told):
             Evaluator.open(config, encoder, ALONE)

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from lead_ds.config import StudentConfig
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.models import export, onnx_file
-from lead_ds.models.load import load_encoder, load_student
+from lead_ds.models.load import load_encoder, load_student, load_text
 from lead_ds.models.student_dir import save_student
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -38,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def saved(rooms: Path, folder: Path, kind: str) -> Path:
     config = StudentConfig(**{**KINDS[kind], "path": str(rooms / KINDS[kind]["path"])})
-    encoder = TextEncoder.from_config(config)
+    encoder = load_text(config)
     return save_student(
         load_student(config, torch.float32), encoder, folder, card="---\nlicense: mit\n---\n\nA card.\n"
     )

@@ -13,10 +13,9 @@ from transformers import AttentionInterface
 
 from lead_ds.config import Config, StudentConfig, TeacherConfig
 from lead_ds.data.reads import ModelBatch, pack
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.passes import packed
 from lead_ds.errors import InputError
-from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.load import load_student, load_teacher, load_text
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.scorer import Scorer
 from tests.helpers.rooms import TEACHERS
@@ -145,7 +144,7 @@ def test_relevance_is_the_same(rooms: Path, kind: str) -> None:
 
 def test_a_students_gradient_is_the_same(rooms: Path) -> None:
     config = StudentConfig(path=str(rooms / "student"), pooling="mean", normalize=True)
-    encoder, gradients = TextEncoder.from_config(config), []
+    encoder, gradients = load_text(config), []
     plain = ModelBatch(3, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
     for batch in (plain, pack(plain, encoder)):
         student = load_student(config, torch.float32)

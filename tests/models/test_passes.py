@@ -14,7 +14,7 @@ from lead_ds.config import TeacherConfig
 from lead_ds.data.reads import ModelBatch, split
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.passes import even, in_passes, least_padding
-from lead_ds.models.load import load_teacher
+from lead_ds.models.load import load_teacher, load_text
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
 from tests.helpers.rooms import TEACHERS
@@ -38,7 +38,7 @@ def opened(rooms: Path, kind: str, **more: Any) -> tuple[Scorer, TextEncoder, Mo
     lengths = {"query_length": 40, "passage_length": 64}
     settings = TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"]), **lengths, "dtype": "fp32", **more}
     config = TeacherConfig.model_validate(settings)
-    teacher, encoder = load_teacher(config, torch.float32), TextEncoder.from_config(config)
+    teacher, encoder = load_teacher(config, torch.float32), load_text(config)
     if kind in ("cross_encoder", "llm_reranker"):
         pairs = encoder.pairs([q for q in QUERIES for _ in range(3)], PASSAGES)
         return teacher, encoder, ModelBatch(3, pairs=pairs)

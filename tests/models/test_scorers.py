@@ -12,11 +12,9 @@ from torch import Tensor
 
 from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.data.reads import ModelBatch
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.models.dense import Dense
 from lead_ds.models.kinds.colbert import ColBERT
-from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.load import load_student, load_teacher, load_text
 from lead_ds.models.scorer import Output
 from lead_ds.relevance import ScoreFeatures, TokenFeatures, VectorFeatures
 from tests.models.tiny_models import DECODERS, FAMILIES, tiny_model, tokens_of
@@ -97,8 +95,7 @@ def test_colberts_tokens_are_the_layers_states_projected(tmp_path: Path, family:
         own = transformers.AutoModel.from_pretrained(path).eval()
         del passages["score_mask"]
         state = own(**passages).last_hidden_state
-        [dense] = scorer.dense
-        assert isinstance(dense, Dense)
+        dense: Any = scorer.behind[0]
         expected = torch.nn.functional.normalize(state @ dense.linear.weight.T, dim=-1)
     assert out.layers.p_KPLD.shape == (2, 4, 12, 16)
     assert out.layers.p_mask_PL[:, 1].sum() == 0
@@ -131,7 +128,7 @@ def test_every_teacher_beside_a_student_of_another_family(
     student = load_student(student_config, torch.float32)
     outputs: list[Output] = []
     for scorer, config in ((teacher, teacher_config), (student, student_config)):
-        encoder = TextEncoder.from_config(config)
+        encoder = load_text(config)
         if scorer.scope == "group":
             asked = [query for query in QUERIES for _ in range(2)]
             batch = ModelBatch(group=2, pairs=encoder.pairs(asked, PASSAGES))

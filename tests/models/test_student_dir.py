@@ -18,10 +18,10 @@ from lead_ds.errors import InputError
 from lead_ds.models.kinds.colbert import ColBERT
 from lead_ds.models.kinds.cross_encoder import CrossEncoder
 from lead_ds.models.kinds.dual_encoder import DualEncoder
-from lead_ds.models.load import load_encoder, load_student
+from lead_ds.models.load import load_encoder, load_student, load_text
 from lead_ds.models.scorer import Scorer
 from lead_ds.models.student_dir import save_student
-from tests.models.tiny_models import tiny_model, tokens_of
+from tests.models.tiny_models import tiny_model
 
 QUERIES = ["which thing has three hearts", "which thing flies silently on soft feathers", "bread"]
 PASSAGES = ["the octopus hunts crabs at night", "bread rises because yeast makes gas " * 3, "owl"]
@@ -30,7 +30,7 @@ PASSAGES = ["the octopus hunts crabs at night", "bread rises because yeast makes
 def _saved(folder: Path, family: str, head: str = "base", **settings: Any) -> tuple[Scorer, TextEncoder, Path]:
     torch.manual_seed(7)
     config = StudentConfig(path=tiny_model(folder / "origin", family, head), **settings)
-    scorer, encoder = load_student(config, torch.float32).eval(), TextEncoder.from_config(config)
+    scorer, encoder = load_student(config, torch.float32).eval(), load_text(config)
     return scorer, encoder, save_student(scorer, encoder, folder / "saved")
 
 
@@ -153,19 +153,50 @@ def test_a_colbert_comes_back(tmp_path: Path, token_dim: int | None, normalize: 
             load_student(StudentConfig(path=str(folder)), torch.float32)
 
 
-def test_the_original_colberts_projection_is_found_among_its_weights(tmp_path: Path) -> None:
+def test_the_original_colbert_is_read_as_sentence_transformers_reads_it(tmp_path: Path) -> None:
+    from sentence_transformers import MultiVectorEncoder
+
     path = tiny_model(tmp_path, "bert")
+    _config_of(tmp_path, "config.json", architectures=["HF_ColBERT"])
+    facts = {"query_maxlen": 14, "doc_maxlen": 20, "attend_to_mask_tokens": True}
+    (tmp_path / "artifact.metadata").write_text(json.dumps(facts))
     weights = load_file(tmp_path / "model.safetensors")
-    linear = torch.randn(8, 32)
-    published = {f"bert.{name}": x for name, x in weights.items()} | {"linear.weight": linear}
+    published = {f"bert.{name}": x for name, x in weights.items()} | {"linear.weight": torch.randn(8, 32)}
     save_file(published, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    scorer = load_student(StudentConfig(kind="colbert", path=path), torch.float32).eval()
-    tokens = tokens_of((4, 6))
-    with torch.no_grad():
-        state = scorer.backbone(**tokens).last_hidden_state
-        expected = torch.nn.functional.normalize(state @ linear.T, dim=-1)
-        torch.testing.assert_close(scorer(tokens=tokens), expected)
+    config = StudentConfig(kind="colbert", path=path)
+    scorer, encoder = load_student(config, torch.float32).eval(), load_text(config)
     assert torch.equal(scorer.backbone.embeddings.word_embeddings.weight, weights["embeddings.word_embeddings.weight"])
+    _same_tokens(scorer, encoder, MultiVectorEncoder(path, device="cpu"))
+    assert encoder.queries(QUERIES)["input_ids"].shape[1] == 14
+    assert encoder.passages(PASSAGES)["input_ids"].shape[1] == 20
+
+
+def _same_tokens(scorer: Scorer, encoder: TextEncoder, model: Any) -> None:
+    """The token vectors that count are those that sentence-transformers gives."""
+    with torch.no_grad():
+        for texts, tokens, encode in (
+            (QUERIES, encoder.queries(QUERIES), model.encode_query),
+            (PASSAGES, encoder.passages(PASSAGES), model.encode_document),
+        ):
+            found = scorer(tokens=tokens)
+            for mine, counts, theirs in zip(found, tokens["score_mask"], encode(texts), strict=True):
+                torch.testing.assert_close(mine[counts.bool()], torch.as_tensor(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"query_expansion": True, "mask_punctuation": True, "query_length": 12}, {}])
+def test_sentence_transformers_gives_a_colberts_token_vectors(tmp_path: Path, settings: dict[str, Any]) -> None:
+    from sentence_transformers import MultiVectorEncoder
+
+    more = {"query_prompt": "which: ", "passage_prompt": "it, ", "passage_length": 16} | settings
+    scorer, encoder, folder = _saved(tmp_path, "bert", kind="colbert", token_dim=8, normalize=True, **more)
+    _same_tokens(scorer, encoder, MultiVectorEncoder(str(folder), device="cpu"))
+    config = StudentConfig(kind="colbert", path=str(folder))
+    again, reader = load_student(config, torch.float32).eval(), load_text(config)
+    for mine, theirs in ((encoder.queries(QUERIES), reader.queries(QUERIES)),):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    with torch.no_grad():
+        tokens = encoder.passages(PASSAGES)
+        assert torch.equal(again(tokens=tokens), scorer(tokens=tokens))
 
 
 def test_what_sentence_transformers_saves_is_read(tmp_path: Path) -> None:
@@ -193,12 +224,9 @@ def _config_of(folder: Path, name: str, **change: Any) -> None:
 def test_modules_that_would_change_the_vectors_are_refused(tmp_path: Path) -> None:
     _, _, folder = _saved(tmp_path, "bert", projection=8)
     config = StudentConfig(path=str(folder))
-    with pytest.raises(InputError, match="projection: 9 asked of a model that comes with one to 8"):
+    with pytest.raises(InputError, match="projection: 9 requested of a model that comes with one to 8"):
         load_student(StudentConfig(path=str(folder), projection=9), torch.float32)
-    _config_of(folder, "1_Pooling/config.json", pooling_mode_max_tokens=True)
-    with pytest.raises(InputError, match=r"pooling cls\+max is not supported"):
-        load_student(config, torch.float32)
-    _config_of(folder, "1_Pooling/config.json", pooling_mode_max_tokens=False, include_prompt=False)
+    _config_of(folder, "1_Pooling/config.json", include_prompt=False)
     with pytest.raises(InputError, match="include_prompt"):
         load_student(config, torch.float32)
     _config_of(folder, "1_Pooling/config.json", include_prompt=True)
@@ -211,6 +239,21 @@ def test_modules_that_would_change_the_vectors_are_refused(tmp_path: Path) -> No
     _config_of(folder, "modules.json", modules=lambda tree: [{"path": "../..", "type": "a.Transformer"}])
     with pytest.raises(InputError, match="leaves the directory"):
         load_student(config, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["max", "weightedmean", "mean_sqrt_len_tokens", ["cls", "max"]])
+def test_every_pooling_is_sentence_transformers_own(tmp_path: Path, mode: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    _, _, folder = _saved(tmp_path, "qwen3")
+    _config_of(folder, "1_Pooling/config.json", pooling_mode=mode)
+    scorer, encoder = load_encoder(str(folder))
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(PASSAGES, convert_to_tensor=True)
+    with torch.no_grad():
+        torch.testing.assert_close(scorer.embed(encoder.passages(PASSAGES)), theirs.clone(), rtol=1e-5, atol=1e-5)
+        assert scorer.vector_width == theirs.shape[1]
+        layers = scorer(tokens=encoder.passages(PASSAGES), layers=(0, scorer.num_layers - 1))
+    torch.testing.assert_close(layers[1], layers[2], rtol=1e-5, atol=1e-5)  # the last layer's vector is the final one
 
 
 def test_a_batch_runs_after_loading(tmp_path: Path) -> None:

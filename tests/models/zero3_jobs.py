@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.data.reads import ModelBatch
-from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import ranks
-from lead_ds.models.load import load_student, load_teacher
+from lead_ds.models.load import load_student, load_teacher, load_text
 from lead_ds.models.scorer import Output, Scorer
 from lead_ds.models.student_dir import save_student
 from tests.models.tiny_models import tokens_of
@@ -109,7 +108,7 @@ def student(path: str, pooling: Any, checkpointing: bool, folder: str) -> dict[s
                 state[name] = p.detach().clone()
                 worst = max(worst, float((p.detach() - q.detach()).abs().max()))
         if here.main:
-            save_student(sharded, TextEncoder.from_config(config), folder, state_dict=state)
+            save_student(sharded, load_text(config), folder, state_dict=state)
         torch.distributed.barrier()
         return {"worst": worst, "losses": losses}
 

@@ -18,7 +18,9 @@ from lead_ds.config import Config, StudentConfig, TeacherConfig
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, teacher_deepspeed_config
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.plan import Cluster, make_plan, student_states, teacher_states
+from lead_ds.plan import requirements as found
 from lead_ds.plan.activations import Ledger, _fused_attention, forward_bytes
+from lead_ds.plan.advice import describe
 from tests.helpers.launch import launch
 from tests.plan.engine_bytes import settings
 
@@ -106,7 +108,7 @@ def test_parameters_are_those_of_the_loaded_model(
     for made, load in ((TeacherConfig, load_teacher), (StudentConfig, load_student)):
         fields: dict[str, Any] = {"kind": kind, "path": path, "weights": "random", **more}
         model = made(**fields)
-        _, shape = operations.meta_model(model, kind)
+        _, shape = found.meta_model(model, "student" if made is StudentConfig else "teacher")
         real = load(model, torch.float32)
         assert shape.numel == sum(p.numel() for p in real.parameters())
         if made is StudentConfig:
@@ -118,25 +120,26 @@ def test_parameters_are_those_of_the_loaded_model(
 
 def test_dense_layers_saved_beside_the_weights_count(tmp_path: Path) -> None:
     path = Path(shaped(tmp_path / "model", BERT))
+    _, plain = found.meta_model(StudentConfig(path=str(path)), "student")
     modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
     modules += [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
     modules += [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
+    modules = [{"idx": i, "name": str(i), **module} for i, module in enumerate(modules)]
     (path / "modules.json").write_text(json.dumps(modules))
     for name, content in (
-        ("1_Pooling", {"pooling_mode_cls_token": True}),
+        ("1_Pooling", {"word_embedding_dimension": 30, "pooling_mode_cls_token": True}),
         ("2_Dense", {"in_features": 30, "out_features": 12}),
     ):
         (path / name).mkdir()
         (path / name / "config.json").write_text(json.dumps(content))
-    _, plain = operations.meta_model(StudentConfig(path=str(path), weights="random"), "dual_encoder")
-    _, shape = operations.meta_model(StudentConfig(path=str(path)), "dual_encoder")
+    _, shape = found.meta_model(StudentConfig(path=str(path)), "student")
     assert shape.numel == plain.numel + 30 * 12 + 12
     assert shape.features == 12
 
 
 def test_adamw_state_to_the_byte(bert: str) -> None:
     config = StudentConfig(path=bert, weights="random")
-    _, shape = operations.meta_model(config, "dual_encoder")
+    _, shape = found.meta_model(config, "student")
     model = load_student(config, torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for p in optimizer.param_groups[0]["params"]:
@@ -163,7 +166,7 @@ def test_adamw_state_to_the_byte(bert: str) -> None:
 )
 def test_deepspeed_engine_state_to_the_byte(bert: str, stage: int, dtype: str) -> None:
     real = launch("tests.plan.engine_bytes:student", 2, path=bert, stage=stage, dtype=dtype)
-    _, shape = operations.meta_model(settings(bert, stage).student, "dual_encoder")
+    _, shape = found.meta_model(settings(bert, stage).student, "student")
     zero = read_deepspeed_config(f"ds_configs/student_zero{stage}.json")["zero_optimization"]
     planned = student_states([shape], zero, {"fp32": 4, "bf16": 2}[dtype], 2)
     for rank in real:
@@ -174,7 +177,7 @@ def test_sharded_teacher_to_the_byte(bert: str) -> None:
     real = launch("tests.plan.engine_bytes:teacher", 2, path=bert)
     config = settings(bert, 1, teacher=True)
     assert config.teacher is not None
-    _, shape = operations.meta_model(config.teacher, "dual_encoder")
+    _, shape = found.meta_model(config.teacher, "teacher")
     zero = read_deepspeed_config("ds_configs/teacher_zero3.json")["zero_optimization"]
     planned = teacher_states(shape, "zero3", zero, 2, 2, 2)
     for rank in real:
@@ -185,7 +188,7 @@ def test_sharded_teacher_to_the_byte(bert: str) -> None:
 
 def test_activations_without_data_are_those_with(bert: str) -> None:
     config = StudentConfig(path=bert, weights="random", attention="sdpa")
-    backbone, _ = operations.meta_model(config, "dual_encoder")
+    backbone, _ = found.meta_model(config, "student")
     real = load_student(config, torch.bfloat16).backbone
     known = {x.untyped_storage()._cdata for x in (*real.parameters(), *real.buffers())}
     ids = torch.ones(4, 16, dtype=torch.long)
@@ -208,7 +211,7 @@ def test_grad_cache_keeps_the_activations_of_its_queries(bert: str) -> None:
 
     def activations(**train: int) -> int:
         config = Config.model_validate({"student": student, "data": {"path": "-"}, "train": train} | NO_TEACHER)
-        return operations.requirements(config).student_activations(False)
+        return found.requirements(config).student_activations(False)
 
     assert activations(batch_size=64, grad_cache=2) == activations(batch_size=2) < activations(batch_size=64) / 20
 
@@ -225,11 +228,11 @@ def test_passes_are_counted_as_they_run(bert: str, monkeypatch: pytest.MonkeyPat
         seen.append(texts)
         return forward_bytes(backbone, texts, **how)
 
-    monkeypatch.setattr("lead_ds.plan.activations.forward_bytes", counted)
+    monkeypatch.setattr("lead_ds.plan.requirements.forward_bytes", counted)
 
     def planned(passes: int | str | None) -> int:
         config = Config.model_validate({**tree, "teacher": {**tree["teacher"], "passes": passes}})
-        return operations.requirements(config).teacher_activations(64)
+        return found.requirements(config).teacher_activations(64)
 
     apart, packed, four = planned(None), planned("packed"), planned(4)
     # 64 queries of 16 tokens and 512 passages of 32: as many tokens as 544 rows of 32.
@@ -251,9 +254,9 @@ def test_a_teacher_is_counted_as_deep_as_it_is_loaded(tmp_path: Path, bert: str,
     }
 
     def planned(**teacher: Any) -> tuple[Any, int, list[str]]:
-        r = operations.requirements(Config.model_validate({**tree, "teacher": {**tree["teacher"], **teacher}}))
+        r = found.requirements(Config.model_validate({**tree, "teacher": {**tree["teacher"], **teacher}}))
         made = make_plan(r, Cluster(8, 1, 80 * 10**9))
-        return r.teacher, r.teacher_activations(4), operations.describe(made)
+        return r.teacher, r.teacher_activations(4), describe(made)
 
     whole, more, told = planned(truncate=False)
     assert (whole.layers, whole.published_layers) == (12, 12)
@@ -280,7 +283,7 @@ def test_recommendation_follows_the_memory(tmp_path: Path, bert: str) -> None:
             "train": {"batch_size": 2},
         }
     )
-    requirements = operations.requirements(config)
+    requirements = found.requirements(config)
 
     def recommended(memory: float, gpus: int = 8, host: float | None = None) -> str | None:
         room = None if host is None else int(host * 1e9)

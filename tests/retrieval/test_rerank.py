@@ -72,7 +72,7 @@ def alone(scorer: Any, encoder: Any, query: str, passage: str) -> float:
         return scorer(tokens=encoder.pairs([query], [passage])).item()
     asked, read = encoder.queries([query]), encoder.passages([passage])
     q, p = scorer(tokens=asked)[0].double(), scorer(tokens=read)[0].double()
-    if scorer.kind == "dual_encoder":
+    if scorer.gives_vectors:
         return (q @ p).item()
     q, p = (torch.nn.functional.normalize(x, dim=-1) for x in (q, p))
     q, p = q[asked["score_mask"][0].bool()], p[read["score_mask"][0].bool()]

@@ -124,7 +124,7 @@ class TokenCache:
             what = "groups that carry their texts have no corpus whose tokens could be kept"
             raise InputError("data.token_cache", what, "set it to false, or bring the data to the canonical layout")
         pairs = None
-        if encoder.kind in ("cross_encoder", "llm_reranker"):
+        if encoder.reads_pairs:
             pairs = PairForm.of(encoder, _probes(groups))
             if pairs is None:
                 return None

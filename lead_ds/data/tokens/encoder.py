@@ -10,24 +10,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.tokens.model_files import ReadingFacts, reading_facts
-from lead_ds.data.tokens.tokenizer import (
-    end_with_eos,
-    keep_markers_whole,
-    leading_tokens,
-    load_tokenizer,
-    punctuation_tokens,
-)
 from lead_ds.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 Tokens = dict[str, Tensor]
 """input_ids, attention_mask, where the model uses them token_type_ids, and for ColBERT score_mask: int64 [B, L]."""
@@ -35,78 +24,46 @@ Tokens = dict[str, Tensor]
 Rows = Sequence[Sequence[int] | np.ndarray]
 
 
+def score_mask(tokens: Tokens) -> Tensor:
+    """[B, L]: 1 where a token counts in MaxSim."""
+    return tokens.get("score_mask", tokens["attention_mask"])
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """ColBERT's query expansion: a query's row is filled up to `length` with `token`, whose states count in its score."""
+
+    length: int
+    token: int
+    attended: bool = False  # whether the query's own tokens see them
+
+
 @dataclass
 class TextEncoder:
     """How one model reads queries, passages and pairs. Always padded on the right, to the longest of the batch.
 
-    Picklable, and safe to use from several threads: a fast tokenizer is not, so calls of it take turns.
+    `lead_ds.models.load.load_text` makes it of a configuration. Picklable, and safe to use from several threads: a fast
+    tokenizer is not, so calls of it take turns.
     """
 
-    kind: str
     path: str
     tokenizer: Any
+    reads_pairs: bool = False  # a query and a passage as one text: `pairs`, in place of `queries` and `passages`
+    scores_tokens: bool = False  # late interaction: `score_mask` says which tokens count
     query_prompt: str = ""
     passage_prompt: str = ""
     query_length: int = 32
     passage_length: int = 128
     max_length: int = 256
+    longest: int | None = None  # tokens that the model's own files have it read at most
     token_types: bool = False
-    query_expansion: bool = False
-    skip_tokens: frozenset[int] = frozenset()  # colbert: passage tokens that never match
-    template: str = ""
+    expansion: Expansion | None = None  # of queries
+    skip_tokens: frozenset[int] = frozenset()  # passage tokens that never count
+    skip_in_queries: bool = False  # nor do they in a query
+    template: str = ""  # of a pair's prompt; none: the tokenizer's own pairs
     instruction: str = ""
-    leading: tuple[int, ...] = ()  # llm_reranker: what the tokenizer puts before a text
+    leading: tuple[int, ...] = ()  # what the tokenizer puts before a prompt
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    @classmethod
-    def from_config(cls, config: Any) -> TextEncoder:
-        """The encoder of a teacher's or student's configuration.
-
-        Prompts that are null come from the model's config_sentence_transformers.json (or PyLate's prefixes). A dual encoder
-        that pools the last token ends every text with the EOS token: where its tokenizer adds no special token at
-        the end, the tokenizer itself is changed to, so that a saved student carries it. A tokenizer without a pad token
-        pads with EOS. Raises InputError when the tokenizer cannot be loaded or lacks what the configuration needs, and
-        when a length exceeds the model's positions.
-        """
-        kind = str(getattr(config, "kind", "dual_encoder"))
-        facts = reading_facts(config.path, config.trust_remote_code)
-        tokenizer = load_tokenizer(config.path, facts.subfolder, config.trust_remote_code)
-        max_length = int(getattr(config, "max_length", config.passage_length))
-        _check_lengths(config, kind, facts, max_length)
-        prompts = [
-            given if given is not None else found or ""
-            for given, found in (
-                (config.query_prompt, facts.query_prompt),
-                (config.passage_prompt, facts.passage_prompt),
-            )
-        ]
-        if kind == "dual_encoder" and (config.pooling == "last" or (config.pooling == "auto" and facts.last_pooling)):
-            end_with_eos(tokenizer)
-        expansion = facts.query_expansion if config.query_expansion is None else config.query_expansion
-        punctuation = facts.mask_punctuation if config.mask_punctuation is None else config.mask_punctuation
-        if kind == "colbert":
-            keep_markers_whole(tokenizer, prompts)
-            if expansion and tokenizer.mask_token_id is None:
-                raise InputError(config.path, "its tokenizer has no mask token", "set query_expansion: false")
-        if kind == "llm_reranker" and not tokenizer.is_fast:
-            raise InputError(config.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
-        types = "token_type_ids" in tokenizer.model_input_names
-        return cls(
-            kind=kind,
-            path=config.path,
-            tokenizer=tokenizer,
-            query_prompt=prompts[0],
-            passage_prompt=prompts[1],
-            query_length=config.query_length,
-            passage_length=config.passage_length,
-            max_length=max_length,
-            token_types=types if facts.token_types is None else types and facts.token_types,
-            query_expansion=kind == "colbert" and expansion,
-            skip_tokens=punctuation_tokens(tokenizer) if kind == "colbert" and punctuation else frozenset(),
-            template=str(getattr(config, "template", "")),
-            instruction=str(getattr(config, "instruction", "")),
-            leading=leading_tokens(tokenizer),
-        )
 
     def serving(self) -> TextEncoder:
         """The same with queries as long as passages may be: what is served knows one length, as sentence-transformers does.
@@ -119,26 +76,33 @@ class TextEncoder:
     def queries(self, texts: Sequence[str], length: int | None = None) -> Tokens:
         """Queries with their prompt, cut to `length` (default query_length) tokens.
 
-        ColBERT: `score_mask` marks the tokens that count. With query expansion every row is filled up to `length` with mask
-        tokens, which count in the score and are not attended to.
+        Late interaction: `score_mask` marks the tokens that count. With query expansion every row is filled up with mask
+        tokens, which count in the score.
         """
         rows, types = self._encode([self.query_prompt + text for text in texts], None, length or self.query_length)
         return self.query_tokens(rows, types, length)
 
     def query_tokens(self, rows: Rows, types: Rows | None = None, length: int | None = None) -> Tokens:
         """`queries`, of their tokens."""
-        tokens = self.padded(rows, types, (length or self.query_length) if self.query_expansion else 0)
-        if self.kind == "colbert":
+        wide = self.expansion
+        tokens = self.padded(rows, types, min(length or wide.length, wide.length) if wide is not None else 0)
+        if self.scores_tokens:
             tokens["score_mask"] = tokens["attention_mask"].clone()
-            if self.query_expansion:
-                tokens["input_ids"].masked_fill_(tokens["attention_mask"] == 0, self.tokenizer.mask_token_id)
-                tokens["score_mask"].fill_(1)
+            if wide is not None:
+                width = tokens["input_ids"].shape[1]
+                added = (tokens["attention_mask"] == 0) & (torch.arange(width) < wide.length)
+                tokens["input_ids"].masked_fill_(added, wide.token)
+                tokens["score_mask"].masked_fill_(added, 1)
+                if wide.attended:
+                    tokens["attention_mask"].masked_fill_(added, 1)
+            if self.skip_in_queries:
+                self._skip(tokens)
         return tokens
 
     def passages(self, texts: Sequence[str], length: int | None = None) -> Tokens:
         """Passages with their prompt, cut to `length` (default passage_length) tokens.
 
-        ColBERT: `score_mask` marks the tokens that count: all real ones, without punctuation where that is masked.
+        Late interaction: `score_mask` marks the tokens that count: all real ones, without punctuation where that is masked.
         """
         rows, types = self._encode([self.passage_prompt + text for text in texts], None, length or self.passage_length)
         return self.passage_tokens(rows, types)
@@ -146,10 +110,14 @@ class TextEncoder:
     def passage_tokens(self, rows: Rows, types: Rows | None = None) -> Tokens:
         """`passages`, of their tokens."""
         tokens = self.padded(rows, types)
-        if self.kind == "colbert":
-            skip = torch.tensor(sorted(self.skip_tokens), dtype=torch.int64)
-            tokens["score_mask"] = tokens["attention_mask"] * (~torch.isin(tokens["input_ids"], skip)).long()
+        if self.scores_tokens:
+            tokens["score_mask"] = tokens["attention_mask"].clone()
+            self._skip(tokens)
         return tokens
+
+    def _skip(self, tokens: Tokens) -> None:
+        skip = torch.tensor(sorted(self.skip_tokens), dtype=torch.int64)
+        tokens["score_mask"] *= (~torch.isin(tokens["input_ids"], skip)).long()
 
     def rows(self, texts: Sequence[str], kind: Literal["queries", "passages"]) -> tuple[Rows, Rows | None]:
         """Token ids, and token types where the model uses them, of each text as `queries` or `passages` cut it, without
@@ -185,7 +153,7 @@ class TextEncoder:
         """Whether both give every text the same tokens."""
         if not (self.tokenizer.is_fast and other.tokenizer.is_fast):
             return False
-        settings = ("query_prompt", "passage_prompt", "query_length", "passage_length", "query_expansion")
+        settings = ("query_prompt", "passage_prompt", "query_length", "passage_length", "expansion")
         same = all(getattr(self, name) == getattr(other, name) for name in settings)
         return same and self.tokenizer.backend_tokenizer.to_str() == other.tokenizer.backend_tokenizer.to_str()
 
@@ -200,7 +168,7 @@ class TextEncoder:
 
     def pair_rows(self, queries: Sequence[str], passages: Sequence[str]) -> tuple[Rows, Rows | None]:
         """The tokens and types of `pairs`, before they are padded."""
-        if self.kind == "llm_reranker":
+        if self.template:
             return self._prompts(queries, passages), None
         first = [self.query_prompt + text for text in queries]
         return self._encode(first, [self.passage_prompt + text for text in passages], self.max_length)
@@ -313,15 +281,3 @@ class TextEncoder:
         # The tokenizer keeps the last call's truncation and would save it into the student's tokenizer.json.
         if self.tokenizer.is_fast:
             self.tokenizer.backend_tokenizer.no_truncation()
-
-
-def _check_lengths(config: Any, kind: str, facts: ReadingFacts, max_length: int) -> None:
-    if facts.positions is None:
-        return
-    lengths = {"query_length": config.query_length, "passage_length": config.passage_length}
-    if kind in ("cross_encoder", "llm_reranker"):
-        lengths = {"max_length": max_length}
-    for name, length in lengths.items():
-        if length > facts.positions:
-            what = f"{name} is {length}, the model has {facts.positions} positions"
-            raise InputError(config.path, what, f"set {name} to at most {facts.positions}")

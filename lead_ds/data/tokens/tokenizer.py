@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import string
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,15 @@ def load_tokenizer(path: str, subfolder: str = "", trust_remote_code: bool = Fal
             )
         tokenizer.pad_token = spare
     return tokenizer
+
+
+def blank_tokenizer() -> Any:
+    """A tokenizer of two tokens, where a model is wanted and its text is read elsewhere."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[MASK]": 1}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", mask_token="[MASK]")
 
 
 def tokenizer_checksum(tokenizer: Any) -> str:
@@ -91,14 +99,3 @@ def keep_markers_whole(tokenizer: Any, prompts: list[str]) -> None:
     for marker in {prompt.strip() for prompt in prompts} - {""}:
         if marker in vocabulary and len(tokenizer.tokenize(marker)) > 1:
             tokenizer.add_tokens([marker], special_tokens=True)
-
-
-def punctuation_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids of tokens that are nothing but ASCII punctuation, in the middle of a word or at its start."""
-    marks = set(string.punctuation)
-    found = set()
-    for token, i in tokenizer.get_vocab().items():
-        bare = token.removeprefix("##").lstrip("Ġ▁")  # how WordPiece, byte-level BPE and SentencePiece mark words
-        if bare and set(bare) <= marks:
-            found.add(i)
-    return frozenset(found - set(tokenizer.all_special_ids))

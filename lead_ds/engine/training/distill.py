@@ -25,6 +25,7 @@ from lead_ds.engine.distributed.watchdog import Watchdog
 from lead_ds.engine.records.checkpoint import Checkpoints, write_json
 from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
+from lead_ds.engine.training.card import model_card
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Training
@@ -40,7 +41,6 @@ from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.student_dir import save_student
 from lead_ds.models.vocabulary import check_vocabulary
-from lead_ds.report.card import model_card
 from lead_ds.teachers.frozen import at_once
 from lead_ds.teachers.informative import informative
 from lead_ds.teachers.open import teacher_class

@@ -14,7 +14,7 @@ from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.io.notes import say_once
-from lead_ds.models.scorer import Scorer
+from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.retrieval.evaluate import draw_queries, evaluate_model
 from lead_ds.retrieval.metrics import parse_measure
 from lead_ds.retrieval.mine import bm25_package
@@ -73,20 +73,20 @@ class Evaluator:
         for name in settings.measures:
             parse_measure(name)
         evaluator = cls(settings, dataset, encoder, ranks, config.seed, Path(config.output), config.data.keep_identical)
-        if config.student.kind != "dual_encoder" and ranks.main:
+        if not KINDS[config.student.kind].gives_vectors and ranks.main:
             if settings.run is None:
                 bm25_package()
             else:
                 evaluator.found = evaluator.find_candidates()
         return evaluator
 
-    def __call__(self, scorer: Scorer) -> dict[str, float]:
+    def __call__(self, scorer: Kind) -> dict[str, float]:
         """The measures' means, equal on every rank."""
         settings, split = self.settings, self.settings.split
         assert split is not None
         options: dict[str, Any] = {"queries": settings.queries, "seed": self.seed, "batch_size": settings.batch_size}
         options |= {"peers": self.ranks, "quiet": True, "keep_identical": self.keep_identical}
-        if scorer.kind == "dual_encoder":
+        if scorer.gives_vectors:
             encoder = self.encoder.serving()
             return evaluate_model(scorer, encoder, self.dataset, split, settings.measures, **options).mean
         if self.candidates is None:

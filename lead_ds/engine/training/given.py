@@ -15,7 +15,7 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.callbacks import Callback
 from lead_ds.errors import InputError
-from lead_ds.models.load import load_student
+from lead_ds.models.load import load_student, load_text
 from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, copied
 from lead_ds.models.scorer import Scorer
 
@@ -32,7 +32,7 @@ class Given:
 
     def student_text(self, config: StudentConfig) -> TextEncoder:
         """How the student reads text."""
-        return TextEncoder.from_config(config) if self.student is None else _text(self.student, config.path)
+        return load_text(config) if self.student is None else _text(self.student, config.path)
 
     def teacher_text(self, config: TeacherConfig) -> TextEncoder | None:
         """How a teacher that was given reads text; None where its section names it."""

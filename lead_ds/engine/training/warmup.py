@@ -10,6 +10,7 @@ from lead_ds.config import Config, StudentConfig, TeacherConfig, losses_section
 from lead_ds.config.load import parse_config
 from lead_ds.engine.training.distill import train
 from lead_ds.errors import InputError
+from lead_ds.models.kinds.kind import KINDS, kinds_that
 from lead_ds.settings.parse import load_tree
 from lead_ds.teachers.open import teacher_class
 
@@ -69,13 +70,11 @@ def trained(teacher: TeacherConfig | None) -> dict[str, Any]:
     if not teacher_class(teacher.kind).computes:
         what = f"a teacher of kind {teacher.kind} has no weights to train"
         raise InputError("teacher.kind", what, "name the model and its kind")
-    if teacher.kind == "llm_reranker":
-        raise InputError(
-            "teacher.kind",
-            "an llm_reranker reads two rows of a language-model head, which are not trained here",
-            "train the same model with teacher.kind=cross_encoder: it is given a scoring head",
-        )
+    if not KINDS[teacher.kind].can_be_trained:
+        what = f"a model read as {teacher.kind} is not trained here"
+        others = kinds_that("can_be_trained")
+        raise InputError("teacher.kind", what, f"read the same model as one of {others}: it is given what it lacks")
     section = {name: value for name, value in teacher.model_dump().items() if name in StudentConfig.model_fields}
-    if teacher.scale == "cosine" and teacher.kind != "cross_encoder" and teacher.normalize is None:
+    if teacher.scale == "cosine" and not KINDS[teacher.kind].reads_pairs and teacher.normalize is None:
         section["normalize"] = True
     return section

@@ -5,24 +5,32 @@ Dimensions: K selected layers, Q queries, P passages, B texts, L tokens, D width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lead_ds.models.dense import Dense
-from lead_ds.models.kinds.kind import KINDS, Kind
-from lead_ds.models.pooling import PoolingMode, pool
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.tokenizer import end_with_eos
+from lead_ds.errors import InputError
+from lead_ds.models.backbone import is_decoder
+from lead_ds.models.chain import replace_modules
+from lead_ds.models.files import family_of
+from lead_ds.models.kinds.kind import KINDS, Kind, Use, new_layer
 from lead_ds.models.scorer import Output
+from lead_ds.models.text import Reading
 from lead_ds.relevance import VectorFeatures
 from lead_ds.settings.base import Positive
-from lead_ds.settings.model import ModelConfig, TextConfig
+from lead_ds.settings.model import TextConfig
 
 if TYPE_CHECKING:
     from lead_ds.data.reads import ModelBatch
     from lead_ds.data.tokens.encoder import Tokens
+
+_MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our names and sentence-transformers'
 
 
 class DualEncoderConfig(TextConfig):
@@ -38,37 +46,97 @@ class DualEncoderConfig(TextConfig):
 
 @KINDS.register("dual_encoder")
 class DualEncoder(Kind):
-    """Pooling, then Dense layers if any, then unit length if `normalize`: of the final state and of every layer alike,
-    so that the last layer's vector is the final one."""
+    """Pooling and what follows it: of the final state and of every layer alike, so that the last layer's vector is the final
+    one. Only the pooled state of a layer is kept; what follows runs once, on the layers and the final state together."""
 
-    kind = "dual_encoder"
+    name = "dual_encoder"
     scope = "batch"
     Settings = DualEncoderConfig
     gives_vectors = True
     lens_form = "vectors"
+    use = Use(
+        "dual encoder",
+        "sentence-transformers",
+        "sentence-similarity",
+        ("sentence-transformers", "feature-extraction", "dense-retrieval"),
+        """from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("this directory")
+queries = model.encode_query(["what is late interaction?"])
+passages = model.encode_document(["ColBERT compares every query token with every passage token."])
+print(model.similarity(queries, passages))""",
+    )
 
-    def __init__(
-        self,
-        model: Any,
-        config: ModelConfig,
-        pooling: PoolingMode,
-        dense: Sequence[Dense] = (),
-        normalize: bool = False,
-    ) -> None:
-        super().__init__(model, config)
-        self.pooling: PoolingMode = pooling
-        self.normalize = normalize
-        self.dense = nn.ModuleList(dense)
-        # A pooler that comes with the architecture stands beside this pooling and would never see a gradient.
-        pooler = getattr(model, "pooler", None)
-        if isinstance(pooler, nn.Module):
-            pooler.requires_grad_(False)
+    def __init__(self, chain: Any, model: Any, config: DualEncoderConfig, *, student: bool = False) -> None:
+        super().__init__(chain, model, config, student=student)
+        self.freeze_pooler()
+        modules: list[Any] = list(self.behind)
+        at = 1 + next(i for i, module in enumerate(modules) if type(module).__name__ == "Pooling")
+        end = len(modules)
+        while end > at and type(modules[end - 1]).__name__ == "Normalize":
+            end -= 1
+        self._parts = slice(0, at), slice(at, end), slice(end, None)  # up to the pooled state; then; unit length
+        # Where pooling only picks a token, the final norm is applied to what was picked.
+        self._picks = at == 1 and modules[0].pooling_mode in ("cls", "lasttoken")
+
+    @classmethod
+    def claims(cls, path: str) -> int:
+        return 2 if family_of(path) == "SentenceTransformer" else 1
+
+    @classmethod
+    def read_text(cls, config: Any) -> TextEncoder:
+        reading = Reading.of(config, cls.family)
+        _refuse_late_interaction(config.path)
+        # A decoder that was no retrieval model is taught to say at EOS what a text is about; one that was says how it reads.
+        decoder = config.pooling == "auto" and reading.shape is not None and is_decoder(reading.shape)
+        if reading.chain is None and (config.pooling == "last" or decoder):
+            end_with_eos(reading.tokenizer)
+        return reading.encoder({name: getattr(config, name) for name in ("query_length", "passage_length")})
+
+    @classmethod
+    def complete(cls, chain: Any, model: Any, config: Any, *, frozen: bool) -> None:
+        from sentence_transformers.base.modules import Dense, Normalize
+        from sentence_transformers.sentence_transformer.modules import Pooling
+
+        _refuse_late_interaction(config.path)
+        width = int(model.config.get_text_config().hidden_size)
+        modules = list(chain)[1:]
+        mode = _MODES.get(config.pooling)
+        at = next((i for i, module in enumerate(modules) if isinstance(module, Pooling)), None)
+        if at is None:
+            modules.append(Pooling(width, mode or ("lasttoken" if is_decoder(model.config) else "cls")))
+        elif mode is not None:
+            modules[at] = Pooling(modules[at].embedding_dimension, mode)
+        if config.projection is not None:
+            have = next((module.out_features for module in reversed(modules) if isinstance(module, Dense)), None)
+            if new_layer(config, "projection", config.projection, have, frozen=frozen):
+                made = Dense(_width(modules, width), config.projection, activation_function=nn.Identity())
+                modules.insert(len(modules) - isinstance(modules[-1], Normalize), made)
+        if config.normalize is False:
+            modules = [module for module in modules if not isinstance(module, Normalize)]
+        elif config.normalize and not isinstance(modules[-1], Normalize):
+            modules.append(Normalize())
+        replace_modules(chain, modules)
+
+    @property
+    def pooling(self) -> str:
+        """How token states become one: cls, mean, last, or another of sentence-transformers' modes."""
+        pool: Any = self.behind[self._parts[0]][-1]
+        mode = pool.pooling_mode
+        return {theirs: ours for ours, theirs in _MODES.items()}.get(mode, str(mode))
+
+    @property
+    def normalize(self) -> bool:
+        """Whether its vectors have unit length."""
+        return len(self.behind[self._parts[2]]) > 0
 
     @property
     def vector_width(self) -> int:
         """D of the final vectors."""
-        last = self.dense[-1] if len(self.dense) else None
-        return last.out_features if isinstance(last, Dense) else self.width
+        return _width(self.behind, self.width)
+
+    @property
+    def features_width(self) -> int:
+        return self.vector_width
 
     def forward(
         self,
@@ -104,29 +172,74 @@ class DualEncoder(Kind):
             taps_passages=taps_passages,
         )
 
-    def embed(self, tokens: Tokens) -> Tensor:
-        """Final vectors [B, D] of texts."""
-        return self(tokens=tokens)
+    @classmethod
+    def reads(cls, config: Any) -> str:
+        similarity = "cosine" if config.normalize else "dot product, or as config_sentence_transformers.json says"
+        return f"Similarity: {similarity}. {super().reads(config)}"
+
+    @property
+    def space(self) -> dict[str, Any]:
+        return {"pooling": self.pooling, "normalize": self.normalize, "dimension": self.vector_width}
+
+    def vectors_of(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        _, then, unit = self._parts
+        pooled_BD = self._pool(states_BLD, mask_BL)
+        return _through([*self.behind[then], *self.behind[unit]], pooled_BD)
 
     def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         """[K + 1, B, D]: the layers asked for, then the final vector."""
         mask_BL = tokens["attention_mask"]
-        read = self.run(
-            tokens, layers, lambda state: pool(state, mask_BL, self.pooling), through_norm=self.pooling == "mean"
-        )
-        vectors_KBD = self._dense(torch.stack(read))
+        read = self.run(tokens, layers, lambda state: self._pool(state, mask_BL), through_norm=not self._picks)
+        _, then, unit = self._parts
+        vectors_KBD = _through(self.behind[then], torch.stack(read))
         if self.lens is not None:
             vectors_KBD = self.lens(vectors_KBD, vectors_KBD.unbind(), layers)
-        return self._unit(vectors_KBD)
+        return _through(self.behind[unit], vectors_KBD)
 
-    def read_out(self, vectors: Tensor) -> Tensor:
-        """Dense layers, then unit length if `normalize`: pooled states [..., width] -> vectors [..., vector_width]."""
-        return self._unit(self._dense(vectors))
+    def _pool(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        features = {"token_embeddings": states_BLD, "attention_mask": mask_BL}
+        for module in self.behind[self._parts[0]]:
+            features = module(features)
+        return features["sentence_embedding"]
 
-    def _dense(self, vectors: Tensor) -> Tensor:
-        for dense in self.dense:
-            vectors = dense(vectors)
-        return vectors
+    def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
+        chain, tokenizer = self.chain, encoder.tokenizer
+        chain.prompts |= {"query": encoder.query_prompt, "document": encoder.passage_prompt}
+        chain.similarity_fn_name = "cosine" if self.normalize else "dot"
+        kept = tokenizer.model_max_length
+        tokenizer.model_max_length = max(encoder.query_length, encoder.passage_length)
+        try:
+            record = super().save(folder, encoder, state)
+        finally:
+            tokenizer.model_max_length = kept
+        lengths = {"query_length": encoder.query_length, "passage_length": encoder.passage_length}
+        return record | lengths | {"normalize": self.normalize}
 
-    def _unit(self, vectors: Tensor) -> Tensor:
-        return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+    def facts(self, encoder: TextEncoder) -> list[str]:
+        return [
+            f"pooling: {self.pooling}",
+            f"vector width: {self.vector_width}",
+            f"unit-length vectors: {'yes' if self.normalize else 'no'}",
+            f"longest query: {encoder.query_length} tokens; longest passage: {encoder.passage_length}",
+        ]
+
+
+def _refuse_late_interaction(path: str) -> None:
+    if family_of(path) == "MultiVectorEncoder":
+        raise InputError(path, "its modules read tokens: this is a late-interaction model", "use kind: colbert")
+
+
+def _through(modules: Iterable[nn.Module], vectors: Tensor) -> Tensor:
+    """Vectors [..., D] through modules that read `sentence_embedding`."""
+    features = {"sentence_embedding": vectors}
+    for module in modules:
+        features = module(features)
+    return features["sentence_embedding"]
+
+
+def _width(modules: Iterable[Any], width: int) -> int:
+    """Of what comes out of modules behind a transformer of `width`."""
+    for module in reversed(list(modules)):
+        if hasattr(module, "get_embedding_dimension"):
+            return int(module.get_embedding_dimension())
+    return width

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from lead_ds.config import TeacherConfig
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.tokenizer import load_tokenizer
 from lead_ds.errors import InputError
-from lead_ds.models.kinds.kind import KINDS
-from lead_ds.models.pair_scorer import PairScorer
-from lead_ds.models.pooling import pool
+from lead_ds.models.backbone import load_model
+from lead_ds.models.files import transformer_folder
+from lead_ds.models.kinds.kind import KINDS, Use
+from lead_ds.models.kinds.pairs import PairScorer, pooled, pooling
+from lead_ds.models.text import Reading
 from lead_ds.settings.model import PairConfig
 
 if TYPE_CHECKING:
@@ -56,16 +59,21 @@ class LLMReranker(PairScorer):
     difference of two large logits is coarse.
     """
 
-    kind = "llm_reranker"
+    name = "llm_reranker"
     Settings = LLMRerankerConfig
+    head = "causal"
+    use = Use("decoder reranker", "transformers", "text-ranking", ("reranker",), "")
     can_be_student = False
     can_be_trained = False
     rows_2D: Tensor
     bias_2: Tensor
 
-    def __init__(self, causal: Any, config: TeacherConfig, yes: int, no: int) -> None:
+    def __init__(self, chain: Any, causal: Any, config: LLMRerankerConfig, *, student: bool = False) -> None:
+        folder = transformer_folder(config.path)
+        yes, no = answer_tokens(load_tokenizer(config.path, folder, config.trust_remote_code), config)
         rows_2D, bias_2 = _head_rows(causal, yes, no, config.path)
-        super().__init__(causal.base_model, config)
+        super().__init__(chain, causal.base_model, config, student=student)
+        self._pool = pooling(self.width, "lasttoken")
         # Buffers, not parameters: two rows are not worth sharding.
         self.register_buffer("rows_2D", rows_2D)
         self.register_buffer("bias_2", bias_2)
@@ -74,9 +82,25 @@ class LLMReranker(PairScorer):
         self.logit_scale = float(getattr(shape, "logit_scale", None) or 1.0)  # Cohere
         self.logit_scale /= float(getattr(shape, "logits_scaling", None) or 1.0)  # Granite
 
+    @classmethod
+    def read_text(cls, config: Any) -> TextEncoder:
+        reading = Reading.of(config, cls.family)
+        if not reading.tokenizer.is_fast:
+            raise InputError(config.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
+        prompt = {"template": config.template, "instruction": config.instruction}
+        return reading.encoder({"max_length": config.max_length}, reads_pairs=True, **prompt)
+
+    @classmethod
+    def skeleton(cls, config: Any, *, depth: int | None = None, **_: Any) -> tuple[nn.Module, Any, int]:
+        """The backbone alone: which rows of the head are kept is known to the tokenizer only, and they weigh nothing."""
+        with torch.device("meta"):
+            random = config.model_copy(update={"weights": "random"})
+            backbone = load_model(random, "base", torch.bfloat16, depth)
+        return backbone, backbone, int(backbone.config.get_text_config().hidden_size)
+
     def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         mask_BL = tokens["attention_mask"]
-        read = self.run(tokens, layers, lambda state: pool(state, mask_BL, "last"), through_norm=False)
+        read = self.run(tokens, layers, lambda state: pooled(self._pool, state, mask_BL), through_norm=False)
         logits_KB2 = torch.stack(read).float() @ self.rows_2D.float().T + self.bias_2.float()
         logits_KB2 = logits_KB2 * self.logit_scale
         if self.softcap is not None:
@@ -85,7 +109,7 @@ class LLMReranker(PairScorer):
         return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)
 
 
-def answer_tokens(tokenizer: Any, config: TeacherConfig) -> tuple[int, int]:
+def answer_tokens(tokenizer: Any, config: LLMRerankerConfig) -> tuple[int, int]:
     """The ids of yes_token and no_token. Raises InputError where one of them is not one token of the model."""
     found = []
     for key, text in (("yes_token", config.yes_token), ("no_token", config.no_token)):

@@ -1,0 +1,81 @@
+"""The model card of a trained model: what it is, how to use it, and the run's own numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from lead_ds.config import Config
+from lead_ds.models.card import front_matter
+from lead_ds.models.kinds.kind import KINDS
+
+
+def model_card(config: Config, run: Path) -> str:
+    """README.md of a model's directory, from the run's folder (run.json, metrics.jsonl as far as they are there)."""
+    student, teacher = config.student, config.teacher
+    distilled = teacher is not None and config.losses.needs_teacher
+    kind, base = KINDS[student.kind], Path(student.path).name
+    use = kind.use
+    title = f"A dense-retrieval student of `{base}`" if kind.gives_vectors else f"`{base}` as a {use.name}"
+    if not distilled:
+        title = f"`{base}`, a {use.name} trained on labels"
+    lines = [*front_matter(use, *(["knowledge-distillation"] if distilled else [])), f"# {title}", ""]
+    if teacher is not None and distilled:
+        path, read_as = teacher.path, teacher.kind
+        if read_as in ("cached", "scores"):  # the run knows whose relevance that is
+            found = json.loads((run / "run.json").read_text("utf-8"))["teacher"]
+            path, read_as = found["path"], found["kind"]
+        how = ", layer by layer" if config.losses.needs & {"layers", "attention"} else ""
+        lines += [f"Distilled by lead-ds from `{Path(path).name}` ({read_as.replace('_', ' ')}){how}.", ""]
+    else:
+        over = "its own passages" if in_group(config) else "every passage of the batch"
+        temperature = config.losses.contrastive.temperature
+        lines += [
+            f"Trained by lead-ds on labels alone: the positive's likelihood among {over}, at temperature {temperature:g}"
+            f"{'' if temperature == 1 else f' (as a teacher: teacher_temperature: {temperature:g})'}.",
+            "",
+        ]
+    lines += ["```python", use.example, "```", "", kind.reads(student), ""]
+    evaluations = [row for row in _rows(run / "metrics.jsonl") if "evaluation" in row]
+    if evaluations:
+        names = list(evaluations[-1]["evaluation"])
+        lines += [f"## Evaluation on the {config.evaluation.split} split", ""]
+        if not kind.gives_vectors:
+            source = Path(config.evaluation.run).name if config.evaluation.run else "BM25"
+            lines += [f"Of the {config.evaluation.depth} best passages of `{source}`, ranked again.", ""]
+        lines += ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for row in evaluations:
+            values = " | ".join(f"{row['evaluation'].get(name, float('nan')):.4f}" for name in names)
+            lines.append(f"| {row['step']} | {values} |")
+        lines.append("")
+    lines += ["## Training", ""]
+    losses = [row for row in _rows(run / "metrics.jsonl") if "loss" in row]
+    if losses:
+        parts = ", ".join(f"{name} {value:.4f}" for name, value in losses[-1]["parts"].items())
+        lines += [f"Last step {losses[-1]['step']}: loss {losses[-1]['loss']:.4f} ({parts}).", ""]
+    settings = {"losses": config.losses.model_dump(), "train": config.train.model_dump(), "seed": config.seed}
+    lines += ["```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```", ""]
+    facts = run / "run.json"
+    if facts.exists():
+        versions = json.loads(facts.read_text("utf-8"))["versions"]
+        lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def in_group(config: Config) -> bool:
+    """Whether the contrastive loss compares a query's own passages only."""
+    return KINDS[config.student.kind].reads_pairs or config.losses.contrastive.scope == "group"
+
+
+def _rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # a kill cut it short
+    return rows

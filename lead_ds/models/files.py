@@ -1,0 +1,76 @@
+"""What the files beside a model's weights say of it: who saved it, which modules, and what this project recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lead_ds.errors import InputError
+from lead_ds.io.hub import find_file
+
+RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale, prompts of pairs
+
+# Of sentence-transformers' modules, those that work on token states or on a vector alone: a layer's state can be put through.
+_READ = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "MultiVectorMask")
+
+
+def read_json(path: str, name: str) -> dict[str, Any]:
+    """A JSON object of a directory or hub repository; empty where it is absent. InputError where it is no JSON object."""
+    tree = _read(path, name)
+    if tree is not None and not isinstance(tree, dict):
+        raise InputError(find_file(path, name), "not a JSON object", "restore the model's file")
+    return tree or {}
+
+
+def saved_modules(path: str) -> list[tuple[str, str]]:
+    """(class, folder) of each module that modules.json names, in order; none where there is no such file.
+
+    Raises InputError for a module through which a layer's state cannot be put: leaving it out would change what is read.
+    """
+    tree = _read(path, "modules.json")
+    if tree is None:
+        return []
+    file = find_file(path, "modules.json")
+    if not isinstance(tree, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in tree):
+        raise InputError(file, "not a list of modules with a type")
+    found = []
+    for module in tree:
+        kind, folder = module["type"].rsplit(".", 1)[-1], str(module.get("path", ""))
+        if ".." in Path(folder).parts or Path(folder).is_absolute():
+            raise InputError(file, f"module path {folder!r} leaves the directory")
+        if kind not in _READ:
+            raise InputError(file, f"module {module['type']} is not supported", f"{', '.join(_READ)} are")
+        found.append((kind, folder))
+    if not found or found[0][0] != "Transformer":
+        raise InputError(file, "its first module is no Transformer", "there are no layers to read")
+    return found
+
+
+def transformer_folder(path: str) -> str:
+    """Where in a directory or repository the transformer's files are: mostly at its top."""
+    modules = saved_modules(path)
+    return modules[0][1] if modules else ""
+
+
+def family_of(path: str) -> str | None:
+    """The class of sentence-transformers that reads a directory: SentenceTransformer, MultiVectorEncoder, CrossEncoder,
+    SparseEncoder; None where it holds a plain model of transformers."""
+    said = read_json(path, "config_sentence_transformers.json").get("model_type")
+    if said is not None:
+        return "MultiVectorEncoder" if said == "ColBERT" else str(said)  # PyLate's name
+    modules = [kind for kind, _ in saved_modules(path)]
+    if modules:
+        return "SentenceTransformer" if "Pooling" in modules else "MultiVectorEncoder"
+    architectures = read_json(path, "config.json").get("architectures") or ()
+    return "MultiVectorEncoder" if "HF_ColBERT" in architectures else None
+
+
+def _read(path: str, name: str) -> Any:
+    file = find_file(path, name)
+    if file is None:
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(file, f"not readable as JSON: {error}", "restore the model's file") from None

@@ -1,0 +1,117 @@
+"""What models of query-passage pairs share: a score of each pair from every selected layer.
+
+Dimensions: K selected layers, Q queries, N passages of each query, B = Q * N pairs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.errors import InputError
+from lead_ds.models.files import family_of, saved_modules
+from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.scorer import Output
+from lead_ds.models.text import Reading
+from lead_ds.relevance import ScoreFeatures
+
+if TYPE_CHECKING:
+    from lead_ds.data.batches import ModelBatch
+    from lead_ds.data.tokens.encoder import Tokens
+
+
+class PairScorer(Kind):
+    """Reads a query and a passage as one text: relevance is defined within a query's own passages."""
+
+    scope = "group"
+    family = "CrossEncoder"
+    reads_pairs = True
+    lens_form = "scores"
+
+    @classmethod
+    def read_text(cls, config: Any) -> TextEncoder:
+        reading = Reading.of(config, cls.family)
+        return reading.encoder({"max_length": config.max_length}, reads_pairs=True)
+
+    @classmethod
+    def complete(cls, chain: Any, model: Any, config: Any, *, frozen: bool) -> None:
+        if family_of(config.path) == cls.family:
+            for kind, folder in saved_modules(config.path)[1:]:
+                what = f"module {kind} behind its transformer is not supported"
+                raise InputError(f"{config.path}/{folder}", what, "a head of transformers' is")
+
+    @classmethod
+    def features_of(cls, config: Any, width: int) -> tuple[int, int]:
+        return 0, 1
+
+    @classmethod
+    def forwards(cls, config: Any, queries: int, passages: int, length: int | None = None) -> list[tuple[int, int]]:
+        return [(passages, length or config.max_length)]
+
+    @classmethod
+    def longest(cls, config: Any) -> int:
+        return int(config.max_length)
+
+    @classmethod
+    def reads(cls, config: Any) -> str:
+        return f"Reads a query with a passage, in up to {config.max_length} tokens; longer ones are cut."
+
+    def forward(
+        self,
+        batch: ModelBatch | None = None,
+        layers: Sequence[int] = (),
+        tap_layers: Sequence[int] = (),
+        *,
+        tokens: Tokens | None = None,
+    ) -> Any:
+        """Output with ScoreFeatures of a batch's pairs; or the final scores [B] of `tokens`, with `layers` those of the
+        layers and then the final ones [K + 1, B]."""
+        if tokens is not None:
+            scores_KB = self._scores(tokens, layers)
+            return scores_KB if layers else scores_KB[-1]
+        assert batch is not None
+        assert batch.pairs is not None
+        with self.tapping(tap_layers) as taps:
+            if batch.passes is not None:
+                scores_KB = self.in_passes(batch.passes, lambda tokens: self._scores(tokens, layers))
+            else:
+                scores_KB = self._scores(batch.pairs, layers)
+        s_KQN = scores_KB.unflatten(1, (-1, batch.group))
+        scale = self.config.scale
+        return Output(
+            final=ScoreFeatures(s_KQN[-1:], self.final_scale),
+            layers=ScoreFeatures(s_KQN[:-1], scale) if layers else None,
+            taps_queries=None,
+            taps_passages=taps,
+        )
+
+    @abstractmethod
+    def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        """[K + 1, B]: the layers asked for, then the final score."""
+
+    def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
+        # Scores as they are trained and measured here; sentence-transformers would put a sigmoid on one label.
+        self.chain.activation_fn = nn.Identity()
+        self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        prompts = {"query": encoder.query_prompt, "document": encoder.passage_prompt}
+        return super().save(folder, encoder, state) | {"max_length": encoder.max_length, "prompts": prompts}
+
+    def facts(self, encoder: TextEncoder) -> list[str]:
+        return [f"longest pair: {encoder.max_length} tokens"]
+
+
+def pooling(width: int, mode: str) -> nn.Module:
+    """sentence-transformers' pooling, for a head that reads one state."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    return Pooling(width, mode)  # type: ignore[arg-type]
+
+
+def pooled(pool: nn.Module, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """[B, L, D] token states -> [B, D]."""
+    return pool({"token_embeddings": states_BLD, "attention_mask": mask_BL})["sentence_embedding"]

@@ -1,0 +1,106 @@
+"""What a model's files say about reading text: tokenizer, prompts, positions; whatever kind it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.tokenizer import leading_tokens, load_tokenizer
+from lead_ds.errors import InputError
+from lead_ds.io.hub import hub_settings
+from lead_ds.models.chain import open_chain
+from lead_ds.models.files import RECORD, family_of, read_json, transformer_folder
+from lead_ds.settings.model import ModelConfig
+
+# Absolute positions of these families start after the padding index: two fewer tokens fit than the table has rows.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model's tokenizer, its transformer's configuration, and its modules where sentence-transformers saved them."""
+
+    path: str
+    tokenizer: Any
+    query_prompt: str
+    passage_prompt: str
+    shape: Any | None  # None: its files do not say, which loading the model reports
+    chain: Any | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, family: str) -> Reading:
+        """Read the files of a directory or hub repository, as `family` of sentence-transformers does if it saved them.
+
+        Prompts are the configuration's, else the model's. A tokenizer without a pad token pads with EOS. Raises InputError
+        when the tokenizer cannot be loaded.
+        """
+        chain, folder = None, transformer_folder(config.path)
+        own = read_json(config.path, "config_sentence_transformers.json")
+        if family_of(config.path) == family:
+            chain = open_chain(config, family, text=True)
+            tokenizer, shape = chain[0].tokenizer, chain[0].config
+            prompts = chain.prompts
+        else:
+            tokenizer = load_tokenizer(config.path, folder, config.trust_remote_code)
+            shape = _shape(config, folder)
+            prompts = own.get("prompts") or {}
+        if not any(prompts.values()):
+            prompts = read_json(config.path, RECORD).get("prompts") or {
+                "query": own.get("query_prefix"),
+                "document": own.get("document_prefix"),
+            }
+        query, passage = config.query_prompt, config.passage_prompt
+        return cls(
+            path=config.path,
+            tokenizer=tokenizer,
+            query_prompt=query if query is not None else prompts.get("query") or "",
+            passage_prompt=passage if passage is not None else prompts.get("document") or prompts.get("passage") or "",
+            shape=shape,
+            chain=chain,
+        )
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model reads at most."""
+        count = getattr(self.shape, "max_position_embeddings", None)
+        if isinstance(count, int) and self.shape.model_type in _OFFSET_POSITIONS:  # type: ignore[union-attr]
+            count -= 2
+        return count if isinstance(count, int) and count > 0 else None
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens sentence-transformers cuts a text to; None where neither tokenizer nor positions say."""
+        says = [n for n in (self.tokenizer.model_max_length, self.positions) if n is not None and n < 1 << 30]
+        return min(says) if says else None
+
+    def encoder(self, lengths: dict[str, Any], **more: Any) -> TextEncoder:
+        """A TextEncoder of it. Raises InputError where one of `lengths` exceeds the model's positions."""
+        for name, length in lengths.items():
+            if self.positions is not None and length > self.positions:
+                what = f"{name} is {length}, the model has {self.positions} positions"
+                raise InputError(self.path, what, f"set {name} to at most {self.positions}")
+        types = "token_type_ids" in self.tokenizer.model_input_names
+        told = self.shape is None or (getattr(self.shape, "type_vocab_size", 0) or 0) > 1
+        return TextEncoder(
+            path=self.path,
+            tokenizer=self.tokenizer,
+            query_prompt=self.query_prompt,
+            passage_prompt=self.passage_prompt,
+            token_types=types and told,  # whether the model tells the two texts of a pair apart by them
+            leading=leading_tokens(self.tokenizer),
+            longest=self.longest,
+            **lengths,
+            **more,
+        )
+
+
+def _shape(config: ModelConfig, folder: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, subfolder=folder, trust_remote_code=config.trust_remote_code, **hub_settings(config.path)
+        )
+    except Exception:  # whatever is wrong with it, loading the model reports; the tokenizer may do without
+        return None
