@@ -47,6 +47,7 @@ def attention_kl(
         window: hide keys farther than this many positions from a row.
         head_mean: compare the distributions averaged over each model's heads; always runs on torch.
         atomic: let the Triton backward add up with atomics: one kernel instead of two, but sums in no fixed order.
+            Heads wider than 128 take the two.
 
     Returns a float32 scalar (float64 for float64 inputs); 0 if no row is real; NaN if an input that counts is NaN.
     One pass forward and recomputation backward are also what StreamKL does (Liu et al., 2026, arXiv 2606.20005).
