@@ -100,16 +100,9 @@ def distance(online: str, folder: Path, here: Ranks) -> dict[str, Any]:
                 found["roundings"] = max(found["roundings"], ((off - noise) / (2**-11 * bound_K[:, None])).max().item())
                 found["relative"] = max(found["relative"], (off / length).max().item())
                 found["deviation"] = max(found["deviation"], (bound_K[:, None] / length).max().item())
-            cosines = [torch.bmm(*unit(f)) for f in (a, b)]
+            cosines = [replace(f, scale="cosine").relevance().logits for f in (a, b)]
             found["cosine"] = max(found["cosine"], (cosines[0] - cosines[1]).abs().max().item())
     return found
-
-
-def unit(features: VectorFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [K, Q, D] and passages [K, D, P] of unit length."""
-    scaled = replace(features, scale="cosine").relevance().factors
-    assert scaled is not None
-    return scaled[0], scaled[1].transpose(1, 2)
 
 
 def deviations(cache: VectorCache, kind: str) -> torch.Tensor:
