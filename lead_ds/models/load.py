@@ -76,6 +76,9 @@ def load_scorer(
     name = kind or kind_of(path)
     if record.get("kind", name) != name:
         raise InputError(path, f"holds a {record['kind']}", f"it cannot be read as a {name}")
+    if name not in KINDS:
+        remedy = "the class that made it loads it, see its README.md" if kind is None else "choose one of these"
+        raise InputError(path, f"a {name} is none of {', '.join(KINDS)}", remedy)
     found = KINDS[name]
     tree: dict[str, Any] = {}
     for setting in settings:

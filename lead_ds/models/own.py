@@ -6,6 +6,7 @@ Dimensions: K selected layers, B texts, D width of a vector.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +37,9 @@ class OwnText:
     query_prompt = passage_prompt = ""
     query_length = passage_length = 512  # for the size of batches: the module itself cuts texts
 
-    def __init__(self, path: str, tokenize: Tokenize) -> None:
-        self.path, self._tokenize = path, tokenize
+    def __init__(self, path: str, tokenize: Tokenize, weights: str | None = None) -> None:
+        """weights: a checksum of the module's, where they decide what a run learns."""
+        self.path, self._tokenize, self.weights = path, tokenize, weights
 
     def queries(self, texts: Sequence[str], length: int | None = None) -> Tokens:
         """Its tokens of queries."""
@@ -194,6 +196,15 @@ def read(module: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
     if not all(isinstance(x, Tensor) and x.ndim == 2 for x in (final_BD, *layers)):
         raise InputError(_name(module), "forward gives something else than vectors", SHAPE)
     return final_BD, list(layers)
+
+
+def checksum_of(module: nn.Module) -> str:
+    """A checksum of a module's weights and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, x in module.state_dict().items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from lead_ds import Callback, Distiller
 from lead_ds.engine.distributed.ranks import launched_rank
 from lead_ds.errors import LeadError
 from tests.face.conftest import ROWS
+from tests.face.own_models import Words
 
 
 class Stop(Callback):
@@ -42,6 +43,12 @@ def script(rooms: str, out: str) -> dict[str, Any]:
             "evaluation": run.evaluate(data / "data", "dev"),
             "saved": str(run.save(f"{out}/saved-{name}")),
         }
+    own = {"student": Words(), "deepspeed": {"student": "ds_configs/student_zero3.json"}}
+    run = Distiller(data=ROWS, output=f"{out}/own", **{**settings, **own}).train(quiet=True)
+    found["own"] = {
+        "losses": [row["loss"] for row in run.metrics if "loss" in row],
+        "vector": run.student.encode(["a text"])[0].tolist(),
+    }
     others = [*ROWS[:-1], {**ROWS[-1], "query": f"asked by {rank}"}]
     for name, change in (("rows", {"data": others}), ("callbacks", {"callbacks": [Stop()] * (1 + rank)})):
         try:

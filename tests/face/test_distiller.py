@@ -17,6 +17,7 @@ from lead_ds import Callback, Distiller, load, losses
 from lead_ds.config import load_config
 from lead_ds.errors import InputError
 from tests.face.conftest import ROWS
+from tests.face.own_models import Words
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import settings
 from tests.helpers.tiny import write_jsonl
@@ -233,3 +234,6 @@ def test_a_script_under_a_launcher_trains_twice(distiller: Make, rooms: Path, tm
     assert load(tmp_path / "saved-first").encode(["a text"])[0].tolist() == first["first"]["vector"]
     alone = distiller(seed=888).train(quiet=True)  # one process with the batch of both
     assert losses_of(alone) == pytest.approx(first["first"]["losses"], rel=1e-5)
+    own = distiller("own-alone", seed=888, student=Words()).train(quiet=True)  # there sharded by ZeRO-3
+    assert losses_of(own) == pytest.approx(first["own"]["losses"], rel=1e-5)
+    assert own.student.encode(["a text"])[0].tolist() == pytest.approx(first["own"]["vector"], rel=1e-4, abs=1e-6)

@@ -68,6 +68,11 @@ def test_it_is_the_same_run_stopped_and_resumed(distiller: Make) -> None:
     assert losses_of(resumed) == losses_of(whole)
     assert torch.equal(resumed.student.encode(TEXTS), whole.student.encode(TEXTS))
 
+    distiller("taught", teacher=Words(seed=1), callbacks=[Stop()], steps=4).train(quiet=True)
+    with pytest.raises(InputError, match="teacher: weights"):
+        distiller("taught", teacher=Words(seed=2), steps=4).train(resume=True, quiet=True)
+    assert len(losses_of(distiller("taught", teacher=Words(seed=1), steps=4).train(resume=True, quiet=True))) == 4
+
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_under_every_stage(distiller: Make, stage: int) -> None:
@@ -141,5 +146,7 @@ def test_what_cannot_be_is_refused(distiller: Make, tmp_path: Path, change: dict
 def test_a_saved_module_says_what_it_is(distiller: Make) -> None:
     run = distiller(student=copy.deepcopy(Words())).train(quiet=True)
     assert "load_model(model" in (run.folder / "README.md").read_text()
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"a module is none of .*see its README\.md"):
         load(run.folder)
+    with pytest.raises(InputError, match=r"a dual is none of .*choose one of these"):
+        load(run.config.teacher.path, kind="dual")  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.callbacks import Callback
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_student, load_text
-from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, copied
+from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, checksum_of, copied
 from lead_ds.models.scorer import Scorer
 
 
@@ -36,7 +36,7 @@ class Given:
 
     def teacher_text(self, config: TeacherConfig) -> TextEncoder | None:
         """How a teacher that was given reads text; None where its section names it."""
-        return None if self.teacher is None else _text(self.teacher, config.path)
+        return None if self.teacher is None else _text(self.teacher, config.path, checksum_of(self.teacher))
 
     def load_student(self, config: StudentConfig, dtype: torch.dtype) -> Scorer:
         """The student, a module's in a copy of it."""
@@ -45,11 +45,11 @@ class Given:
         return OwnEncoder(copied(self.student).to(dtype), config, student=True).train()
 
 
-def _text(module: nn.Module, path: str) -> Any:
+def _text(module: nn.Module, path: str, weights: str | None = None) -> Any:
     tokenize = getattr(module, "tokenize", None)
     if not callable(tokenize):
         raise InputError(type(module).__name__, "has no tokenize", SHAPE)
-    return OwnText(path, tokenize)
+    return OwnText(path, tokenize, weights)
 
 
 NOTHING = Given()

@@ -15,6 +15,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.errors import InputError
 from lead_ds.io.facts import differing, flat
+from lead_ds.models.own import OwnText
 from lead_ds.settings.meaning import keys_of
 from lead_ds.teachers.identity import input_facts
 from lead_ds.teachers.open import teacher_class
@@ -54,14 +55,16 @@ def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ran
 
 
 def reading_facts(batches: Batches) -> dict[str, str]:
-    """What the tokenizers do that make tokens of the texts."""
+    """What the tokenizers do that make tokens of the texts; the weights of a teacher that is a module from Python."""
     models = {"student": batches.student, "teacher": batches.teacher}
     encoders = {name: model.encoder for name, model in models.items() if model is not None}
-    return {
-        f"tokenizer: {name}": tokenizer_checksum(encoder.tokenizer)
-        for name, encoder in encoders.items()
-        if encoder is not None and encoder.tokenizer is not None  # a module of one's own has none that can be compared
-    }
+    found: dict[str, str] = {}
+    for name, encoder in encoders.items():
+        if isinstance(encoder, OwnText):
+            found |= {} if encoder.weights is None else {f"{name}: weights": encoder.weights}
+        elif encoder is not None:
+            found[f"tokenizer: {name}"] = tokenizer_checksum(encoder.tokenizer)
+    return found
 
 
 def deepspeed_facts(config: Config) -> dict[str, str]:
