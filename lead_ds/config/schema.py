@@ -12,6 +12,7 @@ from lead_ds.settings.base import BITS, PACE, PLACE, Means, NonNegative, Place, 
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.model import TextConfig
 from lead_ds.settings.pipeline import PipelineConfig
+from lead_ds.settings.plugins import load_plugins
 from lead_ds.settings.roles import Trained
 from lead_ds.settings.train import (
     DeepSpeedFiles,
@@ -153,6 +154,10 @@ class StudentConfig(_AnyKind):
 class Config(Section):
     """A whole run: see `ds_configs/recipes/` for complete examples."""
 
+    plugins: list[Place] = Field(
+        [],
+        description="Python files (x.py) or modules to import first: the losses that they register can be used below",
+    )
     seed: Seed = 888
     teacher: TeacherConfig | None = None
     student: StudentConfig
@@ -172,6 +177,14 @@ class Config(Section):
     pipeline: Annotated[PipelineConfig | None, PACE] = Field(
         None, description="read by `lead-ds pipeline` alone; null: its defaults"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins(cls, tree: Any) -> Any:
+        names = tree.get("plugins") if isinstance(tree, dict) else None
+        if isinstance(names, list):
+            load_plugins(name for name in names if isinstance(name, str))
+        return tree
 
     @field_validator("profile", mode="before")
     @classmethod

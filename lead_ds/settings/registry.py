@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from lead_ds.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -68,8 +70,14 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(import_module(self.home).__path__, f"{self.home}."):
                 import_module(module.name)
         for point in entry_points(group=self.group):
-            if point.name not in self._parts:
-                self.register(point.name)(point.load())
+            if point.name in self._parts:
+                continue
+            try:
+                part = point.load()
+            except Exception as error:  # whatever the package's code raises
+                what = f"the package that adds {point.name} cannot be imported: {type(error).__name__}: {error}"
+                raise InputError(f"{self.group} ({point.value})", what, "mend it, or uninstall it") from error
+            self.register(point.name)(part)
 
 
 def _home(part: object) -> tuple[str, str]:
