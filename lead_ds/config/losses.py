@@ -27,9 +27,9 @@ def losses_section() -> type[LossesConfig]:
     1.0
     """
     depth = {need: place for place, need in enumerate(get_args(Need))}
+    losses = [(name, LOSSES[name]) for name in LOSSES]
     # From labels to attention: the order in which losses are summed and reported.
-    order = sorted(LOSSES, key=lambda name: max((depth[need] for need in LOSSES[name].needs), default=0))
-    return _composed(tuple((name, LOSSES[name]) for name in order))
+    return _composed(tuple(sorted(losses, key=lambda item: max((depth[need] for need in item[1].needs), default=0))))
 
 
 @lru_cache(maxsize=1)
