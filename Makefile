@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow stress fuzz lint types check clean
+.PHONY: help demo test test-slow stress fuzz lint types docs check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -41,6 +41,9 @@ lint: $(VENV)/.test  ## ruff
 types: $(VENV)/.test  ## mypy
 	$(BIN)/mypy lead_ds
 
+docs: $(VENV)/.test  ## the documentation site, into site/; strict, no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 check: test  ## the same as test
 
 $(VENV)/.torch:
@@ -57,8 +60,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install -q -e ".[cpu,demo,test]"
+	$(PIP) install -q -e ".[cpu,demo,test,docs]"
 	@touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
