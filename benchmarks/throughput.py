@@ -109,10 +109,9 @@ def write_files(preset: Preset, config: Config, folder: Path, world: int, length
         if not (folder / name / "config.json").exists():
             write_model(folder / name, shape, config.teacher.kind if name == "teacher" else "dual_encoder")
     window = world * config.train.batch_size * config.train.accumulation
-    longest = max(config.student.passage_length, config.teacher.passage_length)
-    if config.teacher.kind in ("cross_encoder", "llm_reranker"):
-        longest = max(longest, config.teacher.max_length)
-    queries = max(config.student.query_length, config.teacher.query_length)
+    models = (config.student, config.teacher)
+    longest = max(getattr(model, name, 0) for model in models for name in ("passage_length", "max_length"))
+    queries = max(getattr(model, "query_length", 0) for model in models)
     groups = max(8 * window, 64)
     if not (folder / "data" / "train.jsonl").exists() or _groups(folder / "data") < groups:
         write_data(folder / "data", groups, 1 + config.data.negatives, queries, longest, lengths)

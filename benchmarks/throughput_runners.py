@@ -299,7 +299,7 @@ def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
         layer_teacher_temperature=losses.layer.teacher_temperature,
         layer_temperature=losses.layer.layer_temperature,
         clip=config.train.clip,
-        teacher_pooling="cls" if config.teacher.pooling == "cls" else "last",
+        teacher_pooling="cls" if getattr(config.teacher, "pooling", None) == "cls" else "last",
         teacher_cosine=config.teacher.scale == "cosine",
         lr=config.train.lr,
         reranker=answers,

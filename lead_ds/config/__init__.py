@@ -2,7 +2,8 @@
 
 from lead_ds.config.load import load_config, save_config
 from lead_ds.config.losses import LossesConfig, losses_section
-from lead_ds.config.schema import Config, StudentConfig, TeacherConfig
+from lead_ds.config.models import StudentConfig, TeacherConfig
+from lead_ds.config.schema import Config
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.mining import MineSettings
 from lead_ds.settings.model import ModelConfig

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Qrels, Run, check_run_names, read_qrels, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder
@@ -31,7 +30,7 @@ MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
 
 
 def evaluate_path(
-    model: str | Path | StudentConfig,
+    model: str | Path | ModelConfig,
     data: str | Path,
     split: str = "test",
     measures: Sequence[str] = MEASURES,
@@ -45,9 +44,7 @@ def evaluate_path(
     return evaluate_model(scorer, encoder, Dataset.open(data), split, measures, **settings).mean
 
 
-def open_encoder(
-    model: str | Path | StudentConfig, device: torch.device | str | None = None
-) -> tuple[Kind, TextEncoder]:
+def open_encoder(model: str | Path | ModelConfig, device: torch.device | str | None = None) -> tuple[Kind, TextEncoder]:
     """A dual encoder in evaluation mode on `device` (default: CUDA where there is one) with its tokenisation."""
     from lead_ds.models.load import load_encoder, load_student, load_text
 

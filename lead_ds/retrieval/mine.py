@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, read_run
 from lead_ds.errors import InputError
@@ -26,6 +25,7 @@ from lead_ds.retrieval.evaluate import open_encoder, search_exact
 from lead_ds.retrieval.identical import with_spare
 from lead_ds.retrieval.index import check_k
 from lead_ds.settings.mining import MineSettings
+from lead_ds.settings.model import ModelConfig
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted
 
@@ -45,7 +45,7 @@ class Mined:
 
 
 def mine(
-    source: str | Path | StudentConfig | Mapping[str, Mapping[str, float]],
+    source: str | Path | ModelConfig | Mapping[str, Mapping[str, float]],
     dataset: Dataset,
     out: str | Path,
     split: str = "train",
@@ -147,7 +147,7 @@ def bm25_run(
 
 
 def _candidates(
-    source: str | Path | StudentConfig | Mapping[str, Mapping[str, float]],
+    source: str | Path | ModelConfig | Mapping[str, Mapping[str, float]],
     dataset: Dataset,
     positives: Mapping[str, Sequence[str]],
     depth: int,
@@ -162,7 +162,7 @@ def _candidates(
         )
     if source == "bm25":
         return bm25_run(dataset, list(positives), depth, also=positives if by_score else None, quiet=quiet)
-    if not isinstance(source, StudentConfig) and Path(source).is_file():
+    if not isinstance(source, ModelConfig) and Path(source).is_file():
         return known_passages(
             {q: found for q, found in read_run(source).items() if q in positives}, dataset, str(source)
         )

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, check_run_names, write_run
 from lead_ds.data.collections.texts import Texts
@@ -26,6 +25,7 @@ from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
+from lead_ds.settings.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Searcher:
     @classmethod
     def open(
         cls,
-        model: str | Path | StudentConfig,
+        model: str | Path | ModelConfig,
         data: str | Path | None = None,
         *,
         index: str | Path | None = None,
@@ -89,7 +89,7 @@ class Searcher:
         scorer, encoder = open_encoder(model, device)
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
-            path = model.path if isinstance(model, StudentConfig) else model
+            path = model.path if isinstance(model, ModelConfig) else model
             return cls.over_index(scorer, encoder, path, Index.open(index, **index_settings), corpus)
         assert corpus is not None
         return cls.over_corpus(scorer, encoder, corpus, batch_size=batch_size, quiet=quiet)
@@ -173,7 +173,7 @@ class Searcher:
 
 
 def evaluate_index(
-    model: str | Path | StudentConfig,
+    model: str | Path | ModelConfig,
     index: str | Path,
     data: str | Path,
     split: str,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -46,6 +48,9 @@ class Section(BaseModel):
     """A section of the configuration: unknown keys are errors, values are checked and then frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Settings of its siblings that it ignores: what to do instead, where there is more to say than to take it out."""
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:

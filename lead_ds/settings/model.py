@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -54,11 +54,20 @@ class ModelConfig(Section):
 class TextConfig(ModelConfig):
     """Of kinds that read a text alone, queries apart from passages."""
 
+    instead: ClassVar = {"max_length": "set query_length and passage_length"}
+
     query_length: Positive = 32
     passage_length: Positive = 128
 
 
 class PairConfig(ModelConfig):
     """Of kinds that read a query and a passage as one text."""
+
+    instead: ClassVar = {
+        "query_length": "set max_length, of the two together",
+        "passage_length": "set max_length, of the two together",
+        "pooling": "take it out: its head says which state is read",
+        "normalize": "take it out: a score has no length; scale: standard takes z-scores",
+    }
 
     max_length: Positive = Field(256, description="tokens of a query-passage pair")

@@ -100,7 +100,9 @@ def forget_former(tree: dict[str, Any], overrides: Sequence[str], root: type[Sec
 def refusal(section: str, name: str, value: Any, what: str, remedy: str) -> ValidationError:
     """The error of one setting: what is wrong with it, and what to do."""
     error = PydanticCustomError("refused", "{what}", {"what": what, "remedy": remedy})
-    return ValidationError.from_exception_data(section, [{"type": error, "loc": (name,), "input": value}])
+    return ValidationError.from_exception_data(
+        section, [{"type": error, "loc": tuple(name.split(".")), "input": value}]
+    )
 
 
 def _any_of(names: Iterable[str]) -> str:

@@ -79,7 +79,11 @@ def _describe(error: Any, section: type[Section]) -> tuple[str, str]:
     """What is wrong and what to do, of one pydantic error."""
     location = [part for part in error["loc"] if isinstance(part, str)]
     if error["type"] == "extra_forbidden":
-        names = _valid_names(location[:-1], section)
+        sections = _sections_at(location[:-1], section)
+        instead = next((found.instead[location[-1]] for found in sections if location[-1] in found.instead), None)
+        if instead is not None:
+            return "is ignored here", instead
+        names = list(dict.fromkeys(name for found in sections for name in found.known_fields()))
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
         return "unknown key", f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
     if "remedy" in error.get("ctx", {}):  # an error of ours, which knows what to do
@@ -91,13 +95,11 @@ def _describe(error: Any, section: type[Section]) -> tuple[str, str]:
     return message[:1].lower() + message[1:] + given, "correct the value"
 
 
-def _valid_names(location: Sequence[str], root: type[Section]) -> list[str]:
-    """The keys valid in the section that `location` leads to from `root`."""
+def _sections_at(location: Sequence[str], root: type[Section]) -> list[type[Section]]:
+    """The sections that `location` may lead to from `root`."""
     kinds: list[Any] = [root]
     for part in location:
         kinds = fields_of(kinds, part, root)
-        kinds += [
-            item for kind in kinds if typing.get_origin(kind) is list for item in kinds_of(*typing.get_args(kind))
-        ]
-    sections = [kind for kind in kinds if is_section(kind)]
-    return list(dict.fromkeys(name for section in sections for name in section.known_fields()))
+        items = [kind for kind in kinds if typing.get_origin(kind) is list]
+        kinds += [item for kind in items for item in kinds_of(*typing.get_args(kind))]
+    return [kind for kind in kinds if is_section(kind)]

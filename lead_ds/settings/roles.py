@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal
 
-from lead_ds.settings.base import Section
+from pydantic import Field, field_validator, model_validator
+
+from lead_ds.settings.base import BITS, PACE, PLACE, NonNegative, Place, Positive, Section
+from lead_ds.settings.model import ModelConfig
 
 
 class Trained(Section):
@@ -14,3 +17,81 @@ class Trained(Section):
         False, description="co-train the teacher, as LEAD's paper does: in the student's engine and dtype"
     )
     lr: float | None = Field(None, gt=0, description="learning rate of a co-trained teacher; null: train.lr")
+
+
+class TeacherRole(ModelConfig, Trained):
+    """Of a model to learn from. Frozen unless `train`."""
+
+    placement: Annotated[Literal["auto", "replicate", "zero3"], PACE] = "auto"
+    offload: Annotated[Literal["none", "cpu", "nvme"], PACE] = Field("none", description="where zero3 keeps the shards")
+    offload_path: Annotated[Place | None, PLACE] = Field(
+        None, description="a folder on a local NVMe disk, for offload: nvme"
+    )
+    batch_size: Annotated[Positive | None, BITS] = Field(
+        None, description="texts or pairs per teacher forward; null: the whole accumulation window at once"
+    )
+    compile: Annotated[bool, BITS] = Field(
+        False,
+        description="torch.compile the teacher; placement: replicate only, for ZeRO-3's gathers cannot be compiled",
+    )
+    truncate: Annotated[bool, PACE] = Field(
+        True,
+        description="do not load layers above the highest one that the losses read (select: given, no final relevance)",
+    )
+    lens: Literal["head", "tuned"] = Field(
+        "head",
+        description="what layers are read through: the model's own head or vector space, or read-outs of their own, which "
+        "`lead-ds fit-lens CONFIG` fits; not colbert",
+    )
+    lens_path: Annotated[Place | None, PLACE] = Field(None, description="the folder of a tuned lens; null: OUTPUT/lens")
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherRole:
+        if self.offload != "none" and self.placement == "replicate":
+            raise ValueError("offload needs placement: zero3")
+        if self.compile and (self.placement == "zero3" or self.offload != "none"):
+            raise ValueError("compile needs placement: replicate")
+        if self.offload == "nvme" and not self.offload_path:
+            raise ValueError("offload: nvme needs offload_path, a folder on a local disk")
+        if self.offload_path and self.offload != "nvme":
+            raise ValueError(f"offload_path is ignored by offload: {self.offload}: take it out, or set offload: nvme")
+        if self.train and (self.placement == "zero3" or self.offload != "none" or self.compile):
+            raise ValueError(
+                "a teacher that is trained lives in the student's engine: take placement, offload and compile out of this "
+                "section, and choose in deepspeed.student how it is sharded and in train.compile whether both are compiled"
+            )
+        if self.train and self.batch_size is not None:
+            raise ValueError("a teacher that is trained reads the student's micro-batches: take batch_size out")
+        if self.lens == "tuned" and self.train:
+            raise ValueError("a tuned lens is fitted to a frozen teacher: set train: false, or lens: head")
+        return self
+
+
+class CachedRole(TeacherRole):
+    """What `teach` kept of a model, in the folder `path`. The settings of that model may stand beside it: what decided what was
+    kept must be what it was.
+
+    Relevance: teacher losses compare a query with its own passages; vectors (teach --vectors, of a dual encoder): with every
+    passage of the batch, as that model would.
+    """
+
+    @model_validator(mode="after")
+    def _not_trained(self) -> CachedRole:
+        if self.train:
+            raise ValueError("a cached teacher cannot be trained: name the model itself, or set train: false")
+        return self
+
+
+class StudentRole(ModelConfig):
+    """Of the model to train."""
+
+    layers: list[NonNegative] | None = Field(
+        None, min_length=1, description="keep only these layers of the model at `path`, to start a shallower student"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("names a layer twice: the two would share their weights")
+        return value

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
 from lead_ds.data.taught.relevance import RelevanceCache, TeacherCache, read_manifest
@@ -22,6 +21,7 @@ from lead_ds.errors import InputError
 from lead_ds.io.shards import MANIFEST
 from lead_ds.models.lens import load_lens
 from lead_ds.relevance import Features, Scale, ScoreFeatures, VectorFeatures
+from lead_ds.settings.roles import CachedRole
 from lead_ds.settings.train import TrainConfig
 from lead_ds.teachers.identity import data_facts, stored_scale
 from lead_ds.teachers.teacher import TEACHERS, Lesson, Teacher, TeacherView
@@ -33,11 +33,11 @@ _ANEW = "run lead-ds teach with this configuration, in a new folder"
 class CachedTeacher(Teacher):
     """What `teach` kept of a frozen model: scores of each query's own passages, or vectors."""
 
-    Settings = TeacherConfig
+    Settings = CachedRole
     gives = frozenset({"final", "layers", "features"})
     placement = "cached"
 
-    def __init__(self, cache: TeacherCache, settings: TeacherConfig, device: torch.device) -> None:
+    def __init__(self, cache: TeacherCache, settings: CachedRole, device: torch.device) -> None:
         self.cache, self.settings, self.device = cache, settings, device
         self.num_layers = cache.num_layers
         # Cosines of relevance were taken when the cache was made; z-scores depend on the passages drawn and are taken now.
@@ -46,12 +46,12 @@ class CachedTeacher(Teacher):
         self.lens_facts = cache.manifest["facts"].get("lens")
 
     @classmethod
-    def settled(cls, settings: TeacherConfig) -> TeacherConfig:
+    def settled(cls, settings: CachedRole) -> CachedRole:
         """See `Teacher`: with what the cache was made with."""
         return with_cached_settings(settings)
 
     @classmethod
-    def files(cls, settings: TeacherConfig) -> dict[str, Path]:
+    def files(cls, settings: CachedRole) -> dict[str, Path]:
         """See `Teacher`: the manifest, which holds the checksums of what is beside it."""
         return {MANIFEST: Path(settings.path) / MANIFEST}
 
@@ -119,7 +119,7 @@ class CachedTeacher(Teacher):
         )
 
 
-def with_cached_settings(teacher: TeacherConfig) -> TeacherConfig:
+def with_cached_settings(teacher: CachedRole) -> CachedRole:
     """The settings of a cached teacher with what it was made with filled in.
 
     Raises InputError for one that is given and was another.

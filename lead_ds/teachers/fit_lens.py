@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.config import Config, TeacherConfig
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.facts import ANOTHER_FOLDER, check_facts
@@ -29,6 +28,8 @@ from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.lens import RECORD, VERSION, WEIGHTS, Lens
 from lead_ds.relevance import ScoreFeatures, VectorFeatures
 from lead_ds.report.lens import lens_plot
+from lead_ds.settings.roles import TeacherRole
+from lead_ds.settings.run import Run
 from lead_ds.teachers.informative import worth
 from lead_ds.teachers.lens import lens_identity
 from lead_ds.teachers.reading import opened
@@ -64,9 +65,7 @@ def fit_settings(asked: dict[str, Any]) -> Fit:
     return fit
 
 
-def fit_lens(
-    config: Config, out: Path, fit: Fit, *, command: Sequence[str] = (), quiet: bool = False
-) -> dict[str, Any]:
+def fit_lens(config: Run, out: Path, fit: Fit, *, command: Sequence[str] = (), quiet: bool = False) -> dict[str, Any]:
     """Fit the lens of the configuration's teacher, write it to `out` with its record and plot; the record.
 
     Every process calls this, on a file system they share. Raises InputError where the teacher can have no lens, where
@@ -105,7 +104,7 @@ def fit_lens(
         return record
 
 
-def fittable(config: Config) -> TeacherConfig:
+def fittable(config: Run) -> TeacherRole:
     """The teacher of a configuration. Raises InputError where it can have no lens."""
     teacher = config.teacher
     if teacher is None:
@@ -156,7 +155,7 @@ class Task:
     def __init__(
         self,
         states: States,
-        settings: TeacherConfig,
+        settings: TeacherRole,
         temperature: float,
         parts: dict[str, np.ndarray],
         fit: Fit,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
 from lead_ds.data.tokens.encoder import Tokens
@@ -27,6 +26,7 @@ from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_conf
 from lead_ds.models.packing_check import check_packing
 from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
+from lead_ds.settings.roles import TeacherRole
 from lead_ds.teachers.lens import FittedLens, open_lens
 from lead_ds.teachers.teacher import Lesson, Teacher, TeacherView
 
@@ -37,7 +37,7 @@ class FrozenTeacher(Teacher):
     One large forward per window is what hides ZeRO-3's gathers: their cost does not depend on how many tokens pass.
     """
 
-    Settings = TeacherConfig
+    Settings = TeacherRole
     gives = frozenset({"final", "layers", "features", "attention"})
     computes = True
 
@@ -51,7 +51,7 @@ class FrozenTeacher(Teacher):
             scorer.lens = fitted.lens.to(device)
 
     @classmethod
-    def files(cls, settings: TeacherConfig) -> dict[str, Path]:
+    def files(cls, settings: TeacherRole) -> dict[str, Path]:
         """See `Teacher`: those of a model in a folder."""
         folder = Path(settings.path)
         return {str(file.relative_to(folder)): file for file in model_files(folder)} if folder.is_dir() else {}
@@ -145,14 +145,14 @@ class FrozenTeacher(Teacher):
         return held, whole
 
 
-def at_once(settings: TeacherConfig, data: DataConfig) -> int | None:
+def at_once(settings: TeacherRole, data: DataConfig) -> int | None:
     """Groups of one forward of a teacher; None: all of a window."""
     return None if settings.batch_size is None else max(1, settings.batch_size // (1 + data.negatives))
 
 
 def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> FrozenTeacher:
     """Load, place and freeze the model of a lesson; with `depth`, its first layers only."""
-    settings: TeacherConfig = lesson.teacher
+    settings: TeacherRole = lesson.teacher
     fitted = agreed(ranks, lambda: open_lens(settings, lesson.lens_folder, lesson.seed))
     dtype = teacher_dtype(settings, ranks.device)
     placement = choose_placement(settings, dtype, ranks, depth)
@@ -182,14 +182,14 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
     return FrozenTeacher(scorer, engine, placement, ranks.device, fitted)
 
 
-def teacher_dtype(settings: TeacherConfig, device: torch.device) -> torch.dtype:
+def teacher_dtype(settings: TeacherRole, device: torch.device) -> torch.dtype:
     """fp16 on CUDA and bf16 on CPU, where fp16 is refused; or what the configuration says."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-def depth_needed(settings: TeacherConfig, losses: Any) -> int | None:
+def depth_needed(settings: TeacherRole, losses: Any) -> int | None:
     """How many of the teacher's layers a distillation needs; None: all of them."""
     if not settings.truncate:
         return None
@@ -198,7 +198,7 @@ def depth_needed(settings: TeacherConfig, losses: Any) -> int | None:
     return needed if needed < whole else None
 
 
-def choose_placement(settings: TeacherConfig, dtype: torch.dtype, ranks: Ranks, depth: int | None = None) -> str:
+def choose_placement(settings: TeacherRole, dtype: torch.dtype, ranks: Ranks, depth: int | None = None) -> str:
     """`auto`: a copy per rank where it takes less than a third of the memory there is, else shards."""
     if settings.placement != "auto" or settings.offload != "none":
         return "replicate" if settings.placement == "replicate" else "zero3"
@@ -213,7 +213,7 @@ def choose_placement(settings: TeacherConfig, dtype: torch.dtype, ranks: Ranks, 
     return "replicate" if needed * 3 < min(ranks.all(room)) else "zero3"
 
 
-def count_parameters(settings: TeacherConfig, depth: int | None = None) -> int:
+def count_parameters(settings: TeacherRole, depth: int | None = None) -> int:
     """Parameters of the backbone, or of its first layers, from its configuration alone."""
     from transformers import AutoModel
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.tokenizer import tokenizer_checksum
@@ -14,10 +13,10 @@ from lead_ds.io.files import checksum, model_checksum
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.relevance import Scale
 from lead_ds.settings.meaning import keys_of
-from lead_ds.settings.roles import Trained
+from lead_ds.settings.roles import TeacherRole, Trained
 
 
-def teacher_facts(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> dict[str, Any]:
+def teacher_facts(teacher: TeacherRole, encoder: TextEncoder, seed: int) -> dict[str, Any]:
     """A teacher, and how it reads. `seed`: of a teacher of random weights."""
     return {
         "kind": teacher.kind,
@@ -45,7 +44,7 @@ def input_facts(groups: Groups, taught_by: dict[str, Path]) -> dict[str, str]:
     return {f"data: {name}": told for name, told in groups.checksums.items()} | found
 
 
-def deciding_settings(teacher: TeacherConfig) -> dict[str, Any]:
+def deciding_settings(teacher: TeacherRole) -> dict[str, Any]:
     """The settings that decide what a frozen teacher says of a text; its kind stands beside them."""
     deciding = keys_of(teacher, "result") - {"kind", *Trained.model_fields}
     return {name: value for name, value in teacher.model_dump(mode="json").items() if name in deciding}

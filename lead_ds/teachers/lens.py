@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import TeacherConfig
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.io.facts import check_facts
 from lead_ds.models.lens import Lens, load_lens
 from lead_ds.models.load import load_text
+from lead_ds.settings.roles import TeacherRole
 from lead_ds.teachers.identity import teacher_facts
 
 _FIT = "fit one: lead-ds fit-lens CONFIG"
@@ -32,14 +32,14 @@ class FittedLens:
         return {"checksum": self.checksum, "nll": self.nll, "chance": self.chance}
 
 
-def lens_identity(teacher: TeacherConfig, encoder: TextEncoder, seed: int) -> dict[str, Any]:
+def lens_identity(teacher: TeacherRole, encoder: TextEncoder, seed: int) -> dict[str, Any]:
     """What a lens is fitted to: the teacher and how it reads, whatever it computes in and however its layers are read."""
     facts = teacher_facts(teacher, encoder, seed)
     settings = {name: value for name, value in facts["settings"].items() if name not in ("lens", "dtype")}
     return {**facts, "settings": settings}
 
 
-def open_lens(teacher: TeacherConfig, folder: Path, seed: int, encoder: TextEncoder | None = None) -> FittedLens | None:
+def open_lens(teacher: TeacherRole, folder: Path, seed: int, encoder: TextEncoder | None = None) -> FittedLens | None:
     """The lens of a teacher, in `folder`; None where its layers are read through its own head.
 
     Raises InputError where there is none, it is damaged, or of another teacher or reading.

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Group, Groups
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens, score_mask
@@ -34,6 +33,8 @@ from lead_ds.io.shards import turns
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import load_text
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
+from lead_ds.settings.roles import TeacherRole
+from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
 
@@ -41,7 +42,7 @@ PAIRS_AT_ONCE = 32  # of which late interaction compares all tokens
 
 
 @contextmanager
-def opened(config: Config, settings: TeacherConfig, out: Path) -> Iterator[tuple[Ranks, Groups, TextEncoder]]:
+def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Ranks, Groups, TextEncoder]]:
     """The ranks that read together, the training groups, and how the teacher reads texts; `out`: where all of them write.
 
     Every process calls this. Raises InputError on all of them where they differ, or an input cannot be read.
@@ -98,7 +99,7 @@ def drawn_besides(groups: Groups, row: int, negatives: int, draws: dict[str, int
 class Reader(ABC):
     """The teacher reading a shard: long texts first, a text that several groups share once."""
 
-    def __init__(self, settings: TeacherConfig, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> None:
+    def __init__(self, settings: TeacherRole, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> None:
         self.teacher, self.encoder, self.batch_size = teacher, encoder, batch_size
         self.scale: Scale = stored_scale(settings.kind, settings.scale)
         self.pairs = KINDS[settings.kind].reads_pairs
@@ -236,7 +237,7 @@ class VectorReader(Reader):
 
     def __init__(
         self,
-        settings: TeacherConfig,
+        settings: TeacherRole,
         teacher: FrozenTeacher,
         encoder: TextEncoder,
         batch_size: int,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.taught import relevance as relevance_files
 from lead_ds.data.taught import vectors as vector_files
@@ -24,6 +23,8 @@ from lead_ds.io.files import atomic
 from lead_ds.io.shards import Arrays, damage, mapped, save_arrays
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import read_model_config
+from lead_ds.settings.roles import TeacherRole
+from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
 from lead_ds.teachers.reading import Reader, RelevanceReader, Shard, VectorReader, drawn_besides
@@ -40,7 +41,7 @@ class Shards(ABC):
     cache: type[TeacherCache]
     remedy: str  # where what the teacher gives cannot be stored
 
-    def __init__(self, config: Config, settings: TeacherConfig, out: Path, groups: Groups) -> None:
+    def __init__(self, config: Run, settings: TeacherRole, out: Path, groups: Groups) -> None:
         self.config, self.settings, self.out, self.groups = config, settings, out, groups
 
     @abstractmethod
@@ -139,9 +140,7 @@ class VectorShards(Shards):
 
     unit, kept, cache, remedy = "texts", "vectors", VectorCache, "distil from the teacher itself"
 
-    def __init__(
-        self, config: Config, settings: TeacherConfig, out: Path, groups: Groups, layers: Sequence[int]
-    ) -> None:
+    def __init__(self, config: Run, settings: TeacherRole, out: Path, groups: Groups, layers: Sequence[int]) -> None:
         super().__init__(config, settings, out, groups)
         self.layers = list(layers)
         self._index: Arrays | None = None
@@ -214,7 +213,7 @@ class VectorShards(Shards):
         return index_arrays(listed(row) for row in range(len(self.groups)))
 
 
-def layers_to_keep(config: Config, asked: str) -> list[int]:
+def layers_to_keep(config: Run, asked: str) -> list[int]:
     """The layers of `--vectors`, ascending: numbers, last:K, all, final (none besides it), or auto (what the losses read).
 
     Raises InputError for what names none, or one that the teacher lacks.

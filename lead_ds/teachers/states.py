@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.longest_first import once
@@ -35,6 +34,8 @@ from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST, damage, mapped, refuse_strangers, save_arrays, unfinished
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.settings.roles import TeacherRole
+from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import data_facts
 from lead_ds.teachers.lens import lens_identity
@@ -73,7 +74,7 @@ class States:
 
 
 def read_states(
-    config: Config, folder: Path, groups: Groups, encoder: TextEncoder, most: int, ranks: Ranks, *, quiet: bool = False
+    config: Run, folder: Path, groups: Groups, encoder: TextEncoder, most: int, ranks: Ranks, *, quiet: bool = False
 ) -> States:
     """The states of at most `most` groups, drawn by the seed; what an earlier call has read is kept. Every rank calls this.
 
@@ -116,9 +117,7 @@ def shard_paths(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return [folder / f"states-{i:05d}.safetensors" for i in range(-(-manifest["facts"]["groups"] // SHARD_GROUPS))]
 
 
-def _begin(
-    config: Config, folder: Path, groups: Groups, encoder: TextEncoder, count: int, ranks: Ranks
-) -> dict[str, Any]:
+def _begin(config: Run, folder: Path, groups: Groups, encoder: TextEncoder, count: int, ranks: Ranks) -> dict[str, Any]:
     if not ranks.main:
         return {}
     assert config.teacher is not None
@@ -162,7 +161,7 @@ class Recording:
 class StateReader(Reader):
     """Reads what `States` holds, but the positives."""
 
-    def __init__(self, settings: TeacherConfig, teacher: Any, encoder: TextEncoder, batch_size: int) -> None:
+    def __init__(self, settings: TeacherRole, teacher: Any, encoder: TextEncoder, batch_size: int) -> None:
         super().__init__(settings, teacher, encoder, batch_size)
         self.recording = Recording()
         teacher.scorer.lens = self.recording

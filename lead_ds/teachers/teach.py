@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lead_ds.config import Config, TeacherConfig
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.taught.relevance import VERSION, TeacherCache, identity, read_manifest
 from lead_ds.data.tokens.encoder import TextEncoder
@@ -23,6 +22,8 @@ from lead_ds.io.progress import progress
 from lead_ds.io.provenance import provenance
 from lead_ds.io.shards import MANIFEST, damage, refuse_strangers, unfinished
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.settings.roles import TeacherRole
+from lead_ds.settings.run import Run
 from lead_ds.teachers.cached import epochs_of
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import data_facts, teacher_facts
@@ -34,7 +35,7 @@ from lead_ds.teachers.teacher import Lesson
 
 
 def teach(
-    config: Config,
+    config: Run,
     out: Path,
     *,
     vectors: str | None = None,
@@ -88,7 +89,7 @@ def teach(
         return agreed(ranks, lambda: shards.cache.open(out, verify=False))
 
 
-def shards_of(config: Config, settings: TeacherConfig, out: Path, groups: Groups, vectors: str | None) -> Shards:
+def shards_of(config: Run, settings: TeacherRole, out: Path, groups: Groups, vectors: str | None) -> Shards:
     """What is to be kept."""
     if vectors is None:
         return RelevanceShards(config, settings, out, groups)
@@ -102,14 +103,14 @@ def unfinished_of(shards: Shards, manifest: dict[str, Any], ranks: Ranks) -> lis
     return ranks.from_main(unfinished(paths, lambda path: damage(path, owner), say) if ranks.main else [])
 
 
-def note_worth(config: Config, cache: TeacherCache, groups: Groups) -> None:
+def note_worth(config: Run, cache: TeacherCache, groups: Groups) -> None:
     """Write into the manifest what each layer was found to be worth."""
     write_json(
         cache.folder / MANIFEST, {**cache.manifest, "measured": worth_of_cache(cache, groups, Lesson.of(config))}
     )
 
 
-def teachable(config: Config, vectors: bool = False) -> TeacherConfig:
+def teachable(config: Run, vectors: bool = False) -> TeacherRole:
     """The teacher of a configuration. Raises InputError where it, or its `vectors`, cannot be cached."""
     teacher = config.teacher
     if teacher is None:
@@ -128,7 +129,7 @@ def teachable(config: Config, vectors: bool = False) -> TeacherConfig:
     return teacher
 
 
-def begin(config: Config, shards: Shards, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
+def begin(config: Run, shards: Shards, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
     """The manifest of a cache that an earlier call began, if it is of the same; else a new one, with layers None."""
     out = shards.out
     facts = {**facts_of(config, shards.groups, encoder, epochs, ranks), **shards.facts()}
@@ -144,7 +145,7 @@ def begin(config: Config, shards: Shards, encoder: TextEncoder, epochs: int | No
     return {"facts": facts, "layers": None, "teacher_path": config.teacher.path}
 
 
-def facts_of(config: Config, groups: Groups, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
+def facts_of(config: Run, groups: Groups, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
     """Everything that decides what a cache holds, and nothing else."""
     teacher = config.teacher
     assert teacher is not None

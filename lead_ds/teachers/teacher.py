@@ -14,8 +14,6 @@ from typing import Any, ClassVar, Literal
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.errors import InputError
-from lead_ds.losses.loss import Losses, Need
 from lead_ds.models.scorer import Output
 from lead_ds.relevance import Features
 from lead_ds.settings.base import Section
@@ -140,14 +138,3 @@ class Teacher(ABC):
 
 
 TEACHERS = Registry[type[Teacher]]("lead_ds.teachers")
-
-
-def refuse_ungiven(kind: str, teacher: type[Teacher], losses: Losses) -> None:
-    """Raise InputError for a loss that reads what no teacher of the kind gives, with what to set instead."""
-    for need, what in LACKS.items():
-        if need not in teacher.gives and (readers := losses.needing(need)):
-            where, remedy = f"losses.{readers[0]}.weight", "set it to 0, or name the model itself with its kind"
-            raise InputError(where, f"a teacher of kind {kind} has no {what}", remedy)
-
-
-LACKS: dict[Need, str] = {"layers": "layers to read", "features": "vectors", "attention": "attention maps"}

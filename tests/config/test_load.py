@@ -78,7 +78,7 @@ def test_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
         (["train.warmup_ratio=1.5"], "train.warmup_ratio", "less than or equal to 1"),
         (["losses.layer.select=best"], "losses.layer.select", "'random'"),
         (["losses.contrastive.weight=nan"], "losses.contrastive.weight", "finite"),
-        (["teacher=null"], "configuration", "teacher section is missing"),
+        (["teacher=null"], "teacher", "teacher section is missing"),
         (["losses.layer.select=given"], "losses.layer", "teacher_layers and student_layers"),
         (["losses.layer={select: given, teacher_layers: [], student_layers: []}"], "teacher_layers", "at least 1"),
         (["losses.attention.select=given"], "losses.attention", "teacher_layers and student_layers"),
@@ -104,7 +104,7 @@ def test_mistakes_are_told_with_their_place(tmp_path: Path, overrides: list[str]
 
 @pytest.mark.parametrize("kind", ["cross_encoder", "llm_reranker"])
 def test_a_teacher_of_pairs_needs_negatives(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(InputError, match=r"data\.negatives is 0"):
+    with pytest.raises(InputError, match=r"data\.negatives: is 0"):
         load_config(write(tmp_path), [f"teacher.kind={kind}", "data.negatives=0"])
     assert load_config(write(tmp_path), ["data.negatives=0"]).data.negatives == 0  # others compare over the batch
 

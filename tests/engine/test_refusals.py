@@ -48,9 +48,12 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "width": (
         {"student": {"token_dim": 8}},
-        "token_dim is nothing that a dual_encoder reads: set projection",
+        "student.token_dim: is ignored by kind: dual_encoder (set projection",
     ),
-    "length": ({"student": {"max_length": 8}}, "max_length is nothing that a dual_encoder reads: set query_length"),
+    "length": (
+        {"student": {"max_length": 8}},
+        "student.max_length: is ignored by kind: dual_encoder (set query_length",
+    ),
     "repeated": ({"student": {"layers": [0, 1, 1]}}, "names a layer twice"),
 }
 

@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "decoder reranker": ("teacher", {"teacher": "llm_reranker"}, ["teacher.kind", "llm_reranker", "cross_encoder"]),
     "cached": ("teacher", {"extra_teacher": {"kind": "cached"}}, ["teacher.kind", "cached"]),
     "no such section": ("both", {}, ["--of", "'both'", "student or teacher"]),
-    "nothing to compare": ("teacher", {"teacher": "cross_encoder", "data": {"negatives": 0}}, ["data.negatives is 0"]),
+    "nothing to compare": ("teacher", {"teacher": "cross_encoder", "data": {"negatives": 0}}, ["data.negatives: is 0"]),
     "run of other queries": ("student", {"student": {"kind": "colbert"}}, ["other.trec", "judged queries"]),
 }
 
@@ -100,6 +100,9 @@ def write(root: Path, rooms: Path, name: str, steps: int, sections: dict[str, An
     """The path of a configuration whose candidates are the whole collection."""
     run = "other.trec" if name == "run of other queries" else "all.trec"
     evaluation = {"split": "dev", "metric": "RR@10", "measures": MEASURES, "run": str(root / run), "depth": PASSAGES}
+    kinds = {sections.get("student", {}).get("kind", "dual_encoder"), sections.get("teacher", "dual_encoder")}
+    if kinds == {"dual_encoder"}:  # which search the whole collection
+        evaluation = {name: value for name, value in evaluation.items() if name not in ("run", "depth")}
     more = {
         "steps": steps,
         "save_every": steps,
@@ -174,8 +177,8 @@ def test_it_loads_as_a_teacher_and_as_a_student(warmed: dict[str, Any], rooms: P
     assert section is not None
     # Only where the model is changes; and another section of that kind need not repeat what the model's files tell.
     again = section.model_copy(update={"path": str(root / name / "model")})
-    told = {"path": again.path, "kind": again.kind, "query_length": again.query_length}
-    told |= {"passage_length": again.passage_length, "max_length": again.max_length}
+    lengths = ("query_length", "passage_length", "max_length")
+    told = {name: value for name, value in again.model_dump().items() if name in ("path", "kind", *lengths)}
     models = [again, StudentConfig.model_validate(told), TeacherConfig.model_validate(told)]
     queries = ["which thing has three hearts", "what feeds rivers in summer?"]
     passages = ["The octopus has three hearts, and blue blood.", "A glacier feeds rivers. Bread rises because of gas."]

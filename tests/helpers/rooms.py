@@ -87,9 +87,10 @@ def settings(
     **sections: Any,
 ) -> dict[str, Any]:
     """A configuration of a short run in float32; `sections` are merged into it."""
+    lengths = {} if "max_length" in TEACHERS[teacher] else {"passage_length": 48}
     tree: dict[str, Any] = {
         "seed": 3,
-        "teacher": {**TEACHERS[teacher], "dtype": "fp32", "passage_length": 48, **(extra_teacher or {})},
+        "teacher": {**TEACHERS[teacher], "dtype": "fp32", **lengths, **(extra_teacher or {})},
         "student": {"path": "student", "normalize": True, "passage_length": 48},
         "data": {"path": str(rooms / "data"), "negatives": 2},
         "losses": {"layer": {"k": 2, "every": 2, "layer_temperature": 1.0}},
@@ -103,6 +104,10 @@ def settings(
         tree[name] = (
             {**tree[name], **section} if isinstance(section, dict) and isinstance(tree.get(name), dict) else section
         )
+    if tree["student"].get("kind") == "cross_encoder":  # it reads pairs, and gives scores
+        tree["student"] = {
+            name: x for name, x in tree["student"].items() if name not in ("normalize", "passage_length")
+        }
     for model in ("teacher", "student"):
         if not Path(tree[model]["path"]).is_absolute():
             tree[model]["path"] = str(rooms / tree[model]["path"])

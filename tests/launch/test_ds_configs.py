@@ -78,7 +78,9 @@ def test_student_configuration_takes_the_runs_settings(file: Path) -> None:
         "train": {"batch_size": 3, "accumulation": 2, "clip": 1.5},
         "deepspeed": {"student": file.name},
     }
-    filled = student_deepspeed_config(Config.model_validate(tree), torch.bfloat16)
+    config = Config.model_validate(tree)
+    output = Path(config.output)
+    filled = student_deepspeed_config(config.deepspeed.student, config.train, config.monitor, output, torch.bfloat16)
     assert filled["zero_optimization"]["stage"] == int(file.stem[-1])
     assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (3, 2)
     assert filled["gradient_clipping"] == 1.5

@@ -125,7 +125,8 @@ def test_models_that_mix_a_row_are_refused(tmp_path: Path, family: str, dtype: t
 def test_half_precision_is_no_reason_to_refuse(tmp_path: Path) -> None:
     for family, kind, head in (("llama", "llm_reranker", "causal"), ("bert", "cross_encoder", "classifier")):
         path = tiny_model(tmp_path / family, family, head)
-        config = TeacherConfig.model_validate({"kind": kind, "path": path, "yes_token": "y", "no_token": "n"})
+        answers = {"yes_token": "y", "no_token": "n"} if kind == "llm_reranker" else {}
+        config = TeacherConfig.model_validate({"kind": kind, "path": path, **answers})
         scorer = load_teacher(config, torch.bfloat16)
         check_packing(scorer, scorer.all_layers, "teacher.passes")
 
@@ -161,11 +162,11 @@ def test_what_cannot_be_packed_is_refused() -> None:
         "data": {"path": "-"},
         "teacher": {"kind": "colbert", "path": "-", "passes": "packed"},
     }
-    with pytest.raises(ValueError, match=r"teacher\.passes: packed keeps one state of a text"):
+    with pytest.raises(ValueError, match="packed keeps one state of a text"):
         Config.model_validate(tree)
     tree |= {"teacher": {"kind": "dual_encoder", "path": "-"}, "student": {"path": "-", "passes": "packed"}}
     with pytest.raises(ValueError, match=r"train\.grad_cache makes passes of its own"):
         Config.model_validate(tree | {"train": {"grad_cache": 2}})
-    with pytest.raises(ValueError, match=r"student\.passes has no attention maps"):
+    with pytest.raises(ValueError, match=r"student\.passes\s+has no attention maps"):
         Config.model_validate(tree | {"losses": {"attention": {"weight": 1.0}}})
     Config.model_validate(tree | {"teacher": {"kind": "dual_encoder", "path": "-", "passes": "packed"}})

@@ -35,7 +35,7 @@ def tensors(features: Features) -> list[torch.Tensor]:
 
 def opened(rooms: Path, kind: str, **more: Any) -> tuple[Scorer, TextEncoder, ModelBatch]:
     """A teacher in float32, its tokens, and a batch of QUERIES with three of PASSAGES each."""
-    lengths = {"query_length": 40, "passage_length": 64}
+    lengths = {"query_length": 40, "passage_length": 64} if kind in ("dual_encoder", "colbert") else {}
     settings = TEACHERS[kind] | {"path": str(rooms / TEACHERS[kind]["path"]), **lengths, "dtype": "fp32", **more}
     config = TeacherConfig.model_validate(settings)
     teacher, encoder = load_teacher(config, torch.float32), load_text(config)

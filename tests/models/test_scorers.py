@@ -121,7 +121,8 @@ PAIRS = [
 def test_every_teacher_beside_a_student_of_another_family(
     tmp_path: Path, kind: Any, family: str, head: str, features: type, scale: Any
 ) -> None:
-    pairs: dict[str, Any] = {"max_length": 120, "yes_token": "y", "no_token": "n"} if features is ScoreFeatures else {}
+    pairs: dict[str, Any] = {"max_length": 120} if features is ScoreFeatures else {}
+    pairs |= {"yes_token": "y", "no_token": "n"} if kind == "llm_reranker" else {}
     teacher_config = TeacherConfig(kind=kind, path=tiny_model(tmp_path / "t", family, head), scale=scale, **pairs)
     student_config = StudentConfig(path=tiny_model(tmp_path / "s", "distilbert", seed=1), scale=scale)
     teacher = load_teacher(teacher_config, torch.float32)

@@ -47,8 +47,9 @@ def teacher(path: str, kind: Any, pooling: Any, weights: Any = "pretrained") -> 
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     with ranks() as here:
-        more: dict[str, Any] = {"token_dim": None, "yes_token": "y", "no_token": "n", "weights": weights}
-        config = TeacherConfig(kind=kind, path=path, pooling=pooling, **more)
+        more: dict[str, Any] = {"yes_token": "y", "no_token": "n"} if kind == "llm_reranker" else {}
+        more |= {"pooling": pooling} if kind == "dual_encoder" else {}
+        config = TeacherConfig(kind=kind, path=path, weights=weights, **more)
         torch.manual_seed(1)
         whole = load_teacher(config, torch.bfloat16).requires_grad_(False)
         scope = HfDeepSpeedConfig(_tree(torch.bfloat16))

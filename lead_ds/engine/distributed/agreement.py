@@ -17,6 +17,7 @@ from lead_ds.errors import InputError, LeadError
 from lead_ds.io.facts import flat
 from lead_ds.io.provenance import versions
 from lead_ds.settings.meaning import means
+from lead_ds.settings.run import Run
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ def agreed(ranks: Ranks, act: Callable[[], T]) -> T:
     raise cause
 
 
-def check_agreement(config: Any, resume: bool, ranks: Ranks) -> None:
+def check_agreement(config: Run, resume: bool, ranks: Ranks) -> None:
     """Raise InputError on every rank, naming rank and key, where configuration, package versions or files differ."""
     if ranks.world == 1:
         return

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lead_ds.config import Config
 from lead_ds.errors import InputError
 from lead_ds.settings.documents import read_json
+from lead_ds.settings.train import MonitorConfig, TrainConfig
 
 FLAGS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -65,13 +65,13 @@ def zero_stage(tree: dict[str, Any]) -> int:
     return int(tree.get("zero_optimization", {}).get("stage", 0))
 
 
-def _check_optimizer(tree: dict[str, Any], config: Config) -> None:
+def _check_optimizer(tree: dict[str, Any], train: TrainConfig) -> None:
     """Refuse what the run's own settings would silently override."""
     if "scheduler" in tree:
         remedy = "take it out: train.lr, train.schedule and train.warmup_ratio decide the learning rate"
         raise InputError("deepspeed.student", "has a scheduler", remedy)
     parameters = tree.get("optimizer", {}).get("params", {})
-    for key, ours in (("lr", config.train.lr), ("weight_decay", config.train.weight_decay)):
+    for key, ours in (("lr", train.lr), ("weight_decay", train.weight_decay)):
         if parameters.get(key, ours) == "auto":
             parameters[key] = ours
         if parameters.get(key, ours) != ours:
@@ -79,21 +79,22 @@ def _check_optimizer(tree: dict[str, Any], config: Config) -> None:
             raise InputError("deepspeed.student", what, f"take it out, and set train.{key}")
 
 
-def student_deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+def student_deepspeed_config(
+    source: str | dict[str, Any], train: TrainConfig, monitor: MonitorConfig, output: Path, dtype: torch.dtype
+) -> dict[str, Any]:
     """The student engine's configuration for this run: the JSON with batch sizes, precision, clipping and monitors."""
-    tree = read_deepspeed_config(config.deepspeed.student)
-    _check_optimizer(tree, config)
-    tree["train_micro_batch_size_per_gpu"] = config.train.batch_size
-    tree["gradient_accumulation_steps"] = config.train.accumulation
+    tree = read_deepspeed_config(source)
+    _check_optimizer(tree, train)
+    tree["train_micro_batch_size_per_gpu"] = train.batch_size
+    tree["gradient_accumulation_steps"] = train.accumulation
     tree.pop("train_batch_size", None)
-    tree["gradient_clipping"] = config.train.clip
+    tree["gradient_clipping"] = train.clip
     tree.setdefault("steps_per_print", 10**9)
     tree.setdefault("wall_clock_breakdown", False)
     _set_precision(tree, dtype)
     if tree.get("zero_optimization", {}).get("offload_optimizer") and "optimizer" not in tree:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
-    monitor_folder = str(Path(config.output).absolute() / "monitor")
-    monitor = config.monitor
+    monitor_folder = str(output.absolute() / "monitor")
     if monitor.tensorboard:
         tree["tensorboard"] = {"enabled": True, "output_path": monitor_folder, "job_name": "tensorboard"}
     if monitor.csv:

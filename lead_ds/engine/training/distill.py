@@ -45,7 +45,7 @@ from lead_ds.teachers.frozen import at_once
 from lead_ds.teachers.informative import informative
 from lead_ds.teachers.open import teacher_class
 from lead_ds.teachers.own import OwnTeacher
-from lead_ds.teachers.teacher import Lesson, Teacher, refuse_ungiven
+from lead_ds.teachers.teacher import Lesson, Teacher
 
 
 def distill(
@@ -171,7 +171,6 @@ def with_settled_teacher(config: Config) -> Config:
     if config.teacher is None or not config.losses.needs_teacher:
         return config
     kind = teacher_class(config.teacher.kind)
-    refuse_ungiven(config.teacher.kind, kind, config.losses)
     return config.model_copy(update={"teacher": kind.settled(config.teacher)})
 
 

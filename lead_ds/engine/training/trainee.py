@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     """The DeepSpeed engine that trains `trainee`."""
     import deepspeed
 
-    tree = student_deepspeed_config(config, dtype)
+    tree = student_deepspeed_config(config.deepspeed.student, config.train, config.monitor, Path(config.output), dtype)
     for scorer in (trainee.student, trainee.teacher):
         if scorer is not None and config.train.gradient_checkpointing:
             scorer.gradient_checkpointing_enable()

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import Config, StudentConfig, TeacherConfig, losses_section
+from lead_ds.config import Config, StudentConfig, TeacherConfig, losses_section, rules
 from lead_ds.config.load import parse_config
 from lead_ds.engine.training.distill import train
 from lead_ds.errors import InputError
 from lead_ds.models.kinds.kind import KINDS, kinds_that
 from lead_ds.settings.parse import load_tree
+from lead_ds.settings.train import EvaluationConfig
 from lead_ds.teachers.open import teacher_class
 
 
@@ -50,11 +51,17 @@ def warmup_config(config: Config, of: str = "student") -> Config:
     if of not in ("student", "teacher"):
         raise InputError("--of", f"{of!r} is no model of the configuration", "use student or teacher")
     tree = config.model_dump()
+    tree["train"]["overlap"] = False
     if of == "teacher":
         tree["student"] = trained(config.teacher)
         tree["train"]["lr"] = tree["teacher"]["lr"] or tree["train"]["lr"]
         contrastive = tree["losses"]["contrastive"]
         contrastive["temperature"] = contrastive["teacher_temperature"] or contrastive["temperature"]
+        # What the configuration says of its student's relevance and evaluation may be nothing that the teacher has.
+        if rules.reads_pairs(tree["student"]["kind"]):
+            contrastive["scope"], tree["train"]["in_batch"] = "auto", "global"
+        if rules.gives_vectors(tree["student"]["kind"]):
+            tree["evaluation"] |= EvaluationConfig().model_dump(include={"run", "depth"})
     tree["losses"]["contrastive"]["teacher_temperature"] = None
     tree["teacher"] = None
     for name, loss in tree["losses"].items():
@@ -74,7 +81,8 @@ def trained(teacher: TeacherConfig | None) -> dict[str, Any]:
         what = f"a model read as {teacher.kind} is not trained here"
         others = kinds_that("can_be_trained")
         raise InputError("teacher.kind", what, f"read the same model as one of {others}: it is given what it lacks")
-    section = {name: value for name, value in teacher.model_dump().items() if name in StudentConfig.model_fields}
+    known = StudentConfig.of(teacher.kind).model_fields
+    section = {name: value for name, value in teacher.model_dump().items() if name in known}
     if teacher.scale == "cosine" and not KINDS[teacher.kind].reads_pairs and teacher.normalize is None:
         section["normalize"] = True
     return section

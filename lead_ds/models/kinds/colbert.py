@@ -8,7 +8,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -35,6 +35,8 @@ _TOKENS = "token_embeddings"
 
 class ColBERTConfig(TextConfig):
     """A late-interaction model: what its token states become, and which of them count."""
+
+    instead: ClassVar = {**TextConfig.instead, "projection": "set token_dim, the width of its tokens' vectors"}
 
     kind: Literal["colbert"] = "colbert"
     normalize: bool | None = Field(None, description="unit-length token vectors; null: as its files say, else false")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,8 @@ _MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our names and se
 
 class DualEncoderConfig(TextConfig):
     """A dual encoder: how its token states become one vector."""
+
+    instead: ClassVar = {**TextConfig.instead, "token_dim": "set projection, the width of its vectors"}
 
     kind: Literal["dual_encoder"] = "dual_encoder"
     pooling: Literal["auto", "cls", "mean", "last"] = Field(
