@@ -113,7 +113,8 @@ def data_section(data: Any) -> dict[str, Any]:
     """The section of the training data: a folder, a file of groups, the section itself, or rows, which have no path."""
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
-        return {"path": str(path.parent), "train": path.name} if path.is_file() else {"path": str(path)}
+        folder = path.parent.parent if path.parent.name == "qrels" else path.parent  # where corpus and queries lie
+        return {"path": str(folder), "train": str(path.relative_to(folder))} if path.is_file() else {"path": str(path)}
     if isinstance(data, Mapping):
         if hasattr(data, "column_names"):
             splits = ", ".join(map(str, data))

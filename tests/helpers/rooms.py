@@ -75,7 +75,14 @@ TEACHERS = {
     "dual_encoder": {"kind": "dual_encoder", "path": "llama", "scale": "cosine"},
     "colbert": {"kind": "colbert", "path": "bert", "scale": "cosine"},
     "cross_encoder": {"kind": "cross_encoder", "path": "cross", "max_length": 64},
-    "llm_reranker": {"kind": "llm_reranker", "path": "reranker", "max_length": 64, "yes_token": "e", "no_token": "o"},
+    "llm_reranker": {
+        "kind": "llm_reranker",
+        "path": "reranker",
+        "max_length": 128,
+        "template": "{query} {passage}",
+        "yes_token": "e",
+        "no_token": "o",
+    },
 }
 
 
