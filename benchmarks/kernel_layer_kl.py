@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_spec import Ceilings, Inputs, KernelSpec, Shape
-from lead_ds.kernels import Factors, layer_kl
+from lead_ds.kernels import Factors, factors_kl
 from lead_ds.kernels.layer_kl.inputs import stores_maps
 from lead_ds.kernels.layer_kl.reference import layer_kl_reference
 from lead_ds.losses.divergence import relevance_kl
@@ -40,7 +40,7 @@ def eager(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Ten
 
 def ours(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Tensor:
     """The KL; the NLL comes with it."""
-    return layer_kl(Factors(tq, td), Factors(sq, sd), target)[0]
+    return factors_kl(Factors(tq, td), Factors(sq, sd), target)[0]
 
 
 def in_training(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Tensor:

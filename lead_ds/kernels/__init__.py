@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from lead_ds.kernels.grouped.op import grouped_attention_kl
     from lead_ds.kernels.interaction.op import interaction_attention
     from lead_ds.kernels.layer_kl.inputs import Factors
-    from lead_ds.kernels.layer_kl.op import layer_kl
+    from lead_ds.kernels.layer_kl.op import factors_kl, layer_kl
     from lead_ds.kernels.maxsim.op import maxsim
 
 __all__ = [
     "Factors",
     "attention_kl",
     "attention_kl_pairs",
+    "factors_kl",
     "grouped_attention_kl",
     "interaction_attention",
     "layer_kl",
@@ -39,6 +40,7 @@ _HOME = {
     "grouped_attention_kl": "lead_ds.kernels.grouped.op",
     "interaction_attention": "lead_ds.kernels.interaction.op",
     "Factors": "lead_ds.kernels.layer_kl.inputs",
+    "factors_kl": "lead_ds.kernels.layer_kl.op",
     "layer_kl": "lead_ds.kernels.layer_kl.op",
     "maxsim": "lead_ds.kernels.maxsim.op",
 }

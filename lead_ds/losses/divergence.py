@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lead_ds.kernels import Factors, layer_kl
+from lead_ds.kernels import Factors, factors_kl
 from lead_ds.relevance import MASKED, Impl, Relevance
 
 ENTROPY_QUERIES = 64  # entropies are a gauge, not a loss: so many queries tell, and the full map is never made for them
@@ -30,7 +30,7 @@ def relevance_kl(
     nats, float32 (float64 for float64 logits). A column masked for either model leaves both distributions, which are
     renormalised. Raises ValueError for unequal shapes.
 
-    Where both models hold vectors and the teacher needs no gradient, `kernels.layer_kl` computes it without the
+    Where both models hold vectors and the teacher needs no gradient, `kernels.factors_kl` computes it without the
     [K, Q, P] maps.
     """
     if shape(teacher) != shape(student):
@@ -41,7 +41,7 @@ def relevance_kl(
         # 16-bit factors go in as they are: their products are exact in float32, in which they are summed.
         taught = Factors(*t_factors, teacher_temperature, _cosine(teacher))
         learnt = Factors(*s_factors, student_temperature, _cosine(student))
-        return layer_kl(taught, learnt, target_Q, mask=mask_QP, impl=impl)
+        return factors_kl(taught, learnt, target_Q, mask=mask_QP, impl=impl)
     t_KQP, s_KQP = _logits(teacher, mask_QP), _logits(student, mask_QP)
     t_log = (t_KQP / teacher_temperature).log_softmax(-1)
     s_log = (s_KQP / student_temperature).log_softmax(-1)

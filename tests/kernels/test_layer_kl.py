@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lead_ds.kernels import Factors
-from lead_ds.kernels import layer_kl as fused
+from lead_ds.kernels import factors_kl as fused
+from lead_ds.kernels import layer_kl as public
 from lead_ds.kernels.layer_kl import chunked, inputs
 from lead_ds.kernels.layer_kl.reference import layer_kl_reference
 from tests.kernels.oracle import assert_as_accurate_as_eager
@@ -332,3 +333,11 @@ def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None
     given: dict[str, object] = dict(make((2, 3, 7, 8, 8), torch.float32, torch.device("cpu"))._asdict()) | change
     with pytest.raises(ValueError, match=message):
         layer_kl(**given)  # type: ignore[arg-type]
+
+
+def test_the_public_function_takes_inner_products_and_temperatures() -> None:
+    batch = make((2, 4, 12, 8, 6), torch.float32, torch.device("cpu"))
+    found = public(*batch, 1.5, 0.7, impl="torch")
+    expected = layer_kl_reference(*(x.double() if x.is_floating_point() else x for x in batch), 1.5, 0.7)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Layer-relevance KL as a torch operator and as the public function."""
+"""Layer-relevance KL as a torch operator and as the public functions."""
 
 from typing import Any
 
@@ -19,6 +19,26 @@ _LIBRARY.define(f"layer_kl_backward(Tensor grad, {_INPUTS}, Tensor saved, Tensor
 
 
 def layer_kl(
+    tq: Tensor,
+    td: Tensor,
+    sq: Tensor,
+    sd: Tensor,
+    target: Tensor,
+    teacher_temperature: float = 1.0,
+    student_temperature: float = 1.0,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`factors_kl` of inner products: tq [K, Q, Dt], td [K, P, Dt], sq [K, Q, Ds], sd [K, P, Ds], target [Q] int64.
+
+    >>> q, d = torch.ones(1, 2, 4), torch.ones(1, 3, 4)
+    >>> layer_kl(q, d, q, d, torch.tensor([0, 1]))[0].item()
+    0.0
+    """
+    return factors_kl(Factors(tq, td, teacher_temperature), Factors(sq, sd, student_temperature), target, impl=impl)
+
+
+def factors_kl(
     teacher: Factors, student: Factors, target: Tensor, *, mask: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """KL between a teacher's and a student's relevance distributions over a batch's passages, for K layer pairs at
@@ -36,7 +56,7 @@ def layer_kl(
     gradient, or an `impl` that cannot run here. LEAD, https://arxiv.org/abs/2212.05225.
 
     >>> one = Factors(torch.ones(1, 2, 4), torch.ones(1, 3, 4))
-    >>> layer_kl(one, one, torch.tensor([0, 1]))[0].item()
+    >>> factors_kl(one, one, torch.tensor([0, 1]))[0].item()
     0.0
     """
     problem = checked(teacher, student, target, mask)
