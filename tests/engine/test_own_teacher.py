@@ -15,8 +15,6 @@ from tests.engine.test_teach import write
 from tests.helpers.launch import ROOT
 from tests.helpers.rooms import settings
 
-pytest.importorskip("lead_ds.config.models", reason="sections of a run's configuration are not composed by kind yet")
-
 PACKAGE = ROOT / "examples" / "own_teacher"
 
 

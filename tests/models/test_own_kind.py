@@ -16,8 +16,6 @@ from tests.helpers.launch import ROOT
 from tests.helpers.tiny import tiny_dataset
 from tests.models.tiny_models import tiny_model, tokens_of
 
-pytest.importorskip("lead_ds.config.models", reason="sections of a run's configuration are not composed by kind yet")
-
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
