@@ -55,7 +55,7 @@ $(VENV)/.torch:
 
 # DeepSpeed compiles its operators when they are first used, not at installation; its build needs the torch above.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	DS_BUILD_OPS=0 $(PIP) install -q --no-build-isolation "deepspeed>=0.19"
+	DS_BUILD_OPS=0 $(PIP) install -q --no-build-isolation "deepspeed>=0.19.2"
 	$(PIP) install -q -e ".[cpu,demo]"
 	@touch $@
 
