@@ -12,7 +12,17 @@ from collections.abc import Sequence
 import typer
 
 from lead_ds import __version__
-from lead_ds.cli import evaluation, operations, pipeline, preparation, retrieval, sharing, teaching, training
+from lead_ds.cli import (
+    evaluation,
+    inspection,
+    operations,
+    pipeline,
+    preparation,
+    retrieval,
+    sharing,
+    teaching,
+    training,
+)
 from lead_ds.errors import InputError, LeadError
 
 # Usage errors: click's own class, or that of the click which newer versions of typer carry inside.
@@ -51,6 +61,7 @@ teaching.add_commands(app)
 pipeline.add_commands(app)
 retrieval.add_commands(app)
 evaluation.add_commands(app)
+inspection.add_commands(app)
 sharing.add_commands(app)
 operations.add_commands(app)
 

@@ -11,7 +11,7 @@ import torch
 
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import read_model_config
-from lead_ds.models.files import RECORD, read_json
+from lead_ds.models.files import RECORD, family_of, read_json
 from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.settings.parse import apply_override, parse_section
 
@@ -94,8 +94,19 @@ def load_scorer(
 
 
 def kind_of(path: str) -> str:
-    """The kind of a model, by its record, its modules or its architecture."""
-    return str(read_json(path, RECORD).get("kind") or _likeliest(path))
+    """The kind of a model, by its record, its modules or its architecture.
+
+    Raises InputError for a plain language model: nothing in its files says how it would retrieve.
+    """
+    said = read_json(path, RECORD).get("kind")
+    if said:
+        return str(said)
+    names = read_json(path, "config.json").get("architectures") or ()
+    causal = next((name for name in names if str(name).endswith("ForCausalLM")), None)
+    if causal is not None and family_of(path) is None:
+        what = f"is a language model ({causal}), and no file says how it retrieves"
+        raise InputError(path, what, f"set its kind (--kind K, or kind: K): {', '.join(KINDS)}")
+    return _likeliest(path)
 
 
 def _likeliest(path: str, *, vectors: bool = False) -> str:

@@ -1,0 +1,108 @@
+"""A model as sentence-transformers reads it: the difference of its vectors or scores to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.errors import InputError
+from lead_ds.io.hub import hub_settings
+from lead_ds.models.backbone import quiet
+from lead_ds.models.files import family_of
+from lead_ds.models.kinds.kind import Kind
+
+TOLERANCE = 2e-5  # of the largest value, or of 1 where that is smaller
+
+TEXTS = (
+    "owl",
+    "a",
+    "which thing has three hearts",
+    "What is late interaction?",
+    "  blank edges and\ttabs  ",
+    "first line\nsecond line\n\nfourth line",
+    "Zürich ist größer als Köln, naïve façade",
+    "東京は日本の首都です。",
+    "Привет, мир! Как дела?",
+    "مرحبا بالعالم",
+    "emoji 🦉🐙 and é combined",
+    "x = {'key': [1, 2.5, None]}  # code, not prose",
+    "https://example.org/a/long/path?with=query&and=more#fragment",
+    "The octopus has three hearts and blue blood. " * 6,
+    "bread rises because yeast makes gas " * 60,
+    "a long text\nof many lines\n" * 200,
+)
+
+
+def compare(scorer: Kind, encoder: TextEncoder, texts: Sequence[str] = TEXTS) -> dict[str, Any]:
+    """The largest difference between ours and the reference's vectors, token vectors or scores of texts, in float32.
+
+    Texts are read as queries and as passages; of a model of pairs, each with the next one. The reference reads the model's
+    files alone, without settings. equal: whether the difference is within `TOLERANCE` of the largest value (of 1 if smaller).
+    Raises InputError for a kind that sentence-transformers does not read in this way.
+    """
+    reference = _reference(scorer)
+    with torch.no_grad(), quiet():
+        found = _pairs(scorer, encoder, reference, texts) if scorer.reads_pairs else {}
+        if not scorer.reads_pairs:
+            found["queries"] = _side(scorer, encoder.queries(texts), reference.encode_query(list(texts), batch_size=1))
+            read = reference.encode_document(list(texts), batch_size=1)
+            found["passages"] = _side(scorer, encoder.passages(texts), read)
+    scale = max(1.0, *(size for _, size in found.values()))
+    difference = max(gap for gap, _ in found.values())
+    return {
+        "reference": type(reference).__name__,
+        "texts": len(texts),
+        "differences": {side: gap for side, (gap, _) in found.items()},
+        "difference": difference,
+        "tolerance": TOLERANCE * scale,
+        "equal": difference <= TOLERANCE * scale,  # false for what is not finite
+        "by_its_files": family_of(scorer.config.path) == scorer.family,
+    }
+
+
+def _reference(scorer: Kind) -> Any:
+    import sentence_transformers
+
+    path = scorer.config.path
+    if scorer.use.library != "sentence-transformers":
+        what = f"sentence-transformers has no {scorer.use.name} of this form to compare with"
+        raise InputError("--compare", what, "compare it with its card's code")
+    options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": scorer.config.trust_remote_code}
+    try:
+        with quiet():
+            model = getattr(sentence_transformers, scorer.family)(
+                path, device="cpu", model_kwargs={"dtype": torch.float32}, **options
+            )
+    except Exception as error:  # a foreign directory can be wrong in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "leave --compare out"
+        raise InputError(path, f"sentence-transformers cannot read it: {reason[:200]}", remedy) from error
+    return model.eval()
+
+
+def _side(scorer: Kind, tokens: dict[str, Tensor], theirs: Any) -> tuple[float, float]:
+    """The largest difference and the largest value of the vectors of texts."""
+    ours = scorer(tokens=tokens)
+    counts = tokens.get("score_mask")
+    gap, size = torch.zeros(()), torch.zeros(())
+    for i, reference in enumerate(theirs):
+        expected = torch.as_tensor(reference).float()
+        mine = ours[i] if counts is None else ours[i][counts[i].bool()]
+        if mine.shape != expected.shape:
+            return float("inf"), float(expected.abs().max())
+        gap = torch.maximum(gap, (mine - expected).abs().max())  # NaN stays NaN
+        size = torch.maximum(size, expected.abs().max())
+    return float(gap), float(size)
+
+
+def _pairs(scorer: Kind, encoder: TextEncoder, reference: Any, texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    passages = [*texts[1:], texts[0]]
+    ours = scorer(tokens=encoder.pairs(texts, passages))
+    pairs = list(zip(texts, passages, strict=True))
+    logits = reference.predict(pairs, batch_size=1, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
+    expected = logits.float() if logits.dim() == 1 else logits[:, 1] - logits[:, 0]
+    return {"pairs": (float((ours - expected).abs().max()), float(expected.abs().max()))}
