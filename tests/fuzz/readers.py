@@ -21,10 +21,11 @@ from lead_ds.data.collections.qrels import read_qrels, read_run
 from lead_ds.data.collections.texts import Kind, Texts
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught import relevance
-from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, student_deepspeed_config
+from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
 from lead_ds.engine.records.checkpoint import MANIFEST as CHECKPOINT
 from lead_ds.engine.records.checkpoint import Checkpoints, checksum
 from lead_ds.errors import LeadError
+from lead_ds.io import shards
 from lead_ds.io.mapped import read_arrays, write_arrays
 from lead_ds.prepare.beir import open_beir
 from lead_ds.prepare.build import prepare
@@ -143,9 +144,7 @@ PLAIN = Config.model_validate(
 
 
 def deepspeed(path: Path) -> None:
-    tree = read_deepspeed_config(str(path))
-    config = PLAIN.model_copy(update={"deepspeed": PLAIN.deepspeed.model_copy(update={"student": tree})})
-    student_deepspeed_config(config, torch.float32)
+    student_deepspeed_config(str(path), PLAIN.train, PLAIN.monitor, Path(PLAIN.output), torch.float32)
 
 
 def beir(pack: str) -> bytes:
@@ -207,7 +206,7 @@ def tensors() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         arrays = relevance.shard_arrays([np.array([3, 1]), np.array([2])], np.ones((3, 2), np.float32))
-        relevance.save_arrays(path, arrays, "cache")
+        shards.save_arrays(path, arrays, "cache")
         return path.read_bytes()
 
 
@@ -270,7 +269,7 @@ READERS = {
         Reader("tar", (beir("tar"),), archive("x.tar")),
         Reader("tgz", (beir("tgz"),), archive("x.tgz")),
         *(Reader(f"vectors: {part}", (good,), read, part == MANIFEST) for part, (good, read) in VECTORS.items()),
-        Reader("safetensors", (tensors(),), lambda path: relevance.damage(path, "cache")),
+        Reader("safetensors", (tensors(),), lambda path: shards.damage(path, "cache")),
         Reader("kept arrays", (kept(),), lambda path: read_arrays(path, {"size": 3})),
         Reader("checkpoint's manifest", (b'{"state.json": "00"}',), checkpoint(CHECKPOINT), True),
         Reader("best checkpoint", (b'{"step": 3, "checkpoint": "step-00000003"}',), checkpoint("best.json"), True),
