@@ -53,7 +53,7 @@ def test_runs(run: dict[str, dict[str, float]], tag: str) -> None:
         except InputError:
             names = [tag, *run, *(name for found in run.values() for name in found)]
             scores = [score for found in run.values() for score in found.values()]
-            assert any(len(name.split()) != 1 for name in names) or not all(map(math.isfinite, scores))
+            assert any(name.split() != [name] for name in names) or not all(map(math.isfinite, scores))
             assert not path.exists()
         else:
             assert read_run(path) == run

@@ -115,7 +115,7 @@ def read_run(path: str | Path) -> Run:
 
 def blank_name(names: Iterable[str]) -> str | None:
     """The first of `names` that a run cannot hold, whose fields white space ends; repr'd, None where there is none."""
-    return next((repr(name) for name in names if len(name.split()) != 1), None)
+    return next((repr(name) for name in names if name.split() != [name]), None)
 
 
 def check_run_names(dataset: Dataset, out: str | Path, tag: str = "lead-ds") -> None:
