@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,13 +45,15 @@ def compare(scorer: Kind, encoder: TextEncoder, texts: Sequence[str] = TEXTS) ->
     files alone, without settings. equal: whether the difference is within `TOLERANCE` of the largest value (of 1 if smaller).
     Raises InputError for a kind that sentence-transformers does not read in this way.
     """
-    reference = _reference(scorer)
     with torch.no_grad(), quiet():
-        found = _pairs(scorer, encoder, reference, texts) if scorer.reads_pairs else {}
-        if not scorer.reads_pairs:
-            found["queries"] = _side(scorer, encoder.queries(texts), reference.encode_query(list(texts), batch_size=1))
-            read = reference.encode_document(list(texts), batch_size=1)
-            found["passages"] = _side(scorer, encoder.passages(texts), read)
+        with _told(scorer.config.path):
+            reference = _reference(scorer)
+            theirs = _read(reference, texts, pairs=scorer.reads_pairs)
+        if scorer.reads_pairs:
+            tokens = {"pairs": encoder.pairs(texts, _next(texts))}
+        else:
+            tokens = {"queries": encoder.queries(texts), "passages": encoder.passages(texts)}
+        found = {side: _gap(scorer, tokens[side], theirs[side]) for side in tokens}
     scale = max(1.0, *(size for _, size in found.values()))
     difference = max(gap for gap, _ in found.values())
     return {
@@ -72,20 +75,44 @@ def _reference(scorer: Kind) -> Any:
         what = f"sentence-transformers has no {scorer.use.name} of this form to compare with"
         raise InputError("--compare", what, "compare it with its card's code")
     options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": scorer.config.trust_remote_code}
-    try:
-        with quiet():
-            model = getattr(sentence_transformers, scorer.family)(
-                path, device="cpu", model_kwargs={"dtype": torch.float32}, **options
-            )
-    except Exception as error:  # a foreign directory can be wrong in any way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "leave --compare out"
-        raise InputError(path, f"sentence-transformers cannot read it: {reason[:200]}", remedy) from error
+    model = getattr(sentence_transformers, scorer.family)(
+        path, device="cpu", model_kwargs={"dtype": torch.float32}, **options
+    )
+    if model.tokenizer.pad_token is None:  # it refuses to pad a batch of one, which needs none
+        model.tokenizer.pad_token = model.tokenizer.eos_token
     return model.eval()
 
 
-def _side(scorer: Kind, tokens: dict[str, Tensor], theirs: Any) -> tuple[float, float]:
-    """The largest difference and the largest value of the vectors of texts."""
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Turn what sentence-transformers raises, loading or reading, into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a foreign directory can be wrong in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"sentence-transformers cannot read it: {reason[:200]}"
+        raise InputError(path, what, "leave --compare out") from error
+
+
+def _next(texts: Sequence[str]) -> list[str]:
+    """The passage of each text's pair."""
+    return [*texts[1:], texts[0]]
+
+
+def _read(reference: Any, texts: Sequence[str], *, pairs: bool) -> dict[str, Any]:
+    """The reference's vectors or token vectors of texts, or the scores of pairs, one at a time: padding changes nothing."""
+    if not pairs:
+        queries = reference.encode_query(list(texts), batch_size=1)
+        return {"queries": queries, "passages": reference.encode_document(list(texts), batch_size=1)}
+    rows = list(zip(texts, _next(texts), strict=True))
+    logits = reference.predict(rows, batch_size=1, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
+    return {"pairs": logits if logits.dim() == 1 else logits[:, 1] - logits[:, 0]}
+
+
+def _gap(scorer: Kind, tokens: dict[str, Tensor], theirs: Any) -> tuple[float, float]:
+    """The largest difference and the largest value of what is said of texts or pairs."""
     ours = scorer(tokens=tokens)
     counts = tokens.get("score_mask")
     gap, size = torch.zeros(()), torch.zeros(())
@@ -97,12 +124,3 @@ def _side(scorer: Kind, tokens: dict[str, Tensor], theirs: Any) -> tuple[float, 
         gap = torch.maximum(gap, (mine - expected).abs().max())  # NaN stays NaN
         size = torch.maximum(size, expected.abs().max())
     return float(gap), float(size)
-
-
-def _pairs(scorer: Kind, encoder: TextEncoder, reference: Any, texts: Sequence[str]) -> dict[str, tuple[float, float]]:
-    passages = [*texts[1:], texts[0]]
-    ours = scorer(tokens=encoder.pairs(texts, passages))
-    pairs = list(zip(texts, passages, strict=True))
-    logits = reference.predict(pairs, batch_size=1, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
-    expected = logits.float() if logits.dim() == 1 else logits[:, 1] - logits[:, 0]
-    return {"pairs": (float((ours - expected).abs().max()), float(expected.abs().max()))}

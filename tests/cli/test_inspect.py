@@ -152,6 +152,33 @@ def test_a_language_model_is_never_guessed(tmp_path: Path) -> None:
     assert "decoder reranker" in told
 
 
+def test_a_reference_that_fails_is_one_line(tmp_path: Path) -> None:
+    # RoBERTa's positions start at two: sentence-transformers cuts at 130 tokens, where 128 fit.
+    path = tiny_model(tmp_path, "xlm-roberta", "classifier", labels=2)
+    status, out, told = run(path, "max_length=100", "--compare")
+    assert (status, out) == (2, "")
+    assert told.startswith(f"error: {path}: sentence-transformers cannot read it: ")
+    assert len(told.splitlines()) == 1
+
+
+def test_sharded_weights_of_16_bits_and_a_tokenizer_without_padding(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import AutoModel
+
+    path = tiny_model(tmp_path / "origin", "qwen3")
+    model = SentenceTransformer(modules=[Transformer(path), Pooling(32, "lasttoken"), Normalize()])
+    model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    AutoModel.from_pretrained(path).to(torch.bfloat16).save_pretrained(tmp_path / "saved", max_shard_size="30KB")
+    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
+    facts = facts_of(tmp_path / "saved")
+    assert (facts["weights"], facts["read_as"], facts["pooling"]) == (["BF16"], "bf16", "last")
+    facts = facts_of(tmp_path / "saved", "--compare")
+    assert facts["compared"]["equal"], facts["compared"]
+
+
 def broken(folder: Path, what: str) -> None:
     """Do harm to a copy of a good model."""
     if what == "no config":
