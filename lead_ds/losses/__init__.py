@@ -6,12 +6,15 @@ Knows relevance and features only: no model, no text, no process. Temperatures d
 from lead_ds.losses.attention import Attention, TextTaps, attention_loss, pair_taps
 from lead_ds.losses.contrastive import Contrastive, contrastive_loss
 from lead_ds.losses.divergence import entropy, relevance_kl
+from lead_ds.losses.embedding import Embedding, embedding_distance
 from lead_ds.losses.layer import Layer, LayerKLOutput, layer_relevance_kl
 from lead_ds.losses.loss import LOSSES, Chosen, Loss, Losses, LossSettings, LossShape, ModelFacts, Need, register
 from lead_ds.losses.margin_mse import MarginMSE, margin_mse
 from lead_ds.losses.objective import Asked, Objective, ObjectiveOutput
 from lead_ds.losses.response import Response, response_kl
 from lead_ds.losses.selection import Depths, informative_layers
+from lead_ds.losses.similarity import Similarity, similarity_mse
+from lead_ds.losses.spread import Spread, spread_out
 from lead_ds.losses.views import Scope, Side, Views
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "Chosen",
     "Contrastive",
     "Depths",
+    "Embedding",
     "Layer",
     "LayerKLOutput",
     "Loss",
@@ -35,10 +39,13 @@ __all__ = [
     "Response",
     "Scope",
     "Side",
+    "Similarity",
+    "Spread",
     "TextTaps",
     "Views",
     "attention_loss",
     "contrastive_loss",
+    "embedding_distance",
     "entropy",
     "informative_layers",
     "layer_relevance_kl",
@@ -47,4 +54,6 @@ __all__ = [
     "register",
     "relevance_kl",
     "response_kl",
+    "similarity_mse",
+    "spread_out",
 ]

@@ -36,6 +36,7 @@ SECTIONS: dict[str, Any] = {
     "student": {"scale": "cosine"},
     "losses": {
         "margin_mse": {"weight": 0.1},
+        "embedding": {"weight": 0.1},
         "layer": {"select": "random", "k": 2, "every": 1, "layer_temperature": 1.0},
     },
 }

@@ -22,7 +22,7 @@ class Settings(LossSettings):
     margin: float = 0.5
 
 @register
-class Spread(Loss):
+class Sprawl(Loss):
     name, Settings, needs = "NAME", Settings, frozenset()
 
     def forward(self, views):
@@ -32,13 +32,13 @@ class Spread(Loss):
 USE = """
 from lead_ds.config import losses_section
 losses = losses_section()()
-assert losses.spread.weight == 0 and losses.spread.margin == 0.5, losses
-active = losses_section().model_validate({"spread": {"weight": 2, "margin": 0.1}}).active
-assert set(active) == {"spread", "contrastive", "response", "layer"}, list(active)
+assert losses.sprawl.weight == 0 and losses.sprawl.margin == 0.5, losses
+active = losses_section().model_validate({"sprawl": {"weight": 2, "margin": 0.1}}).active
+assert set(active) == {"sprawl", "contrastive", "response", "layer"}, list(active)
 try:
-    losses_section().model_validate({"spread": {"margn": 0.1}})
+    losses_section().model_validate({"sprawl": {"margn": 0.1}})
 except ValueError as error:
-    assert "spread.margn" in str(error)
+    assert "sprawl.margn" in str(error)
     print("refused")
 """
 BASE = {"student": {"path": "-"}, "data": {"path": "-"}, "losses": {"response": {"weight": 0}, "layer": {"weight": 0}}}
@@ -46,11 +46,11 @@ BASE = {"student": {"path": "-"}, "data": {"path": "-"}, "losses": {"response": 
 
 def install(folder: Path, code: str) -> None:
     """A package as pip would leave it: a module, and the metadata that names its entry point."""
-    (folder / "spread_loss.py").write_text(code)
-    info = folder / "spread_loss-1.0.dist-info"
+    (folder / "sprawl_loss.py").write_text(code)
+    info = folder / "sprawl_loss-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: spread-loss\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[lead_ds.losses]\nspread = spread_loss:Spread\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sprawl-loss\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lead_ds.losses]\nsprawl = sprawl_loss:Sprawl\n")
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_installed_package_adds_a_loss(tmp_path: Path) -> None:
-    install(tmp_path, LOSS.replace("NAME", "spread"))
+    install(tmp_path, LOSS.replace("NAME", "sprawl"))
     done = run(USE, tmp_path)
     assert done.stdout == "refused\n", done.stderr
 
@@ -67,22 +67,22 @@ def test_an_installed_package_adds_a_loss(tmp_path: Path) -> None:
 def test_a_broken_package_is_named(tmp_path: Path) -> None:
     install(tmp_path, "import a_module_that_is_not_there")
     done = run("from lead_ds.config import losses_section; losses_section()", tmp_path)
-    assert "spread_loss:Spread): the package that adds spread cannot be imported: ModuleNotFoundError" in done.stderr
+    assert "sprawl_loss:Sprawl): the package that adds sprawl cannot be imported: ModuleNotFoundError" in done.stderr
 
 
 def test_a_file_that_the_configuration_names(tmp_path: Path) -> None:
     path = tmp_path / "named.py"
-    path.write_text(LOSS.replace("NAME", "spread_of_file"))
+    path.write_text(LOSS.replace("NAME", "sprawl_of_file"))
     tree = {**BASE, "plugins": [str(path)]}
     try:
-        config = Config.model_validate({**tree, "losses": {**BASE["losses"], "spread_of_file": {"weight": 0.5}}})
+        config = Config.model_validate({**tree, "losses": {**BASE["losses"], "sprawl_of_file": {"weight": 0.5}}})
         again = Config.model_validate(config.model_dump(mode="json"))
         assert again == config
         assert not config.losses.needs_teacher
         facts = ModelFacts("dual_encoder", layers=3)
-        assert set(config.losses.build(LossShape(facts))) == {"spread_of_file", "contrastive"}
+        assert set(config.losses.build(LossShape(facts))) == {"sprawl_of_file", "contrastive"}
     finally:
-        LOSSES._parts.pop("spread_of_file", None)
+        LOSSES._parts.pop("sprawl_of_file", None)
 
 
 def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""How alike the texts of a batch are to each other: the student's similarity matrices drawn to the teacher's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from lead_ds.losses.loss import Loss, LossSettings, register
+from lead_ds.losses.vectors import Vectors, cosines, final_vectors
+from lead_ds.losses.views import Views
+
+Pairs = Literal["query_query", "passage_passage", "query_passage"]
+
+
+class SimilaritySettings(LossSettings):
+    """Squared error between the student's and the teacher's cosines of a batch's texts."""
+
+    of: list[Pairs] = Field(
+        ["query_query", "passage_passage", "query_passage"], min_length=1, description="each matrix counts alike"
+    )
+
+    @field_validator("of")
+    @classmethod
+    def _each_once(cls, of: list[Pairs]) -> list[Pairs]:
+        if len(set(of)) < len(of):
+            raise ValueError("names a matrix twice")
+        return of
+
+
+def similarity_mse(student_AB: Tensor, teacher_AB: Tensor) -> Tensor:
+    """Mean squared difference of two similarity matrices [A, B]; a scalar of their dtype, gradient to both.
+
+    Jasper and Stella, arXiv 2412.19048.
+    """
+    return (student_AB - teacher_AB).square().mean()
+
+
+@register
+class Similarity(Loss):
+    """L = mean over matrices of mean_(a, b) (cos(s_a, s_b) - cos(t_a, t_b))^2, of final vectors, whatever their widths.
+
+    a and b are queries [Q] and passages [Q * N] of this process's micro-batch; a text's cosine with itself, 1 for both
+    models, is among the pairs. The teacher gets no gradient. Jasper and Stella, arXiv 2412.19048.
+
+    Raises InputError for models without vectors of texts.
+
+    >>> from lead_ds.losses import LossShape, ModelFacts, Scope, Side
+    >>> from lead_ds.relevance import VectorFeatures
+    >>> student = Side(VectorFeatures(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])))
+    >>> teacher = Side(VectorFeatures(torch.tensor([[[1.0]]]), torch.tensor([[[2.0]]])))
+    >>> facts = ModelFacts("dual_encoder", layers=3)
+    >>> loss = Similarity(Similarity.set(weight=1, of=["query_passage"]), LossShape(facts, facts))
+    >>> loss(Views(student, teacher, Scope(group=1))).item()  # (0 - 1)^2
+    1.0
+    """
+
+    name, Settings, needs = "similarity", SimilaritySettings, frozenset({"features"})
+
+    def forward(self, views: Views) -> Tensor:
+        """A scalar."""
+        student = self._matrices(final_vectors(views.student, "student", self.name))
+        teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
+        return torch.stack([similarity_mse(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
+
+    def _matrices(self, vectors: Vectors) -> list[Tensor]:
+        q, p = vectors
+        sides = {"query_query": (q, q), "passage_passage": (p, p), "query_passage": (q, p)}
+        return [cosines(*sides[pairs]) for pairs in self.settings.of]
