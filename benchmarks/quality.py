@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     every = argparse.ArgumentParser(add_help=False)
     every.add_argument("--work", type=Path, required=True, help="where everything goes")
-    every.add_argument("--split", choices=["test", "dev"], default="test", help="whose queries are asked")
+    every.add_argument("--split", choices=["test", "dev"], default="test", help="whose queries are run")
     models = argparse.ArgumentParser(add_help=False)
     models.add_argument("--models", type=Path, required=True, help="folder of models")
     steps = argparse.ArgumentParser(add_help=False)

@@ -27,7 +27,7 @@ def evaluate(
     kind: str | None = typer.Option(
         None,
         "--kind",
-        help="A kind of model; default: what the model's files say.",
+        help="A kind of model; default: what the model's files name.",
     ),
     data: Path | None = typer.Option(None, "--data", help="With --model: the dataset's folder."),
     split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),

@@ -22,7 +22,7 @@ def pipeline(
     first: str | None = typer.Option(None, "--from", help="Begin with this stage; those before must be complete."),
     until: str | None = typer.Option(None, "--until", help="End after this stage."),
     again: str | None = typer.Option(
-        None, "--again", help="Make these anew although they are complete; what they made is kept under another name."
+        None, "--again", help="Run these again although they are complete; their earlier output is kept under another name."
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show stages, their states and commands; run nothing."),
     launcher: str | None = typer.Option(
@@ -32,7 +32,7 @@ def pipeline(
     ),
     as_json: bool = typer.Option(False, "--json", help="Print stages and results as JSON; all else goes to stderr."),
 ) -> None:
-    """The whole LEAD recipe from one file; run it again to continue: what is complete is passed over.
+    """The whole LEAD recipe from one file; run it again to continue: what is complete is skipped.
 
     negatives (BM25) -> first retriever -> mine hard negatives -> warm up teacher and student -> lens, cache of the teacher ->
     distil -> encode -> index -> search -> evaluate. Each stage is a command of lead-ds that is shown as it is run.

@@ -20,7 +20,7 @@ def prepare(
     triples: bool = typer.Option(True, help="Read training triples or candidates; else the judgements alone."),
     negatives: int = typer.Option(0, "--negatives", min=0, help="At most so many of each training group; 0: all."),
     drop_missing: bool = typer.Option(False, "--drop-missing", help="Leave out judgements of ids without a text."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Begin anew in a folder that was prepared before."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start over in a folder that was prepared before."),
 ) -> None:
     """Bring published files into the layout that every command reads, and check it. Run it again after a kill to finish.
 

@@ -41,7 +41,7 @@ def teach(
         "--vectors",
         metavar="LAYERS",
         help="Of a dual encoder, keep vectors of every query and passage, of these layers and the final one: 9,10,11 or "
-        "last:3, all, final (no layer besides), auto (those that losses.layer reads).",
+        "last:3, all, final (no other layer), auto (those that losses.layer reads).",
     ),
     shard_groups: int | None = typer.Option(None, "--shard-groups", min=1, help="Groups of a file; default: by kind."),
     shard_texts: int | None = typer.Option(

@@ -79,7 +79,7 @@ class _OfKind(ModelConfig):
         if isinstance(value, Section):
             return value
         if not isinstance(value, Mapping):
-            raise refusal(cls.__name__, "kind", value, "is no section", "write it as {path: ..., kind: ...}")
+            raise refusal(cls.__name__, "kind", value, "is not a section", "write it as {path: ..., kind: ...}")
         kinds = cls.kinds()
         kind = value.get("kind", cls.usual)
         section = cls.of(kind)

@@ -107,7 +107,7 @@ class Batches:
             )
         if groups.identical and self.rank == 0:
             what = (
-                f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is no negative of it"
+                f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is not a negative of it"
             )
             say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
         self._draw: Callable[[int, int, int], Group] = groups.draw

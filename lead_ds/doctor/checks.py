@@ -80,7 +80,7 @@ def _tools(facts: dict[str, Any], line: Any) -> Iterator[Line]:
         "pip install ninja (DeepSpeed compiles with it)",
     )
     if cuda:
-        remedy = "install the CUDA toolkit and set CUDA_HOME, if a configuration asks for DeepSpeed's own optimizers"
+        remedy = "install the CUDA toolkit and set CUDA_HOME, if a configuration uses DeepSpeed's own optimizers"
         yield line("CUDA compiler", "green" if facts["nvcc"] else "yellow", facts["nvcc"] or "no nvcc", remedy)
     operators = facts["operators"]
     if isinstance(operators, str):

@@ -72,7 +72,7 @@ def read_hostfile(path: Path) -> list[Host]:
 def ssh_command(host: str, remote: str, port: int | None) -> list[str]:
     """The argument list that runs a shell command on a host."""
     if not NAME.fullmatch(host):
-        raise InputError(host, "is no host name", "correct the hostfile")
+        raise InputError(host, "is not a host name", "correct the hostfile")
     options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={CONNECT_SECONDS}"]
     options += ["ServerAliveInterval=5", "ServerAliveCountMax=3"]
     command = ["ssh", "-T", *(part for option in options for part in ("-o", option))]

@@ -62,7 +62,7 @@ def model_section(model: ModelLike, role: str) -> dict[str, Any]:
     if isinstance(model, str | Path):
         model = {"path": model}
     if not isinstance(model, Mapping):
-        what = f"a {type(model).__name__} is no {role}"
+        what = f"a {type(model).__name__} is not a {role}"
         remedy = "give load(...), a path, a torch module, or a section such as {'path': ..., 'kind': ...}"
         raise InputError(f"{WHERE}: {role}", what, remedy)
     section = dict(model)
@@ -133,7 +133,7 @@ def losses_section(losses: Mapping[str, Any] | Sequence[Any] | None, taught: boo
         return only(losses)
     if not isinstance(losses, Sequence) or isinstance(losses, str):
         remedy = "give a list such as [losses.Response(weight=3)], or a dictionary"
-        raise InputError(f"{WHERE}: losses", f"a {type(losses).__name__} is no set of losses", remedy)
+        raise InputError(f"{WHERE}: losses", f"a {type(losses).__name__} is not a set of losses", remedy)
     chosen: dict[str, Any] = {}
     for item in losses:
         name, values = chosen_loss(item)
@@ -148,7 +148,7 @@ def chosen_loss(item: object) -> tuple[str, dict[str, Any]]:
     loss, values = (item.loss, item.values) if isinstance(item, Chosen) else (item, {})
     if not (isinstance(loss, type) and issubclass(loss, Loss)):
         remedy = "give losses.Response(weight=3), or a class of your own: a subclass of lead_ds.losses.Loss"
-        raise InputError(f"{WHERE}: losses", f"a {type(item).__name__} is no loss", remedy)
+        raise InputError(f"{WHERE}: losses", f"a {type(item).__name__} is not a loss", remedy)
     try:
         register(loss)
     except (AttributeError, ValueError) as error:

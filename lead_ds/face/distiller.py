@@ -86,7 +86,7 @@ class Distiller:
     def _set(self, config: Config, given: Given, product: str) -> None:
         for callback in given.callbacks:
             if not isinstance(callback, Callback):
-                what = f"a {type(callback).__name__} is no Callback"
+                what = f"a {type(callback).__name__} is not a Callback"
                 raise InputError("callbacks", what, "make it a subclass of lead_ds.Callback, and give an instance")
         self.config, self._given, self._product = config, given, product
         self._student: Model | None = None

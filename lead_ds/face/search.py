@@ -94,7 +94,7 @@ class Reranker:
         else:
             ids, texts = _named(candidates)  # type: ignore[arg-type]
         if any(not text for text in texts):
-            remedy = "give the searcher the corpus' folder besides its index"
+            remedy = "give the searcher the corpus' folder as well as its index"
             raise InputError("candidates", "a passage has no text", remedy)
         found = zip(ids, self.scores(query, texts), texts, strict=True)
         return sorted((Hit(*each) for each in found), key=lambda hit: -hit.score)[:k]

@@ -24,7 +24,7 @@ try:  # three times the speed of the standard library, and nothing else depends 
 except ImportError:
 
     def _refused(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     def loads(line: bytes) -> Any:
         value = json.loads(line, parse_constant=_refused)
@@ -87,7 +87,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every record with its line number (from 1). Raises InputError naming file and line for what is no JSON object."""
+    """Every record with its line number (from 1). Raises InputError naming file and line for what is not JSON object."""
     path = require_file(Path(path))
     for number, line in read_lines(path):
         yield number, parse_record(line.encode(), path, number)

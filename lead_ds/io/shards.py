@@ -43,7 +43,7 @@ def unfinished(
     for shard, path in enumerate(paths):
         problem = damaged(path) if path.exists() else ""
         if problem:
-            tell(f"{path.name} is damaged ({problem}): it is made anew")
+            tell(f"{path.name} is damaged ({problem}): it is made again")
         if problem is not None:
             todo.append(shard)
     return todo

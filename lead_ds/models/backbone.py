@@ -170,7 +170,7 @@ def check_layers(layers: Sequence[int], total: int, path: str) -> None:
     """InputError where an index is not one of a model's layers."""
     for i in layers:
         if not 0 <= i < total:
-            raise InputError(path, f"layer {i} asked of a model with {total} layers", f"0 to {total - 1}")
+            raise InputError(path, f"layer {i} was requested of a model with {total} layers", f"0 to {total - 1}")
 
 
 def _words(name: str) -> list[str]:

@@ -43,7 +43,7 @@ def saved_modules(path: str) -> list[tuple[str, str]]:
             raise InputError(file, f"module {module['type']} is not supported", f"{', '.join(_READ)} are")
         found.append((kind, folder))
     if not found or found[0][0] != "Transformer":
-        raise InputError(file, "its first module is no Transformer", "there are no layers to read")
+        raise InputError(file, "its first module is not a Transformer", "there are no layers to read")
     return found
 
 

@@ -36,7 +36,7 @@ def save_student(
     all is written. Raises TypeError for a kind that is no student's.
     """
     if not scorer.can_be_student:
-        raise TypeError(f"a {scorer.name} is no student")
+        raise TypeError(f"a {scorer.name} is not a student")
     with whole_folder(Path(folder)) as made:
         own = scorer.card() if isinstance(scorer, OwnEncoder) else None
         write_student(scorer, encoder, made, state_dict or scorer.state_dict(), own or card)

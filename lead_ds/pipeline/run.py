@@ -146,7 +146,7 @@ def look(recipe: Recipe, records: Records, anew: set[str]) -> dict[str, Finding]
     found: dict[str, Finding] = {}
     for name, stage in recipe.stages.items():
         if name in anew:
-            found[name] = Finding("to do", "asked for again", aside=True)
+            found[name] = Finding("to do", "requested again", aside=True)
             continue
         products = {
             need: records.product(recipe.stages[need]) if found[need].state == "done" else None for need in stage.needs

@@ -114,7 +114,7 @@ class Records:
             return Finding("to do")
         changed = sorted(name for name, value in needs.items() if record["needs"].get(name) != value)
         if changed:
-            return Finding("to do", f"{', '.join(changed)} was made anew since", aside=True)
+            return Finding("to do", f"{', '.join(changed)} was made again since", aside=True)
         if not record.get("finished"):
             return Finding("to resume")
         now = {name: self._fingerprints.file(stage.root / name) for name in record["outputs"]}

@@ -90,11 +90,11 @@ class Builder:
             return True
         holds = manifest.holds(name)
         if manifest.complete and not holds:
-            remedy = "move it away, or --overwrite to prepare everything anew"
+            remedy = "move it away, or --overwrite to prepare everything again"
             raise InputError(self._folder / name, "was changed since it was prepared", remedy)
         if key not in entry["keys"] and manifest.shared:
             if self._source.corpus is not None:
-                what = f"must be written anew, and others were added to {self._folder}"
+                what = f"must be written again, and others were added to {self._folder}"
                 raise InputError(self._folder / name, what, "--overwrite, then prepare those again")
             if name != "queries.jsonl" and not manifest.complete:
                 remedy = "give a folder that does not have it"

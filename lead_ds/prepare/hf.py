@@ -98,7 +98,7 @@ def _tables(datasets: Any, name: str, configuration: str | None) -> dict[str, Ta
         files = [folder] if folder.is_file() else _local_files(folder)
         kinds = {_FILES.get(file.suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
-            raise InputError(where, "is no dataset", f"a saved dataset, or files in {', '.join(_FILES)}")
+            raise InputError(where, "is not a dataset", f"a saved dataset, or files in {', '.join(_FILES)}")
         splits: dict[str, list[str]] = {}
         for file in files:
             splits.setdefault(_split_of(file), []).append(str(file))

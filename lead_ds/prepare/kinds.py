@@ -36,7 +36,7 @@ def open_source(
         if value is not None and name not in KINDS[kind]:
             option = "--no-triples" if name == "triples" else f"--{name}"
             readers = ", ".join(other for other, options in KINDS.items() if name in options)
-            raise InputError(option, f"says nothing to {kind}", f"it is for {readers}")
+            raise InputError(option, f"is ignored by {kind}", f"it is for {readers}")
     path = Path(src).expanduser()
     if kind.startswith("msmarco"):
         from lead_ds.prepare.msmarco import open_msmarco

@@ -70,7 +70,7 @@ class Manifest:
                 return
             if known["corpus"] and (source.corpus is not None or not known["complete"]):
                 what = "holds" if known["complete"] else "holds an unfinished"
-                remedy = "give another folder, or --overwrite to begin anew" if source.corpus else "finish it first"
+                remedy = "give another folder, or --overwrite to start over" if source.corpus else "finish it first"
                 raise InputError(self.folder, f"{what} {known['kind']} of {known['source']}", remedy)
         self._current = {"kind": source.kind, "source": source.name, "corpus": source.corpus is not None}
         self._current |= {"complete": False, "versions": source.versions}
@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's tree. Raises InputError when it is absent or of another version."""
     tree = read_json(folder / NAME, "name a folder that lead-ds prepare wrote")
     if tree.get("version") != _VERSION:
-        remedy = "prepare it anew with --overwrite"
+        remedy = "prepare it again with --overwrite"
         raise InputError(folder / NAME, f"is of version {tree.get('version')!r}, not {_VERSION}", remedy)
     return tree
 

@@ -62,7 +62,7 @@ def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
         except UnicodeDecodeError as error:
             raise InputError(path, f"not UTF-8: {error.reason}", "convert the file to UTF-8") from None
         except csv.Error as error:
-            what = f"is no CSV: {error}"
+            what = f"is not CSV: {error}"
             raise InputError(
                 f"{path}:{reader.line_num}", what, "close its quotes, or save it as TSV, where they are text"
             ) from None

@@ -51,7 +51,7 @@ def open_trec_dl(path: Path, out: Path, corpus: Path | None = None, task: str | 
     if corpus is not None:
         texts = canonical_corpus(corpus) or open_corpus(_KINDS[task], corpus)
     elif not (out / NAME).is_file():
-        what = "is no prepared folder to add the tracks to"
+        what = "is not a prepared folder to add the tracks to"
         raise InputError(out, what, "prepare msmarco-passage there first, or name a collection with --corpus")
     return Source(
         "trec-dl",

@@ -160,7 +160,7 @@ class Vectors:
         manifest = read_json(folder / MANIFEST, "make it with lead-ds encode")
         sizes = manifest.get("count"), manifest.get("shard_rows")
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise InputError(folder / MANIFEST, "does not tell how many vectors there are", AGAIN)
+            raise InputError(folder / MANIFEST, "does not give the number of vectors", AGAIN)
         vectors = cls(folder, manifest)
         missing = [shard for shard in range(vectors.shards) if not vectors.path(shard).exists()]
         if missing:
@@ -173,7 +173,7 @@ class Vectors:
             if vectors.block(shard).dtype.kind != "f":
                 raise InputError(vectors.path(shard), f"holds {vectors.block(shard).dtype}, not vectors", AGAIN)
             if vectors.block(shard).shape != (len(vectors.rows(shard)), width):
-                raise InputError(vectors.path(shard), "holds another number of vectors than the manifest tells", AGAIN)
+                raise InputError(vectors.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
         return vectors
 
     def __len__(self) -> int:

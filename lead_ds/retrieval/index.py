@@ -174,7 +174,7 @@ class Index:
 def check_k(k: int, passages: int, where: str = "k") -> None:
     """Raise InputError when more results are asked for than there are passages."""
     if k > passages:
-        raise InputError(where, f"{k} results asked of {passages} passages", f"use at most {passages}")
+        raise InputError(where, f"{k} results requested of {passages} passages", f"use at most {passages}")
 
 
 def _to_gpus(index: Any, gpus: int, layout: GpuLayout, *, half: bool) -> Any:
@@ -184,7 +184,7 @@ def _to_gpus(index: Any, gpus: int, layout: GpuLayout, *, half: bool) -> Any:
 
     found = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     if found < gpus:
-        what = f"{gpus} asked for, FAISS sees {found}"
+        what = f"{gpus} requested, FAISS sees {found}"
         raise InputError("gpus", what, "install faiss-gpu, check CUDA_VISIBLE_DEVICES, or use gpus 0")
     options = faiss.GpuMultipleClonerOptions()
     options.shard, options.useFloat16 = layout == "shard", half

@@ -89,7 +89,7 @@ def number(text: str) -> int | float:
     (5e-05, 100, -inf)
     """
     if not _NUMBER.fullmatch(text):
-        raise ValueError(f"{text!r} is no number")
+        raise ValueError(f"{text!r} is not a number")
     plain = text.lower().replace(".inf", "inf").replace(".nan", "nan")
     if plain.startswith(("0o", "0x")):
         return int(plain, 0)
@@ -112,7 +112,7 @@ def read_json(text: str, where: str | Path) -> Any:
     twice: list[str] = []
 
     def refused(name: str) -> Any:
-        raise ValueError(f"{name} is no number in JSON")
+        raise ValueError(f"{name} is not a number in JSON")
 
     def collected(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         tree = dict(pairs)

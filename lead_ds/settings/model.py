@@ -37,7 +37,7 @@ class ModelConfig(Section):
     )
     passes: Annotated[Positive | Literal["packed"] | None, BITS] = Field(
         None,
-        description="forwards per micro-batch of the student, per window of the teacher: texts are sorted by length, so that "
+        description="forwards per micro-batch of the student, per window of the teacher. Texts are sorted by length, so that "
         "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
         "model once, not twice; 2 to 4 save padding; packed does both: one forward over rows in which texts stand side by "
         "side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: one for queries, one "
@@ -66,7 +66,7 @@ class PairConfig(ModelConfig):
     instead: ClassVar = {
         "query_length": "set max_length, of the two together",
         "passage_length": "set max_length, of the two together",
-        "pooling": "take it out: its head says which state is read",
+        "pooling": "take it out: its head decides which state is read",
         "normalize": "take it out: a score has no length; scale: standard takes z-scores",
     }
 

@@ -44,7 +44,7 @@ def in_modes(key: str, default: str, modes: Mapping[str, type[Section]]) -> Any:
             return value
         if not isinstance(value, dict):
             raise PydanticCustomError(
-                "refused", "is no section", {"remedy": f"write it as one, such as {{{key}: {default}}}"}
+                "refused", "is not a section", {"remedy": f"write it as one, such as {{{key}: {default}}}"}
             )
         chosen = value.get(key, default)
         section = modes.get(chosen) if isinstance(chosen, str) else None

@@ -40,7 +40,7 @@ class TrainConfig(Section):
     log_every: Annotated[Positive, PACE] = 10
     save_every: Annotated[Positive, PACE] = 1000
     evaluate_every: NonNegative = Field(1000, description="0: only at the end")
-    keep: Annotated[Positive, PACE] = Field(3, description="checkpoints kept; the best one is kept besides")
+    keep: Annotated[Positive, PACE] = Field(3, description="checkpoints kept; the best one is also kept")
     patience: NonNegative = Field(0, description="evaluations without a better metric before stopping; 0: never stop")
     watchdog_minutes: Annotated[float, PACE] = Field(
         30.0,

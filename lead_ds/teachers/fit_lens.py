@@ -117,7 +117,7 @@ def fittable(config: Run) -> TeacherRole:
     if teacher.train:
         raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
     if config.data.negatives == 0:
-        raise InputError("data.negatives", "is 0: there is nothing to tell a positive from", "set it to 7, say")
+        raise InputError("data.negatives", "is 0: there is nothing to compare a positive with", "set it to 7, say")
     return teacher
 
 

@@ -147,7 +147,7 @@ def test_there_are_pairs_and_modes() -> None:
         ({"kind": "cross_encoder", "path": "x", "query_length": 9}, "teacher.query_length", "set max_length"),
         ({"kind": "cross_encoder", "path": "x", "query_lenght": 9}, "teacher.query_lenght", "did you mean"),
         ({"kind": "cross_encoder"}, "teacher.path", "is required"),
-        ("cross_encoder", "teacher.kind", "is no section"),
+        ("cross_encoder", "teacher.kind", "is not a section"),
     ],
 )
 def test_mistakes_in_a_model_are_told_with_their_place(section: Any, place: str, says: str) -> None:

@@ -60,4 +60,4 @@ def test_turns_and_what_is_unfinished(tmp_path: Path) -> None:
         path.write_text("")
     told: list[str] = []
     assert unfinished(paths, lambda path: "spoilt" if path.name == "2" else None, told.append) == [1, 2, 3]
-    assert told == ["2 is damaged (spoilt): it is made anew"]
+    assert told == ["2 is damaged (spoilt): it is made again"]

@@ -122,8 +122,8 @@ def test_a_bad_row_is_named(change: dict[str, Any], what: str) -> None:
     ("rows", "what"),
     [
         ([], "data: holds no groups"),
-        ("data/x", "data: a str is no list of rows"),
-        (iter(ROWS), "is no list of rows"),
+        ("data/x", "data: a str is not a list of rows"),
+        (iter(ROWS), "is not a list of rows"),
         ([GOOD, "text"], r"data\[1\]: is a str, not a dictionary"),
         ([{"text": "a", "url": 3}], r"data\[0\]: no known format of groups has the fields 'text', 'url'"),
         ([{"query_id": "1", "positives": ["p1"]}], r"data\[0\]: no known format"),

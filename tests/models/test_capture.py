@@ -169,7 +169,7 @@ def test_padding_side_changes_nothing(tmp_path: Path, family: str, pooling: str)
 
 def test_an_index_out_of_range_names_the_model(tmp_path: Path) -> None:
     scorer = _encoder(tmp_path, "bert")
-    with pytest.raises(InputError, match=r"layer 3 asked of a model with 3 layers \(0 to 2\)") as error:
+    with pytest.raises(InputError, match=r"layer 3 was requested of a model with 3 layers \(0 to 2\)") as error:
         scorer(_batch(), layers=(0, 3))
     assert str(tmp_path) in str(error.value)
 
@@ -224,7 +224,7 @@ def test_a_modernbert_cut_without_its_first_layer_loads_again(tmp_path: Path) ->
     _, info = transformers.AutoModel.from_pretrained(tmp_path / "shallow", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    with pytest.raises(InputError, match="layer 4 asked of a model with 4 layers"):
+    with pytest.raises(InputError, match="layer 4 was requested of a model with 4 layers"):
         load_student(StudentConfig(path=path, layers=[0, 4]), torch.float32)
 
 

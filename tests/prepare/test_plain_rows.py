@@ -59,7 +59,7 @@ def test_csv_quotes_hold_lines_and_must_be_closed(tmp_path: Path) -> None:
     path.write_text('query,positive\n"a ""b""\nc",001\n')
     assert list(plain_rows([path])) == [{"query": 'a "b"\nc', "positive": "001"}]
     path.write_text('query,positive\n"a,001\nb,2\n')
-    with pytest.raises(InputError, match=r"train.csv:3: is no CSV: unexpected end of data"):
+    with pytest.raises(InputError, match=r"train.csv:3: is not CSV: unexpected end of data"):
         list(plain_rows([path]))
 
 

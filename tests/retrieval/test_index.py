@@ -42,7 +42,7 @@ def test_flat_is_exact(vectors: Vectors, flat: Path) -> None:
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ whole.T, expected, 1), rtol=1e-4, atol=1e-5)
     assert index.search(queries, 60)[1].shape == (5, 60)
-    with pytest.raises(InputError, match="k: 61 results asked of 60 passages"):
+    with pytest.raises(InputError, match="k: 61 results requested of 60 passages"):
         index.search(queries, 61)
     with pytest.raises(InputError, match="use at least 1"):
         index.search(queries, 0)
@@ -83,7 +83,7 @@ def test_only_what_is_trained_is_built_on_gpus(vectors: Vectors, flat: Path, tmp
     queries = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
     folder = build_index(vectors, tmp_path / "flat", "Flat", gpus=1000, quiet=True)
     np.testing.assert_array_equal(Index.open(folder).search(queries, 7)[1], Index.open(flat).search(queries, 7)[1])
-    with pytest.raises(InputError, match="1000 asked for, FAISS sees"):
+    with pytest.raises(InputError, match="1000 requested, FAISS sees"):
         build_index(vectors, tmp_path / "cells", "IVF4,Flat", gpus=1000, quiet=True)
 
 
@@ -117,7 +117,7 @@ def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path)
         build_index(vectors, flat)
     with pytest.raises(InputError, match="has no nprobe"):
         Index.open(flat, nprobe=4)
-    with pytest.raises(InputError, match="1000 asked for, FAISS sees"):
+    with pytest.raises(InputError, match="1000 requested, FAISS sees"):
         Index.open(flat, gpus=1000)
     for file in flat.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -132,7 +132,7 @@ def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path)
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("manifest.json", b"{}", "does not tell how many"),
+        ("manifest.json", b"{}", "does not give the number"),
         ("manifest.json", None, "make it with lead-ds encode"),
         ("vectors-00001.npy", b"nonsense", "vectors-00001.npy: is damaged"),
         ("vectors-00001.npy", -100, "vectors-00001.npy: is damaged"),
@@ -172,7 +172,7 @@ def test_search_with_and_without_an_index(model: Path, data: Path, flat: Path) -
     assert Searcher.open(model, index=flat, device="cpu").search("x", k=2)[0].text == ""
     for searcher in (exact, indexed):
         assert len(searcher.search("x", k=60)) == len(searcher.run(["q"], ["x"])["q"]) == 60
-        with pytest.raises(InputError, match="k: 1000 results asked of 60 passages"):
+        with pytest.raises(InputError, match="k: 1000 results requested of 60 passages"):
             searcher.search("x", k=1000)
 
 

@@ -179,7 +179,7 @@ def test_wrong_input_writes_nothing(small: Dataset, model: Path, tmp_path: Path)
         mine({"other": {"a": 1.0}}, small, out)
     with pytest.raises(InputError, match=r"qrels.dev\.tsv"):
         mine(RUN, small, out, "dev")
-    with pytest.raises(InputError, match="depth: 7 results asked of 6 passages"):
+    with pytest.raises(InputError, match="depth: 7 results requested of 6 passages"):
         mine(RUN, small, out, settings=MineSettings(number=2, depth=7))
     with pytest.raises(ValidationError, match="is less than skip"):
         MineSettings(number=3, skip=1, depth=3)

@@ -236,7 +236,7 @@ def _names(block: Block, kind: Kind) -> list[bytes]:
         if not isinstance(record["text"], str):
             block.fail(row, "the field 'text' is not a string", f"each line is {_SHAPE[kind]}")
         if kind == "corpus" and not isinstance(record.get("title"), str | None):
-            block.fail(row, "the field 'title' is not a string", 'write it as one, or "" where there is none')
+            block.fail(row, "the field 'title' is not a string", 'write it as one, or "" for no title')
     raise AssertionError("a block that fails has a record that fails")
 
 

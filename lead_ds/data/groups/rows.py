@@ -54,7 +54,7 @@ class RowGroups(ListedGroups):
         that is no group, and where there are too few passages to draw negatives from.
         """
         if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, str | bytes | dict):
-            what = f"a {type(rows).__name__} is no list of rows"
+            what = f"a {type(rows).__name__} is not a list of rows"
             raise InputError(NAME, what, "give a list of dictionaries, a datasets.Dataset, or the path of a folder")
         if len(rows) == 0:
             raise InputError(NAME, "holds no groups", f"each row is {FORMATS['texts']}")

@@ -62,7 +62,7 @@ class TeacherCache(ABC):
             for path in names:
                 problem = damage(path, cache.identity)
                 if problem:
-                    raise InputError(path, f"is damaged: {problem}", f"{_AGAIN}: it makes this shard anew")
+                    raise InputError(path, f"is damaged: {problem}", f"{_AGAIN}: it makes this shard again")
         return cache
 
     def __reduce__(self) -> tuple[Any, ...]:

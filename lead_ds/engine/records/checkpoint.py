@@ -205,7 +205,7 @@ def damage(path: Path) -> str | None:
     except (OSError, ValueError):
         return "its manifest cannot be read"
     if not isinstance(files, dict):
-        return "its manifest is none"
+        return "its manifest is not a JSON object"
     for name, expected in files.items():
         try:
             if checksum(path / name) != expected:

@@ -240,7 +240,7 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
     nearest = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     if not ranks.from_main(nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise InputError(
-            output, f"cannot be made: {nearest} is no folder that you may write to", "set output= to another"
+            output, f"cannot be made: {nearest} is not a folder that you may write to", "set output= to another"
         )
 
 

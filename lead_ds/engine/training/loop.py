@@ -89,7 +89,7 @@ class Training:
                 if self.step % train.save_every == 0 or last or improved or asked:
                     self.save(improved)
                 if callbacks.asked() or asked:
-                    self.recorder.say(f"a callback asked to stop: stopping at step {self.step}")
+                    self.recorder.say(f"a callback requested a stop: stopping at step {self.step}")
                     break
                 if train.patience and self.worse >= train.patience:
                     self.recorder.flush()

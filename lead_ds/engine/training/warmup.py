@@ -49,7 +49,7 @@ def warmup_config(config: Config, of: str = "student") -> Config:
     vectors of unit length. Raises InputError for a section that is missing or whose kind cannot be trained on labels.
     """
     if of not in ("student", "teacher"):
-        raise InputError("--of", f"{of!r} is no model of the configuration", "use student or teacher")
+        raise InputError("--of", f"{of!r} is not a model of the configuration", "use student or teacher")
     tree = config.model_dump()
     tree["train"]["overlap"] = False
     if of == "teacher":

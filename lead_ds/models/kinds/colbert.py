@@ -39,12 +39,12 @@ class ColBERTConfig(TextConfig):
     instead: ClassVar = {**TextConfig.instead, "projection": "set token_dim, the width of its tokens' vectors"}
 
     kind: Literal["colbert"] = "colbert"
-    normalize: bool | None = Field(None, description="unit-length token vectors; null: as its files say, else false")
+    normalize: bool | None = Field(None, description="unit-length token vectors; null: as its files have it, else false")
     query_expansion: bool | None = Field(
-        None, description="pad queries to query_length with mask tokens that count; null: as its files say"
+        None, description="pad queries to query_length with mask tokens that count; null: as its files have it"
     )
     mask_punctuation: bool | None = Field(
-        None, description="punctuation tokens of a passage never match; null: as its files say"
+        None, description="punctuation tokens of a passage never match; null: as its files have it"
     )
     token_dim: Positive | None = Field(None, description="width of a new token projection; null: none")
 

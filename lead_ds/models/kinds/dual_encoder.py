@@ -176,7 +176,7 @@ print(model.similarity(queries, passages))""",
 
     @classmethod
     def reads(cls, config: Any) -> str:
-        similarity = "cosine" if config.normalize else "dot product, or as config_sentence_transformers.json says"
+        similarity = "cosine" if config.normalize else "dot product, or as set in config_sentence_transformers.json"
         return f"Similarity: {similarity}. {super().reads(config)}"
 
     @property
