@@ -3,8 +3,8 @@
 Every launcher of this folder starts this file once per rank. It
 - finds its place (RANK, WORLD_SIZE, LOCAL_RANK) in what DeepSpeed, torchrun, SLURM, Open MPI or MPICH set;
 - passes the command's output on, and keeps a copy in $LEAD_DS_LOGS/rank-N.log;
-- when any rank fails, ends its own command: rank 0 listens on LEAD_DS_WATCH_PORT, the others stay connected to it, so
-  that a dead rank or a dead machine is noticed in seconds, not at a collective's timeout. Every rank then returns the
+- when any rank fails, ends its own command. Rank 0 listens on LEAD_DS_WATCH_PORT and the others stay connected to it.
+  So a dead rank or a dead machine is noticed in seconds, not at a collective's timeout. Every rank then returns the
   failing rank's status, and that rank's last lines are shown;
 - after a restart by torchrun, continues a `distill` with --resume.
 It imports nothing but the standard library: it costs every rank a few megabytes.
@@ -100,7 +100,7 @@ class Watch:
         return self.verdict or failure
 
     def linger(self) -> None:
-        """Rank 0 stays a moment after a failure, so that those who come late are told, too."""
+        """Rank 0 stays a moment after a failure, so that those who come late hear of it, too."""
         if self.rank == 0:
             time.sleep(1 if len(self.peers) + 1 >= self.world else 4)
 

@@ -1,6 +1,6 @@
 """Layer features and the one noun of this project, relevance.
 
-A model says of a micro-batch, for each of K selected layers, how relevant passages are to queries. Three forms of
+For a micro-batch and each of K selected layers, a model gives the relevance of passages to queries. Three forms of
 features carry that: pooled vectors (dual encoder), token states (ColBERT) and scores (cross-encoder, decoder reranker).
 Each gives a `Relevance`, [K, Q, P]; nothing past this file need know which family a model is of.
 
@@ -29,9 +29,9 @@ MASKED = -1e30  # finite: -inf minus -inf would poison a masked row's gradient
 class Relevance:
     """Relevance logits [K, Q, P], held as the tensor itself or as the two vector factors whose product it is.
 
-    Factors let a kernel compute a divergence without the [K, Q, P] map; they keep the dtype of the features, and with
-    `cosine` the logits are their products over their lengths. `mask` [Q, P] (False: that passage is left out of
-    the query's distribution) is applied to `logits` and handed to kernels beside `factors`.
+    Factors let a kernel compute a divergence without the [K, Q, P] map. They keep the dtype of the features; with
+    `cosine` the logits are their products over their lengths. `mask` [Q, P] (False: that passage is left out of the
+    query's distribution) is applied to `logits` and handed to kernels beside `factors`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ F = TypeVar("F", bound="Features")
 
 
 class Features(ABC):
-    """What a model says of a micro-batch's texts, K layers at once. Immutable: every method gives new features.
+    """What a model gives for a micro-batch's texts, K layers at once. Immutable: every method gives new features.
 
     `scale`: what its relevance is put through. `grouped`: it knows only of a query's own passages.
     """

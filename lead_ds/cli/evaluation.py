@@ -69,8 +69,8 @@ def evaluate(
 
     lead-ds evaluate --run run.trec --qrels qrels.dl19-passage.txt --relevance-level 2
 
-    A ColBERT, a cross-encoder and a decoder reranker order the passages of --run, or BM25's best; a dual encoder does so
-    where --run or --depth is given, and searches the whole corpus otherwise.
+    A ColBERT, a cross-encoder and a decoder reranker order the passages of --run, or BM25's best. A dual encoder does
+    so where --run or --depth is given, and searches the whole corpus otherwise.
     """
     if model is None and run is None:
         raise InputError("evaluate", "give --model with --data, or --run with --qrels", "see lead-ds evaluate --help")
@@ -191,7 +191,7 @@ def tell(scores: Any, json_file: Path | None, per_query: bool) -> None:
 
 
 def told_as_json(tree: dict[str, Any], json_file: Path | None) -> bool:
-    """Write JSON to the file that was asked for, if any; whether it went to standard output, which then holds nothing else."""
+    """Write JSON to the requested file, if any; whether it went to standard output, which then holds nothing else."""
     if json_file is None:
         return False
     if str(json_file) == "-":

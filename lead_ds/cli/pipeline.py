@@ -22,7 +22,9 @@ def pipeline(
     first: str | None = typer.Option(None, "--from", help="Begin with this stage; those before must be complete."),
     until: str | None = typer.Option(None, "--until", help="End after this stage."),
     again: str | None = typer.Option(
-        None, "--again", help="Run these again although they are complete; their earlier output is kept under another name."
+        None,
+        "--again",
+        help="Run these again although they are complete; their earlier output is kept under another name.",
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show stages, their states and commands; run nothing."),
     launcher: str | None = typer.Option(

@@ -19,8 +19,9 @@ def export(
 ) -> None:
     """Export a dual encoder: one ONNX graph from token ids to the finished vector, its int8 form, or a plain directory.
 
-    The result is compared with the original before it is put in place: ONNX must give the same vectors to 1e-4, int8 tells
-    its cosine to them, and with --data what it costs in nDCG@10. Beside the model stand tokenizer, configuration and card.
+    The result is compared with the original before it is put in place. ONNX must give the same vectors to 1e-4; of int8
+    the cosine to them is reported, and with --data what it costs in nDCG@10. Beside the model stand tokenizer,
+    configuration and card.
 
     lead-ds export --model runs/x/student --to onnx exported/onnx
 

@@ -59,7 +59,7 @@ def teach(
 
     Holds every positive and negative that a group lists, for any seed. Run it again after a kill to finish.
 
-    Such a cache compares a query with its own passages. A dual encoder compares it with every passage of the batch, and so
+    Such a cache compares a query with its own passages. A dual encoder compares it with every passage of the batch. So
     does a cache of its vectors, which is larger: each text once, 2 bytes x width x (layers + 1). It takes any
     losses.layer that reads no other layers, any losses and any teacher.scale:
 

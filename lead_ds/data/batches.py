@@ -73,7 +73,7 @@ class Batches:
     """The windows of a run. Stateless: window s depends on the seed and s, not on what was read before.
 
     Each epoch is a permutation of the groups; step s takes its next W*A*B (an incomplete rest is dropped). Within a step,
-    micro-batch a of rank r holds groups a*W*B + r*B and the next B-1, so that one process with batch W*B sees the
+    micro-batch a of rank r holds groups a*W*B + r*B and the next B-1. So one process with batch W*B sees the
     micro-batches that W processes with batch B see.
     """
 
@@ -106,9 +106,7 @@ class Batches:
                 "lower train.batch_size, train.accumulation or the number of processes",
             )
         if groups.identical and self.rank == 0:
-            what = (
-                f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is not a negative of it"
-            )
+            what = f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is not a negative of it"
             say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
         self._draw: Callable[[int, int, int], Group] = groups.draw
         if data.token_cache:

@@ -32,16 +32,17 @@ from lead_ds.settings.train import EvaluationConfig
 class Distiller:
     """A run: a teacher, a student, training groups, losses and settings.
 
-    teacher, student: a model of `load`, a path or hub name, or its section ({"path": ..., "kind": ..., ...}). Or a torch module
-    of your own, or {"module": ..., "scale": "cosine"}: `tokenize(texts, side)` gives a dictionary of tensors with a row for each
-    text, `forward(tokens)` vectors [B, D], or these and a list of its layers' vectors. Without a teacher the student learns
-    from labels. data: a folder or file of groups, a `datasets.Dataset`, or rows
-    [{"query", "positives", "negatives", "scores"?}] of texts; the columns of sentence-transformers and FlagEmbedding do, too.
+    teacher, student: a model of `load`, a path or hub name, or its section ({"path": ..., "kind": ..., ...}). Or a
+    torch module of your own, or {"module": ..., "scale": "cosine"}. Its `tokenize(texts, side)` gives a dictionary of
+    tensors with a row for each text; its `forward(tokens)` gives vectors [B, D], or these and a list of its layers'
+    vectors. Without a teacher the student learns from labels. data: a folder or file of groups, a `datasets.Dataset`,
+    or rows [{"query", "positives", "negatives", "scores"?}] of texts. The columns of sentence-transformers and
+    FlagEmbedding are read, too.
     losses: those to train by, such as [losses.Response(weight=3), losses.Layer(select="last", k=3), MyLoss], or by name,
     {"response": {"weight": 3}}; weight 1 where none is given. None: the configuration's defaults.
-    callbacks: told of the run; they can end it.
-    settings: what a configuration file holds, as sections (`evaluation={"split": "dev"}`) or, of `train` and `data`, alone
-    (`steps=1000`, `lr=1e-5`, `negatives=7`), besides `output`, `seed` and `kernels`.
+    callbacks: called as the run goes on; they can end it.
+    settings: what a configuration file holds, as sections (`evaluation={"split": "dev"}`) or, of `train` and `data`,
+    alone (`steps=1000`, `lr=1e-5`, `negatives=7`). `output`, `seed` and `kernels` are settings, too.
 
     Under a launcher every process makes and trains the same. Raises InputError for what cannot be, before any training.
 

@@ -2,7 +2,7 @@
 
 The owner's record, a file in the folder, names host, process and when it began, and beats. A record whose process has gone is
 taken over: at once on the same host, where that can be seen; elsewhere when it has not beaten for a while. No clock of one
-host is compared with that of another, and nothing rests on locks that NFS may lack; where there are locks they keep two
+host is compared with that of another, and nothing rests on locks that NFS may lack. Where there are locks they keep two
 that take over the same record apart.
 """
 

@@ -1,8 +1,8 @@
 """Compile every shipped kernel configuration ahead of time and state what the compiler made of it; needs no GPU.
 
 `python -m lead_ds.kernels.aot` prints one JSON object per variant. A module of kernels takes part by being named in
-`KERNEL_MODULES` and exposing `aot_variants(shared)`, which yields a `Variant` for each configuration that its launcher can
-pick on a device that gives a block so much shared memory.
+`KERNEL_MODULES` and exposing `aot_variants(shared)`. That yields a `Variant` for each configuration that its launcher
+can pick on a device that gives a block so much shared memory.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def _amd_resources(assembly: str) -> dict[str, int]:
 def main(name_contains: str = "", chip: str = "sm_90", ones: bool = False, hardest: bool = False) -> None:
     """Print a JSON object for each variant whose name contains the text ("-" and "_" are the same).
 
-    With `ones`, the first variant of each kernel and choice of its switches, its integers fixed at 1; with `hardest`,
+    With `ones`, the first variant of each kernel and choice of its switches, its integers fixed at 1. With `hardest`,
     of each kernel and tile the variant with the most switches on, for each element size.
     """
     chosen = [v for v in variants(CHIPS[chip].shared) if name_contains.replace("_", "-") in v.name.replace("_", "-")]

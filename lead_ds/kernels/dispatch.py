@@ -30,10 +30,9 @@ _OLDEST_CAPABILITY = (8, 0)
 def resolve(impl: str, *tensors: "torch.Tensor", kernel: str) -> Literal["triton", "torch"]:
     """The implementation that runs `kernel` on these floating-point `tensors`.
 
-    "auto" is Triton when it is installed, has built and run a first kernel on the device (`probe`), and every tensor is a
-    float32, float16 or bfloat16 CUDA tensor; else torch.
-    "triton" asked for by name is refused with the reason when it cannot run; on CPU tensors it runs only in Triton's
-    interpreter (TRITON_INTERPRET=1).
+    "auto" is Triton when it is installed and has built and run a first kernel on the device (`probe`), and every tensor
+    is a float32, float16 or bfloat16 CUDA tensor. Else it is torch. "triton" requested by name is refused with the
+    reason when it cannot run; on CPU tensors it runs only in Triton's interpreter (TRITON_INTERPRET=1).
 
     Raises ValueError for an unknown `impl`, or for "triton" where it cannot run.
     """
@@ -139,7 +138,7 @@ class Probe(NamedTuple):
 def probe(kind: str = "cuda", index: int | None = None) -> Probe:
     """Build and run one tiny kernel on a device, once a process: a compiler, headers or a driver may be missing.
 
-    What it finds is one line; "auto" then runs on torch, and says so.
+    What it finds is one line; "auto" then runs on torch, and prints so.
     """
     import torch
 

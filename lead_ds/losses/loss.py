@@ -61,9 +61,9 @@ class Loss(nn.Module, metaclass=_LossType):
     """A loss. Its weights, if any, are trained, sharded, checkpointed and resumed with the student's, but not saved with it.
 
     name: its section in `losses`. Settings: that section, a subclass of LossSettings or an annotated union of such.
-    needs: what it reads besides the student's own final features: labels (which passage is the positive); final: relevance
-    of both models; layers: that of selected layers; features: vectors of both models, where scores will not do; attention:
-    taps of selected layers. All but labels need a teacher.
+    needs: what it reads, other than the student's own final features. "labels": which passage is the positive. "final":
+    relevance of both models. "layers": that of selected layers. "features": vectors of both models, where scores will
+    not do. "attention": taps of selected layers. All but labels need a teacher.
     row: where statistics of layers stand in metrics.jsonl; null: under its name.
     Called with values of its settings alone, a class is `Chosen` for a run, and made when the models are there.
 

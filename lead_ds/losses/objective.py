@@ -60,7 +60,7 @@ class Objective(nn.ModuleDict):
         return {self._loss(name).row or name: layers for name, layers in asked.pairs.items()}
 
     def forward(self, views: Views, asked: Asked) -> ObjectiveOutput:
-        """Loss, parts and layer statistics of one micro-batch, whose `views` hold the layers that were asked for."""
+        """Loss, parts and layer statistics of one micro-batch, whose `views` hold the requested layers."""
         weighted, parts, layers = list[Tensor](), dict[str, Tensor](), dict[str, dict[str, Tensor]]()
         for name in self:
             loss = self._loss(name)

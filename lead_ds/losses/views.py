@@ -187,7 +187,7 @@ class Views:
     def mapped(self, change: Callable[[Features], Features]) -> Views:
         """The same with `change` of the student's features, such as their first dimensions: how losses wrap losses.
 
-        `change` must treat each vector by itself. What the teacher says is not computed again.
+        `change` must treat each vector by itself. What the teacher gave is not computed again.
         """
         own = {part.name: getattr(self, part.name) for part in fields(Views)}
         return _Mapped(**{**own, "student": self.student.mapped(change)}, source=self, change=change)

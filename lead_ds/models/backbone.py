@@ -51,8 +51,8 @@ def load_model(
     """A transformers model, in evaluation mode, its weights in `dtype`; with `depth`, of its first layers only.
 
     family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification) or "causal" (AutoModelForCausalLM).
-    new_head: a missing classification head is initialised; every other missing weight is an InputError, as is a path that
-    is no model, pickled weights without `allow_pickle`, or code without `trust_remote_code`.
+    new_head: a missing classification head is initialised. Every other missing weight is an InputError, as is a path
+    that is not a model, pickled weights without `allow_pickle`, or code without `trust_remote_code`.
     """
     import transformers
 

@@ -1,13 +1,14 @@
 """Reading chosen layers of any backbone while it runs, without keeping whole hidden states.
 
-Index i is the output of transformer layer i; embeddings do not count. Where a model normalises once more after its last
-layer (ModernBERT's `final_norm`, `norm` of Llama, Qwen, Mistral, Gemma), every layer's state is read through that norm - the
-logit lens - because raw residual streams of decoders hold a few massive coordinates that drown every dot product; the last
-layer so read is the model's own final state.
+Index i is the output of transformer layer i; embeddings do not count. Some models normalise once more after their last
+layer (ModernBERT's `final_norm`, `norm` of Llama, Qwen, Mistral, Gemma). Every layer's state is then read through that
+norm, the logit lens: raw residual streams of decoders hold a few massive coordinates that drown every dot product. The
+last layer so read is the model's own final state.
 
-Hooks stand on the layers for good and answer only while a reading is open: installed at the first forward pass, after
-DeepSpeed's own hooks, so that gradient through a captured state also passes the one that gathers ZeRO-3 parameters; outside
-gradient checkpointing's recomputation, which must not capture again; and outside of what torch.compile traces.
+Hooks stand on the layers for good and answer only while a reading is open. They are installed at the first forward
+pass, after DeepSpeed's own hooks, so that gradient through a captured state also passes the one that gathers ZeRO-3
+parameters. They stay outside gradient checkpointing's recomputation, which must not capture again, and outside of what
+torch.compile traces.
 """
 
 from __future__ import annotations

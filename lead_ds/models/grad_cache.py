@@ -1,13 +1,13 @@
 """GradCache: the gradient of a loss over a large batch in the memory of a part of it (Gao et al., arXiv 2101.06983).
 
-The batch's loss needs every text's vectors at once, but no activations. So the parts of a batch run forward keeping nothing
-but their vectors; the loss of all of them gives each vector its gradient; then part by part runs again, this time with its
-activations, and takes its share of the gradient back. What it costs is one more forward.
+The batch's loss needs every text's vectors at once, but no activations. So the parts of a batch run forward keeping
+nothing but their vectors. The loss of all of them gives each vector its gradient. Then part by part runs again, this
+time with its activations, and takes its share of the gradient back. What it costs is one more forward.
 
-Written as one graph whose parts recompute themselves (`torch.utils.checkpoint`, not re-entrant), rather than as a second
-loop with a surrogate loss: DeepSpeed sees one forward and one backward per micro-batch, every parameter's gradient is
-complete when its hook fires, and so ZeRO of any stage reduces it once. Masks of dropout are drawn again from the random
-state of the first pass.
+Written as one graph whose parts recompute themselves (`torch.utils.checkpoint`, not re-entrant), rather than as a
+second loop with a surrogate loss. DeepSpeed sees one forward and one backward per micro-batch. Every parameter's
+gradient is complete when its hook fires, and so ZeRO of any stage reduces it once. Masks of dropout are drawn again
+from the random state of the first pass.
 """
 
 from __future__ import annotations

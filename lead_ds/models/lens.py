@@ -1,8 +1,8 @@
 """A tuned lens: one small affine read-out per layer of a frozen model, on the pooled state that the layer's own read-out reads.
 
-A frozen model's head, or its vector space, is that of its last layer; lower layers know more than they can say through it
-(Belrose et al., Eliciting Latent Predictions from Transformers with the Tuned Lens, arXiv 2303.08112). Of layer k with
-pooled state x [D]:
+A frozen model's head, or its vector space, is that of its last layer. Lower layers know more than can be read through
+it (Belrose et al., Eliciting Latent Predictions from Transformers with the Tuned Lens, arXiv 2303.08112). Of layer k
+with pooled state x [D]:
 
     scores (cross-encoder, decoder reranker):  g_k head(x) + w_k . x
     vectors (dual encoder):                    g_k x + B_k A_k x + b_k, for queries and passages alike; then unit length if so

@@ -1,7 +1,7 @@
 """Running a model over packed rows, in which several texts stand side by side and none sees another.
 
-Attention is kept inside of a text by what keeps it so in the backend at hand: flash attention by the bounds of the texts
-(nothing is computed across them), the others by a mask. Decoders make that mask themselves, from positions that begin anew
+What keeps attention inside of a text depends on the backend. Flash attention uses the bounds of the texts (nothing is
+computed across them), the others a mask. Decoders make that mask themselves, from positions that begin again
 (transformers' `find_packed_sequence_indices`), so that their sliding windows are kept as well; encoders are given it.
 
 Dimensions: B texts, L tokens, R rows, M tokens of a row, D width.

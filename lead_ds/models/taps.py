@@ -1,9 +1,9 @@
 """Attention taps: the queries and keys that chosen layers' attention really used, read from a model while it runs.
 
 transformers looks its attention functions up by name in one registry. While a tap is open, the entry that the model is
-configured for (sdpa, flash attention, eager) is replaced by a function that notes q and k - after rotary embedding,
-before grouped keys are repeated - and then calls the entry itself. The name stays the same, so the model builds the same
-masks and runs the same backend; models that are not tapped pass through.
+configured for (sdpa, flash attention, eager) is replaced. The function in its place notes q and k, after rotary
+embedding and before grouped keys are repeated, and then calls the entry itself. The name stays the same, so the model
+builds the same masks and runs the same backend; models that are not tapped pass through.
 
 Dimensions: B texts, H heads, L tokens, d width of a head.
 """
@@ -36,7 +36,7 @@ class AttentionTap:
     """What one layer's attention read: its weights are softmax(scale q k^T) over the keys that a row may see.
 
     q [B, H, L, d] and k [B, H / G, L, d] after rotary embedding; mask [B, L], nonzero = real, as the model was given it
-    (None: every token is); causal hides later keys; window hides keys farther than that many positions (None: none).
+    (None: every token is). causal hides later keys. window hides keys farther than that many positions (None: none).
     """
 
     q: Tensor
@@ -115,9 +115,9 @@ def tap_attention(backbone: Any, layers: Sequence[int], *, detach: bool | None =
         layers: indices of transformer layers; the mapping that is given keeps their order.
         detach: drop the graph; None: where no parameter of the backbone is trained.
 
-    Raises InputError for an index the model lacks or under reentrant gradient checkpointing, AttentionTapError (an
-    InputError and NotImplementedError) for a family that bypasses transformers' attention registry (MPNet, DeBERTa) or
-    adds more to its logits than a mask (T5).
+    Raises InputError for an index the model lacks or under reentrant gradient checkpointing. Raises AttentionTapError
+    (an InputError and NotImplementedError) for a family that bypasses transformers' attention registry (MPNet, DeBERTa)
+    or adds more to its logits than a mask (T5).
     """
     where = getattr(backbone.config, "_name_or_path", "") or type(backbone).__name__
     if detach is None:

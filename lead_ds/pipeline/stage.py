@@ -1,7 +1,7 @@
 """A stage: the commands that make it, what decides its output, and the record of it on disk.
 
-A stage's folder is named after a digest of what decides its output, so that a changed configuration has another folder:
-old and new never mix, and what was made before is found again when the change is taken back.
+A stage's folder is named after a digest of what decides its output, so that a changed configuration has another folder.
+Old and new never mix, and what was made before is found again when the change is taken back.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Finding:
-    """How a stage stands: its state, what else there is to tell, and whether its folder must make room first."""
+    """How a stage stands: its state, what else there is to report, and whether its folder must make room first."""
 
     state: State
     note: str = ""

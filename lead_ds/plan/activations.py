@@ -52,8 +52,9 @@ def forward_bytes(
 ) -> int:
     """Peak bytes of running `backbone` over each (rows, length) of `texts`, one after the other.
 
-    `training`: all of them are kept for the backward pass (with `checkpointing`, only each layer's input, and one layer's
-    insides at a time); else each is let go before the next. The backbone is on the meta device, and left as it is.
+    `training`: all of them are kept for the backward pass (with `checkpointing`, only each layer's input, and one
+    layer's insides at a time). Else each is let go before the next. The backbone is on the meta device, and left as it
+    is.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

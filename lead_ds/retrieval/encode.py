@@ -67,9 +67,9 @@ def encode_texts(
     """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on `device`), a batch at a time, without gradient.
 
     texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
-    number of tokens. batch_size: texts of full length in a batch; of shorter ones as many as have no more tokens, padding
-    counted. `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size
-    texts in every batch: under ZeRO-3 every process must take part in every forward of any of them.
+    number of tokens. batch_size: texts of full length in a batch. Of shorter ones as many as have no more tokens,
+    padding counted. `forwards`: run the model at least so many times, on a text of no interest once the rows are done,
+    with batch_size texts in every batch. Under ZeRO-3 every process must take part in every forward of any of them.
     Raises RunError naming the text whose vector is not finite.
     """
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"

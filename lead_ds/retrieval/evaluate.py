@@ -228,7 +228,7 @@ def compare(a: Scores, b: Scores, measure: str, *, samples: int = 100_000, seed:
     """Whether two systems differ on a measure, by the paired randomisation test over queries.
 
     Under the null hypothesis the sign of each query's difference is arbitrary: the p value is the share of random sign
-    flips whose mean is at least as far from 0 as the one seen, with all 2^n flips instead where these are fewer than
+    flips whose mean is at least as far from 0 as the one seen. All 2^n flips are used where these are fewer than
     `samples` (Smucker, Allan, Carterette, CIKM 2007). Raises InputError when the runs were scored on other queries.
     """
     values = [scores.per_query[measure] for scores in (a, b)]

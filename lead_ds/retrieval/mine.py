@@ -34,8 +34,8 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Mined:
-    """What mining did: queries written; negatives written; candidates left out, by reason; queries with too few; queries
-    with a positive whose score is not known, so that margin and ratio do not hold for it."""
+    """What mining did: queries written; negatives written; candidates left out, by reason; queries with too few. Also
+    queries with a positive whose score is not known, so that margin and ratio do not hold for it."""
 
     queries: int
     negatives: int

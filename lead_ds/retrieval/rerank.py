@@ -1,4 +1,4 @@
-"""Rerank: read the passages that a first retriever found with a model of any kind, and order them by what it says.
+"""Rerank: read the passages that a first retriever found with a model of any kind, and order them by its scores.
 
 Dimensions: C candidates (a query with a passage), B texts or pairs of a forward, L tokens, D width.
 """
@@ -58,7 +58,7 @@ class Reranker:
     ) -> Reranker:
         """The model of a directory or hub name, in evaluation mode on `device` (default: CUDA where there is one).
 
-        kind: of a teacher's section (None: as its files say); settings: `key=value` of that section, such as
+        kind: of a teacher's section (None: as its files have it); settings: `key=value` of that section, such as
         max_length=512. Raises InputError as `lead_ds.models.load.load_scorer`.
         """
         from lead_ds.models.load import load_scorer
@@ -128,8 +128,9 @@ def rerank(
 ) -> Run:
     """The candidates of every query with the model's scores, best first, on every process.
 
-    Every process calls this with the same candidates and scores its share of them, running the model as often as the others
-    do (so that ZeRO-3 may shard it), in evaluation mode. candidates: query id -> passage id -> a score, which is not read.
+    Every process calls this with the same candidates and scores its share of them in evaluation mode. It runs the model
+    as often as the others do, so that ZeRO-3 may shard it. candidates: query id -> passage id -> a score, which is not
+    read.
     Raises RunError for scores that are not finite.
     """
     names = [(query, passage) for query, found in candidates.items() for passage in found]
@@ -174,7 +175,7 @@ def find_candidates(
     """The `depth` best passages of every query: of a TREC run, or BM25's.
 
     queries: their ids, or their judgements. keep_identical: false leaves out the passage of a query's own id, unless it is
-    judged relevant. cache: a folder in which BM25's are kept, under a name that tells corpus, queries and depth apart.
+    judged relevant. cache: a folder in which BM25's are kept, under a name of corpus, queries and depth.
     Raises InputError for a run that cannot be used with the dataset, and without bm25s.
     """
     query_ids, wanted = list(queries), depth
@@ -256,7 +257,7 @@ class _Reader:
         tokenize: Callable[[list[T]], Tokens],
         filler: T,
     ) -> Iterator[tuple[list[int], Tokens, Tensor]]:
-        """(positions below count, their tokens, what the model says of them), batch after batch.
+        """(positions below count, their tokens, the model's scores of them), batch after batch.
 
         read: positions -> items. As many forwards as the process with most items makes: those that it lacks read `filler`.
         """

@@ -23,7 +23,7 @@ Meaning = Literal["place", "pace", "bits", "result"]
 
 @dataclass(frozen=True)
 class Means:
-    """What a setting means for what a run computes, written at its field; a field that says nothing decides the result.
+    """What a setting means for what a run computes, written at its field; an unmarked field decides the result.
 
     place: where something is; its content counts, not its name. pace: how fast, in whose memory, how often reported: the
     same numbers, bit for bit. bits: the same mathematics in another order of operations. result: other numbers.

@@ -1,4 +1,4 @@
-"""A teacher that is read from what `teach` wrote: no weights, no tokenizer, no memory but what it says of the batch.
+"""A teacher that is read from what `teach` wrote: no weights, no tokenizer, no memory but its output for the batch.
 
 Dimensions: A micro-batches of B queries, N passages of each, T layers of the teacher, K selected ones, D width.
 """
@@ -57,7 +57,7 @@ class CachedTeacher(Teacher):
 
     @classmethod
     def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
-        """See `Teacher`: what the cache says of them."""
+        """See `Teacher`: what the cache holds of them."""
         return Reads(lookup=open_cache(lesson, groups, ranks))
 
     @classmethod

@@ -53,7 +53,7 @@ class Fit:
 
 
 def fit_settings(asked: dict[str, Any]) -> Fit:
-    """`Fit` with what was asked for. Raises InputError for what cannot be."""
+    """`Fit` with what was requested. Raises InputError for what cannot be."""
     fit = Fit(**asked)
     if not 0 < fit.lr < math.inf:
         raise InputError("--lr", f"is {fit.lr}", "give a learning rate above 0")
@@ -69,7 +69,8 @@ def fit_lens(config: Run, out: Path, fit: Fit, *, command: Sequence[str] = (), q
     """Fit the lens of the configuration's teacher, write it to `out` with its record and plot; the record.
 
     Every process calls this, on a file system they share. Raises InputError where the teacher can have no lens, where
-    `out` holds another teacher's, or where the groups are too few; RunError where a fit does not end in finite numbers.
+    `out` holds another teacher's, or where the groups are too few. Raises RunError where a fit does not end in finite
+    numbers.
     """
     settings = fittable(config)
     with opened(config, settings, out) as (ranks, groups, encoder), owned(out, "another lead-ds fit-lens", ranks):
@@ -122,7 +123,7 @@ def fittable(config: Run) -> TeacherRole:
 
 
 def check_folder(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts`; InputError where `out` is no folder, or holds the lens of another teacher."""
+    """`facts`; InputError where `out` is not a folder, or holds the lens of another teacher."""
     if out.exists() and not out.is_dir():
         raise InputError(out, "is a file", "choose a folder with --out")
     if (out / RECORD).exists():

@@ -121,7 +121,7 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """What the scorer says of texts or pairs from `layers`, then from its final state: see `Scorer.forward`.
+        """What the scorer gives for texts or pairs from `layers`, then from its final state: see `Scorer.forward`.
 
         Every rank must call this equally often, with tokens of its own.
         """
@@ -183,7 +183,7 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
 
 
 def teacher_dtype(settings: TeacherRole, device: torch.device) -> torch.dtype:
-    """fp16 on CUDA and bf16 on CPU, where fp16 is refused; or what the configuration says."""
+    """fp16 on CUDA and bf16 on CPU, where fp16 is refused; or what the configuration sets."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     return torch.float16 if device.type == "cuda" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""What decides what a teacher says, and of which data: written beside everything that is made of it, compared before use."""
+"""What decides a teacher's output, and of which data: written beside everything made of it, compared before use."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def data_facts(groups: Groups) -> dict[str, Any]:
 
 
 def input_facts(groups: Groups, taught_by: dict[str, Path]) -> dict[str, str]:
-    """The files that decide a run beside its configuration, by size and checksum (of large ones: of pieces of them): the
-    training groups and their texts, and the teacher's (see `Teacher.files`)."""
+    """The files that decide a run beside its configuration: the training groups and their texts, and the teacher's (see
+    `Teacher.files`). By size and checksum; of large ones, of pieces of them."""
     files = {f"data: {name}": path for name, path in groups.sources.items()}
     files |= {f"teacher: {name}": path for name, path in taught_by.items()}
     found = {name: told for name, path in files.items() if (told := summary(path)) is not None}
@@ -45,7 +45,7 @@ def input_facts(groups: Groups, taught_by: dict[str, Path]) -> dict[str, str]:
 
 
 def deciding_settings(teacher: TeacherRole) -> dict[str, Any]:
-    """The settings that decide what a frozen teacher says of a text; its kind stands beside them."""
+    """The settings that decide what a frozen teacher gives for a text; its kind stands beside them."""
     deciding = keys_of(teacher, "result") - {"kind", *Trained.model_fields}
     return {name: value for name, value in teacher.model_dump(mode="json").items() if name in deciding}
 

@@ -27,7 +27,7 @@ MEASURED_OF_CACHE, AT_ONCE = 1000, 50
 
 
 def informative(losses: Any, teacher: Teacher | None, batches: Batches, ranks: Ranks) -> list[int]:
-    """The teacher's layers that `select: informative` draws from; [] where it is not asked for. Every rank calls this.
+    """The teacher's layers that `select: informative` draws from; [] where it is not selected. Every rank calls this.
 
     A lens was measured on groups that it was not fitted on. A model's own read-out was fitted on none of them: it is
     measured on the run's first groups, at the layer loss's temperature.

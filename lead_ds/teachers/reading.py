@@ -106,7 +106,7 @@ class Reader(ABC):
 
     @abstractmethod
     def look(self, tokens: Tokens) -> Tensor:
-        """What is asked of the teacher about texts or pairs on its device: one forward."""
+        """What the teacher gives for texts or pairs on its device: one forward."""
 
     @abstractmethod
     def said(self, shard: Shard, tell: Callable[[float], None]) -> Any:
@@ -123,7 +123,7 @@ class Reader(ABC):
         return sum(-(-len(set(texts)) // self.batch_size) for texts in (shard.queries, shard.passages))
 
     def read(self, shard: Shard, forwards: int, meter: Progress) -> Any:
-        """What the teacher says of a shard, by `forwards` runs of the model."""
+        """The teacher's output for a shard, by `forwards` runs of the model."""
         done = 0
 
         def tell(part: float) -> None:

@@ -46,11 +46,11 @@ class Shards(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What decides the content, besides the teacher and the data."""
+        """What decides the content, other than the teacher and the data."""
 
     @abstractmethod
     def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
-        """What the manifest says of sizes; `asked`: groups or texts of a shard, if the user says."""
+        """The sizes in the manifest; `asked`: groups or texts of a shard, if the user gives it."""
 
     def prepare(self, manifest: dict[str, Any]) -> None:  # noqa: B027 - most have nothing to prepare
         """Write what lies beside the shards, if it is not there. One process calls this."""
@@ -214,7 +214,7 @@ class VectorShards(Shards):
 
 
 def layers_to_keep(config: Run, asked: str) -> list[int]:
-    """The layers of `--vectors`, ascending: numbers, last:K, all, final (none besides it), or auto (what the losses read).
+    """The layers of `--vectors`, ascending: numbers, last:K, all, final (none but it), or auto (what the losses read).
 
     Raises InputError for what names none, or one that the teacher lacks.
     """

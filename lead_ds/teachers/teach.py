@@ -1,4 +1,5 @@
-"""`teach`: what the frozen teacher says of every passage that training may draw, into a cache: relevance, or vectors."""
+"""`teach`: the frozen teacher's output for every passage that training may draw, into a cache: relevance, or
+vectors."""
 
 from __future__ import annotations
 
@@ -44,11 +45,11 @@ def teach(
     command: Sequence[str] = (),
     quiet: bool = False,
 ) -> TeacherCache:
-    """Write what the teacher says of every training group to `out`, or finish what an earlier call began.
+    """Write the teacher's output for every training group to `out`, or finish what an earlier call began.
 
     Relevance within the groups, from every layer; or with `vectors` (see `layers_to_keep`) vectors of all their texts. Every
     process calls this, on a file system they share. epochs: whose random negatives are included, where groups list too
-    few (default: those that train.steps take on as many processes as now). shard_size: groups, or texts, of a file.
+    few. Default: those that train.steps take on as many processes as now. shard_size: groups, or texts, of a file.
     Raises InputError where the input cannot work or `out` holds another cache; RunError, with the finished shards
     intact, where the work fails.
     """

@@ -26,7 +26,7 @@ Gift = Literal["final", "layers", "features", "attention"]
 
 
 class TeacherSettings(Section):
-    """Settings of a teacher that is no model of ours: what is asked of a model's section, it answers for all of them."""
+    """Settings of a teacher that is not one of our models; what code reads of a model's section has an answer here."""
 
     kind: str
 
@@ -36,14 +36,15 @@ class TeacherSettings(Section):
         return super().__getattr__(name)  # type: ignore[misc]
 
 
-# What the section of a model may say, and that of another teacher does not: no folder, nothing to train.
+# What the section of a model may set, and that of another teacher does not: no folder, nothing to train.
 _OF_MODELS: dict[str, Any] = {"path": "", "weights": "pretrained", "train": False, "lr": None, "lens": "head"}
 _OF_MODELS |= dict.fromkeys(("batch_size", "passes", "lens_path"))
 
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher says of a window: final (K = 1) and selected layers' features; taps of each batch where requested."""
+    """What the teacher gives for a window: final (K = 1) and selected layers' features; taps of each batch where
+    requested."""
 
     final: Features
     layers: Features | None = None
@@ -79,9 +80,9 @@ class Lesson:
 class Teacher(ABC):
     """Answers accumulation windows without gradient. Registered under the name that `teacher.kind` has.
 
-    Opened step by step, so that what is wrong with the input is reported before any model is loaded: `settled` completes the
-    settings, `drawn` the groups, `reads` says what the teacher is given of them, `open` makes it ready. Every process calls
-    each of them.
+    Opened step by step, so that what is wrong with the input is reported before any model is loaded. `settled`
+    completes the settings, `drawn` the groups, `reads` decides what the teacher is given of them, `open` makes it
+    ready. Every process calls each of them.
     """
 
     Settings: ClassVar[type[Section]]  # of a model: its role's and kind's; else a subclass of TeacherSettings
@@ -99,7 +100,7 @@ class Teacher(ABC):
 
     @classmethod
     def files(cls, settings: Any) -> dict[str, Path]:
-        """The files that decide what it says, by name: of a run that is resumed they must be what they were."""
+        """The files that decide what it gives, by name: of a run that is resumed they must be what they were."""
         return {}
 
     @classmethod
@@ -119,7 +120,7 @@ class Teacher(ABC):
 
     @property
     def readable(self) -> list[int]:
-        """The layers that it can be asked for, ascending."""
+        """The layers that can be requested, ascending."""
         return list(range(self.num_layers))
 
     @abstractmethod
@@ -134,7 +135,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """What run.json records of it."""
 
 
 TEACHERS = Registry[type[Teacher]]("lead_ds.teachers")

@@ -1,7 +1,7 @@
 """A text store: id -> row -> text, over a memory-mapped file that is never read whole.
 
 The index holds, for n texts, the byte offset of each line, the ids in one block of bytes, and the ids' 64-bit hashes in
-sorted order; all of it is mapped from disk, so an open store of millions of passages holds next to no memory.
+sorted order. All of it is mapped from disk, so an open store of millions of passages holds next to no memory.
 """
 
 from __future__ import annotations

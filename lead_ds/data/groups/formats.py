@@ -145,9 +145,9 @@ class Columns:
     """sentence-transformers' columns: a query, then a positive, then negatives, by name or else by order; and labels.
 
     With several passages, labels are scores of each of them, or margins of the positive over each negative (one number
-    for one negative), as MarginMSELoss reads them; a positive's score is then taken as 0, which leaves margins and every
-    softmax as they are. With one passage, a `label` above 0 marks a positive, and consecutive lines of one query make a
-    group; with a list of passages, a list of labels does the same.
+    for one negative), as MarginMSELoss reads them. With margins a positive's score is taken as 0, which leaves margins
+    and every softmax as they are. With one passage, a `label` above 0 marks a positive, and consecutive lines of one
+    query make a group. With a list of passages, a list of labels does the same.
     """
 
     def __init__(self, record: Record) -> None:

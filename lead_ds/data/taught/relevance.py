@@ -8,7 +8,7 @@ safetensors file each, mapped into memory. A shard of G groups with C candidates
     deviation  float16 [C, T + 1]    relevance by the T layers and the final one, less its mean over the group
     mean       float32 [G, T + 1]    that mean
 
-Deviations are stored, and not relevance itself, because float16 has 11 bits: what losses compare are the differences
+Deviations are stored, and not relevance itself, because float16 has 11 bits. What losses compare are the differences
 within a group, which are small beside the raw dot products of a wide model.
 """
 

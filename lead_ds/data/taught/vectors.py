@@ -14,8 +14,8 @@ and a shard of S texts, of K chosen layers and the final one, D wide,
     mean       float32 [K + 1, D]       that mean
 
 A layer's vectors lie close together: what tells texts apart is a small part of each, of which float16's 11 bits would keep
-little. Relevance in the lower layers of BGE-small is wrong by more than its spread when vectors are stored as they are, by
-less than a thousandth of it as deviations (benchmarks/throughput.md).
+little. In the lower layers of BGE-small, vectors stored as they are put relevance wrong by more than its spread; as
+deviations, by less than a thousandth of it (benchmarks/throughput.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Token groups that two tokenizers share: stretches of text at whose ends both of them end a token.
 
 Attention maps of differently tokenised text are comparable only after summing probabilities over the keys of a group
-and averaging over its query rows: then rows stay distributions, and splitting a token moves no mass.
+and averaging over its query rows. Then rows stay distributions, and splitting a token moves no mass.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Every text's tokens, made once and mapped from disk: a window is then put together without a tokenizer.
 
-A column holds one model's tokens of all queries or all passages: shards of `SHARD` texts, each one file that appears whole or
-not at all (`lead_ds.io.mapped`) and says what it was made of: tokenizer, prompt, length, text file. What is there is kept, what
-is missing is made; processes that start together share the work, and wait for each other only at the last shards.
+A column holds one model's tokens of all queries or all passages: shards of `SHARD` texts, each one file that appears
+whole or not at all (`lead_ds.io.mapped`). A file records what it was made of: tokenizer, prompt, length, text file.
+What is there is kept, what is missing is made; processes that start together share the work, and wait for each other
+only at the last shards.
 """
 
 from __future__ import annotations

@@ -160,9 +160,9 @@ class TextEncoder:
     def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> Tokens:
         """Query i with passage i, in max_length tokens.
 
-        Cross-encoders: the tokenizer's own pair, the longer text cut first. Decoder rerankers: the template, whose passage is
-        cut; the question and the end of the prompt never are, so that only a question that alone is longer than max_length
-        makes a longer row.
+        Cross-encoders: the tokenizer's own pair, the longer text cut first. Decoder rerankers: the template, whose
+        passage is cut. The question and the end of the prompt never are, so that only a question that alone is longer
+        than max_length makes a longer row.
         """
         return self.padded(*self.pair_rows(queries, passages))
 

@@ -78,8 +78,8 @@ def longest_first(
     """(places below `count`, their tokens), batch after batch.
 
     load: some consecutive places -> what is there, called a stretch ahead. stretch: how many are sorted together (None: all);
-    more is less padding and more memory. budget: the tokens of a batch, padding counted, so that batches of short texts hold
-    more than `batch_size` (SHORTER times as many at most); None: `batch_size` each.
+    more is less padding and more memory. budget: the tokens of a batch, padding counted, so that batches of short texts
+    hold more than `batch_size` (SHORTER times as many at most). None: `batch_size` each.
     """
     size = stretch or max(count, 1)
     stretches = (range(start, min(start + size, count)) for start in range(0, count, size))

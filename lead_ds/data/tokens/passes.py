@@ -60,9 +60,10 @@ def packed(tables: Sequence[Tokens], pad: int) -> Passes:
     """The rows of `tables`, one after the other, in one pass without padding to speak of.
 
     Its tokens are those of R rows [R, M], each of which holds several texts: `input_ids` (and `token_type_ids`),
-    `position_ids`, which start at 0 with every text, and `bounds`, int32: where texts begin in the rows laid end to end, and
-    their end. What is left of a row is a text of its own that nobody reads. `places` [B, L] leads back to the texts: token j
-    of text i is token `places[i, j]` of the rows laid end to end, if `attention_mask` [B, L] has it.
+    `position_ids`, which start at 0 with every text, and `bounds`. Those are int32: where texts begin in the rows laid
+    end to end, and their end. What is left of a row is a text of its own that nobody reads. `places` [B, L] leads back
+    to the texts: token j of text i is token `places[i, j]` of the rows laid end to end, if `attention_mask` [B, L] has
+    it.
     """
     joined = _joined(tables, pad)
     mask = joined["attention_mask"].bool()

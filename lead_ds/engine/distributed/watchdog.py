@@ -24,8 +24,9 @@ GRACE = 20.0  # seconds a stopping run may stand still: its launcher is ending i
 class Watchdog:
     """Two threads of each rank: one posts where the rank is to the ranks' common store, one notices when it stands still.
 
-    All ranks pass the same places in the same order. So of those that stand still, the one to blame does not answer (its
-    process is frozen, or its machine is gone), or has passed fewer places, or is not in the collective the others are in.
+    All ranks pass the same places in the same order. So of those that stand still, the one to blame does not answer:
+    its process is frozen, or its machine is gone. Or it has passed fewer places, or is not in the collective the others
+    are in.
     """
 
     def __init__(self, ranks: Ranks, minutes: float, folder: Path, signals: Signals) -> None:

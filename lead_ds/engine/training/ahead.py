@@ -1,8 +1,9 @@
 """The teacher one window ahead of the student, on a stream of its own: `train.overlap`.
 
-A GPU that waits in one model's small kernels or gaps has room for the other's. The teacher of window t + 1 is started before
-the student of window t; each says what it would have said in turn, for a frozen teacher depends on nothing that a step changes.
-A replicated teacher communicates with nobody, so there is no order of collectives to get wrong; a sharded one is refused.
+A GPU that waits in one model's small kernels or gaps has room for the other's. The teacher of window t + 1 is started
+before the student of window t. Each gives what it would have given in turn, for a frozen teacher depends on nothing
+that a step changes. A replicated teacher communicates with nobody, so there is no order of collectives to get wrong; a
+sharded one is refused.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Evaluation while training, with the model as it stands, every rank doing its share: exact search over the corpus; or,
-of a model that gives no vector per text, reranking of what BM25 or a TREC run found."""
+"""Evaluation while training, with the model as it stands, every rank doing its share: exact search over the corpus. A
+model that gives no vector per text reranks what BM25 or a TREC run found."""
 
 from __future__ import annotations
 

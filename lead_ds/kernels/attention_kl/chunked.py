@@ -1,7 +1,7 @@
 """`impl="torch"`: the attention KL and its gradient in chunks of the map, so that no full L x L map ever exists.
 
 A chunk is a block of texts, heads and query rows whose maps stay in the processor's caches. The gradient comes out of
-the same visit as the value (the map is there anyway), which spares the backward pass two of its products: what is kept
+the same visit as the value (the map is there anyway), which spares the backward pass two of its products. What is kept
 until then is one tensor of the size of each input.
 
 Legend: B batch, H heads, L query rows, J keys, d head dimension.
@@ -52,7 +52,7 @@ class _Hidden:
 def attention_kl_chunked(
     pairs: list[LayerPair], mask: Tensor | None, causal: bool, head_mean: bool, with_grad: bool
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """KL of every layer pair [K], and, if asked for, its gradient to every student q and k (as `keep` keeps it)."""
+    """KL of every layer pair [K], and, if requested, its gradient to every student q and k (as `keep` keeps it)."""
     results = [_one_pair(pair, mask, causal, head_mean, with_grad) for pair in pairs]
     return torch.stack([value for value, _ in results]), [grad for _, grad in results if grad is not None]
 

@@ -15,8 +15,8 @@ _T = TypeVar("_T")
 class LayerPair:
     """One teacher layer and the student layer that imitates it.
 
-    tq [B, Ht, L, dt], tk [B, Ht / Gt, L, dt], sq [B, Hs, L, ds], sk [B, Hs / Gs, L, ds]; the scales multiply q . k and
-    already hold the temperature; `window` hides keys farther than that many positions (None: no key).
+    tq [B, Ht, L, dt], tk [B, Ht / Gt, L, dt], sq [B, Hs, L, ds], sk [B, Hs / Gs, L, ds]. The scales multiply q . k and
+    already hold the temperature. `window` hides keys farther than that many positions (None: no key).
     """
 
     tq: Tensor
@@ -42,7 +42,7 @@ def layer_pairs(
     window: int | Sequence[int | None] | None,
     head_mean: bool,
 ) -> list[LayerPair]:
-    """The checked layer pairs of a call, heads already re-split where relation heads are asked for.
+    """The checked layer pairs of a call, heads already re-split where relation heads are requested.
 
     Raises ValueError where shapes, head counts or arguments do not fit, or where the teacher requires grad.
     """

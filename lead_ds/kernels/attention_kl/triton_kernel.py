@@ -155,7 +155,8 @@ class Group(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward needs besides q and k: log-sum-exps, the mask and its bounds, and 1 / the number of real rows."""
+    """What the backward needs in addition to q and k: log-sum-exps, the mask and its bounds, and 1 / the number of real
+    rows."""
 
     groups: list[Group]
     mask: Tensor | None

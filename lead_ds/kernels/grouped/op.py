@@ -1,7 +1,7 @@
 """`grouped_attention_kl`: attention maps of two tokenizers compared over groups of tokens that cover the same
 characters.
 
-A group's share of a row is the *sum* of the probabilities of its keys (splitting a token in two moves no mass), and a
+A group's share of a row is the *sum* of the probabilities of its keys (splitting a token in two moves no mass). A
 group's row is the *mean* of the rows of its tokens (rows stay distributions). In the log domain the former is a segment
 logsumexp of the logits.
 

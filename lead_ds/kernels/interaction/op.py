@@ -44,7 +44,7 @@ def interaction_attention(
             tokens and empty passages do not count.
         divergence: "kl": KL(teacher || student) in nats, averaged over real query tokens, passages and layers;
             "mse": squared difference of the probabilities, summed over each map, averaged over maps (one per query,
-            passage and layer): the baseline in LEAD (Sun et al., 2023), after VIRT (Li et al., 2021).
+            passage and layer). It is the baseline in LEAD (Sun et al., 2023), after VIRT (Li et al., 2021).
         teacher_scale, student_scale: multiply the dot products.
         pairs: "all": every query against every passage; "own": P = Q * N, query i against passages
             i * N .. i * N + N - 1.
@@ -74,7 +74,7 @@ def interaction_attention(
 
 
 class _Call(NamedTuple):
-    """What is asked for, besides tensors."""
+    """What is requested, other than tensors."""
 
     divergence: str
     scales: tuple[float, float]

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The interaction divergence of a block of logits in one pass of a Triton kernel.
 
-A query meets a passage in a product of full width (768, say), which a library computes at the speed of the chip; what eager
-torch loses is the dozen passes over the maps that follow. One program reads a few rows of both maps, and writes their
-divergence and the gradient of the student's logits.
+A query meets a passage in a product of full width (768, say), which a library computes at the speed of the chip. What
+eager torch loses is the dozen passes over the maps that follow. One program reads a few rows of both maps, and writes
+their divergence and the gradient of the student's logits.
 
 Dimensions: G independent products, R query rows, N passages, L passage tokens.
 """

@@ -44,13 +44,13 @@ def factors_kl(
     """KL between a teacher's and a student's relevance distributions over a batch's passages, for K layer pairs at
     once.
 
-    Teacher and student: queries [K, Q, D] and passages [K, P, D] (each model its own D), target [Q] int64 (the position
-    of each query's positive) -> (kl [K], teacher_nll [K]), float32 (float64 for float64 inputs). A score is an inner
-    product, or a cosine, whose lengths are taken in float32; 16-bit products are summed in float32. kl is
-    KL(teacher || student) at the two temperatures, in nats, summed over passages and averaged over queries; teacher_nll
-    is the teacher's own negative log-likelihood of the target at temperature 1 and carries no gradient. `mask` [Q, P]
-    bool leaves out of both of a query's distributions the passages where it is False (in-batch duplicates of its
-    positive); a target is never left out. Differentiable, deterministically, in the student's q and d.
+    Teacher and student: queries [K, Q, D] and passages [K, P, D] (each model its own D); target: [Q] int64, the
+    position of each query's positive. Returns (kl [K], teacher_nll [K]), float32 (float64 for float64 inputs). A score
+    is an inner product, or a cosine, whose lengths are taken in float32; 16-bit products are summed in float32. The
+    first is KL(teacher || student) at the two temperatures, in nats, summed over passages and averaged over queries.
+    The second is the teacher's own negative log-likelihood of the target at temperature 1; it carries no gradient.
+    `mask` [Q, P] bool leaves out of both of a query's distributions the passages where it is False (in-batch duplicates
+    of its positive); a target is never left out. Differentiable, deterministically, in the student's q and d.
 
     Raises ValueError for shapes that do not fit together, a temperature that is not positive, a teacher that requires a
     gradient, or an `impl` that cannot run here. LEAD, https://arxiv.org/abs/2212.05225.

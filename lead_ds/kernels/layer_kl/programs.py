@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The programs of the layer-relevance KL: what one tile of queries and passages computes.
 
-Everything is in base 2 (scores times log2 e), and KL sums are centred on the running maxima: with t and s the two models'
-scores, delta = (t - m_t) - (s - m_s), which keeps full precision at any common offset.
+Everything is in base 2 (scores times log2 e), and KL sums are centred on the running maxima. With t and s the two
+models' scores, delta = (t - m_t) - (s - m_s), which keeps full precision at any common offset.
 
 Dimensions: K layer pairs, Q queries, P passages, D width.
 """
@@ -131,7 +131,8 @@ def scores_kernel(
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One share of the passages for one tile of queries: statistics [K, shares, 7, Q]; the scores [2, K, Q, P] if asked."""
+    """One share of the passages for one tile of queries: statistics [K, shares, 7, Q]; the scores [2, K, Q, P] if
+    requested."""
     # Neighbouring programs read the same passages for different queries.
     first_query = tl.program_id(0) * BLOCK_QUERIES
     share = tl.program_id(1)

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Layer-relevance KL in Triton, all layer pairs in one launch.
 
-Forward: every program walks a share of the passages for one tile of queries and keeps, per row and side, a running maximum,
-sum and centred KL sum; a second kernel merges the shares. Backward: for small batches both gradients come from one launch
-that reads the stored scores; otherwise the residual R - P is recomputed into a bounded workspace, half precision, and
-multiplied by the vendor's matrix product.
+Forward: every program walks a share of the passages for one tile of queries and keeps, per row and side, a running
+maximum, sum and centred KL sum. A second kernel merges the shares. Backward: for small batches both gradients come from
+one launch that reads the stored scores. Otherwise the residual R - P is recomputed into a bounded workspace, half
+precision, and multiplied by the vendor's matrix product.
 
 Dimensions: K layer pairs, Q queries, P passages, D width.
 """

@@ -23,7 +23,8 @@ def argmax_dtype(passage_length: int) -> torch.dtype:
 def forward(
     q_QlD: Tensor, d_PmD: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, save_argmax: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scores [Q, P] and, if asked, every query row's winning token [P, Q * Lq] (-1 = none); else an empty tensor."""
+    """Scores [Q, P] and, if requested, every query row's winning token [P, Q * Lq] (-1 = none); else an empty
+    tensor."""
     queries, length_q, width = q_QlD.shape
     passages, length_d, _ = d_PmD.shape
     dtype = accumulation_dtype(q_QlD.dtype)

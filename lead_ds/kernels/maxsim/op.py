@@ -30,10 +30,10 @@ def maxsim(
     """Late-interaction scores: for every query and passage, the sum over query tokens of the best passage token's
     product.
 
-    q [Q, Lq, D], d [P, Ld, D] float (the wider dtype of the two is used), masks [Q, Lq] and [P, Ld] with 1 = real ->
-    [Q, P], float32 (float64 for float64 inputs). Masked query tokens add 0, masked passage tokens never win, and a
-    fully masked passage scores 0; a score that NaN takes part in is NaN. `cosine` divides products by the vectors'
-    lengths, which are computed in float32 and have their share of the gradient. Differentiable in q and d,
+    q: [Q, Lq, D], d: [P, Ld, D], float (the wider dtype of the two is used); masks: [Q, Lq] and [P, Ld] with 1 = real.
+    Returns [Q, P], float32 (float64 for float64 inputs). Masked query tokens add 0, masked passage tokens never win,
+    and a fully masked passage scores 0; a score that NaN takes part in is NaN. `cosine` divides products by the
+    vectors' lengths, which are computed in float32 and have their share of the gradient. Differentiable in q and d,
     deterministically; the [Q, P, Lq, Ld] similarities are never held, only the position of each winner (2 bytes).
 
     Raises ValueError for shapes that do not fit together or an `impl` that cannot run here.

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The programs of MaxSim: a forward kernel and two atomic-free backward kernels.
 
-A query has too few tokens (32, say) to fill the 128-row tile that a tensor core instruction wants, so a tile packs as many
-whole queries as fit, and a query longer than a tile is spread over several whose partial scores are added afterwards.
-One flat loop runs over (passage, tile of its tokens, slice of the width), so that loads of the next passage are in flight
-while the last one is reduced.
+A query has too few tokens (32, say) to fill the 128-row tile that a tensor core instruction wants, so a tile packs as
+many whole queries as fit. A query longer than a tile is spread over several whose partial scores are added afterwards.
+One flat loop runs over (passage, tile of its tokens, slice of the width), so that loads of the next passage are in
+flight while the last one is reduced.
 
 With HAS_SCALES every token's products are multiplied by its scale: 1 / length makes them cosines. Counts and lengths are
 not specialised: they differ from batch to batch, and each value that is 1 or a multiple of 16 would be a build of its own.

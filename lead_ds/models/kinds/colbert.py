@@ -39,7 +39,9 @@ class ColBERTConfig(TextConfig):
     instead: ClassVar = {**TextConfig.instead, "projection": "set token_dim, the width of its tokens' vectors"}
 
     kind: Literal["colbert"] = "colbert"
-    normalize: bool | None = Field(None, description="unit-length token vectors; null: as its files have it, else false")
+    normalize: bool | None = Field(
+        None, description="unit-length token vectors; null: as its files have it, else false"
+    )
     query_expansion: bool | None = Field(
         None, description="pad queries to query_length with mask tokens that count; null: as its files have it"
     )
@@ -173,8 +175,8 @@ print(model.similarity(queries, passages))""",
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Output with TokenFeatures of a batch's queries and passages; or the final token vectors [B, L, D] of `tokens`,
-        with `layers` those of the layers and then the final ones [K + 1, B, L, D]."""
+        """Output with TokenFeatures of a batch's queries and passages. With `tokens`, their final token vectors [B, L,
+        D]; with `layers` those of the layers and then the final ones [K + 1, B, L, D]."""
         if tokens is not None:
             states = self._states(tokens, layers)
             return states if layers else states[-1]
@@ -204,7 +206,7 @@ print(model.similarity(queries, passages))""",
         )
 
     def _states(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B, L, D]: the layers asked for, then the final states."""
+        """[K + 1, B, L, D]: the requested layers, then the final states."""
         mask_BL = tokens["attention_mask"]
 
         def read_out(state_BLD: Tensor) -> Tensor:

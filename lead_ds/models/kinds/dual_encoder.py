@@ -148,7 +148,7 @@ print(model.similarity(queries, passages))""",
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Output with VectorFeatures of a batch's queries and passages; or the final vectors [B, D] of `tokens`, with
+        """Output with VectorFeatures of a batch's queries and passages. With `tokens`, their final vectors [B, D]; with
         `layers` those of the layers and then the final ones [K + 1, B, D]."""
         if tokens is not None:
             vectors_KBD = self._vectors(tokens, layers)
@@ -189,7 +189,7 @@ print(model.similarity(queries, passages))""",
         return _through([*self.behind[then], *self.behind[unit]], pooled_BD)
 
     def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B, D]: the layers asked for, then the final vector."""
+        """[K + 1, B, D]: the requested layers, then the final vector."""
         mask_BL = tokens["attention_mask"]
         read = self.run(tokens, layers, lambda state: self._pool(state, mask_BL), through_norm=not self._picks)
         _, then, unit = self._parts

@@ -81,8 +81,8 @@ class Kind(Scorer):
     ) -> Self:
         """A scorer in evaluation mode; sharded where an HfDeepSpeedConfig is active.
 
-        depth: its first layers only; layers: these only, renumbered. student: what it lacks (a head) is made anew. frozen: it
-        will not be trained, and so may lack nothing. Raises InputError for what cannot be loaded.
+        depth: its first layers only; layers: these only, renumbered. student: what it lacks (a head) is initialised.
+        frozen: it will not be trained, and so may lack nothing. Raises InputError for what cannot be loaded.
         """
         chain = open_chain(config, cls.family)
         model = load_model(config, cls.head, dtype, depth, new_head=student)

@@ -92,7 +92,7 @@ class PairScorer(Kind):
 
     @abstractmethod
     def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B]: the layers asked for, then the final score."""
+        """[K + 1, B]: the requested layers, then the final score."""
 
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
         # Scores as they are trained and measured here; sentence-transformers would put a sigmoid on one label.
