@@ -47,7 +47,7 @@ class Texts:
 
 
 class Loop(ABC):
-    """Both loops: an optimizer step a micro-batch or several; `at` is told what begins."""
+    """Both loops: an optimizer step a micro-batch or several; `at` is called with what begins."""
 
     name: str
     pads_to_maximum = False
@@ -117,8 +117,8 @@ class LeadLoop(Loop):
 
 
 class PlainLoop(Loop):
-    """Two models, each text padded to the longest of its batch, hidden states asked for, losses in eager torch; mixed
-    precision on a GPU, a decoder's layers read through its final norm."""
+    """Two models, each text padded to the longest of its batch, hidden states kept, losses in eager torch. Mixed
+    precision on a GPU; a decoder's layers are read through its final norm."""
 
     name = "plain loop"
 

@@ -2,7 +2,7 @@
 
     python benchmarks/corpus_open.py [--passages 1000000] [--words 55] [--folder DIR]
 
-Generates the corpus (MS MARCO's passages average about 55 words), then measures, each in a process of its own: building
+Generates the corpus (MS MARCO's passages average about 55 words). Then measures, each in a process of its own: building
 the index, opening it again, and reading texts and looking up ids in random order. Memory is what the process itself
 holds (anonymous pages); pages of the mapped files are the system's to take back and are shown beside it.
 """

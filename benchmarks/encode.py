@@ -5,8 +5,8 @@
 
 Each takes its own default batch, unless it is given. Each round runs both, the first one alternating; the medians are
 compared. Two clocks: the wall's, and this process's processor time, which does not count what other programs on the machine
-take. sentence-transformers reads in the same precision, under the same autocast, unless it is given its own: float32 is what it
-does when nobody says anything. The vectors of both are compared, so that nobody is fast by doing less.
+take. sentence-transformers reads in the same precision, under the same autocast, unless it is given its own; float32 is
+its default. The vectors of both are compared, so that nobody is fast by doing less.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks.kernels --out FILE.json [--kernel maxsim ...] [--quick]
 
 Every provider is first checked against the float64 reference. On CUDA: bfloat16, Triton's `do_bench` (median, 20% and 80%
-quantiles), peak allocation above the inputs, and a CUDA graph for problems that launches decide. On a CPU: float32, rounds
-in which the providers take turns (medians of time), and the peak resident memory above the inputs of one call in a
-process of its own. Writes one JSON object a line, and one plot a kernel beside the file.
+quantiles), peak allocation above the inputs, and a CUDA graph for problems that launches decide. On a CPU: float32,
+rounds in which the providers take turns (medians of time). Memory is the peak resident memory above the inputs of one
+call in a process of its own. Writes one JSON object a line, and one plot a kernel beside the file.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def specs(names: list[str] | None) -> list[KernelSpec]:
-    """The benchmarks asked for, or all."""
+    """The requested benchmarks, or all."""
     found = [spec for module in SPEC_MODULES if find_spec(module) for spec in import_module(module).SPECS]
     unknown = set(names or ()) - {spec.name for spec in found}
     if unknown:

@@ -8,7 +8,7 @@
     python -m benchmarks.quality layers --work WORK --out benchmarks/results/quality-layers.json
 
 `mine`, before `teach`, puts negatives that the student itself finds in the place of BM25's.
-`run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are asked once.
+`run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are run once.
 
 DATA holds collections in BEIR's layout, one folder each (squadshifts, medquad, tldr, scifact, cranfield, vaswani); MODELS holds
 minilm-l3 (the student), reranker-l12 (cross-encoder), bge-small (dual encoder) and colbert, which `teach` warms up. Every
@@ -191,7 +191,7 @@ def machine() -> dict[str, Any]:
 
 
 def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
-    """How large a run is: what the command line says, and the negatives that `build` mined."""
+    """How large a run is: what the command line sets, and the negatives that `build` mined."""
     size = read_json(args.work / SETTINGS, "call `build` first")["size"]
     return {"negatives": size["negatives"], "steps": args.steps, "batch": args.batch, "lr": args.lr}
 

@@ -1,7 +1,7 @@
 """The arms of the quality benchmark: one configuration each, alike but for what an arm is about.
 
-Every student is trained on the same groups in the same order for as many steps: minilm-l3, or three layers cut out of the dual
-encoder that teaches it; see `quality.py`.
+Every student is trained on the same groups in the same order for as many steps. It is minilm-l3, or three layers cut
+out of the dual encoder that teaches it; see `quality.py`.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[st
 
 
 def cache_of(arm: Arm, work: Path) -> Path:
-    """The folder of what an arm's teacher said of the training groups."""
+    """The folder of an arm's teacher's output for the training groups."""
     if arm.source == "vectors":
         return work / f"vectors-{arm.teacher}"
     return work / f"cache-{arm.teacher}{'-lens' if arm.lens else ''}"

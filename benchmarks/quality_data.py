@@ -1,7 +1,7 @@
 """The collections of the quality benchmark: one training collection joined from several, and test collections.
 
-A test collection is a set's test queries over its judged passages and as many others, drawn by a seed, as its size allows
-for; a whole corpus where it is no larger.
+A test collection is a set's test queries over its judged passages and as many others, drawn by a seed, as its size
+allows for. It is a whole corpus where it is no larger.
 """
 
 from __future__ import annotations

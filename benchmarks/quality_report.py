@@ -52,7 +52,7 @@ def macro(values: dict[str, float], tests: tuple[str, ...]) -> float:
 
 
 def interval(a: dict[str, float], b: dict[str, float], tests: tuple[str, ...], seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of the macro difference b - a: queries drawn anew within each test."""
+    """95% bootstrap interval of the macro difference b - a: queries drawn again within each test."""
     generator, total = np.random.default_rng(seed), np.zeros(SAMPLES)
     for test in tests:
         d = np.array([b[q] - a[q] for q in sorted(a) if q.startswith(f"{test}:")])
@@ -106,7 +106,7 @@ def with_earlier(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> l
 
 
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as the arms are told."""
+    """Rows in the order of the arms."""
     order = {name: i for i, name in enumerate(["start", *BY_NAME, "teacher-de"])}
     return sorted(rows, key=lambda row: order.get(row["arm"], len(order)))
 

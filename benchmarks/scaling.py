@@ -117,7 +117,7 @@ class Row:
 
 
 class Study:
-    """Every cluster, window, teacher, placement and number of nodes that was asked for."""
+    """Every cluster, window, teacher, placement and number of nodes that was requested."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.networks: list[float] = options.network_gbps

@@ -5,8 +5,9 @@
     python -m benchmarks.throughput --preset bert train.batch_size=64 --compare kernels=torch --compare train.in_batch=local
     python -m benchmarks.throughput --config my.yaml                               # your models and data
 
-Presets have shapes of real models, RANDOM weights and synthetic texts: they tell speed and memory, never quality. Every setting
-of lead-ds can be given as key=value. Providers take turns, so that what else the machine does hits all alike:
+Presets have shapes of real models, RANDOM weights and synthetic texts: they measure speed and memory, never quality.
+Every setting of lead-ds can be given as key=value. Providers take turns, so that what else the machine does hits all
+alike:
 
 lead-ds          the engine's own training loop: data, teacher, gathers, student, losses, backward, optimizer, statistics
 bare             the teacher's forward and the student's forward and backward on the same padded batches, and nothing else
@@ -17,8 +18,9 @@ cached vectors   lead-ds, reading what `lead-ds teach --vectors auto` wrote: eve
 labels alone     lead-ds without a teacher
 
 The overhead ratio is lead-ds's step over the bare one. The baselines' tokenisation is not counted, lead-ds's is. MFU is of the
-models' own products on real tokens: 2 x parameters of the layers x tokens, attention besides, three times that for the student.
-Memory is what building and warming up left behind plus what a step adds at its peak. Writes one JSON object a line.
+models' own products on real tokens: 2 x parameters of the layers x tokens, attention in addition, three times that for
+the student. Memory is what building and warming up left behind plus what a step adds at its peak. Writes one JSON
+object a line.
 """
 
 from __future__ import annotations

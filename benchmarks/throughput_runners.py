@@ -79,7 +79,7 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, first: int, count: int, parts: Parts) -> None:
-        """Steps `first` to `first + count - 1` of the run, told to `parts`."""
+        """Steps `first` to `first + count - 1` of the run, reported to `parts`."""
 
     @property
     @abstractmethod

@@ -4,7 +4,7 @@
 
 Reads drawn groups with the configuration's dual encoder in float32. Of each layer and of the final state: by how much a query's
 relevance of a passage is off (root mean square, less the query's mean, which a softmax does not see), over how far a query's
-relevances lie apart (the same of relevance itself). 1 means that nothing is left of what the layer says.
+relevances lie apart (the same of relevance itself). 1 means that nothing is left of what the layer gives.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ PLACES = {
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
     "LOCAL_WORLD_SIZE": ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"),
 }
-# What a rank says that fails because another one is gone: such a failure is not the cause.
+# What a rank prints that fails because another one is gone: such a failure is not the cause.
 CONSEQUENCE = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|gloo|nccl|tcpstore|sigterm", re.I)
 
 
@@ -253,7 +253,7 @@ def main() -> int:
     else:
         lines = list(command.last)
     failure = {"rank": rank, "host": host, "status": status, "lines": lines}
-    interrupted = bool(received)  # the launcher may end us while we tell
+    interrupted = bool(received)  # the launcher may end us while we report
     verdict = watch.verdict or watch.fail(failure) if watch else failure
     if verdict["rank"] == rank or (rank == 0 and verdict["host"] != host):
         if logs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LeadError(Exception):
-    """An error that is told to the user in one line: `error: WHERE: WHAT (REMEDY)`."""
+    """An error that is reported to the user in one line: `error: WHERE: WHAT (REMEDY)`."""
 
     status = 1
 

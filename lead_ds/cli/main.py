@@ -118,7 +118,8 @@ def _tell(message: str, status: int, debug: bool) -> int:
         traceback.print_exc()
     rank = int(os.environ.get("RANK", "0"))
     if rank and status == 2:
-        # Wrong input is wrong on every rank: rank 0 says it once. Leave it the time to, before the launcher ends us all.
+        # Wrong input is wrong on every rank: rank 0 reports it once. Leave it the time to, before the launcher ends us
+        # all.
         time.sleep(2)
     else:
         print(f"error: {message}" if not rank else f"error: [rank {rank}] {message}", file=sys.stderr, flush=True)

@@ -35,7 +35,7 @@ def export(
         from lead_ds.data.collections.dataset import Dataset
 
         dataset = Dataset.open(data)
-        dataset.qrels(split)  # what is wrong with it is told before the work
+        dataset.qrels(split)  # what is wrong with it is reported before the work
     if to == "sentence-transformers":
         done = export_sentence_transformers(model, out)
     else:
@@ -62,7 +62,7 @@ def push(
     public: bool = typer.Option(False, "--public", help="Make a new repository public; private without it."),
     yes: bool = typer.Option(False, "--yes-upload", help="Really upload. Without it the files are only listed."),
 ) -> None:
-    """Upload a model to the Hugging Face hub, when told so twice: without --yes-upload it lists what would go, and stops.
+    """Upload a model to the Hugging Face hub, when confirmed: without --yes-upload it lists what would go, and stops.
 
     Weights (safetensors, ONNX), configuration, tokenizer and card go; checkpoints, logs and anything else stay.
 

@@ -75,7 +75,7 @@ class _OfKind(ModelConfig):
     @classmethod
     def read(cls, value: Any) -> Any:
         """The checked section of the kind that `value` names. A setting that the kind ignores is refused, with what to set
-        instead; at its default, as earlier versions wrote it, it says nothing and is left out."""
+        instead; at its default, as earlier versions wrote it, it has no effect and is left out."""
         if isinstance(value, Section):
             return value
         if not isinstance(value, Mapping):
@@ -145,7 +145,8 @@ def _section(role: type[Any], kind: str, settings: type[Section]) -> type[Any]:
 
 @cache
 def _given(kind: str, settings: type[Section], models: tuple[type[Section], ...]) -> type[Any]:
-    """The section of a teacher that is no model of this run; where it stands for one, with the settings of every kind."""
+    """The section of a teacher that is not a model of this run; where it stands for one, with the settings of every
+    kind."""
     fields: dict[str, Any] = {"kind": (Literal[kind], ...)}
     if issubclass(settings, TeacherRole):
         for model in models:

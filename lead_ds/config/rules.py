@@ -46,7 +46,7 @@ def labels_have_something_to_compare(config: Config) -> Iterator[Broken]:
 
 
 def pairs_have_something_to_compare(config: Config) -> Iterator[Broken]:
-    """A model of pairs is compared over a query's own passages, and a distribution over one says nothing."""
+    """A model of pairs is compared over a query's own passages, and a distribution over one holds no information."""
     models = [config.student.kind, *([] if config.teacher is None else [config.teacher.kind])]
     if any(map(reads_pairs, models)) and config.losses.needs_teacher and config.data.negatives == 0:
         what = "is 0: a model that reads pairs is compared over a query's own passages, and there is but one"
@@ -54,7 +54,7 @@ def pairs_have_something_to_compare(config: Config) -> Iterator[Broken]:
 
 
 def scope_is_one_that_pairs_have(config: Config) -> Iterator[Broken]:
-    """A student that reads pairs has scores of a query's own passages alone: the batch's cannot be asked for."""
+    """A student that reads pairs has scores of a query's own passages alone: the batch's cannot be requested."""
     if not reads_pairs(config.student.kind):
         return
     kind = f"is ignored by a {config.student.kind}, which scores a query's own passages alone"
@@ -107,7 +107,7 @@ def a_lens_has_one_state_to_read(config: Config) -> Iterator[Broken]:
 
 
 def teacher_gives_what_losses_read(config: Config) -> Iterator[Broken]:
-    """A teacher that is no model of this run gives less than one that is."""
+    """A teacher that is not a model of this run gives less than one that is."""
     from lead_ds.teachers.open import teacher_class
 
     if config.teacher is None:

@@ -32,7 +32,7 @@ from lead_ds.settings.data import DataConfig
 from lead_ds.settings.train import TrainConfig
 
 _LOOKED_AT = 32  # groups of the first window that are looked at before anything is trained
-_AHEAD = 2  # windows that are ready before they are asked for, per worker
+_AHEAD = 2  # windows that are ready before they are needed, per worker
 
 
 class Processes(Protocol):
@@ -247,7 +247,7 @@ class Batches:
                     raise item
                 yield item
         except (RuntimeError, OSError, EOFError) as error:
-            # The loader itself tells of a dead worker, or a read from its closed pipe fails; what a living worker raised
+            # The loader itself reports a dead worker, or a read from its closed pipe fails; what a living worker raised
             # comes as "Caught ... in DataLoader worker process".
             if str(error).startswith("Caught "):
                 raise
@@ -315,7 +315,7 @@ class _Steps(Dataset[Any]):
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """Leave the SIGCHLD handler as it is. PyTorch's own raises in whatever line the training is at when a worker dies; the
-    loader notices by itself within seconds, in its own line, which can tell what happened."""
+    loader notices by itself within seconds, in its own line, which can report what happened."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

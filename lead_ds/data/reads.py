@@ -117,9 +117,10 @@ def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
 
 
 def refuse_voided(encoder: TextEncoder, groups: Sequence[Group], who: str) -> None:
-    """Raise InputError where `who` would read every query, or every passage, of these groups the same, whatever it says.
+    """Raise InputError where `who` would read every query, or every passage, of these groups the same, whatever its
+    words.
 
-    A length that the prompt or the instruction fills is enough: every text behind it is cut away, and no loss tells.
+    A length that the prompt or the instruction fills is enough: every text behind it is cut away, and no loss shows it.
     """
     queries = list(dict.fromkeys(group.query for group in groups))
     passages = list(dict.fromkeys(passage for group in groups for passage in group.passages))

@@ -22,7 +22,7 @@ from lead_ds.errors import RunError
 
 PACKAGES = ("stdlib", "torch", "numpy", "transformers", "deepspeed", "pydantic", "matplotlib", "rich", "accelerate")
 PER_PACKAGE = 300  # so that torch alone does not make the collection
-SHORTEST, LONGEST = 3, 60  # lines of code: shorter says nothing, longer is cut by the model anyway
+SHORTEST, LONGEST = 3, 60  # lines of code: shorter means nothing, longer is cut by the model anyway
 NEGATIVES = 4
 
 
@@ -166,7 +166,7 @@ def write(functions: list[Function], folder: Path) -> None:
             if split in judged:
                 judged[split].write(f"q{row}\tf{row}\t1\n")
                 continue
-            # Functions of the same package are the ones to be told apart from.
+            # Functions of the same package are the ones to be distinguished from.
             near = neighbours[function.module.rpartition(".")[0] or function.module]
             at = near.index(row)
             others = [near[(at + offset) % len(near)] for offset in range(1, min(NEGATIVES + 1, len(near)))]

@@ -91,7 +91,7 @@ def missing_requirements() -> list[str]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name and bytes of every NVIDIA GPU, as the driver tells."""
+    """Name and bytes of every NVIDIA GPU, as the driver reports."""
     rows = []
     for line in query("--query-gpu=name,memory.total").splitlines():
         name, _, memory = line.rpartition(",")
@@ -134,7 +134,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def tool(name: str, flag: str, extra: str = "") -> str | None:
-    """The first line of what a program says of its version; None where it is absent."""
+    """The first line that a program prints of its version; None where it is absent."""
     program = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), extra]))
     if program is None:
         return None

@@ -10,7 +10,7 @@ Status = Literal["green", "yellow", "red"]
 
 @dataclass(frozen=True)
 class Line:
-    """One finding about one host; `remedy` says what to do where it is not green."""
+    """One finding about one host; `remedy` is what to do where it is not green."""
 
     host: str
     name: str

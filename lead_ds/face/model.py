@@ -114,8 +114,8 @@ def load(
     """The model of a directory or hub name, in evaluation mode on `device` (default: CUDA where there is one).
 
     kind: one of `KINDS`; None: what its files say. settings: of a configuration's
-    section for that kind, such as passage_length=256 or query_prompt="query: ". Raises InputError for what is no model, for one
-    of another kind, and for a setting that the kind has not.
+    section for that kind, such as passage_length=256 or query_prompt="query: ". Raises InputError for what is not a
+    model, for one of another kind, and for a setting that the kind has not.
 
     >>> load(dual_encoder, passage_length=64)  # doctest: +ELLIPSIS
     <dual_encoder ...student, 3 layers>

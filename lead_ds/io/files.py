@@ -69,7 +69,7 @@ def alone(folder: Path, who: str, remedy: str) -> Iterator[int]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, atomically. Raises RunError for a number that is not finite, which is no JSON."""
+    """Write JSON, atomically. Raises RunError for a number that is not finite, which is not JSON."""
     try:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:

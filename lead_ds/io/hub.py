@@ -8,7 +8,7 @@ from pathlib import Path
 
 @functools.cache
 def _hub_answers() -> bool:
-    """One quick try: every file asked of a hub that is away would be retried for half a minute."""
+    """One quick try: every file requested of a hub that is away would be retried for half a minute."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:

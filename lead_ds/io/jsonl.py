@@ -153,7 +153,7 @@ def read_blocks(path: Path, buffer: Buffer) -> Iterator[Block]:
             valid = set(map(type, records)) <= {dict}
         except (ValueError, RecursionError):
             valid = False
-        if not valid:  # blank lines, which are skipped, or a mistake, which parse_record tells
+        if not valid:  # blank lines, which are skipped, or a mistake, which parse_record reports
             kept = [row for row, line in enumerate(lines) if line.strip()]
             records = [parse_record(lines[row], path, numbers[row]) for row in kept]
             starts, numbers = starts[kept], [numbers[row] for row in kept]

@@ -69,7 +69,7 @@ def cached_arrays(source: Path, name: str, key: Signature, build: Callable[[], A
 
     Kept in `.SOURCE.NAME.idx` beside `source` where that folder can be written, else in the cache folder; when neither
     can, in memory. Written whole or not at all; processes of one machine that need the same arrays wait for the first
-    of them to build. Sources below MIN_CACHED_BYTES are built anew each time and nothing is written.
+    of them to build. Sources below MIN_CACHED_BYTES are built again each time and nothing is written.
     """
     if signature(source)["size"] < MIN_CACHED_BYTES:
         return build()

@@ -1,7 +1,7 @@
 """Folders of shards: files that several processes write in turns, each whole or not at all, and that a later call finishes.
 
-A manifest beside them says what they were made of, so that nothing else is added to them. Arrays are kept as safetensors,
-which are mapped into memory, with a checksum and the identity of the folder that they belong to.
+A manifest beside them records what they were made of, so that nothing else is added to them. Arrays are kept as
+safetensors, which are mapped into memory, with a checksum and the identity of the folder that they belong to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LARGEST_HEADER = 1 << 20
 
 
 def refuse_strangers(folder: Path, pattern: str, remedy: str = ANOTHER_FOLDER) -> None:
-    """Raise InputError where new shards cannot go to `folder`: it is a file, or holds some of which no manifest tells."""
+    """Raise InputError where new shards cannot go to `folder`: it is a file, or holds some that no manifest records."""
     if folder.exists() and not folder.is_dir():
         raise InputError(folder, "is a file", "choose a folder with --out")
     if any(folder.glob(pattern)):
@@ -70,7 +70,7 @@ def save_arrays(path: Path, arrays: Arrays, cache: str) -> None:
 def mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
     """The arrays of a safetensors file, mapped into memory, and its metadata.
 
-    Raises OSError, ValueError or KeyError for what is none, or is cut short.
+    Raises OSError, ValueError or KeyError for what is not one, or is cut short.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,5 @@
-"""Starting a kernel: on the device of its tensors, with what the device refuses said in one line; and what it was built of."""
+"""Starting a kernel: on the device of its tensors, with what the device refuses reported in one line; and what it was
+built of."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -11,7 +11,9 @@ from torch import Tensor
 from lead_ds.kernels import Factors, factors_kl
 from lead_ds.relevance import MASKED, Impl, Relevance
 
-ENTROPY_QUERIES = 64  # entropies are a gauge, not a loss: so many queries tell, and the full map is never made for them
+ENTROPY_QUERIES = (
+    64  # entropies are a gauge, not a loss: so many queries suffice, and the full map is never made for them
+)
 
 
 def relevance_kl(

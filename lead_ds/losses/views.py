@@ -1,4 +1,4 @@
-"""What a loss sees of one micro-batch: what both models said, and the relevance that follows, computed when first read.
+"""What a loss sees of one micro-batch: what both models gave, and the relevance that follows, computed when first read.
 
 Dimensions: K layers, Q queries of this process, P passages in scope, N passages of a query's own group, B texts, L tokens.
 """

@@ -93,12 +93,12 @@ def load_model(
 
 
 def has_classifier(shape: Any) -> bool:
-    """Whether a model's configuration says that it was saved with a classification head."""
+    """Whether, by its configuration, a model was saved with a classification head."""
     return any("ForSequenceClassification" in str(name) for name in shape.architectures or ())
 
 
 def is_decoder(shape: Any) -> bool:
-    """Whether a model reads from left to right: a language model that is no masked one."""
+    """Whether a model reads from left to right: a language model that is not a masked one."""
     from transformers.models.auto import modeling_auto as auto
 
     kind = shape.get_text_config().model_type
@@ -141,7 +141,7 @@ def cut_shape(config: Any, layers: Sequence[int]) -> None:
 
 
 def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The transformer layers of a model and their name: the ModuleList as long as its configuration says."""
+    """The transformer layers of a model and their name: the ModuleList as long as its configuration has it."""
     total = model.config.get_text_config().num_hidden_layers
     found = [
         (name, module)
@@ -197,7 +197,7 @@ def _no_head(config: ModelConfig, shape: Any) -> InputError:
 
 
 def _check_path(config: ModelConfig) -> None:
-    """Refuse, before the hub is asked, what is plainly a local path that holds no model."""
+    """Refuse, before the hub is contacted, what is plainly a local path that holds no model."""
     folder = Path(config.path)
     if folder.is_dir():
         if find_file(config.path, "config.json") is None and find_file(config.path, "modules.json") is None:

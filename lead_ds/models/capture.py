@@ -72,7 +72,8 @@ class LayerCapture:
             self._hooks.append(layer.register_forward_hook(torch.compiler.disable(partial(self._read, i))))
 
     def uninstall(self) -> None:
-        """Take the hooks away; the next reading installs them anew, then behind those that others have installed by then."""
+        """Take the hooks away; the next reading installs them again, then behind those that others have installed by
+        then."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -88,7 +88,7 @@ class _Unread(nn.Module):
 
 @contextmanager
 def _apart(config: ModelConfig, shape: Any, *, text: bool, weights: bool) -> Iterator[None]:
-    """Let sentence-transformers read everything but the transformer, and only what is asked for of the rest.
+    """Let sentence-transformers read everything but the transformer, and only what is requested of the rest.
 
     It has no switch for that: the three functions that read files are replaced meanwhile.
     """

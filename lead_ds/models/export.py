@@ -30,7 +30,7 @@ OPSET = 17  # the first with LayerNormalization; every onnxruntime since 1.12 ru
 MODEL = "onnx/model.onnx"  # where sentence-transformers looks
 STATES = "last_hidden_state"
 TOLERANCE = 1e-4
-INT8_COSINE = 0.9  # mean cosine to the original below which an int8 model is none: activations with outliers do that
+INT8_COSINE = 0.9  # mean cosine to the original below which an int8 model is refused: activations with outliers do that
 CHECK_BATCHES = (1, 2, 5)  # sizes of the checked batches, in turns; the graph was traced with another
 
 _PARAGRAPH = (
@@ -63,7 +63,7 @@ def export_onnx(path: str, out: str | Path, *, int8: bool = False, texts: Sequen
     last_hidden_state [B, L, W] and sentence_embedding [B, D] (pooled, Dense, normalised). Beside it stand the tokenizer and what
     sentence-transformers reads with `backend="onnx"`. int8: weights quantised to 7 bits, so that no
     CPU's products saturate, with a scale for each output; activations to 8 bits as they come (dynamic quantisation).
-    texts: compared in addition to the built-in ones. Raises InputError for a model that is no dual encoder, a folder
+    texts: compared in addition to the built-in ones. Raises InputError for a model that is not a dual encoder, a folder
     that is not empty, packages that are missing; RunError where the model cannot be traced, or its vectors differ from
     torch's by more than TOLERANCE. Of int8: where their mean cosine to them is below INT8_COSINE.
     """

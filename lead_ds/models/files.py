@@ -16,7 +16,8 @@ _READ = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout",
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
-    """A JSON object of a directory or hub repository; empty where it is absent. InputError where it is no JSON object."""
+    """A JSON object of a directory or hub repository; empty where it is absent. InputError where it is not a JSON
+    object."""
     tree = _read(path, name)
     if tree is not None and not isinstance(tree, dict):
         raise InputError(find_file(path, name), "not a JSON object", "restore the model's file")

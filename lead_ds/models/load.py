@@ -69,8 +69,8 @@ def load_scorer(
     """A model of any kind in evaluation mode (not yet on `device`), and its tokenisation as it was saved.
 
     kind: None: what its files say. settings: `key=value` of the kind's section, which win over the files. Weights are float32
-    unless `dtype` says otherwise, a decoder reranker's on CUDA float16.
-    Raises InputError for a directory that holds another kind of model, and for a setting that is none.
+    unless `dtype` is given, a decoder reranker's on CUDA float16.
+    Raises InputError for a directory that holds another kind of model, and for an unknown setting.
     """
     record = read_json(path, RECORD)
     name = kind or kind_of(path)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VECTOR = "sentence_embedding"
 PROBES = "lead_ds.probes"  # the metadata's key: inputs, vectors and how far these may move
 MOST_WEIGHT = 64  # of an 8-bit weight: 2 x 255 x 64 = 32,640 fits 16 bits, 2 x 255 x 127 does not
-LEAST_DRIFT = 1e-4  # 1 - cosine that is no difference, however exact the file: float32 sums in another order
+LEAST_DRIFT = 1e-4  # 1 - cosine that is not a difference, however exact the file: float32 sums in another order
 
 
 class OnnxEncoder:

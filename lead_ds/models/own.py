@@ -176,7 +176,7 @@ load_model(model, "this directory/{file}")
 
 
 def probe(module: nn.Module) -> tuple[Tensor, list[Tensor]]:
-    """What a module makes of two texts. Raises InputError for one that is no encoder of texts."""
+    """What a module makes of two texts. Raises InputError for one that is not an encoder of texts."""
     if not isinstance(module, nn.Module) or not callable(getattr(module, "tokenize", None)):
         raise InputError(_name(module), "has no tokenize", f"{SHAPE}")
     training, device = module.training, next(module.parameters()).device

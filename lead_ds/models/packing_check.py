@@ -1,4 +1,4 @@
-"""Whether a model reads packed rows as it reads texts: nobody can tell from a configuration, so it is tried."""
+"""Whether a model reads packed rows as it reads texts: a configuration does not show it, so it is tried."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _REMEDY = "set it to a number, 2 to 4, or to null"
 def check_packing(scorer: Scorer, says: Callable[[Tokens], Tensor], key: str) -> None:
     """Raise InputError, of the setting `key`, where a model is not known to read packed rows as it reads texts, or does not.
 
-    says: what the scorer says of tokens from every layer [T + 1, B, ...]; run three times over a few texts, the same on
-    every rank. Nobody can tell from a configuration whether an architecture mixes what stands in one row.
+    says: what the scorer gives for tokens from every layer [T + 1, B, ...]; run three times over a few texts, the same
+    on every rank. A configuration does not show whether an architecture mixes what stands in one row.
     """
     config = scorer.backbone.config
     kind = config.get_text_config().model_type

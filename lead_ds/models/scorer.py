@@ -39,7 +39,7 @@ class Output:
     """A scorer's answer for one batch."""
 
     final: Features  # K = 1: what the model serves
-    layers: Features | None = None  # K = the layers asked for, in that order
+    layers: Features | None = None  # K = the requested layers, in that order
     taps_queries: AttentionTaps | None = None  # of the layers tapped, by layer
     taps_passages: AttentionTaps | None = None  # of a cross-encoder's pairs
 
@@ -100,8 +100,8 @@ class Scorer(nn.Module):
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Features of a batch; or, given `tokens`, what the model says of these texts or pairs: of its final state, with
-        `layers` of these and then the final state, stacked."""
+        """Features of a batch; or, given `tokens`, what the model gives for these texts or pairs: of its final state,
+        with `layers` of these and then the final state, stacked."""
 
     def in_passes(self, passes: Passes, read: Callable[[Tokens], Tensor]) -> Tensor:
         """`read` of each pass (its dimension 1 are the rows of the pass), joined in the order of the batch."""
@@ -113,11 +113,11 @@ class Scorer(nn.Module):
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the backbone can be told where tokens stand."""
+        """Whether the backbone takes the positions of tokens."""
         return "position_ids" in self._accepts
 
     def all_layers(self, tokens: Tokens) -> Tensor:
-        """What it says, without dropout, of texts or pairs from every layer, then from its final state."""
+        """What it gives, without dropout, for texts or pairs from every layer, then from its final state."""
         device, training = next(self.parameters()).device, self.training
         moved = {name: x.to(device) for name, x in tokens.items()}
         said = self.eval()(tokens=moved, layers=list(range(self.num_layers)))

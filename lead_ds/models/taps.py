@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import check_layers, find_layers
 
-# What an attention function may add to q . k besides the mask: a tap that left it out would not be the model's attention.
+# What an attention function may add to q . k as well as the mask: a tap that left it out would not be the model's
+# attention.
 _UNTAPPABLE = {"position_bias": "adds a position bias", "softcap": "caps its logits", "s_aux": "has attention sinks"}
 
 
 class AttentionTapError(InputError, NotImplementedError):
-    """The family of the model computes attention in a way that q and k alone do not tell."""
+    """The family of the model computes attention in a way that q and k alone do not show."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class AttentionTap:
 
 
 class AttentionTaps(Mapping[int, AttentionTap]):
-    """Taps by layer, in the order asked for; filled by each forward pass of the backbone, which replaces the last one's."""
+    """Taps by layer, in the requested order; filled by each forward pass of the backbone, which replaces the last
+    one's."""
 
     def __init__(self, family: str, where: str, layers: Sequence[int], detach: bool) -> None:
         self.family, self.where, self.layers, self.detach = family, where, tuple(layers), detach

@@ -87,7 +87,7 @@ class Reading:
             tokenizer=self.tokenizer,
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
-            token_types=types and told,  # whether the model tells the two texts of a pair apart by them
+            token_types=types and told,  # whether the model distinguishes the two texts of a pair by them
             leading=leading_tokens(self.tokenizer),
             longest=self.longest,
             **lengths,

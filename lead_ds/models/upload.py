@@ -48,7 +48,7 @@ class Upload:
     private: bool
     files: dict[str, int]
     left: list[str]
-    licence: str | None  # as the card's header says
+    licence: str | None  # as the card's header has it
 
     @property
     def bytes(self) -> int:

@@ -49,7 +49,7 @@ class Fingerprints:
         return digest({file.relative_to(folder).as_posix(): self.file(file) for file in model_files(folder)})
 
     def save(self) -> None:
-        """Remember for the next time; a folder that cannot be written to is read anew then."""
+        """Remember for the next time; a folder that cannot be written to is read again then."""
         if self._changed:
             try:
                 write_json(self._memory, self._known)

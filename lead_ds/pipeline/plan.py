@@ -57,7 +57,7 @@ class Recipe:
         self._plan()
 
     def unchanged(self) -> bool:
-        """Whether the file still says what it said: a command that is started now reads it again."""
+        """Whether the file is as it was: a command that is started now reads it again."""
         if self.path.read_bytes() == self.text:
             return True
         return load_config(self.path, self.overrides) == self.config
@@ -171,7 +171,7 @@ class Recipe:
     def _teach(
         self, name: str, settings: LensStage | TeachStage | None, groups: str, teacher: str, lens: str = ""
     ) -> str:
-        """Add the stage that reads the frozen teacher: a lens that is fitted to it, or a cache of what it says."""
+        """Add the stage that reads the frozen teacher: a lens that is fitted to it, or a cache of its output."""
         if settings is None:
             return ""
         wiring, needs = self._wiring(groups, teacher=teacher, lens=lens)

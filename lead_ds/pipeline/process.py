@@ -1,4 +1,4 @@
-"""A stage's command as a process: told where to write, followed until it ends, asked to stop when we are."""
+"""A stage's command as a process: given where to write, followed until it ends, stopped when we are."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def find_launcher(told: str) -> list[str]:
 def spawn(command: Sequence[str], log: Path, keep: int) -> int:
     """Run a command, showing on stderr what it appends to `log`; its exit status.
 
-    It writes to the file itself, so that nothing it says is lost, and it may finish, when this process is killed. It is in a
+    It writes to the file itself, so that nothing it prints is lost, and it may finish, when this process is killed. It
+    is in a
     session of its own: a signal reaches it once, from here. It keeps the descriptor `keep` open: a lock on it
     lasts as long as either of us.
     """
@@ -68,7 +69,7 @@ def with_timeout(process: subprocess.Popen[bytes]) -> None:
 
 
 def show(said: bytes) -> None:
-    """Pass on what a command said."""
+    """Pass on what a command printed."""
     if said:
         sys.stderr.write(said.decode("utf-8", "replace"))
         sys.stderr.flush()

@@ -47,8 +47,8 @@ def run_pipeline(
     """Run what is left to do of a recipe; its stages, and the results of every evaluation that is complete, as a plain tree.
 
     stages: only these; first, until: from and up to this one; a family's name (`search`) stands for its members (`search-dev`).
-    again: made anew although complete. dry_run: tell only. Raises InputError, before anything is written, where the recipe or
-    the choice of stages is wrong; RunError, with what is complete intact, where a stage fails.
+    again: made again although complete. dry_run: report only. Raises InputError, before anything is written, where the
+    recipe or the choice of stages is wrong; RunError, with what is complete intact, where a stage fails.
     """
     recipe = Recipe(path, overrides)
     launching = find_launcher(launcher or recipe.pipeline.launcher)
@@ -167,7 +167,7 @@ def named(recipe: Recipe, names: Sequence[str]) -> set[str]:
 
 
 def choose(recipe: Recipe, stages: Sequence[str], first: str | None, until: str | None) -> set[str]:
-    """The stages that are asked for."""
+    """The stages that are requested."""
     order = list(recipe.stages)
     chosen = named(recipe, stages) if stages else set(order)
     if first is not None:

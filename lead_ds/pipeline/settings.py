@@ -15,7 +15,7 @@ from lead_ds.settings.meaning import keys_of
 def deciding(config: Config) -> dict[str, Any]:
     """The settings that decide a stage's output, up to the last bits; DeepSpeed's own settings by their content.
 
-    Without defaults as well, so that a key that a later version adds makes nothing anew.
+    Without defaults as well, so that a key that a later version adds makes nothing again.
     """
     free = keys_of(config, "place", "pace", "bits") | {"deepspeed"}
     tree = _deciding(config, config.model_dump(mode="json"), free)

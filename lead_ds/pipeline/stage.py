@@ -46,7 +46,7 @@ class Stage:
 
     @property
     def log(self) -> Path:
-        """What its commands said."""
+        """What its commands printed."""
         return self.folder / LOG
 
     def commands_now(self) -> list[list[str]]:

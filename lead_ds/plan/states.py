@@ -128,7 +128,7 @@ def _groups(shapes: Sequence[ModelShape]) -> list[list[Parameter]]:
 
 
 def _offloaded(states: StudentStates, zero: dict[str, Any]) -> StudentStates:
-    """Optimizer state, and at stage 3 parameters, moved off the GPU where the configuration says so."""
+    """Optimizer state, and at stage 3 parameters, moved off the GPU where the configuration has it so."""
     from dataclasses import replace
 
     host = 0

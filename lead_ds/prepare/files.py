@@ -127,7 +127,7 @@ def _shown(name: str) -> bool:
 
 
 def identity(files: Iterable[File]) -> dict[str, Any]:
-    """What tells whether the files on disk are still the same."""
+    """What shows whether the files on disk are still the same."""
     return {str(file.path) if file.member is None else str(file): signature(file.path) for file in files}
 
 

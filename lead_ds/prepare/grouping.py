@@ -54,7 +54,7 @@ class Grouper:
     def groups(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(row of the query, rows of its positives, of its negatives) of every query that has a positive.
 
-        Each passage once, in the order it came; one that is a positive anywhere is no negative. int64.
+        Each passage once, in the order it came; one that is a positive anywhere is not a negative. int64.
         """
         for number in sorted(self._files):
             self._files[number].close()

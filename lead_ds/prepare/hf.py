@@ -30,7 +30,7 @@ _SHAPES = "corpus, queries and qrels; Tevatron's; or columns such as query, posi
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one split of one configuration, in a fixed order; `rows()` starts anew."""
+    """The rows of one split of one configuration, in a fixed order; `rows()` starts again."""
 
     where: str
     rows: Callable[[], Iterator[dict[str, Any]]]

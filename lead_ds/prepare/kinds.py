@@ -7,7 +7,7 @@ from pathlib import Path
 from lead_ds.errors import InputError
 from lead_ds.prepare.source import Source
 
-# The options that a kind reads, besides those of every kind.
+# The options that a kind reads, in addition to those of every kind.
 KINDS = {
     "msmarco-passage": {"triples"},
     "msmarco-doc": {"triples"},

@@ -10,7 +10,7 @@ from lead_ds.report.summary import Table, aligned
 
 
 def read_profile(run: Path) -> dict[str, Any] | None:
-    """What a run's profile says; None without one, or where it is damaged."""
+    """What a run's profile holds; None without one, or where it is damaged."""
     try:
         profile = json.loads((run / "profile" / "profile.json").read_text(encoding="utf-8"))
         part_table(profile), operator_table(profile)

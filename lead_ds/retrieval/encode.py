@@ -203,7 +203,7 @@ class Vectors:
         return (self.block(shard) for shard in range(self.shards))
 
     def block(self, shard: int) -> np.ndarray:
-        """A shard, memory-mapped: [rows, D]. Raises InputError for a file that is none."""
+        """A shard, memory-mapped: [rows, D]. Raises InputError for a file that is not one."""
         try:
             return np.load(self.path(shard), mmap_mode="r")
         except Exception as error:  # numpy parses the header as Python, which can go wrong in as many ways

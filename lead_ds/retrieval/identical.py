@@ -23,7 +23,7 @@ def with_spare(k: int, query_ids: Iterable[str], passages: Texts | Iterable[str]
 
 
 def without_identical(run: Run, k: int, judged: Judged | None = None, *, quiet: bool = False) -> Run:
-    """The k best passages of every query without the one that has the query's id; said once unless `quiet`."""
+    """The k best passages of every query without the one that has the query's id; reported once unless `quiet`."""
     out: Run = {}
     dropped = 0
     for query, found in run.items():

@@ -59,7 +59,7 @@ def build_index(
             raise InputError(
                 "factory", what, "see FAISS's wiki, The index factory; for example Flat or IVF256,Flat"
             ) from None
-        vectors.ids()  # are told before the work, if they are not as many
+        vectors.ids()  # are reported before the work, if they are not as many
         on_gpus = gpus > 0 and not index.is_trained  # FAISS fills a sharded Flat in one call only, and HNSW not at all
         if not index.is_trained:
             index = _to_gpus(index, gpus, layout, half=False)
@@ -172,7 +172,7 @@ class Index:
 
 
 def check_k(k: int, passages: int, where: str = "k") -> None:
-    """Raise InputError when more results are asked for than there are passages."""
+    """Raise InputError when more results are requested than there are passages."""
     if k > passages:
         raise InputError(where, f"{k} results requested of {passages} passages", f"use at most {passages}")
 
@@ -220,5 +220,5 @@ def _cells(factory: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What FAISS says, without where in its sources it says it."""
+    """FAISS's message, without the place in its sources."""
     return str(error).strip().rsplit("Error: ", 1)[-1].rsplit(".cpp:", 1)[-1].split(": ", 1)[-1][:160]

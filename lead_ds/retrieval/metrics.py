@@ -29,7 +29,7 @@ def score_run(
 ) -> Scores:
     """Every measure of `run`, under the names given (nDCG@10, RR@10, AP@1000, R@100, ...).
 
-    nDCG reads graded judgements; the binary measures count judgements >= relevance_level as relevant, unless a name says
+    nDCG reads graded judgements; the binary measures count judgements >= relevance_level as relevant, unless a name has
     otherwise (`R(rel=2)@100`). As `trec_eval -c`: the mean is over every judged query, one without results counts 0;
     results of queries without judgements do not count. Raises InputError for an unknown measure, empty judgements, and a
     run that shares no query with them.

@@ -155,7 +155,8 @@ def _candidates(
     batch_size: int,
     quiet: bool,
 ) -> Run:
-    """The source's candidates, with its scores of the positives wherever it can tell them; BM25's cost, and `by_score` asks."""
+    """The source's candidates, with its scores of the positives wherever it knows them; BM25's cost, and `by_score`
+    asks."""
     if isinstance(source, Mapping):
         return known_passages(
             {query: dict(found) for query, found in source.items() if query in positives}, dataset, "run"
@@ -248,7 +249,7 @@ def _choose(
 
 
 def _limit(positive_scores: Sequence[float], settings: MineSettings) -> float | None:
-    """The score above which a candidate is a likely false negative; None where that is not told."""
+    """The score above which a candidate is a likely false negative; None where that is not known."""
     if not positive_scores:
         return None
     least = min(positive_scores)

@@ -61,7 +61,7 @@ def write_yaml(tree: Any) -> str:
 
 
 def in_yaml(value: Any) -> str:
-    """A value as an override says it: a text bare where every type reads it back as it is, else in quotes.
+    """A value as an override writes it: a text bare where every type reads it back as it is, else in quotes.
 
     >>> in_yaml("dev.small"), in_yaml("query: "), in_yaml([1, None])
     ('dev.small', '"query: "', '[1, null]')
@@ -83,7 +83,7 @@ def word(text: str) -> bool | None:
 
 
 def number(text: str) -> int | float:
-    """The number that a plain scalar means. Raises ValueError where it is none.
+    """The number that a plain scalar means. Raises ValueError where it is not one.
 
     >>> number("5e-5"), number("0100"), number("-.inf")
     (5e-05, 100, -inf)
@@ -102,7 +102,7 @@ def number(text: str) -> int | float:
 def read_yaml(text: str, where: str | Path) -> Any:
     """The plain tree of a YAML document.
 
-    Raises InputError with its line for what is no YAML, and for a key that is given twice.
+    Raises InputError with its line for what is not YAML, and for a key that is given twice.
     """
     return _constructed(_composed(text, where), where)
 
@@ -140,7 +140,7 @@ def compose_value(text: str) -> yaml.Node | None:
 
 
 def plain_scalar(text: str) -> Any:
-    """What a plain scalar means where nothing says which type it must have."""
+    """What a plain scalar means where nothing decides which type it must have."""
     for meaning in (word, number):
         try:
             return meaning(text)

@@ -32,7 +32,7 @@ def keys_of(section: Section, *meanings: Meaning) -> set[str]:
 
 
 def mark_of(field: FieldInfo, otherwise: Means = RESULT) -> Means:
-    """What a field says of itself, or else what its section means."""
+    """What a field means by its own mark, or else what its section means."""
     return next((mark for mark in field.metadata if isinstance(mark, Means)), otherwise)
 
 

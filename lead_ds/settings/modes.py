@@ -73,7 +73,7 @@ def in_modes(key: str, default: str, modes: Mapping[str, type[Section]]) -> Any:
 
 
 def forget_former(tree: dict[str, Any], overrides: Sequence[str], root: type[Section]) -> None:
-    """Where an override changes a section's mode, take out of `tree` what the file says for another mode.
+    """Where an override changes a section's mode, take out of `tree` what the file sets for another mode.
 
     What is itself overridden stays, to be refused where the new mode ignores it.
     """

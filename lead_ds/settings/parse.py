@@ -21,7 +21,7 @@ S = TypeVar("S", bound=Section)
 
 
 def load_tree(path: str | Path, overrides: Sequence[str], section: type[Section]) -> dict[str, Any]:
-    """The YAML file at `path`, with overrides of `section`'s keys applied, before any check of what it says."""
+    """The YAML file at `path`, with overrides of `section`'s keys applied, before any check of its content."""
     path = Path(path)
     try:
         text = path.read_text("utf-8")
@@ -45,7 +45,7 @@ def parse_section(section: type[S], tree: dict[str, Any], where: str | Path) -> 
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        # One mistake a line would break "one line"; the first is told, and the count of the others.
+        # One mistake a line would break "one line"; the first is reported, and the count of the others.
         first, *others = error.errors(include_url=False)
         key = ".".join(str(part) for part in first["loc"]) or "configuration"
         what, remedy = _describe(first, section)

@@ -43,7 +43,7 @@ class FirstNegatives(Mining):
 
 
 class MineStage(Mining):
-    """Hard negatives: what a retriever ranks high that is no positive."""
+    """Hard negatives: what a retriever ranks high that is not a positive."""
 
     model: Place | None = Field(None, description="a dual encoder; null: the first retriever that was trained")
 

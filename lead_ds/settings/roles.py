@@ -11,7 +11,7 @@ from lead_ds.settings.model import ModelConfig
 
 
 class Trained(Section):
-    """Of a teacher that learns along: these decide a run, but not what the model says of a text."""
+    """Of a teacher that learns along: these decide a run, but not what the model gives for a text."""
 
     train: bool = Field(
         False, description="co-train the teacher, as LEAD's paper does: in the student's engine and dtype"

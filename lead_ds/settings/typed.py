@@ -75,7 +75,7 @@ def _takes(kinds: list[Any], shape: type) -> bool:
 
 
 def _unquoted(text: str) -> str | None:
-    """The content of one quoted string; None where the text is none."""
+    """The content of one quoted string; None where the text is not one."""
     text = text.strip()
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "\"'":
         return None

@@ -134,7 +134,7 @@ def check_folder(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
 def split(positives: np.ndarray, held_out: float, seed: int) -> dict[str, np.ndarray]:
     """Places of the groups to fit on, to stop by, and to report on; groups of one positive stay together.
 
-    Otherwise a lens could be told held-out positives by remembering passages. Raises InputError where too few differ.
+    Otherwise a lens could learn held-out positives by remembering passages. Raises InputError where too few differ.
     """
     generator = np.random.default_rng([seed, 0x1E45])
     _, owner, sizes = np.unique(positives, return_inverse=True, return_counts=True)

@@ -51,7 +51,8 @@ def deciding_settings(teacher: TeacherRole) -> dict[str, Any]:
 
 
 def stored_scale(kind: str, scale: str) -> Scale:
-    """In which scale relevance is stored: cosines as such; none and z-scores, which depend on the draw, as the model says.
+    """In which scale relevance is stored: cosines as such; none and z-scores, which depend on the draw, as the model
+    gives it.
 
     A model of pairs gives scores, which have no cosine.
     """

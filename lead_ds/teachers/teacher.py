@@ -1,4 +1,4 @@
-"""What a student learns from, whatever it is: a frozen model, a cache of what one said, scores of the training file.
+"""What a student learns from, whatever it is: a frozen model, a cache of one's output, scores of the training file.
 
 Dimensions: A micro-batches of B queries, N passages of each, T layers of the teacher, K selected ones.
 """

@@ -12,7 +12,7 @@ from lead_ds.io.jsonl import require_file
 
 
 class Dataset:
-    """A folder of texts and judgements; nothing is read until it is asked for."""
+    """A folder of texts and judgements; nothing is read until it is needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -87,7 +87,8 @@ def read_qrels(path: str | Path) -> Qrels:
 def read_run(path: str | Path) -> Run:
     """query id -> passage id -> score of a TREC run. Raises InputError naming file and line.
 
-    Scores decide the order, as in trec_eval; ranks are only checked: one that a query has twice tells of two runs in a file.
+    Scores decide the order, as in trec_eval; ranks are only checked: one that a query has twice means two runs in a
+    file.
     """
     run: Run = {}
     ranks: dict[str, set[int]] = {}

@@ -113,7 +113,7 @@ class Texts:
 
 
 class Ids(Sequence[str]):
-    """Ids by row, decoded from one block of bytes when they are asked for."""
+    """Ids by row, decoded from one block of bytes when they are needed."""
 
     def __init__(self, block: np.ndarray, starts: np.ndarray) -> None:
         self._block, self._starts = block, starts

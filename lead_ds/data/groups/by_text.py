@@ -32,7 +32,7 @@ class TextGroups(ListedGroups):
 
     @classmethod
     def open(cls, config: DataConfig, path: Path, form: str) -> TextGroups:
-        """Open groups in format `form`. Raises InputError naming file and line for a record that is no group."""
+        """Open groups in format `form`. Raises InputError naming file and line for a record that is not a group."""
         buffer = open_buffer(path)
         first = next(read_blocks(path, buffer), None)
         if first is None:

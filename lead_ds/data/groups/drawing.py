@@ -30,7 +30,7 @@ class Draw:
         return mix(self._state) % n
 
     def shuffled(self, n: int) -> Iterator[int]:
-        """The integers below n in random order, each computed when it is asked for (Fisher and Yates)."""
+        """The integers below n in random order, each computed when it is needed (Fisher and Yates)."""
         moved: dict[int, int] = {}
         for i in range(n):
             j = i + self.below(n - i)

@@ -62,7 +62,7 @@ def is_query(lines: Lines, passage: Listed) -> bool:
 
 
 class Unusable(Exception):
-    """Why a record is no group: what is wrong and what to do."""
+    """Why a record is not a group: what is wrong and what to do."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what)
@@ -214,7 +214,7 @@ def reader_of(form: str, first: Record) -> Reader:
 
 
 def form_of(first: Record) -> str | None:
-    """The format of records that carry their texts, by the first of them; None where it is none that is known."""
+    """The format of records that carry their texts, by the first of them; None where it is not a known one."""
     if "query" in first and "positives" in first:
         return "texts"
     if "positive_passages" in first:

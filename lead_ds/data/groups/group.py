@@ -1,4 +1,4 @@
-"""Training groups: a query, one of its positives and its negatives, drawn anew each epoch.
+"""Training groups: a query, one of its positives and its negatives, drawn again each epoch.
 
 Three stores behind one interface: groups of ids (`by_id`), and groups that list their texts, in a file (`by_text`) or in
 memory (`rows`).

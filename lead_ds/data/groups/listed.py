@@ -1,6 +1,6 @@
 """Groups whose records carry their texts: how they are drawn, wherever their records lie.
 
-Passages are told apart by a hash of their text, or of their docid where they have one.
+Passages are distinguished by a hash of their text, or of their docid where they have one.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def open_groups(config: DataConfig) -> Groups:
 
 
 def recognise(path: Path) -> str:
-    """The format of a training file, by its name and first record. Raises InputError when it is none that is known."""
+    """The format of a training file, by its name and first record. Raises InputError when it is not a known one."""
     if path.name.removesuffix(".gz").endswith(".tsv"):
         return "qrels"
     first: tuple[int, dict[str, Any]] | None = next(read_jsonl(path), None)

@@ -25,7 +25,7 @@ class Rows(Protocol):
 
 
 class RowGroups(ListedGroups):
-    """Groups of rows in memory. Picklable; `checksums` tells two sets of rows apart.
+    """Groups of rows in memory. Picklable; `checksums` distinguishes two sets of rows.
 
     >>> rows = [
     ...     {"query": "what barks", "positives": ["a dog"], "negatives": ["a cat", "a cow"]},
@@ -51,7 +51,7 @@ class RowGroups(ListedGroups):
 
         Rows are {"query", "positives": [text], "negatives": [text], "scores"?: one number for each of them, positives
         first}; or have the columns of sentence-transformers, FlagEmbedding or Tevatron. Raises InputError naming the row
-        that is no group, and where there are too few passages to draw negatives from.
+        that is not a group, and where there are too few passages to draw negatives from.
         """
         if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, str | bytes | dict):
             what = f"a {type(rows).__name__} is not a list of rows"

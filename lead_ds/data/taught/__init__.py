@@ -1,1 +1,1 @@
-"""What a teacher said, on disk: relevance or vectors."""
+"""A teacher's output, on disk: relevance or vectors."""

@@ -29,14 +29,15 @@ from lead_ds.io.shards import MANIFEST, Arrays, damage, mapped
 
 VERSION = 1
 _AGAIN = "run lead-ds teach again"
-# What a manifest says of the sizes of a cache, by what it holds.
+# What a manifest holds of the sizes of a cache, by what it holds.
 _RELEVANCE, _VECTORS = ("shard_groups",), ("shard_texts", "queries", "passages", "width")
 
 C = TypeVar("C", bound="TeacherCache")
 
 
 class TeacherCache(ABC):
-    """What a teacher said of training groups, finished and opened for reading. Picklable: worker processes open it anew."""
+    """A teacher's output for training groups, finished and opened for reading. Picklable: worker processes open it
+    again."""
 
     reads_texts = False
     within_groups: ClassVar[bool]  # whether a query can be compared with its own passages alone
@@ -93,12 +94,12 @@ class TeacherCache(ABC):
         """Its files."""
 
     def read(self, rows: Sequence[int] | np.ndarray, groups: Sequence[Group]) -> Arrays:
-        """What was said of groups that were drawn from `rows`, by name: see `said`."""
+        """The output for groups that were drawn from `rows`, by name: see `said`."""
         return self.said(rows, [group.keys for group in groups])
 
     @abstractmethod
     def said(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
-        """What was said of drawn passages: `keys[i]` [N] of group `rows[i]`, by name.
+        """The output for drawn passages: `keys[i]` [N] of group `rows[i]`, by name.
 
         Raises InputError for a passage of which nothing is known.
         """

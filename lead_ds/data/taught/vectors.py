@@ -13,9 +13,9 @@ and a shard of S texts, of K chosen layers and the final one, D wide,
     deviation  float16 [S, K + 1, D]    their vectors, less the shard's mean
     mean       float32 [K + 1, D]       that mean
 
-A layer's vectors lie close together: what tells texts apart is a small part of each, of which float16's 11 bits would keep
-little. In the lower layers of BGE-small, vectors stored as they are put relevance wrong by more than its spread; as
-deviations, by less than a thousandth of it (benchmarks/throughput.md).
+A layer's vectors lie close together: what distinguishes texts is a small part of each, of which float16's 11 bits would
+keep little. In the lower layers of BGE-small, vectors stored as they are put relevance wrong by more than its spread;
+as deviations, by less than a thousandth of it (benchmarks/throughput.md).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def index_arrays(listed: Iterable[tuple[int, np.ndarray]]) -> Arrays:
 def vector_arrays(vectors: np.ndarray, dtype: type[np.floating[Any]] = np.float16) -> Arrays:
     """The arrays of a shard of texts' vectors, float32 [S, K + 1, D]. dtype: of the deviations; float32 loses nothing.
 
-    Raises ValueError for what is no number, or too far from the mean for float16.
+    Raises ValueError for what is not a number, or too far from the mean for float16.
     """
     mean = vectors.mean(0, dtype=np.float64).astype(np.float32)
     if not np.isfinite(mean).all():

@@ -192,7 +192,7 @@ def _all_cores() -> Iterator[None]:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Make the folder of `path`, and turn what the system says of it into one line."""
+    """Make the folder of `path`, and turn the system's error into one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

@@ -49,7 +49,7 @@ class TextEncoder:
     path: str
     tokenizer: Any
     reads_pairs: bool = False  # a query and a passage as one text: `pairs`, in place of `queries` and `passages`
-    scores_tokens: bool = False  # late interaction: `score_mask` says which tokens count
+    scores_tokens: bool = False  # late interaction: `score_mask` marks the tokens that count
     query_prompt: str = ""
     passage_prompt: str = ""
     query_length: int = 32
@@ -131,7 +131,7 @@ class TextEncoder:
     ) -> tuple[list[list[tuple[int, int]]], int]:
         """Character spans of each text's tokens as `queries` or `passages` cut them, and where texts begin behind the prompt.
 
-        Special tokens have empty spans. Raises InputError where the tokenizer cannot tell.
+        Special tokens have empty spans. Raises InputError where the tokenizer does not know them.
         """
         if not self.tokenizer.is_fast:
             raise InputError(self.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")

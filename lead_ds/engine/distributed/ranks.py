@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lead_ds.errors import RunError
 
-WAIT = 8.0  # seconds after which a wait is told of
+WAIT = 8.0  # seconds after which a wait is reported
 
 T = TypeVar("T")
 
@@ -71,12 +71,12 @@ class Ranks:
 
 
 def launched_rank() -> int:
-    """This process's rank as its launcher told it, before anything is initialised; 0 when started by hand."""
+    """This process's rank as its launcher set it, before anything is initialised; 0 when started by hand."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_world(world: int) -> int:
-    """Processes on this machine, as the launcher told it; all of them where it did not."""
+    """Processes on this machine, as the launcher set it; all of them where it did not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
@@ -119,7 +119,7 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         # DeepSpeed would take the groups that have gone for the next ones.
         deepspeed.comm.comm.cdb = None
         deepspeed.utils.groups._WORLD_GROUP = deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-        for name in alone:  # what this process starts later is no rank of ours
+        for name in alone:  # what this process starts later is not one of our ranks
             os.environ.pop(name, None)
 
 
@@ -153,7 +153,7 @@ def _told_while_waiting() -> Iterator[None]:
 
 @contextmanager
 def _rendezvous_errors() -> Iterator[None]:
-    """Errors of the meeting of processes as RunError, which says what to do."""
+    """Errors of the meeting of processes as RunError, which names what to do."""
     try:
         yield
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
@@ -167,7 +167,7 @@ def _rendezvous_errors() -> Iterator[None]:
 
 @contextmanager
 def closed_to_others() -> Iterator[None]:
-    """Files that others cannot write to, whatever the umask says; who may read them is the user's choice."""
+    """Files that others cannot write to, whatever the umask is; who may read them is the user's choice."""
     before = os.umask(0o022)
     os.umask(before | 0o022)
     try:

@@ -129,7 +129,7 @@ class Watchdog:
         return found if self._in_time(read) and len(found) == self.ranks.world else None
 
     def _first(self) -> bool:
-        """Whether this rank is the first to tell, so that one does; every rank where the store does not answer."""
+        """Whether this rank is the first to report, so that one does; every rank where the store does not answer."""
         if self._store is None:
             return True
         answer: list[int] = []

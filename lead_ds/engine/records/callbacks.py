@@ -48,7 +48,7 @@ class Callback:
         """Before the first step."""
 
     def on_step(self, metrics: dict[str, Any]) -> bool | None:
-        """Of every step: step, loss, lr, the part of each loss by its name, and what metrics.jsonl has besides.
+        """Of every step: step, loss, lr, the part of each loss by its name, and what else metrics.jsonl has.
 
         Called once in `train.log_every` steps, for each of these in turn: between, nothing waits for the device.
         """

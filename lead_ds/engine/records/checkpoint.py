@@ -53,7 +53,7 @@ class Checkpoints:
         return final
 
     def best(self) -> dict[str, Any] | None:
-        """What best.json says: the best evaluation and its checkpoint."""
+        """What best.json holds: the best evaluation and its checkpoint."""
         try:
             found = json.loads((self.folder / BEST).read_text("utf-8"))
         except (FileNotFoundError, ValueError):
@@ -61,7 +61,8 @@ class Checkpoints:
         return found if isinstance(found, dict) and isinstance(found.get("checkpoint"), str) else None
 
     def newest(self, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files are as they were written, and its state; damaged ones are told and passed over."""
+        """The newest checkpoint whose files are as they were written, and its state; damaged ones are reported and
+        skipped."""
         found = None
         if self.ranks.main:
             for path in sorted(self.folder.glob(f"{PREFIX}*"), reverse=True):
@@ -190,7 +191,7 @@ def remove(path: Path) -> None:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a checkpoint to what is none, and is removed when the next one is written."""
+    """Rename a checkpoint to a name that no checkpoint has; it is removed when the next one is written."""
     aside = path.with_name(path.name + ".old" + PARTIAL)
     os.replace(path, aside)
     return aside

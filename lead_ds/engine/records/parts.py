@@ -1,4 +1,5 @@
-"""Where the time of a step goes: a clock that the training loop tells what it is about to do. The default tells nobody."""
+"""Where the time of a step goes: a clock that the training loop notifies of what it is about to do. The default does
+nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ Part = Literal[
 
 
 class Parts:
-    """What the loop tells: the part that begins, and the end of a step. Here it goes unheard, and costs nothing."""
+    """What the loop reports: the part that begins, and the end of a step. Here nothing is done, and it costs
+    nothing."""
 
     def at(self, part: Part) -> None:
         """`part` begins, and the one before it ends."""

@@ -36,7 +36,7 @@ def for_this_world(path: Path, processes: int, temporary: Path, engine: Any, ran
     if ranks.main:
         try:
             _convert(path, temporary)
-        except Exception as error:  # DeepSpeed raises whatever it meets: told in one line, on every rank
+        except Exception as error:  # DeepSpeed raises whatever it meets: reported in one line, on every rank
             failure = str(error) or type(error).__name__
     failure = ranks.from_main(failure)
     settings = engine._config

@@ -85,7 +85,7 @@ def train(
         held.enter_context(owned(output, "another run", ranks))
         check_output(output, resume, ranks)  # again: who had the folder until now may have left a run in it
         check_shared(output, ranks)
-        kernels_used(config, ranks)  # told now, where they cannot run
+        kernels_used(config, ranks)  # reported now, where they cannot run
         config = agreed(ranks, lambda: with_settled_teacher(config))
 
         # Everything that can be wrong with the input is found out before anything is written.
@@ -156,7 +156,7 @@ def train(
             try:
                 best = training.run()
             except InputError:
-                # The first step tells what only it can see, such as attention maps that cannot be compared.
+                # The first step reports what only it can see, such as attention maps that cannot be compared.
                 if ranks.main and not resume and training.step == 0:
                     (output / "config.yaml").unlink()
                 raise

@@ -51,7 +51,7 @@ class Evaluator:
         if settings.split is None:
             return None
         if not any((folder / "qrels" / f"{settings.split}.tsv{suffix}").exists() for suffix in ("", ".gz")):
-            # The default is no promise; what was asked for is.
+            # The default is no promise; what was requested is.
             default = settings.split == EvaluationConfig().split and settings.path is None
             if folder.is_dir() and (not default or config.train.patience > 0):
                 what = f"{settings.split}: there is no qrels/{settings.split}.tsv"
@@ -69,7 +69,7 @@ class Evaluator:
                 "add it to evaluation.measures",
             )
         dataset = Dataset.open(folder)
-        dataset.qrels(settings.split)  # a judged id without a text is told now, not after an hour of training
+        dataset.qrels(settings.split)  # a judged id without a text is reported now, not after an hour of training
         for name in settings.measures:
             parse_measure(name)
         evaluator = cls(settings, dataset, encoder, ranks, config.seed, Path(config.output), config.data.keep_identical)

@@ -23,7 +23,7 @@ from lead_ds.models.scorer import Scorer
 @dataclass(frozen=True)
 class Given:
     """groups: instead of those of the section `data`; student, teacher: modules instead of what their sections name;
-    callbacks: told of the run."""
+    callbacks: called as the run goes on."""
 
     groups: Groups | None = None
     student: nn.Module | None = None

@@ -145,7 +145,7 @@ class Training:
         self.recorder.step(step + 1, sums, lr, window.query_ids)
 
     def micro(self, window: Window, index: int, asked: Asked, view: TeacherView | None) -> Micro:
-        """A window's micro-batch as the trained module takes it, with what the frozen teacher says of it."""
+        """A window's micro-batch as the trained module takes it, with the frozen teacher's output for it."""
         device, batch, group = self.ranks.device, window.student[index], self.batches.group
         queries = len(window.query_ids) // len(window.student)
         first, last = index * queries, (index + 1) * queries

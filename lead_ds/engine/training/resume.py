@@ -68,7 +68,8 @@ def reading_facts(batches: Batches) -> dict[str, str]:
 
 
 def deepspeed_facts(config: Config) -> dict[str, str]:
-    """What the student's DeepSpeed file says of the result, such as its optimizer, wherever it lies; how it shards is free."""
+    """What the student's DeepSpeed file decides of the result, such as its optimizer, wherever it lies; how it shards
+    is free."""
     tree = read_deepspeed_config(config.deepspeed.student)
     return {f"deepspeed: {name}": json.dumps(part, sort_keys=True) for name, part in tree.items() if name in DECIDING}
 
@@ -103,7 +104,7 @@ def check_lens(config: Config, state: dict[str, Any], teacher: Teacher | None) -
 def check_inputs(config: Config, state: dict[str, Any], batches: Batches, ranks: Ranks) -> None:
     """Refuse to go on with other files than a checkpoint was trained on: texts, teacher, tokenizers, DeepSpeed's settings.
 
-    `state` keeps what they are; one of before some of them were kept says nothing of those.
+    `state` keeps what they are; one of before some of them were kept does not have those.
     """
     settings = config.teacher if config.losses.needs_teacher else None
     files = {} if settings is None else teacher_class(settings.kind).files(settings)

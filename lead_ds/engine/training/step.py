@@ -64,8 +64,8 @@ class RankScope(Scope):
 class Micro:
     """One micro-batch, on the device, as the trained module takes it.
 
-    taught: what a teacher that is not trained says of it. teacher: the texts of one that is. keys: where duplicates are
-    masked. groups: see `Views`.
+    taught: the output for it of a teacher that is not trained. teacher: the texts of one that is. keys: where
+    duplicates are masked. groups: see `Views`.
     """
 
     student: ModelBatch

@@ -52,7 +52,7 @@ def side(output: Output) -> Side:
 
 
 def student_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
-    """bf16 on CUDA that has it, else fp16; float32 on CPU; or what the configuration says."""
+    """bf16 on CUDA that has it, else fp16; float32 on CPU; or what the configuration sets."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     if device.type != "cuda":
@@ -82,7 +82,7 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
             optimizer=optimizer,
             config=tree,
         )[0]
-    except (ValidationError, AssertionError) as error:  # what DeepSpeed says of a key or value that it does not know
+    except (ValidationError, AssertionError) as error:  # DeepSpeed's error for a key or value that it does not know
         what = " ".join(str(error).split())[:300] or "DeepSpeed refuses it"
         raise InputError("deepspeed.student", what, "see ds_configs/README.md for what goes there") from error
     engine.train()

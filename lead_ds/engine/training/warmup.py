@@ -57,7 +57,7 @@ def warmup_config(config: Config, of: str = "student") -> Config:
         tree["train"]["lr"] = tree["teacher"]["lr"] or tree["train"]["lr"]
         contrastive = tree["losses"]["contrastive"]
         contrastive["temperature"] = contrastive["teacher_temperature"] or contrastive["temperature"]
-        # What the configuration says of its student's relevance and evaluation may be nothing that the teacher has.
+        # What the configuration sets for its student's relevance and evaluation may be nothing that the teacher has.
         if rules.reads_pairs(tree["student"]["kind"]):
             contrastive["scope"], tree["train"]["in_batch"] = "auto", "global"
         if rules.gives_vectors(tree["student"]["kind"]):
