@@ -297,7 +297,7 @@ def test_held_out_groups_share_no_positive() -> None:
         ("teacher.kind=colbert", "one state per text"),
         ("teacher.kind=cached", "a cache has no states"),
         ("teacher.train=true", "changes at every step"),
-        ("data.negatives=0", "nothing to tell a positive from"),
+        ("data.negatives=0", "nothing to compare a positive with"),
     ],
 )
 def test_no_lens_for_some(configure: Configure, override: str, told: str) -> None:
