@@ -4,9 +4,9 @@
         [--device cuda] [--precision bf16] [--their-precision fp32] [--out benchmarks/results/encode-cpu.json]
 
 Each takes its own default batch, unless it is given. Each round runs both, the first one alternating; the medians are
-compared. Two clocks: the wall's, and this process's processor time, which does not count what other programs on the machine
-take. sentence-transformers reads in the same precision, under the same autocast, unless it is given its own; float32 is
-its default. The vectors of both are compared, so that nobody is fast by doing less.
+compared. Two clocks: the wall's, and this process's processor time, which does not count what other programs on the
+machine take. The package sentence-transformers reads in the same precision, under the same autocast, unless it is given
+its own; float32 is its default. The vectors of both are compared, so that nobody is fast by doing less.
 """
 
 from __future__ import annotations

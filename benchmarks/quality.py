@@ -10,9 +10,10 @@
 `mine`, before `teach`, puts negatives that the student itself finds in the place of BM25's.
 `run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are run once.
 
-DATA holds collections in BEIR's layout, one folder each (squadshifts, medquad, tldr, scifact, cranfield, vaswani); MODELS holds
-minilm-l3 (the student), reranker-l12 (cross-encoder), bge-small (dual encoder) and colbert, which `teach` warms up. Every
-command goes on where it was ended: what is in WORK is not made again. Sizes are options of `build` and `run`.
+DATA holds collections in BEIR's layout, one folder each (squadshifts, medquad, tldr, scifact, cranfield, vaswani).
+MODELS holds minilm-l3 (the student), reranker-l12 (cross-encoder), bge-small (dual encoder) and colbert, which `teach`
+warms up. Every command goes on where it was ended: what is in WORK is not made again. Sizes are options of `build` and
+`run`.
 """
 
 from __future__ import annotations

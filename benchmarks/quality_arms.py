@@ -46,11 +46,11 @@ MODELS = {"student": "minilm-l3", "ce": "reranker-l12", "de": "bge-small"}
 class Arm:
     """One way to train the student. teacher: ce, de, cb or none; losses: overrides of the losses' sections.
 
-    source: what a teacher is read from. relevance: what `lead-ds teach` wrote of a query's own passages; vectors: of every text,
-    so that all passages of the batch are compared; model: the model itself, where a dual encoder compares the same, and
-    `cotrain` trains it along (without dropout, as the student). cut: the student is cut out of the dual encoder, and learns
-    at CUT_LR. lr: another than the others'. beside: the arm of response KL that it is held against, where that is not its
-    teacher's own.
+    source: what a teacher is read from. relevance: what `lead-ds teach` wrote of a query's own passages. vectors: of
+    every text, so that all passages of the batch are compared. model: the model itself, where a dual encoder compares
+    the same, and `cotrain` trains it along (without dropout, as the student). cut: the student is cut out of the dual
+    encoder, and learns at CUT_LR. lr: another than the others'. beside: the arm of response KL that it is held against,
+    where that is not its teacher's own.
     """
 
     name: str

@@ -2,9 +2,10 @@
 
     python -m benchmarks.vector_precision run.yaml data.path=DATA
 
-Reads drawn groups with the configuration's dual encoder in float32. Of each layer and of the final state: by how much a query's
-relevance of a passage is off (root mean square, less the query's mean, which a softmax does not see), over how far a query's
-relevances lie apart (the same of relevance itself). 1 means that nothing is left of what the layer gives.
+Reads drawn groups with the configuration's dual encoder in float32. Of each layer and of the final state: by how much a
+query's relevance of a passage is off, over how far a query's relevances lie apart. Both are root mean squares, less the
+query's mean, which a softmax does not see: one of the error, one of relevance itself. 1 means that nothing is left of
+what the layer gives.
 """
 
 from __future__ import annotations

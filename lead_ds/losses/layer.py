@@ -51,7 +51,7 @@ def layer_relevance_kl(
     """sum_k w_k KL(t_k || s_k), with w = softmax_k(-NLL_k / layer_temperature), or w = 1 without `reweight`.
 
     teacher, student: relevance [K, Q, P] of paired layers, as logits or `Relevance`. target: [Q] int64 column of each
-    query's positive. t_k and s_k are the softmaxes over passages of the logits over their temperatures; NLL_k is the
+    query's positive. t_k and s_k are the softmaxes over passages of the logits over their temperatures. NLL_k is the
     teacher layer's own NLL of the positive at temperature 1. The weights carry no gradient; the targets t_k do, where
     the teacher requires it (co-training). `mean` averages the NLL [K] over processes, so that they weigh alike.
 

@@ -62,10 +62,10 @@ def export_onnx(path: str, out: str | Path, *, int8: bool = False, texts: Sequen
     Inputs input_ids, attention_mask and where the model has them token_type_ids, int64 [B, L]; outputs
     last_hidden_state [B, L, W] and sentence_embedding [B, D] (pooled, Dense, normalised). Beside it stand the tokenizer and what
     sentence-transformers reads with `backend="onnx"`. int8: weights quantised to 7 bits, so that no
-    CPU's products saturate, with a scale for each output; activations to 8 bits as they come (dynamic quantisation).
+    CPU's products saturate, with a scale for each output. Activations to 8 bits as they come (dynamic quantisation).
     texts: compared in addition to the built-in ones. Raises InputError for a model that is not a dual encoder, a folder
-    that is not empty, packages that are missing; RunError where the model cannot be traced, or its vectors differ from
-    torch's by more than TOLERANCE. Of int8: where their mean cosine to them is below INT8_COSINE.
+    that is not empty, packages that are missing. Raises RunError where the model cannot be traced, or its vectors
+    differ from torch's by more than TOLERANCE. Of int8: where their mean cosine to them is below INT8_COSINE.
     """
     for package in ("onnx", "onnxruntime"):
         require(package)

@@ -227,7 +227,7 @@ class Comparison:
 def compare(a: Scores, b: Scores, measure: str, *, samples: int = 100_000, seed: int = 0) -> Comparison:
     """Whether two systems differ on a measure, by the paired randomisation test over queries.
 
-    Under the null hypothesis the sign of each query's difference is arbitrary: the p value is the share of random sign
+    Under the null hypothesis the sign of each query's difference is arbitrary. The p value is the share of random sign
     flips whose mean is at least as far from 0 as the one seen. All 2^n flips are used where these are fewer than
     `samples` (Smucker, Allan, Carterette, CIKM 2007). Raises InputError when the runs were scored on other queries.
     """

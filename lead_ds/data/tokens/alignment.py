@@ -22,7 +22,7 @@ def token_groups(
 
     teacher, student: character spans of the real tokens, no padding, as a fast tokenizer gives them; special tokens
     have empty spans. *_start: where `text` begins in what was tokenised (behind a prompt). Groups number from 0:
-    special tokens before the text, those after it, then stretches of text. -1 is a token without counterpart: of a
+    special tokens before the text, those after it, then stretches of text. A token without counterpart has -1: one of a
     prompt, pure white space, an unmatched special token, or behind the point where either model cut the text.
     """
     # Positions count non-space characters only: tokenizers disagree about which token owns a space.

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The attention KL in Triton: one forward kernel, and a backward of two (dQ, dK) that add up in a fixed order.
 
-The forward visits every pair of score tiles once. With t and s the logits in base 2, m their running maxima, l the
-running sums of 2^(t - m), and delta = (t - m_t) - (s - m_s), it carries w = sum 2^(t - m_t) delta. To new maxima it
+The forward visits every pair of score tiles once. Let t and s be the logits in base 2, m their running maxima, l the
+running sums of 2^(t - m), and delta = (t - m_t) - (s - m_s). It carries w = sum 2^(t - m_t) delta. To new maxima it
 moves by w <- 2^(m_t - m_t') (w + l_t ((m_t - m_t') - (m_s - m_s'))). Then KL = ln 2 (w / l_t - log2 l_t + log2 l_s).
 Because delta is centred, an offset of the logits costs no digits. Only the two log-sum-exps are kept (8 bytes a row);
 the backward recomputes the probabilities from them, and forms student minus teacher in float32 before any rounding.

@@ -42,8 +42,8 @@ def interaction_attention(
         sq, sd: the student's, width Ds; they get the gradient.
         q_mask, d_mask: [Q, Lq], [P, Ld], nonzero = real. Masked passage tokens get no attention; masked query
             tokens and empty passages do not count.
-        divergence: "kl": KL(teacher || student) in nats, averaged over real query tokens, passages and layers;
-            "mse": squared difference of the probabilities, summed over each map, averaged over maps (one per query,
+        divergence: "kl": KL(teacher || student) in nats, averaged over real query tokens, passages and layers. "mse":
+        squared difference of the probabilities, summed over each map, averaged over maps (one per query,
             passage and layer). It is the baseline in LEAD (Sun et al., 2023), after VIRT (Li et al., 2021).
         teacher_scale, student_scale: multiply the dot products.
         pairs: "all": every query against every passage; "own": P = Q * N, query i against passages
