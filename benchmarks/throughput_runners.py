@@ -28,7 +28,7 @@ from lead_ds.engine.records.parts import Part, Parts, PartsClock
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.ahead import with_next
 from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher, with_settled_teacher
-from lead_ds.engine.training.loop import Training
+from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.objective import build_objective
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
 from lead_ds.models.backbone import load_model
@@ -150,26 +150,25 @@ class LeadDS(Runner):
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
         self.relay = Relay()
+        recorder = Recorder(
+            output,
+            ranks,
+            engine,
+            stop=Stop(Signals(), ranks),
+            train=config.train,
+            start=0,
+            quiet=True,
+        )
+        checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
         self.training = Training(
             config=config,
             ranks=ranks,
             engine=engine,
             teacher=self.teacher,
             batches=batches,
-            checkpoints=Checkpoints(output / "checkpoints", ranks, config.train.keep),
-            recorder=Recorder(
-                output,
-                ranks,
-                engine,
-                stop=Stop(Signals(), ranks),
-                train=config.train,
-                start=0,
-                quiet=True,
-            ),
             evaluator=None,
-            watchdog=Watchdog(ranks, 0, output, Signals()),
+            books=Bookkeeping(checkpoints, recorder, Watchdog(ranks, 0, output, Signals()), self.relay),
             state={},
-            parts=self.relay,
         )
         self.output = output
 

@@ -53,7 +53,7 @@ def pipeline(
     to the configured output folder: stages/ (one folder for each, named after what decides it), student, results.json,
     results.md and results.html.
     """
-    from lead_ds.pipeline.run import run_pipeline
+    from lead_ds.pipeline.run import Choice, run_pipeline
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         what = "was itself started by a launcher"
@@ -65,10 +65,7 @@ def pipeline(
     tree = run_pipeline(
         recipe,
         overrides or [],
-        stages=listed(stages),
-        first=first,
-        until=until,
-        again=listed(again),
+        choice=Choice(listed(stages), first, until, listed(again)),
         dry_run=dry_run,
         launcher=launcher,
         tell=tell,

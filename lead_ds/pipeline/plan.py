@@ -12,7 +12,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.kinds.kind import KINDS, kinds_that
 from lead_ds.pipeline.fingerprints import Fingerprints
 from lead_ds.pipeline.settings import deciding, existing, flat, options_of
-from lead_ds.pipeline.stage_graph import StageGraph
+from lead_ds.pipeline.stage_graph import Made, Reads, StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
 from lead_ds.settings.documents import in_yaml
 from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
@@ -82,7 +82,7 @@ class Recipe:
         sources = {"student": student, "teacher": teacher, "lens": lens, "cache": cache}
         distilled = self._train("distill", "distill", "", {}, groups, **sources)
         run = self.stages[distilled].folder / "run"
-        self._graph.add("report", ["report", run, "--out"], "report", ("report/*",), needs=[distilled])
+        self._graph.add("report", ["report", run, "--out"], Made("report", ("report/*",)), needs=[distilled])
         for name in pipeline.models:
             self._evaluate(name, {"first": first, "teacher": teacher, "student": student, MAIN: distilled}[name])
 
@@ -93,9 +93,8 @@ class Recipe:
             options = stage.model_dump(exclude={"kind", "src", "triples"}, exclude_defaults=True)
             commands.append([*command, *options_of(options), *([] if stage.triples else ["--no-triples"])])
         deciding = {"prepare": [stage.model_dump(mode="json") for stage in self.pipeline.prepare]}
-        self._graph.add(
-            "prepare", commands[0], None, ("*.jsonl", "qrels/*.tsv"), deciding, root=self._data, more=commands[1:]
-        )
+        made = Made(None, ("*.jsonl", "qrels/*.tsv"), root=self._data)
+        self._graph.add("prepare", commands[0], made, deciding, more=commands[1:])
 
     def _first_negatives(self) -> str:
         settings = self.pipeline.negatives
@@ -125,10 +124,9 @@ class Recipe:
     ) -> str:
         options = settings.model_dump(include=set(Mining.model_fields))
         command = ["mine", "--data", self._data, *source, *options_of(options), "--out"]
-        files = self._graph.files("corpus.jsonl", "queries.jsonl", f"qrels/{settings.split}.tsv")
-        return self._graph.add(
-            name, command, "train.jsonl", ("train.jsonl",), {"mine": options} | inputs, needs, files, models=models
-        )
+        reads = Reads(self._graph.files("corpus.jsonl", "queries.jsonl", f"qrels/{settings.split}.tsv"))
+        made = Made("train.jsonl", ("train.jsonl",))
+        return self._graph.add(name, command, made, {"mine": options} | inputs, needs, reads, models=models)
 
     def _train(self, name: str, command: str, of: str, changes: Mapping[str, Any], groups: str, **sources: str) -> str:
         """Add a stage of `warmup` or `distill`; `sources`: stages that give its models, lens and cache."""
@@ -157,15 +155,12 @@ class Recipe:
         return self._graph.add(
             name,
             [command, self.path, *overrides, *(["--of", of] if of else [])],
-            "run",
-            (f"run/{product}/**/*",),
+            Made("run", (f"run/{product}/**/*",), resumes="run/config.yaml"),
             tree,
             needs,
-            self._training_files(config, groups),
-            optional=self._evaluation_files(config.evaluation),
+            Reads(self._training_files(config, groups), self._evaluation_files(config.evaluation)),
             models=given.models,
             distributed=True,
-            resumes="run/config.yaml",
         )
 
     def _teach(
@@ -182,6 +177,7 @@ class Recipe:
                 f"{self.path}: pipeline.{name}", what, "set teacher.train=false and name the teacher itself"
             )
         fits = name == "lens"
+        product = "lens" if fits else "cache"
         asked = settings.model_dump(exclude_none=True)
         options = options_of(asked)
         tree = {key: value for key, value in deciding(config).items() if key in ("seed", "teacher", "data", "train")}
@@ -193,14 +189,12 @@ class Recipe:
         return self._graph.add(
             name,
             ["fit-lens" if fits else "teach", self.path, *overrides, *options, "--out"],
-            "lens" if fits else "cache",
-            ("lens/*",) if fits else ("cache/*",),
+            Made(product, (f"{product}/*",), repairs=True),
             tree,
             needs,
-            self._training_files(config, groups),
+            Reads(self._training_files(config, groups)),
             models=given.models,
             distributed=True,
-            repairs=True,
         )
 
     def _given(self, config: Config, wiring: Mapping[str, Any], groups: str, roles: Sequence[str]) -> Given:
@@ -267,21 +261,19 @@ class Recipe:
         self._graph.add(
             name,
             ["encode", "--model", path, "--data", data, *options, "--out"],
-            "vectors",
-            ("vectors/*",),
+            Made("vectors", ("vectors/*",), repairs=True),
             {"encode": settings.model_dump(include={"dtype", "precision"})} | inputs,
             needs,
-            self._graph.files("corpus.jsonl", data=data),
+            Reads(self._graph.files("corpus.jsonl", data=data)),
             models=models,
             distributed=True,
-            repairs=True,
         )
 
     def _index(self, name: str, encode: str) -> None:
         settings = self.pipeline.index
         options = settings.model_dump(include={"factory", "gpus", "layout"}, exclude_defaults=True)
         command = ["index", "--vectors", self.stages[encode].folder / "vectors", *options_of(options), "--out"]
-        self._graph.add(name, command, "index", ("index/*",), {"index": {"factory": settings.factory}}, [encode])
+        self._graph.add(name, command, Made("index", ("index/*",)), {"index": {"factory": settings.factory}}, [encode])
 
     def _search(
         self, item: EvaluateStage, path: str, data: Path, parts: list[str], needs: list[str], inputs: dict[str, str]
@@ -304,11 +296,10 @@ class Recipe:
         self._graph.add(
             search,
             [*command, "--tag", search, "--out"],
-            "run.trec",
-            ("run.trec",),
+            Made("run.trec", ("run.trec",)),
             {"search": {key: value for key, value in options.items() if key not in ("gpus", "layout")}} | inputs,
             needs,
-            self._graph.files("queries.jsonl", "corpus.jsonl", qrels, data=data),
+            Reads(self._graph.files("queries.jsonl", "corpus.jsonl", qrels, data=data)),
         )
         return self._graph.add(
             "-".join(["evaluate", *parts, item.split]),
@@ -317,11 +308,10 @@ class Recipe:
                 *["--measures", " ".join(item.measures), "--relevance-level", item.relevance_level],
                 *["--per-query", "--json"],
             ],
-            "scores.json",
-            ("scores.json",),
+            Made("scores.json", ("scores.json",)),
             {"evaluate": {"measures": item.measures, "relevance_level": item.relevance_level}},
             [search],
-            self._graph.files(qrels, data=data),
+            Reads(self._graph.files(qrels, data=data)),
         )
 
     def _wiring(self, groups: str, **sources: str) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,55 @@ class Stopped(RunError):
         self.status = 128 + number
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which of a recipe's stages are to run: by default all that are not complete.
+
+    stages: only these; first, until: from and up to this one; again: made again although complete. A family's name (`search`)
+    stands for its members (`search-dev`).
+    """
+
+    stages: Sequence[str] = ()
+    first: str | None = None
+    until: str | None = None
+    again: Sequence[str] = ()
+
+    def among(self, recipe: Recipe) -> set[str]:
+        """The chosen stages of a recipe. Raises InputError for an unknown one, or where none is left."""
+        order = list(recipe.stages)
+        chosen = named(recipe, self.stages) if self.stages else set(order)
+        if self.first is not None:
+            chosen &= set(order[min(order.index(name) for name in named(recipe, [self.first])) :])
+        if self.until is not None:
+            chosen &= set(order[: max(order.index(name) for name in named(recipe, [self.until])) + 1])
+        if not chosen:
+            raise InputError("stages", "none is left between --from and --until", "see --dry-run for their order")
+        return chosen
+
+
+EVERY_STAGE = Choice()
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every stage of one call is made with: the recipe, its records, how commands are launched and what is reported.
+
+    lock: the open file that a stage inherits, so that the recipe stays locked where the pipeline is killed.
+    """
+
+    recipe: Recipe
+    records: Records
+    launcher: Sequence[str]
+    tell: Tell
+    run: Run
+    lock: int
+
+
 def run_pipeline(
     path: Path,
     overrides: Sequence[str] = (),
     *,
-    stages: Sequence[str] = (),
-    first: str | None = None,
-    until: str | None = None,
-    again: Sequence[str] = (),
+    choice: Choice = EVERY_STAGE,
     dry_run: bool = False,
     launcher: str | None = None,
     tell: Tell = print,
@@ -46,13 +88,12 @@ def run_pipeline(
 ) -> dict[str, Any]:
     """Run what is left to do of a recipe; its stages, and the results of every evaluation that is complete, as a plain tree.
 
-    stages: only these; first, until: from and up to this one; a family's name (`search`) stands for its members (`search-dev`).
-    again: made again although complete. dry_run: report only. Raises InputError, before anything is written, where the
-    recipe or the choice of stages is wrong; RunError, with what is complete intact, where a stage fails.
+    dry_run: report only. Raises InputError, before anything is written, where the recipe or
+    the choice of stages is wrong; RunError, with what is complete intact, where a stage fails.
     """
     recipe = Recipe(path, overrides)
     launching = find_launcher(launcher or recipe.pipeline.launcher)
-    chosen, anew = choose(recipe, stages, first, until), named(recipe, again)
+    chosen, anew = choice.among(recipe), named(recipe, choice.again)
     records = Records(recipe.fingerprints)
     found = look(recipe, records, anew)
     check(recipe, found, chosen)
@@ -64,6 +105,7 @@ def run_pipeline(
     stages_folder = recipe.output / "stages"
     # The lock lives on in a stage whose pipeline was killed; the owner is seen from other hosts too.
     with alone(stages_folder, OTHER, WAIT) as lock, owned(stages_folder, "another lead-ds pipeline"):
+        workshop = Workshop(recipe, records, launching, tell, run, lock)
         for name, stage in recipe.stages.items():
             if name not in chosen:
                 continue
@@ -75,7 +117,7 @@ def run_pipeline(
                         path, "was changed while the pipeline ran", "run it again: what is complete is kept"
                     )
                 place = f"{list(recipe.stages).index(name) + 1}/{len(recipe.stages)}"
-                work(stage, finding, recipe, records, launching, place, tell, run, lock)
+                work(stage, finding, workshop, place)
                 anew.discard(name)
         recipe.fingerprints.save()
         found = look(recipe, records, set())
@@ -88,22 +130,13 @@ def run_pipeline(
         return tree
 
 
-def work(
-    stage: Stage,
-    finding: Finding,
-    recipe: Recipe,
-    records: Records,
-    launcher: Sequence[str],
-    place: str,
-    tell: Tell,
-    run: Run,
-    lock: int,
-) -> None:
-    """Make a stage's output, and write that it is complete."""
+def work(stage: Stage, finding: Finding, workshop: Workshop, place: str) -> None:
+    """Make a stage's output, and write that it is complete. place: which of how many, as reported."""
+    records, launcher, tell = workshop.records, workshop.launcher, workshop.tell
     if finding.aside and stage.folder.exists():
         tell(f"{stage.name}: {finding.note or 'not as it was left'}: {stage.folder} is kept as {make_room(stage)}")
     commands = stage.commands_now()
-    needs = {need: records.product(recipe.stages[need]) or "" for need in stage.needs}
+    needs = {need: records.product(workshop.recipe.stages[need]) or "" for need in stage.needs}
     stage.folder.mkdir(parents=True, exist_ok=True)
     told = [shlex.join(words(command, stage, launcher)) for command in commands]
     if finding.state == "to do":
@@ -114,7 +147,7 @@ def work(
         tell(f"+ {line}")
         with stage.log.open("a", encoding="utf-8") as log:
             log.write(f"{now()} + {line}\n")
-        status = run(words(command, stage, launcher), stage.log, lock)
+        status = workshop.run(words(command, stage, launcher), stage.log, workshop.lock)
         if status:
             raise failure(stage, status)
     seconds = round(time.monotonic() - started, 1)
@@ -164,19 +197,6 @@ def named(recipe: Recipe, names: Sequence[str]) -> set[str]:
             raise InputError(f"stage {name}", "is unknown", f"this recipe has {', '.join(recipe.stages)}")
         found |= members
     return found
-
-
-def choose(recipe: Recipe, stages: Sequence[str], first: str | None, until: str | None) -> set[str]:
-    """The stages that are requested."""
-    order = list(recipe.stages)
-    chosen = named(recipe, stages) if stages else set(order)
-    if first is not None:
-        chosen &= set(order[min(order.index(name) for name in named(recipe, [first])) :])
-    if until is not None:
-        chosen &= set(order[: max(order.index(name) for name in named(recipe, [until])) + 1])
-    if not chosen:
-        raise InputError("stages", "none is left between --from and --until", "see --dry-run for their order")
-    return chosen
 
 
 def check(recipe: Recipe, found: dict[str, Finding], chosen: set[str]) -> None:

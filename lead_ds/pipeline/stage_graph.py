@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,33 @@ from lead_ds.pipeline.stage import Stage
 from lead_ds.settings.documents import in_yaml
 
 VERSION = 1  # of what decides a stage's output
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage leaves behind.
+
+    product: its place in the stage's folder, which ends the command; None where the command names another. outputs: patterns
+    below `root`, the stage's folder by default. resumes: where this is there, the command continues with --resume. repairs: the
+    command makes again what is missing.
+    """
+
+    product: str | None
+    outputs: tuple[str, ...]
+    root: Path | None = None
+    resumes: str | None = None
+    repairs: bool = False
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The files that a stage reads: those that must be there, and those that need not."""
+
+    files: tuple[Path, ...] = ()
+    optional: tuple[Path, ...] = ()
+
+
+NO_FILES = Reads()
 
 
 class StageGraph:
@@ -33,25 +61,24 @@ class StageGraph:
         self,
         name: str,
         command: Sequence[Any],
-        product: str | None,
-        outputs: tuple[str, ...],
+        made: Made,
         settings: Mapping[str, Any] | None = None,
         needs: Sequence[str] = (),
-        files: tuple[Path, ...] = (),
+        reads: Reads = NO_FILES,
         *,
-        optional: tuple[Path, ...] = (),
-        root: Path | None = None,
-        resumes: str | None = None,
-        repairs: bool = False,
         more: Sequence[Sequence[Any]] = (),
         **facts: Any,
     ) -> str:
-        """Add a stage whose command ends with the place of its product, in a folder named after what decides it."""
+        """Add a stage whose command ends with the place of its product, in a folder named after what decides it.
+
+        settings: what decides its output beside `needs` and `reads`. more: commands after the first. facts: of `Stage`.
+        """
+        files = (*reads.files, *reads.optional)
         needs = [need for need in needs if need]
-        prepared = "prepare" in self.stages and any(self._data in file.parents for file in (*files, *optional))
+        prepared = "prepare" in self.stages and any(self._data in file.parents for file in files)
         if prepared:
             needs = ["prepare", *needs]
-        read = [file for file in (*files, *optional) if not (prepared and self._data in file.parents)]
+        read = [file for file in files if not (prepared and self._data in file.parents)]
         decided = {
             "version": VERSION,
             **(settings or {}),
@@ -61,11 +88,11 @@ class StageGraph:
         key = digest(decided)
         folder = self._folder / f"{name}-{key[:10]}"
         commands = [tuple(map(str, one)) for one in (command, *more)]
-        if product is not None:
-            place = f"output={in_yaml(str(folder / product))}" if resumes else str(folder / product)
+        if made.product is not None:
+            place = f"output={in_yaml(str(folder / made.product))}" if made.resumes else str(folder / made.product)
             # An override stands with the others, before options.
             at = next((i for i, word in enumerate(commands[0]) if i > 1 and word.startswith("--")), None)
-            at = at if resumes else None
+            at = at if made.resumes else None
             head, tail = (commands[0], ()) if at is None else (commands[0][:at], commands[0][at:])
             commands[0] = (*head, place, *tail)
         self.stages[name] = Stage(
@@ -73,13 +100,13 @@ class StageGraph:
             folder=folder,
             digest=key,
             commands=tuple(commands),
-            outputs=outputs,
-            root=root or folder,
+            outputs=made.outputs,
+            root=made.root or folder,
             needs=tuple(needs),
             deciding=decided,
-            files=tuple(file for file in files if file in read),
-            resumes=folder / resumes if resumes else None,
-            repairs=repairs or resumes is not None,
+            files=tuple(file for file in reads.files if file in read),
+            resumes=folder / made.resumes if made.resumes else None,
+            repairs=made.repairs or made.resumes is not None,
             **facts,
         )
         return name

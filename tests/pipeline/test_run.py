@@ -20,7 +20,7 @@ import yaml
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import alone
-from lead_ds.pipeline.run import run_pipeline
+from lead_ds.pipeline.run import Choice, run_pipeline
 from tests.helpers.launch import ROOT
 from tests.helpers.tiny import tiny_dataset
 
@@ -95,10 +95,11 @@ class Place:
         self.recipe.write_text(yaml.safe_dump(tree))
         self.told: list[str] = []
 
-    def run(self, *overrides: str, **options: Any) -> list[str]:
-        """Run; the stages that ran."""
+    def run(self, *overrides: str, dry_run: bool = False, **chosen: Any) -> list[str]:
+        """Run the stages `chosen` as by `Choice`; the stages that ran."""
         self.told.clear()
-        self.tree = run_pipeline(self.recipe, overrides, tell=self.told.append, run=self.commands, **options)
+        here: dict[str, Any] = {"tell": self.told.append, "run": self.commands, "dry_run": dry_run}
+        self.tree = run_pipeline(self.recipe, overrides, choice=Choice(**chosen), **here)
         return self.commands.stages()
 
     def folder(self, stage: str) -> Path:
@@ -296,7 +297,7 @@ WRONG = {
     "pipeline.evaluate=[{split: absent}]": r"absent\.tsv: no such file",
     "pipeline.first=null": r"pipeline: mine needs a retriever",
     "pipeline.mine.depth=1": r"pipeline\.mine\.depth: is less than skip \+ number",
-    "pipeline.models=[teacher]": r"pipeline\.models: the teacher is no dual_encoder",
+    "pipeline.models=[teacher]": r"pipeline\.models: the teacher gives no vectors to index",
     "teacher.train=true": r"pipeline\.teach: reads a teacher that is there and stays as it is",
     "teacher.kind=llm_reranker": r"pipeline\.teacher: a teacher of kind llm_reranker cannot be warmed up",
     "student.kind=colbert": r"pipeline\.first: a colbert cannot search for negatives",

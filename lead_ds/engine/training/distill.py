@@ -23,12 +23,13 @@ from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.engine.distributed.signals import Signals, Stop
 from lead_ds.engine.distributed.watchdog import Watchdog
 from lead_ds.engine.records.checkpoint import Checkpoints, write_json
+from lead_ds.engine.records.parts import Parts
 from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.card import model_card
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.engine.training.given import NOTHING, Given, check_given
-from lead_ds.engine.training.loop import Training
+from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.objective import build_objective, depths_of
 from lead_ds.engine.training.resume import check_inputs, check_lens, compared, find_state
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
@@ -143,12 +144,9 @@ def train(
             engine=engine,
             teacher=teacher,
             batches=batches,
-            checkpoints=checkpoints,
-            recorder=recorder,
             evaluator=evaluator,
-            watchdog=watchdog,
+            books=Bookkeeping(checkpoints, recorder, watchdog, profile_of(config, ranks, recorder, state)),
             state=state,
-            parts=profile_of(config, ranks, recorder, state),
         )
         # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
         agreed(ranks, lambda: write_facts(output, config, command, ranks, teacher) if ranks.main else None)
@@ -244,10 +242,10 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
         )
 
 
-def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Profile | None:
-    """The profile that the configuration asks for."""
+def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Parts:
+    """The profile that the configuration asks for; parts that are not timed without one."""
     if config.profile is None:
-        return None
+        return Parts()
     return Profile(config.profile, Path(config.output), ranks, recorder.say, start=state.get("step", 0))
 
 

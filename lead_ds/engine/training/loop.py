@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ from lead_ds.losses.views import Side
 from lead_ds.teachers.teacher import Teacher, TeacherView
 
 
+@dataclass(frozen=True)
+class Bookkeeping:
+    """What keeps account of a run: its checkpoints, its metrics, the watchdog over its steps, and its profile."""
+
+    checkpoints: Checkpoints
+    recorder: Recorder
+    watchdog: Watchdog
+    parts: Parts = field(default_factory=Parts)
+
+
 class Training:
     """One run's moving parts. `state` is what a checkpoint remembered: step, best evaluation, evaluations since then, and
     whether the step's own evaluation is still owed."""
@@ -38,16 +49,14 @@ class Training:
         engine: Any,
         teacher: Teacher | None,
         batches: Batches,
-        checkpoints: Checkpoints,
-        recorder: Recorder,
         evaluator: Evaluator | None,
-        watchdog: Watchdog,
+        books: Bookkeeping,
         state: dict[str, Any],
-        parts: Parts | None = None,
     ) -> None:
         self.config, self.ranks, self.engine, self.teacher = config, ranks, engine, teacher
-        self.batches, self.checkpoints, self.recorder, self.evaluator = batches, checkpoints, recorder, evaluator
-        self.watchdog, self.parts = watchdog, parts or Parts()
+        self.batches, self.evaluator = batches, evaluator
+        self.checkpoints, self.recorder = books.checkpoints, books.recorder
+        self.watchdog, self.parts = books.watchdog, books.parts
         self.step: int = state.get("step", 0)
         self.owed: bool = state.get("owed", False)
         self.best: dict[str, Any] | None = state.get("best")
