@@ -28,7 +28,7 @@ import torch
 from benchmarks.kernels import machine
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.models.export import export_sentence_transformers
-from lead_ds.retrieval.encode import encode_share, in_precision
+from lead_ds.retrieval.encode import Encoding, encode_share
 from lead_ds.retrieval.evaluate import open_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,14 +81,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         export_sentence_transformers(options.model, Path(folder) / "model")
         theirs = SentenceTransformer(str(Path(folder) / "model"), device=options.device)
     theirs.max_seq_length = encoder.passage_length
-    embed = in_precision(scorer.embed, options.precision, device)
+    how = Encoding(options.batch_size, device, options.precision)
 
     def ours(texts: list[str]) -> np.ndarray:
         def read(chosen: Any) -> list[str]:
             return [texts[i] for i in chosen]
 
-        settings = {"batch_size": options.batch_size, "device": device}
-        return encode_share(embed, encoder, "corpus", read, range(len(texts)), **settings).cpu().numpy()
+        return encode_share(scorer.embed, encoder, "corpus", read, range(len(texts)), how).cpu().numpy()
 
     def sentence_transformers(texts: list[str]) -> np.ndarray:
         with torch.autocast(device.type, DTYPES[options.their_precision], enabled=options.their_precision != "fp32"):

@@ -48,7 +48,7 @@ from lead_ds.config import Config, StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import LeadError
 from lead_ds.io.files import read_json, write_json
-from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
+from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
 from lead_ds.settings.data import DataConfig
 
 TRAINED_ON = ("squadshifts", "medquad", "tldr")
@@ -159,7 +159,7 @@ def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:
     started = time.perf_counter()
     for test in missing:
         dataset = Dataset.open(args.work / args.split / test)
-        scores = evaluate_model(scorer, encoder, dataset, args.split, MEASURES, quiet=True)
+        scores = evaluate_model(scorer, encoder, Task(dataset, args.split, MEASURES), quiet=True)
         known[test] = scores.per_query
     facts = {"arm": name, "seed": seed, "steps": args.steps, "batch": args.batch, "lr": args.lr, "set": args.set or []}
     facts["negatives by"] = read_json(args.work / SETTINGS, "call `build` first").get("negatives by", "bm25")

@@ -96,7 +96,7 @@ def evaluate(
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
-    from lead_ds.retrieval.evaluate import evaluate_model, evaluate_run
+    from lead_ds.retrieval.evaluate import Task, evaluate_model, evaluate_run
 
     names = measures.replace(",", " ").split()
     if model is None:
@@ -109,11 +109,10 @@ def evaluate(
         from lead_ds.retrieval.search import evaluate_index
 
         search: dict[str, Any] = {"gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
-        search["keep_identical"] = keep_identical
         with ranks() as here:
             if here.main:
-                level = relevance_level
-                scores = evaluate_index(model, index, data, split, names, relevance_level=level, out=out, **search)
+                task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
+                scores = evaluate_index(model, index, task, out=out, **search)
                 tell(scores, json_file, per_query)
         return
     from lead_ds.retrieval.rerank import DEPTH, Reranker, evaluate_reranked, find_candidates
@@ -121,23 +120,18 @@ def evaluate(
     with ranks() as here:
         dataset = Dataset.open(data)
         judged = dataset.qrels(split)
+        task = Task(dataset, split, names, relevance_level, keep_identical=keep_identical)
         opened = agreed(here, lambda: Reranker.open(model, kind, settings or [], here.device))
-        options: dict[str, Any] = {
-            "relevance_level": relevance_level,
-            "batch_size": batch_of(batch_size, here.device),
-            "peers": here,
-            "out": out,
-            "keep_identical": keep_identical,
-        }
+        options: dict[str, Any] = {"batch_size": batch_of(batch_size, here.device), "peers": here, "out": out}
         if opened.scorer.gives_vectors and run is None and depth is None:
-            scores = evaluate_model(opened.scorer, opened.encoder, dataset, split, names, **options)
+            scores = evaluate_model(opened.scorer, opened.encoder, task, **options)
         else:
             kept: dict[str, Any] = {"keep_identical": keep_identical}
             found = agreed(
                 here, lambda: find_candidates(dataset, judged, depth or DEPTH, run, **kept) if here.main else {}
             )
             found = here.from_main(found)
-            scores = evaluate_reranked(opened.scorer, opened.encoder, dataset, split, found, names, **options)
+            scores = evaluate_reranked(opened.scorer, opened.encoder, task, found, **options)
         if here.main:
             tell(scores, json_file, per_query)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import typer
 
@@ -39,7 +39,7 @@ def encode(
     choice("--precision", precision, "fp32", "bf16", "fp16")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.ranks import ranks
-    from lead_ds.retrieval.encode import encode_to
+    from lead_ds.retrieval.encode import Encoding, Precision, Stored, encode_to
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import model_facts
 
@@ -48,9 +48,9 @@ def encode(
         texts = dataset.corpus if kind == "corpus" else dataset.queries
         scorer, encoder = open_encoder(model, here.device)
         facts = model_facts(model, scorer)
-        options: dict[str, Any] = {"device": here.device, "dtype": dtype, "precision": precision, "peers": here}
-        options["batch_size"] = batch_of(batch_size, here.device)
-        vectors = encode_to(out, scorer.embed, encoder, texts, facts, **options)
+        how = Encoding(batch_of(batch_size, here.device), here.device, cast(Precision, precision))
+        stored = Stored(cast(Literal["float32", "float16"], dtype))
+        vectors = encode_to(out, scorer.embed, encoder, texts, facts, how, stored, peers=here)
         if here.main:
             print(f"{len(vectors)} vectors of {vectors.dimension} in {vectors.shards} shards: {out}")
 

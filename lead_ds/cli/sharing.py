@@ -47,12 +47,12 @@ def export(
     )
     if data is None:
         return
-    from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
+    from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
 
     scorer, encoder = open_encoder(model, "cpu")
     other = open_encoder(str(out), "cpu")[0] if to == "sentence-transformers" else OnnxEncoder(out / MODEL)
     for name, embed in (("original", scorer.embed), (to, other.embed)):
-        scores = evaluate_model(scorer, encoder, dataset, split, ["nDCG@10", "R@100"], embed=embed)
+        scores = evaluate_model(scorer, encoder, Task(dataset, split, ["nDCG@10", "R@100"]), embed=embed)
         print(f"{name:<22}" + "  ".join(f"{measure} {value:.4f}" for measure, value in scores.mean.items()))
 
 

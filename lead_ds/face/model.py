@@ -18,7 +18,7 @@ from lead_ds.data.groups.group import Group
 from lead_ds.data.reads import read
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_scorer
-from lead_ds.retrieval.encode import encode_share
+from lead_ds.retrieval.encode import Encoding, encode_share
 from lead_ds.retrieval.rerank import Reranker as _Reranker
 
 Side = Literal["queries", "passages"]
@@ -76,8 +76,7 @@ class Model:
         def at(rows: Sequence[int]) -> list[str]:
             return [texts[row] for row in rows]
 
-        options: dict[str, Any] = {"batch_size": batch_size, "device": device}
-        return encode_share(self.scorer.embed, self.encoder, kind, at, rows, **options).cpu()
+        return encode_share(self.scorer.embed, self.encoder, kind, at, rows, Encoding(batch_size, device)).cpu()
 
     def score(self, query: str, passages: Sequence[str], *, batch_size: int = 64) -> list[float]:
         """The relevance of each passage to the query.

@@ -52,28 +52,56 @@ class Side:
         return cls(kind, encoder.passage_prompt, encoder.passage_length)
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How a model is run over texts: how many of full length are in a batch, on which device, in which precision.
+
+    precision: of its matrix products. lockstep: the model is sharded over the processes, so that `encode_to` has all of them
+    run it equally often; a search over several processes does so anyway.
+    """
+
+    batch_size: int = 64
+    device: torch.device | str = "cpu"
+    precision: Precision = "fp32"
+    lockstep: bool = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How vectors are stored: their dtype, and how many are in a shard (None: as many as give every process some)."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    shard_rows: int | None = None
+
+
+PLAIN, AS_FLOATS = Encoding(), Stored()
+
+
 def encode_texts(
     embed: Embed,
     encoder: TextEncoder,
     kind: Literal["corpus", "queries"],
     texts: Callable[[Sequence[int]], list[str]],
     rows: Sequence[int],
+    how: Encoding = PLAIN,
     *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
     forwards: int = 0,
     meter: Progress | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on `device`), a batch at a time, without gradient.
+    """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on the device), a batch at a time, without gradient.
 
-    texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
-    number of tokens. batch_size: texts of full length in a batch. Of shorter ones as many as have no more tokens,
-    padding counted. `forwards`: run the model at least so many times, on a text of no interest once the rows are done,
-    with batch_size texts in every batch. Under ZeRO-3 every process must take part in every forward of any of them.
-    Raises RunError naming the text whose vector is not finite.
-    """
+        texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
+            number of tokens. A batch of texts shorter than full length holds as many as have no more tokens, padding counted.
+        `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size texts in
+        every batch: under ZeRO-3 every process must take part in every forward of any of them.
+        Raises RunError naming the text whose vector is not finite, InputError where the device lacks the precision.
+        """
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
-    length = Side.of(encoder, kind).length
+    length, batch_size, embed = (
+        Side.of(encoder, kind).length,
+        how.batch_size,
+        in_precision(embed, how.precision, how.device),
+    )
 
     def load(stretch: range) -> Tokenised:
         return Tokenised(encoder, *encoder.rows(texts([rows[i] for i in stretch]), side))
@@ -83,14 +111,14 @@ def encode_texts(
     stretch, budget = -(-STRETCH // batch_size) * batch_size, None if forwards else batch_size * length
     with torch.no_grad():
         for places, batch in longest_first(len(rows), load, batch_size=batch_size, stretch=stretch, budget=budget):
-            vectors_BD = embed({name: x.to(device) for name, x in batch.items()}).float()
+            vectors_BD = embed({name: x.to(how.device) for name, x in batch.items()}).float()
             _refuse_not_finite(vectors_BD, kind, texts, [rows[i] for i in places])
             yield places, vectors_BD
             done += 1
             if meter is not None:
                 meter.advance(len(places))
         for _ in range(forwards - done):
-            embed({name: x.to(device) for name, x in encoder.padded(*encoder.rows(["a"], side)).items()})
+            embed({name: x.to(how.device) for name, x in encoder.padded(*encoder.rows(["a"], side)).items()})
 
 
 def _refuse_not_finite(
@@ -109,22 +137,18 @@ def encode_share(
     kind: Literal["corpus", "queries"],
     texts: Callable[[Sequence[int]], list[str]],
     rows: Sequence[int],
+    how: Encoding = PLAIN,
     *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     forwards: int = 0,
     meter: Progress | None = None,
 ) -> Tensor:
-    """Vectors [len(rows), D] of `rows`, in their order, on `device`; [0, 0] of no rows. Arguments as `encode_texts`."""
+    """Vectors [len(rows), D] float32 of `rows`, in their order, on the device; [0, 0] of no rows. Arguments as `encode_texts`."""
     out: Tensor | None = None
-    for positions, vectors_BD in encode_texts(
-        embed, encoder, kind, texts, rows, batch_size=batch_size, device=device, forwards=forwards, meter=meter
-    ):
+    for positions, vectors_BD in encode_texts(embed, encoder, kind, texts, rows, how, forwards=forwards, meter=meter):
         if out is None:
-            out = torch.empty(len(rows), vectors_BD.shape[1], dtype=dtype, device=vectors_BD.device)
-        out[torch.tensor(positions, device=out.device)] = vectors_BD.to(dtype)
-    return torch.empty(0, 0, dtype=dtype, device=device) if out is None else out
+            out = torch.empty(len(rows), vectors_BD.shape[1], device=vectors_BD.device)
+        out[torch.tensor(positions, device=out.device)] = vectors_BD
+    return torch.empty(0, 0, device=how.device) if out is None else out
 
 
 def in_precision(embed: Embed, precision: Precision, device: torch.device | str) -> Embed:
@@ -239,35 +263,30 @@ def encode_to(
     encoder: TextEncoder,
     texts: Texts,
     model: dict[str, Any],
+    how: Encoding = PLAIN,
+    stored: Stored = AS_FLOATS,
     *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    dtype: Literal["float32", "float16"] = "float32",
-    precision: Precision = "fp32",
-    shard_rows: int | None = None,
-    lockstep: bool = False,
     peers: Peers = ALONE,
 ) -> Vectors:
     """Encode all of `texts` into a folder; call it again after a kill, on any number of processes, to finish the job.
 
     A shard is written whole or not at all; those that are there are kept. model: facts that identify the model (checksum,
-    pooling, normalize), kept in the manifest with prompt, length and a checksum of the texts. precision: of the model's
-    matrix products. lockstep: the model is sharded over the processes, so that all must run it equally often. Every process
-    calls this, on a file system they share. Raises InputError when the folder holds vectors made otherwise, or the device
+    pooling, normalize), kept in the manifest with prompt, length and a checksum of the texts.
+    Every process calls this, on a file system they share. Raises InputError when the folder holds vectors made otherwise, or the device
     lacks the precision, RunError when a file cannot be written.
     """
-    folder = Path(folder)
-    embed = in_precision(embed, precision, device)
+    folder, batch_size = Path(folder), how.batch_size
+    in_precision(embed, how.precision, how.device)  # refused before anything is written
     with owned(folder, "another lead-ds encode", peers):
         agreed: dict[str, Any] | LeadError = {}
         if peers.rank == 0:
-            shard_rows = shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
+            shard_rows = stored.shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
             facts = {
                 "version": 1,
                 "model": model,
                 **asdict(Side.of(encoder, texts.kind)),
-                "dtype": dtype,
-                "precision": precision,
+                "dtype": stored.dtype,
+                "precision": how.precision,
                 "count": len(texts),
                 "shard_rows": shard_rows,
             }
@@ -288,7 +307,7 @@ def encode_to(
                 # The turn's largest share sets how often every process runs the model.
                 turn_shards = todo[turn * peers.world : (turn + 1) * peers.world]
                 most = max(len(vectors.rows(other)) for other in turn_shards)
-                forwards = -(-most // batch_size) if lockstep else 0
+                forwards = -(-most // batch_size) if how.lockstep else 0
                 rows = range(0) if shard is None else vectors.rows(shard)
                 encoded = encode_share(
                     embed,
@@ -296,13 +315,12 @@ def encode_to(
                     texts.kind,
                     texts.texts,
                     rows,
-                    batch_size=batch_size,
-                    device=device,
+                    how,
                     forwards=forwards,
                     meter=meter,
                 )
                 if shard is not None:
-                    _write_shard(vectors.path(shard), encoded.cpu().numpy(), dtype)
+                    _write_shard(vectors.path(shard), encoded.cpu().numpy(), stored.dtype)
         peers.barrier()
         return Vectors.open(folder)
 

@@ -19,7 +19,7 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.io.progress import progress
 from lead_ds.models.kinds.kind import Kind, kinds_that
 from lead_ds.models.vocabulary import check_vocabulary
-from lead_ds.retrieval.encode import Embed, encode_share
+from lead_ds.retrieval.encode import PLAIN, Embed, Encoding, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
 from lead_ds.retrieval.identical import with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
@@ -27,6 +27,38 @@ from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
 from lead_ds.settings.model import ModelConfig
 
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The judged queries of a dataset's split, and how what is found for them is measured.
+
+    relevance_level: judgements from here on count. queries: at most so many of the split's, drawn by `seed`; 0: all.
+    keep_identical: count a passage that has its query's id, which BEIR does not.
+    """
+
+    dataset: Dataset
+    split: str
+    measures: Sequence[str] = MEASURES
+    relevance_level: int = 1
+    queries: int = 0
+    seed: int = 0
+    keep_identical: bool = False
+
+    def qrels(self, out: str | Path | None = None) -> Qrels:
+        """The judgements of the task's queries, after a look at what could go wrong later; out: a TREC run to be written.
+
+        Raises InputError as `Dataset.qrels`, for an unknown measure, and for ids that a run cannot hold.
+        """
+        for name in self.measures:
+            parse_measure(name, self.relevance_level)
+        if out is not None:
+            check_run_names(self.dataset, out)
+        return draw_queries(self.dataset.qrels(self.split), self.queries, self.seed)
+
+    def scores(self, run: Run, qrels: Qrels) -> Scores:
+        """The measures of a run. Raises InputError as `score_run`."""
+        return score_run(run, qrels, self.measures, self.relevance_level)
 
 
 def evaluate_path(
@@ -41,7 +73,7 @@ def evaluate_path(
     settings: of `evaluate_model`. Raises InputError for a model, dataset, split or measure that is not there.
     """
     scorer, encoder = open_encoder(model)
-    return evaluate_model(scorer, encoder, Dataset.open(data), split, measures, **settings).mean
+    return evaluate_model(scorer, encoder, Task(Dataset.open(data), split, measures), **settings).mean
 
 
 def open_encoder(model: str | Path | ModelConfig, device: torch.device | str | None = None) -> tuple[Kind, TextEncoder]:
@@ -68,54 +100,42 @@ def dual_encoder(scorer: Kind) -> Kind:
 def evaluate_model(
     scorer: Kind,
     encoder: TextEncoder,
-    dataset: Dataset,
-    split: str,
-    measures: Sequence[str] = MEASURES,
+    task: Task,
     *,
-    relevance_level: int = 1,
-    queries: int = 0,
-    seed: int = 0,
     batch_size: int = 64,
     embed: Embed | None = None,
     peers: Peers = ALONE,
     quiet: bool = False,
     out: str | Path | None = None,
-    keep_identical: bool = False,
 ) -> Scores:
-    """Exact search of a split's judged queries over the whole corpus, and its metrics, equal on every process.
+    """Exact search of a task's queries over the whole corpus, and its metrics, equal on every process.
 
-    Every process calls this, encodes its share of the corpus and searches in it; only the best results travel. queries: at
-    most so many, drawn by `seed`; 0: all. embed: how the model is run, where it is wrapped by an engine. out: a TREC run to
-    write. keep_identical: count a passage that has its query's id, which BEIR does not. The model is in evaluation mode
-    meanwhile. Raises InputError as `Dataset.qrels` and `score_run`.
+    Every process calls this, encodes its share of the corpus and searches in it; only the best results travel.
+    embed: how the model is run, where it is wrapped by an engine. out: a TREC run to write. The model is in evaluation mode
+    meanwhile. Raises InputError as `Task.qrels` and `Task.scores`.
     """
     scorer = dual_encoder(scorer)
-    for name in measures:
-        parse_measure(name, relevance_level)
-    if out is not None:
-        check_run_names(dataset, out)
-    qrels = draw_queries(dataset.qrels(split), queries, seed)
-    was_training, deep = scorer.training, depth(measures)
+    qrels, corpus = task.qrels(out), task.dataset.corpus
+    was_training, deep = scorer.training, depth(task.measures)
     scorer.eval()
     try:
         run = search_exact(
             embed or scorer.embed,
             encoder,
-            dataset,
+            task.dataset,
             list(qrels),
-            deep if keep_identical else with_spare(deep, qrels, dataset.corpus, len(dataset.corpus)),
-            batch_size=batch_size,
-            device=next(scorer.parameters()).device,
+            deep if task.keep_identical else with_spare(deep, qrels, corpus, len(corpus)),
+            Encoding(batch_size, next(scorer.parameters()).device),
             peers=peers,
             quiet=quiet,
         )
     finally:
         scorer.train(was_training)
-    if not keep_identical:
+    if not task.keep_identical:
         run = without_identical(run, deep, qrels)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
-    return peers.from_main(score_run(run, qrels, measures, relevance_level) if peers.rank == 0 else Scores({}, {}))
+    return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
 
 
 def search_exact(
@@ -124,9 +144,8 @@ def search_exact(
     dataset: Dataset,
     query_ids: Sequence[str],
     k: int,
+    how: Encoding = PLAIN,
     *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
     peers: Peers = ALONE,
     quiet: bool = False,
 ) -> Run:
@@ -135,19 +154,17 @@ def search_exact(
     query_rows = texts.rows(query_ids).tolist()
     own_queries, own_passages = share(len(query_rows), peers), share(len(corpus), peers)
     shown = peers.rank == 0 and not quiet
-    settings: dict[str, Any] = {"batch_size": batch_size, "device": device}
     with progress("encoding for evaluation", len(own_queries) + len(own_passages), "texts", shown=shown) as meter:
-        settings["meter"] = meter
         counts = (len(query_rows), len(corpus)) if peers.world > 1 else (0, 0)
-        forwards = [-(-largest_share(count, peers) // batch_size) for count in counts]
+        forwards = [-(-largest_share(count, peers) // how.batch_size) for count in counts]
         rows = [query_rows[i] for i in own_queries]
-        queries_QD = encode_share(embed, encoder, "queries", texts.texts, rows, forwards=forwards[0], **settings)
+        queries_QD = encode_share(embed, encoder, "queries", texts.texts, rows, how, forwards=forwards[0], meter=meter)
         passages_PD = encode_share(
-            embed, encoder, "corpus", corpus.texts, own_passages, forwards=forwards[1], **settings
+            embed, encoder, "corpus", corpus.texts, own_passages, how, forwards=forwards[1], meter=meter
         )
     if peers.world > 1:
         shares = [vectors for vectors in peers.all(queries_QD.cpu().numpy()) if len(vectors)]
-        queries_QD = torch.from_numpy(np.concatenate(shares)).to(device)
+        queries_QD = torch.from_numpy(np.concatenate(shares)).to(how.device)
     if len(passages_PD):
         scores_Qk, rows_Qk = exact_search(queries_QD, passages_PD, k)
     else:  # more processes than passages

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import Run, blank_name, check_run_names, read_run, write_run
+from lead_ds.data.collections.qrels import Run, blank_name, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens, score_mask
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first
 from lead_ds.errors import InputError, RunError
@@ -26,9 +26,9 @@ from lead_ds.io.progress import Progress, progress
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
-from lead_ds.retrieval.evaluate import MEASURES, draw_queries
+from lead_ds.retrieval.evaluate import Task
 from lead_ds.retrieval.identical import Judged, with_spare, without_identical
-from lead_ds.retrieval.metrics import Scores, parse_measure, score_run
+from lead_ds.retrieval.metrics import Scores
 from lead_ds.retrieval.mine import bm25_run, known_passages
 from lead_ds.retrieval.peers import ALONE, Peers, share
 
@@ -84,36 +84,26 @@ class Reranker:
 def evaluate_reranked(
     scorer: Kind,
     encoder: TextEncoder,
-    dataset: Dataset,
-    split: str,
+    task: Task,
     candidates: Mapping[str, Mapping[str, float]],
-    measures: Sequence[str] = MEASURES,
     *,
-    relevance_level: int = 1,
-    queries: int = 0,
-    seed: int = 0,
     batch_size: int = 64,
     peers: Peers = ALONE,
     quiet: bool = False,
     out: str | Path | None = None,
-    keep_identical: bool = False,
 ) -> Scores:
-    """Metrics of a split's candidates in the model's order, equal on every process; arguments as `evaluate_model`.
+    """Metrics of a task's candidates in the model's order, equal on every process; arguments as `evaluate_model`.
 
     Every process calls this with the same candidates. A judged query without candidates counts 0. out: a TREC run to write.
     """
-    for name in measures:
-        parse_measure(name, relevance_level)
-    if out is not None:
-        check_run_names(dataset, out)
-    qrels = draw_queries(dataset.qrels(split), queries, seed)
+    qrels = task.qrels(out)
     wanted = {query: dict(candidates[query]) for query in qrels if query in candidates}
-    if not keep_identical:
+    if not task.keep_identical:
         wanted = without_identical(wanted, max(map(len, wanted.values()), default=0), qrels, quiet=peers.rank > 0)
-    run = rerank(scorer, encoder, dataset, wanted, batch_size=batch_size, peers=peers, quiet=quiet)
+    run = rerank(scorer, encoder, task.dataset, wanted, batch_size=batch_size, peers=peers, quiet=quiet)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
-    return peers.from_main(score_run(run, qrels, measures, relevance_level) if peers.rank == 0 else Scores({}, {}))
+    return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
 
 
 def rerank(

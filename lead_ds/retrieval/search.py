@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import Run, check_run_names, write_run
+from lead_ds.data.collections.qrels import Run, write_run
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.io.files import model_checksum
 from lead_ds.io.progress import progress
 from lead_ds.models.kinds.kind import Kind
-from lead_ds.retrieval.encode import Side, check_texts, encode_share
-from lead_ds.retrieval.evaluate import MEASURES, make_run, open_encoder
+from lead_ds.retrieval.encode import Encoding, Side, check_texts, encode_share
+from lead_ds.retrieval.evaluate import Task, make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.index import Index, check_k
-from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
+from lead_ds.retrieval.metrics import Scores, depth
 from lead_ds.settings.model import ModelConfig
 
 
@@ -117,8 +117,7 @@ class Searcher:
                 "corpus",
                 corpus.texts,
                 range(len(corpus)),
-                batch_size=batch_size,
-                device=next(scorer.parameters()).device,
+                Encoding(batch_size, next(scorer.parameters()).device),
                 meter=meter,
             )
         return cls(scorer, encoder, vectors_PD, corpus.ids, corpus)
@@ -158,9 +157,8 @@ class Searcher:
             return [queries[row] for row in rows]
 
         with progress("encoding queries", len(queries), "queries", shown=not quiet) as meter:
-            settings: dict[str, Any] = {"batch_size": batch_size, "device": self.device, "meter": meter}
-            rows = range(len(queries))
-            vectors_QD = encode_share(self.scorer.embed, self.encoder, "queries", texts, rows, **settings)
+            how, rows = Encoding(batch_size, self.device), range(len(queries))
+            vectors_QD = encode_share(self.scorer.embed, self.encoder, "queries", texts, rows, how, meter=meter)
         scores: Tensor | np.ndarray
         found: Tensor | np.ndarray
         if isinstance(self.passages, Index):
@@ -175,31 +173,22 @@ class Searcher:
 def evaluate_index(
     model: str | Path | ModelConfig,
     index: str | Path,
-    data: str | Path,
-    split: str,
-    measures: Sequence[str] = MEASURES,
+    task: Task,
     *,
-    relevance_level: int = 1,
     out: str | Path | None = None,
     quiet: bool = False,
-    keep_identical: bool = False,
     **index_settings: Any,
 ) -> Scores:
-    """Metrics of an index, searched for a split's judged queries: with what it costs to be approximate.
+    """Metrics of an index, searched for a task's queries: with what it costs to be approximate.
 
-    index_settings: of `Index.open`. out: a TREC run to write. keep_identical: as `evaluate_model`.
-    Raises InputError as `Searcher.open` and `score_run`.
+    index_settings: of `Index.open`. out: a TREC run to write.
+    Raises InputError as `Task.qrels`, `Searcher.open` and `Task.scores`.
     """
-    for name in measures:
-        parse_measure(name, relevance_level)
-    dataset = Dataset.open(data)
-    qrels = dataset.qrels(split)
-    if out is not None:
-        check_run_names(dataset, out)
-    searcher = Searcher.open(model, data, index=index, **index_settings)
+    qrels, dataset = task.qrels(out), task.dataset
+    searcher = Searcher.open(model, dataset.folder, index=index, **index_settings)
     texts = dataset.queries.texts(dataset.queries.rows(list(qrels)))
-    reading: dict[str, Any] = {"quiet": quiet, "keep_identical": keep_identical, "judged": qrels}
-    run = searcher.run(list(qrels), texts, min(depth(measures), len(searcher.ids)), **reading)
+    reading: dict[str, Any] = {"quiet": quiet, "keep_identical": task.keep_identical, "judged": qrels}
+    run = searcher.run(list(qrels), texts, min(depth(task.measures), len(searcher.ids)), **reading)
     if out is not None:
         write_run(out, run)
-    return score_run(run, qrels, measures, relevance_level)
+    return task.scores(run, qrels)

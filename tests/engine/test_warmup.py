@@ -18,7 +18,7 @@ from lead_ds.data.collections.qrels import read_run, write_run
 from lead_ds.engine.training.warmup import load_warmup, warmup_config
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_student, load_teacher, load_text
-from lead_ds.retrieval.evaluate import evaluate_path
+from lead_ds.retrieval.evaluate import Task, evaluate_path
 from lead_ds.retrieval.rerank import Reranker, evaluate_reranked, score_pairs
 from tests.helpers.launch import launch
 from tests.helpers.rooms import settings
@@ -165,7 +165,7 @@ def test_the_saved_model_is_the_best_one_and_ranks_as_it_did_in_training(
         found = evaluate_path(model, root / "data", "dev", MEASURES, quiet=True)
     else:
         saved, candidates = Reranker.open(model), read_run(root / "all.trec")
-        found = evaluate_reranked(saved.scorer, saved.encoder, data, "dev", candidates, MEASURES, quiet=True).mean
+        found = evaluate_reranked(saved.scorer, saved.encoder, Task(data, "dev", MEASURES), candidates, quiet=True).mean
     assert found == pytest.approx(best, abs=1e-6)
 
 

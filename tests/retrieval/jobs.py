@@ -15,8 +15,8 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import read_run
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import LeadError
-from lead_ds.retrieval.encode import encode_to
-from lead_ds.retrieval.evaluate import evaluate_model, open_encoder
+from lead_ds.retrieval.encode import Encoding, Stored, encode_to
+from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
 from lead_ds.retrieval.rerank import Reranker, rerank
 
 
@@ -40,13 +40,11 @@ def encode(model: str, data: str, outs: list[str], batch_size: int, shard_rows: 
             forwards += 1
             return scorer.embed(tokens)
 
-        corpus, settings = (
-            Dataset.open(data).corpus,
-            {"batch_size": batch_size, "shard_rows": shard_rows, "lockstep": True},
-        )
+        corpus = Dataset.open(data).corpus
+        how, stored = Encoding(batch_size, lockstep=True), Stored(shard_rows=shard_rows)
         for out in outs:
             try:
-                encode_to(out, embed, encoder, corpus, {"checksum": "m"}, peers=here, **settings)
+                encode_to(out, embed, encoder, corpus, {"checksum": "m"}, how, stored, peers=here)
                 results.append(forwards)
             except LeadError as error:
                 results.append(str(error))
@@ -65,7 +63,13 @@ def evaluate(model: str, data: str, batch_size: int) -> dict[str, Any]:
             return scorer.embed(tokens)
 
         scores = evaluate_model(
-            scorer, encoder, Dataset.open(data), "test", batch_size=batch_size, embed=embed, peers=here, quiet=True
+            scorer,
+            encoder,
+            Task(Dataset.open(data), "test"),
+            batch_size=batch_size,
+            embed=embed,
+            peers=here,
+            quiet=True,
         )
         return {"mean": scores.mean, "per_query": scores.per_query, "forwards": forwards}
 
@@ -100,5 +104,5 @@ def encode_and_die(model: str, data: str, out: str, batch_size: int, shard_rows:
         return scorer.embed(tokens)
 
     corpus = Dataset.open(Path(data)).corpus
-    settings = {"batch_size": batch_size, "shard_rows": shard_rows, "lockstep": True}
-    encode_to(out, embed, encoder, corpus, {"checksum": "m"}, **settings)
+    how, stored = Encoding(batch_size, lockstep=True), Stored(shard_rows=shard_rows)
+    encode_to(out, embed, encoder, corpus, {"checksum": "m"}, how, stored)

@@ -14,7 +14,7 @@ import torch
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import model_checksum
-from lead_ds.retrieval.encode import Vectors, encode_share, encode_to
+from lead_ds.retrieval.encode import Encoding, Stored, Vectors, encode_share, encode_to
 from lead_ds.retrieval.evaluate import open_encoder
 from tests.helpers.launch import ROOT, launch
 
@@ -38,9 +38,11 @@ def test_every_text_gets_its_own_vector(model: Path, data: Path, tmp_path: Path)
     corpus = Dataset.open(data).corpus
     expected = one_by_one(model, data)
     rows = [5, 59, 0, 17, 33]
-    share = encode_share(scorer.embed, encoder, "corpus", corpus.texts, rows, batch_size=2)
+    share = encode_share(scorer.embed, encoder, "corpus", corpus.texts, rows, Encoding(batch_size=2))
     np.testing.assert_allclose(share.numpy(), expected[rows], rtol=1e-4, atol=1e-5)
-    vectors = encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL, batch_size=7, shard_rows=25)
+    vectors = encode_to(
+        tmp_path / "v", scorer.embed, encoder, corpus, MODEL, Encoding(batch_size=7), Stored(shard_rows=25)
+    )
     assert [block.shape for block in vectors.blocks()] == [(25, 16), (25, 16), (10, 16)]
     assert (len(vectors), vectors.dimension, vectors.ids()) == (60, 16, list(corpus.ids))
     np.testing.assert_allclose(whole(vectors), expected, rtol=1e-4, atol=1e-5)
@@ -49,7 +51,7 @@ def test_every_text_gets_its_own_vector(model: Path, data: Path, tmp_path: Path)
 def test_queries_and_float16(model: Path, data: Path, tmp_path: Path) -> None:
     scorer, encoder = open_encoder(str(model), "cpu")
     queries = Dataset.open(data).queries
-    vectors = encode_to(tmp_path / "q", scorer.embed, encoder, queries, MODEL, dtype="float16")
+    vectors = encode_to(tmp_path / "q", scorer.embed, encoder, queries, MODEL, stored=Stored("float16"))
     assert whole(vectors).dtype == np.float16
     with torch.no_grad():
         expected = scorer.embed(encoder.queries([queries.text(3)]))[0].numpy()
@@ -97,7 +99,7 @@ def test_a_killed_encode_is_finished_by_the_next(model: Path, data: Path, tmp_pa
         return scorer.embed(tokens)
 
     # Another batch size changes no vector, nor how the work was cut.
-    vectors = encode_to(out, embed, encoder, Dataset.open(data).corpus, MODEL, batch_size=3)
+    vectors = encode_to(out, embed, encoder, Dataset.open(data).corpus, MODEL, Encoding(batch_size=3))
     assert rows == 40
     assert (out / "vectors-00000.npy").stat().st_mtime_ns == first.st_mtime_ns
     np.testing.assert_allclose(whole(vectors), one_by_one(model, data), rtol=1e-4, atol=1e-5)
@@ -124,7 +126,7 @@ def test_a_broken_model_is_told(model: Path, data: Path, tmp_path: Path) -> None
             encoder,
             Dataset.open(data).corpus,
             MODEL,
-            dtype="float16",
+            stored=Stored("float16"),
         )
 
 
@@ -152,7 +154,7 @@ def test_short_texts_share_a_forward_and_no_batch_is_beyond_the_budget(model: Pa
         return scorer.embed(tokens)
 
     share = encode_share(
-        embed, encoder, "corpus", lambda rows: [texts[i] for i in rows], range(len(texts)), batch_size=4
+        embed, encoder, "corpus", lambda rows: [texts[i] for i in rows], range(len(texts)), Encoding(batch_size=4)
     )
     with torch.no_grad():
         expected = torch.cat([scorer.embed(encoder.passages([text])) for text in texts])
@@ -169,7 +171,7 @@ def test_short_texts_share_a_forward_and_no_batch_is_beyond_the_budget(model: Pa
 def test_mixed_precision_is_close_and_part_of_what_vectors_are(model: Path, data: Path, tmp_path: Path) -> None:
     scorer, encoder = open_encoder(str(model), "cpu")
     corpus = Dataset.open(data).corpus
-    vectors = encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL, precision="bf16")
+    vectors = encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL, Encoding(precision="bf16"))
     close = torch.nn.functional.cosine_similarity(
         torch.from_numpy(whole(vectors)), torch.from_numpy(one_by_one(model, data))
     )
@@ -177,5 +179,5 @@ def test_mixed_precision_is_close_and_part_of_what_vectors_are(model: Path, data
     with pytest.raises(InputError, match="holds vectors of another precision"):
         encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL)
     with pytest.raises(InputError, match="fp16 is for GPUs"):
-        encode_to(tmp_path / "w", scorer.embed, encoder, corpus, MODEL, precision="fp16")
+        encode_to(tmp_path / "w", scorer.embed, encoder, corpus, MODEL, Encoding(precision="fp16"))
     assert not (tmp_path / "w").exists()

@@ -11,7 +11,7 @@ from lead_ds.config import StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_student
-from lead_ds.retrieval.evaluate import draw_queries, evaluate_model, evaluate_path, open_encoder
+from lead_ds.retrieval.evaluate import Task, draw_queries, evaluate_model, evaluate_path, open_encoder
 from lead_ds.retrieval.metrics import score_run
 from tests.helpers.launch import launch
 
@@ -41,7 +41,7 @@ def test_a_path_and_a_configuration(model: Path, data: Path) -> None:
 
 def test_three_processes_give_what_one_gives(model: Path, data: Path) -> None:
     scorer, encoder = open_encoder(str(model), "cpu")
-    one = evaluate_model(scorer, encoder, Dataset.open(data), "test", quiet=True)
+    one = evaluate_model(scorer, encoder, Task(Dataset.open(data), "test"), quiet=True)
     results = launch("tests.retrieval.jobs:evaluate", 3, model=str(model), data=str(data), batch_size=3)
     for result in results:
         assert result["mean"] == pytest.approx(one.mean)
@@ -54,9 +54,9 @@ def test_the_model_stays_in_training_mode(model: Path, data: Path) -> None:
     scorer = load_student(StudentConfig(path=str(model)), torch.float32)
     _, encoder = open_encoder(str(model), "cpu")
     assert scorer.training
-    first = evaluate_model(scorer, encoder, Dataset.open(data), "test", quiet=True)
+    first = evaluate_model(scorer, encoder, Task(Dataset.open(data), "test"), quiet=True)
     assert scorer.training
-    assert first == evaluate_model(scorer, encoder, Dataset.open(data), "test", quiet=True)
+    assert first == evaluate_model(scorer, encoder, Task(Dataset.open(data), "test"), quiet=True)
 
 
 def test_a_sample_of_queries() -> None:

@@ -18,7 +18,7 @@ from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.files import write_json
 from lead_ds.retrieval.encode import Vectors, encode_to
-from lead_ds.retrieval.evaluate import evaluate_model, make_run, open_encoder
+from lead_ds.retrieval.evaluate import Task, evaluate_model, make_run, open_encoder
 from lead_ds.retrieval.index import build_index
 from lead_ds.retrieval.rerank import Reranker, evaluate_reranked
 from lead_ds.settings.data import DataConfig
@@ -41,7 +41,7 @@ def test_a_vector_that_is_not_finite_names_its_text(broken: Path, data: Path, tm
     scorer, encoder = open_encoder(str(broken), "cpu")
     dataset = Dataset.open(data)
     with pytest.raises(RunError, match=r"^(corpus|queries): the model's vector of text \d+ is not finite: '.*octopus"):
-        evaluate_model(scorer, encoder, dataset, "test", quiet=True)
+        evaluate_model(scorer, encoder, Task(dataset, "test"), quiet=True)
     with pytest.raises(RunError, match=r"is not finite: '.*octopus"):
         encode_to(tmp_path / "vectors", scorer.embed, encoder, dataset.corpus, {})
     with pytest.raises(LeadError, match=r"no such file|missing"):  # nothing that looks finished
@@ -49,7 +49,7 @@ def test_a_vector_that_is_not_finite_names_its_text(broken: Path, data: Path, tm
     found = {query: dict.fromkeys(dataset.corpus.ids, 1.0) for query in list(dataset.qrels("test"))[:1]}
     reranker = Reranker(scorer, encoder)
     with pytest.raises(RunError, match=r"scores are not finite, first of query '.*' with passage '.*octopus"):
-        evaluate_reranked(reranker.scorer, reranker.encoder, dataset, "test", found, quiet=True)
+        evaluate_reranked(reranker.scorer, reranker.encoder, Task(dataset, "test"), found, quiet=True)
 
 
 def test_vectors_of_another_hand_are_checked_before_they_are_indexed(model: Path, data: Path, tmp_path: Path) -> None:

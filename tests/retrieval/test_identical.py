@@ -11,7 +11,7 @@ import pytest
 from lead_ds.cli.main import main
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.groups.open import open_groups
-from lead_ds.retrieval.evaluate import evaluate_model, evaluate_run, open_encoder
+from lead_ds.retrieval.evaluate import Task, evaluate_model, evaluate_run, open_encoder
 from lead_ds.retrieval.identical import without_identical
 from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.retrieval.rerank import find_candidates
@@ -53,11 +53,11 @@ def test_a_model_is_evaluated_without_them_and_to_the_full_depth(drawn: Path, mo
     scorer, encoder = open_encoder(str(model), "cpu")
     dataset = Dataset.open(drawn)
     out = drawn / "out.trec"
-    evaluate_model(scorer, encoder, dataset, "test", ["R@3"], quiet=True, out=out)
+    evaluate_model(scorer, encoder, Task(dataset, "test", ["R@3"]), quiet=True, out=out)
     lines = [line.split() for line in out.read_text().splitlines()]
     assert len(lines) == 4 * 3  # three others of every query
     assert all(query != passage for query, _, passage, *_ in lines)
-    assert evaluate_model(scorer, encoder, dataset, "test", ["R@3"], quiet=True).mean == {"R@3": 1.0}
+    assert evaluate_model(scorer, encoder, Task(dataset, "test", ["R@3"]), quiet=True).mean == {"R@3": 1.0}
 
 
 def test_search_of_a_dataset_leaves_them_out_and_a_question_does_not(drawn: Path, model: Path, tmp_path: Path) -> None:

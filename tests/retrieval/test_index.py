@@ -11,7 +11,7 @@ import pytest
 
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
-from lead_ds.retrieval.encode import Vectors, encode_to
+from lead_ds.retrieval.encode import Stored, Vectors, encode_to
 from lead_ds.retrieval.evaluate import evaluate_path, evaluate_run, open_encoder
 from lead_ds.retrieval.index import Index, build_index
 from lead_ds.retrieval.search import Searcher, model_facts
@@ -25,7 +25,7 @@ def vectors(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     scorer, encoder = open_encoder(str(model), "cpu")
     folder = tmp_path_factory.mktemp("vectors") / "v"
     facts = model_facts(model, scorer)
-    return encode_to(folder, scorer.embed, encoder, Dataset.open(data).corpus, facts, shard_rows=25)
+    return encode_to(folder, scorer.embed, encoder, Dataset.open(data).corpus, facts, stored=Stored(shard_rows=25))
 
 
 @pytest.fixture(scope="module")

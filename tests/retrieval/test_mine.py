@@ -13,6 +13,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
+from lead_ds.retrieval.encode import Encoding
 from lead_ds.retrieval.evaluate import open_encoder, search_exact
 from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.settings.data import DataConfig
@@ -95,7 +96,7 @@ def test_a_model_mines_what_it_ranks_high(model: Path, data: Path, tmp_path: Pat
     scorer, encoder = open_encoder(str(model))
     qrels = dataset.qrels("train")
     full = search_exact(
-        scorer.embed, encoder, dataset, list(qrels), 60, device=next(scorer.parameters()).device, quiet=True
+        scorer.embed, encoder, dataset, list(qrels), 60, Encoding(device=next(scorer.parameters()).device), quiet=True
     )
     groups = lines(out)
     assert [group["query_id"] for group in groups] == list(qrels)

@@ -17,6 +17,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, read_run, write_run
 from lead_ds.errors import InputError, RunError
 from lead_ds.models.load import kind_of, load_scorer, load_student
+from lead_ds.retrieval.evaluate import Task
 from lead_ds.retrieval.metrics import score_run
 from lead_ds.retrieval.mine import bm25_run
 from lead_ds.retrieval.rerank import Reranker, evaluate_reranked, find_candidates, rerank
@@ -89,7 +90,7 @@ def test_equals_every_pair_alone(rooms: Path, dataset: Dataset, candidates: Run,
         assert scores == pytest.approx(expected[query], rel=1e-4, abs=1e-4)
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
     qrels = dataset.qrels("test")
-    means = evaluate_reranked(model.scorer, model.encoder, dataset, "test", candidates, MEASURES, quiet=True).mean
+    means = evaluate_reranked(model.scorer, model.encoder, Task(dataset, "test", MEASURES), candidates, quiet=True).mean
     assert means == pytest.approx(score_run(expected, qrels, MEASURES).mean, abs=1e-6)
     assert means["R@5"] < 1  # the query without candidates counts
 

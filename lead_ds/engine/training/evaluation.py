@@ -15,7 +15,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.io.notes import say_once
 from lead_ds.models.kinds.kind import KINDS, Kind
-from lead_ds.retrieval.evaluate import draw_queries, evaluate_model
+from lead_ds.retrieval.evaluate import Task, draw_queries, evaluate_model
 from lead_ds.retrieval.metrics import parse_measure
 from lead_ds.retrieval.mine import bm25_package
 from lead_ds.retrieval.rerank import evaluate_reranked, find_candidates
@@ -84,16 +84,21 @@ class Evaluator:
         """The measures' means, equal on every rank."""
         settings, split = self.settings, self.settings.split
         assert split is not None
-        options: dict[str, Any] = {"queries": settings.queries, "seed": self.seed, "batch_size": settings.batch_size}
-        options |= {"peers": self.ranks, "quiet": True, "keep_identical": self.keep_identical}
+        task = Task(
+            self.dataset,
+            split,
+            settings.measures,
+            queries=settings.queries,
+            seed=self.seed,
+            keep_identical=self.keep_identical,
+        )
+        options: dict[str, Any] = {"batch_size": settings.batch_size, "peers": self.ranks, "quiet": True}
         if scorer.gives_vectors:
-            encoder = self.encoder.serving()
-            return evaluate_model(scorer, encoder, self.dataset, split, settings.measures, **options).mean
+            return evaluate_model(scorer, self.encoder.serving(), task, **options).mean
         if self.candidates is None:
             found = agreed(self.ranks, lambda: self.found or (self.find_candidates() if self.ranks.main else {}))
             self.candidates = self.ranks.from_main(found)
-        candidates, measures = self.candidates, settings.measures
-        return evaluate_reranked(scorer, self.encoder, self.dataset, split, candidates, measures, **options).mean
+        return evaluate_reranked(scorer, self.encoder, task, self.candidates, **options).mean
 
     def find_candidates(self) -> Run:
         """The passages that are reranked, of the run's evaluation queries."""
