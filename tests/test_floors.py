@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "lead_ds"
@@ -107,6 +108,53 @@ def test_no_circle_of_files() -> None:
 def test_kernels_import_nothing_of_the_package() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         assert imports_of(path) <= {"kernels"}, path
+
+
+MOST_PARAMETERS = 8
+# Signatures that other code was promised, and the plain references that are compared with them.
+PROMISED = {
+    *("attention_kl", "attention_kl_pairs", "attention_kl_reference", "layer_pairs"),
+    *("grouped_attention_kl", "grouped_attention_kl_reference"),
+    *("interaction_attention", "interaction_reference"),
+    *("layer_relevance_kl", "layer_kl_reference"),
+}
+
+
+def commands() -> set[str]:
+    """The functions that are commands: each of their parameters is an option of the command line."""
+    from lead_ds.cli.main import app
+
+    found = [command.callback for command in app.registered_commands]
+    return {f"{function.__module__}.{function.__qualname__}" for function in found if function is not None}
+
+
+def functions(node: ast.AST, inside: ast.ClassDef | None = None) -> Iterator[tuple[ast.FunctionDef, bool]]:
+    """Every function below a node, and whether it takes tensors by place for Triton or autograd."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef):
+            jitted = any("triton.jit" in ast.unparse(decorator) for decorator in child.decorator_list)
+            yield child, jitted or (inside is not None and any("autograd" in ast.unparse(b) for b in inside.bases))
+        yield from functions(child, child if isinstance(child, ast.ClassDef) else inside)
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    """How many a caller sees."""
+    taken = function.args
+    named = [one.arg for one in (*taken.posonlyargs, *taken.args)]
+    named = named[1:] if named[:1] in (["self"], ["cls"]) else named
+    return len(named) + len(taken.kwonlyargs) + sum(one is not None for one in (taken.vararg, taken.kwarg))
+
+
+def test_no_function_takes_more_than_eight_parameters() -> None:
+    known = commands()
+    wrong = [
+        f"{path.relative_to(ROOT)}:{function.lineno} {function.name} takes {parameters(function)}"
+        for path in ROOT.rglob("*.py")
+        for function, by_place in functions(ast.parse(path.read_text("utf-8")))
+        if parameters(function) > MOST_PARAMETERS and not by_place and function.name not in PROMISED
+        if f"lead_ds.{module_of(path)}.{function.name}" not in known
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_front_door_is_light() -> None:

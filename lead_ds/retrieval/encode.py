@@ -272,8 +272,9 @@ def encode_to(
 
     A shard is written whole or not at all; those that are there are kept. model: facts that identify the model (checksum,
     pooling, normalize), kept in the manifest with prompt, length and a checksum of the texts.
-    Every process calls this, on a file system they share. Raises InputError when the folder holds vectors made otherwise, or the device
-    lacks the precision, RunError when a file cannot be written.
+    Every process calls this, on a file system they share. Raises
+    InputError when the folder holds vectors made otherwise, or the device lacks the precision, RunError when a file cannot be
+    written.
     """
     folder, batch_size = Path(folder), how.batch_size
     in_precision(embed, how.precision, how.device)  # refused before anything is written
