@@ -90,12 +90,12 @@ def encode_texts(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on the device), a batch at a time, without gradient.
 
-        texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
-            number of tokens. A batch of texts shorter than full length holds as many as have no more tokens, padding counted.
-        `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size texts in
-        every batch: under ZeRO-3 every process must take part in every forward of any of them.
-        Raises RunError naming the text whose vector is not finite, InputError where the device lacks the precision.
-        """
+    texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
+    number of tokens. A batch of texts shorter than full length holds as many as have no more tokens, padding counted.
+    `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size texts
+    in every batch. Under ZeRO-3 every process must take part in every forward of any of them.
+    Raises RunError naming the text whose vector is not finite, InputError where the device lacks the precision.
+    """
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
     length, batch_size, embed = (
         Side.of(encoder, kind).length,
