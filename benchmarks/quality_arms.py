@@ -202,7 +202,8 @@ def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[st
         return {"kind": "cached", "path": str(cache_of(arm, work))}
     assert not arm.cotrain or arm.teacher == "de", "only the dual encoder is there without dropout"
     path = models["cut" if arm.cotrain else arm.teacher]  # `cut` is the dual encoder without dropout
-    return {**TEACHERS[arm.teacher], "path": str(path), "dtype": "fp32", "train": arm.cotrain}
+    dtype = "auto" if arm.cotrain else "fp32"  # one that is trained has the student's
+    return {**TEACHERS[arm.teacher], "path": str(path), "dtype": dtype, "train": arm.cotrain}
 
 
 def cache_of(arm: Arm, work: Path) -> Path:

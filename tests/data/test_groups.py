@@ -355,7 +355,7 @@ def test_text_groups_draw_the_same_again(opened: Callable[..., Any], monkeypatch
         (TEVATRON, TEVATRON | {"positive_passages": [{"docid": "a"}]}, "'positive_passages' is not a list of passages"),
         (TEVATRON, {"query_id": "1", "positive_passages": []}, "no field 'query'"),
         (FLAG, FLAG | {"pos": "x"}, "'pos' is not a list of texts"),
-        (FLAG, FLAG | {"neg_scores": [1.0]}, "'neg_scores' is not one number for each text"),
+        (FLAG, FLAG | {"neg_scores": [1.0]}, "'neg_scores' is not one number below 3e38 for each text"),
         (FLAG, FLAG | {"query": 3}, "no text in the field 'query'"),
         ({"query": "a", "positive": "b"}, {"query": "a", "positive": None}, "the column 'positive' is not a text"),
         ({"query": "a", "positive": "b"}, {"query": "a"}, "the column 'positive' is not a text"),
