@@ -43,7 +43,7 @@ from benchmarks.quality_arms import (
     cache_of,
     settings,
 )
-from benchmarks.quality_data import Size, build_test, build_training, mine_by, without_dropout
+from benchmarks.quality_data import OTHERS, TRAINED_ON, Size, build_test, build_training, mine_by, without_dropout
 from lead_ds.config import Config, StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import LeadError
@@ -51,8 +51,6 @@ from lead_ds.io.files import read_json, write_json
 from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
 from lead_ds.settings.data import DataConfig
 
-TRAINED_ON = ("squadshifts", "medquad", "tldr")
-OTHERS = ("scifact", "cranfield", "vaswani")
 MEASURES = ("nDCG@10", "RR@10", "R@100")
 SETTINGS = "settings.json"
 

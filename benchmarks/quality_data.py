@@ -22,6 +22,9 @@ from lead_ds.retrieval.mine import MineSettings, mine
 
 DONE = "built.json"
 
+TRAINED_ON = ("squadshifts", "medquad", "tldr")
+OTHERS = ("scifact", "cranfield", "vaswani")
+
 
 @dataclass(frozen=True)
 class Size:

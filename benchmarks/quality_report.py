@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import OTHERS, TRAINED_ON
 from benchmarks.quality_arms import BY_NAME
+from benchmarks.quality_data import OTHERS, TRAINED_ON
 from lead_ds.errors import InputError
 from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.retrieval.evaluate import compare

@@ -206,8 +206,8 @@ def mine(
 
 def check_search_names(data: Path | None, index: Path | None, tag: str, out: Path) -> None:
     """Refuse, before the work, ids and a tag that a run cannot hold."""
-    from lead_ds.data.collections.dataset import Dataset
-    from lead_ds.data.collections.qrels import blank_name, check_run_names
+    from lead_ds.data.collections.dataset import Dataset, check_run_names
+    from lead_ds.data.collections.qrels import blank_name
     from lead_ds.retrieval.encode import IDS, read_ids
 
     if data is not None:

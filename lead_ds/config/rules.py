@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lead_ds.settings.roles import TeacherRole
-
-if TYPE_CHECKING:
-    from lead_ds.config.schema import Config
+from lead_ds.settings.run import Run
 
 
 class Broken(NamedTuple):
@@ -19,15 +17,15 @@ class Broken(NamedTuple):
     remedy: str
 
 
-Rule = Callable[["Config"], Iterator[Broken]]
+Rule = Callable[[Run], Iterator[Broken]]
 
 
-def broken(config: Config) -> Broken | None:
+def broken(config: Run) -> Broken | None:
     """The first rule that a configuration breaks."""
     return next((found for rule in RULES for found in rule(config)), None)
 
 
-def losses_have_a_teacher(config: Config) -> Iterator[Broken]:
+def losses_have_a_teacher(config: Run) -> Iterator[Broken]:
     """A loss with a weight that reads a teacher needs one."""
     if config.losses.needs_teacher and config.teacher is None:
         readers = ", ".join(config.losses.needing("final", "layers", "features", "attention"))
@@ -36,7 +34,7 @@ def losses_have_a_teacher(config: Config) -> Iterator[Broken]:
         )
 
 
-def labels_have_something_to_compare(config: Config) -> Iterator[Broken]:
+def labels_have_something_to_compare(config: Run) -> Iterator[Broken]:
     """Within a query's own passages, labels say something only where there are negatives."""
     contrastive = config.losses.contrastive
     in_group = reads_pairs(config.student.kind) or contrastive.scope == "group"
@@ -45,7 +43,7 @@ def labels_have_something_to_compare(config: Config) -> Iterator[Broken]:
         yield Broken("data.negatives", what, "set it to 1 or more")
 
 
-def pairs_have_something_to_compare(config: Config) -> Iterator[Broken]:
+def pairs_have_something_to_compare(config: Run) -> Iterator[Broken]:
     """A model of pairs is compared over a query's own passages, and a distribution over one holds no information."""
     models = [config.student.kind, *([] if config.teacher is None else [config.teacher.kind])]
     if any(map(reads_pairs, models)) and config.losses.needs_teacher and config.data.negatives == 0:
@@ -53,7 +51,7 @@ def pairs_have_something_to_compare(config: Config) -> Iterator[Broken]:
         yield Broken("data.negatives", what, "set it to 1 or more")
 
 
-def scope_is_one_that_pairs_have(config: Config) -> Iterator[Broken]:
+def scope_is_one_that_pairs_have(config: Run) -> Iterator[Broken]:
     """A student that reads pairs has scores of a query's own passages alone: the batch's cannot be requested."""
     if not reads_pairs(config.student.kind):
         return
@@ -64,7 +62,7 @@ def scope_is_one_that_pairs_have(config: Config) -> Iterator[Broken]:
         yield Broken("train.in_batch", f"local {kind}", "take it out")
 
 
-def packed_rows_are_passes(config: Config) -> Iterator[Broken]:
+def packed_rows_are_passes(config: Run) -> Iterator[Broken]:
     """Gradient caching cuts a batch into passes of its own."""
     if config.train.grad_cache is None:
         return
@@ -73,7 +71,7 @@ def packed_rows_are_passes(config: Config) -> Iterator[Broken]:
             yield Broken(f"{key}.passes", "packed: train.grad_cache makes passes of its own", "set it to null")
 
 
-def maps_come_whole(config: Config) -> Iterator[Broken]:
+def maps_come_whole(config: Run) -> Iterator[Broken]:
     """Attention maps are those of one forward over the batch as it is."""
     off = " and ".join(f"losses.{name}.weight: 0" for name in config.losses.needing("attention"))
     settings = {
@@ -87,14 +85,14 @@ def maps_come_whole(config: Config) -> Iterator[Broken]:
             yield Broken(key, "has no attention maps", f"set it to {'false' if value is True else 'null'}, or {off}")
 
 
-def informative_layers_stay_so(config: Config) -> Iterator[Broken]:
+def informative_layers_stay_so(config: Run) -> Iterator[Broken]:
     """Which layers are informative is measured once."""
     if getattr(config.teacher, "train", False) and config.losses.informative is not None:
         what = "the losses select informative layers, which are measured once, of a frozen teacher"
         yield Broken("teacher.train", what, "set it to false, or choose another select")
 
 
-def a_lens_has_one_state_to_read(config: Config) -> Iterator[Broken]:
+def a_lens_has_one_state_to_read(config: Run) -> Iterator[Broken]:
     """A tuned lens reads one state per text, or pair."""
     from lead_ds.models.kinds.kind import KINDS
 
@@ -106,7 +104,7 @@ def a_lens_has_one_state_to_read(config: Config) -> Iterator[Broken]:
         yield Broken("teacher.lens", what, "set it to head")
 
 
-def teacher_gives_what_losses_read(config: Config) -> Iterator[Broken]:
+def teacher_gives_what_losses_read(config: Run) -> Iterator[Broken]:
     """A teacher that is not a model of this run gives less than one that is."""
     from lead_ds.teachers.open import teacher_class
 
@@ -125,7 +123,7 @@ def teacher_gives_what_losses_read(config: Config) -> Iterator[Broken]:
             yield Broken(f"losses.{name}.weight", f"a teacher of kind {config.teacher.kind} has no {what}", remedy)
 
 
-def overlap_has_a_teacher_to_run_ahead(config: Config) -> Iterator[Broken]:
+def overlap_has_a_teacher_to_run_ahead(config: Run) -> Iterator[Broken]:
     """Only a frozen model's forward can be begun a window early."""
     teacher = config.teacher
     frozen = isinstance(teacher, TeacherRole) and not teacher.train and computes(teacher.kind)
@@ -135,7 +133,7 @@ def overlap_has_a_teacher_to_run_ahead(config: Config) -> Iterator[Broken]:
         )
 
 
-def patience_has_evaluations(config: Config) -> Iterator[Broken]:
+def patience_has_evaluations(config: Run) -> Iterator[Broken]:
     """Patience counts evaluations during training."""
     if config.train.patience and config.evaluation.split is None:
         yield Broken("train.patience", "is never lost: evaluation.split is null", "name a split, or set patience to 0")
@@ -144,7 +142,7 @@ def patience_has_evaluations(config: Config) -> Iterator[Broken]:
         yield Broken("train.patience", what, "set train.evaluate_every, or patience to 0")
 
 
-def candidates_are_reranked(config: Config) -> Iterator[Broken]:
+def candidates_are_reranked(config: Run) -> Iterator[Broken]:
     """A model of vectors searches the whole corpus; candidates are of those that rerank, a warmed-up teacher among them."""
     kinds = [config.student.kind, *([] if config.teacher is None else [config.teacher.kind])]
     if not all(map(gives_vectors, kinds)):
@@ -156,7 +154,7 @@ def candidates_are_reranked(config: Config) -> Iterator[Broken]:
             yield Broken(f"evaluation.{name}", what, "take it out")
 
 
-def one_engine_has_one_dtype(config: Config) -> Iterator[Broken]:
+def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
     """A teacher that is trained lives in the student's engine, in its dtype."""
     teacher = config.teacher
     if isinstance(teacher, TeacherRole) and teacher.train and teacher.dtype not in ("auto", config.student.dtype):
@@ -181,7 +179,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def trained(config: Config) -> Iterator[tuple[str, TeacherRole]]:
+def trained(config: Run) -> Iterator[tuple[str, TeacherRole]]:
     """The models that the run trains, by section."""
     yield "student", config.student  # type: ignore[misc]
     if isinstance(config.teacher, TeacherRole) and config.teacher.train:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import Qrels, Run, check_run_names, read_qrels, read_run, write_run
+from lead_ds.data.collections.dataset import Dataset, check_run_names
+from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.progress import progress

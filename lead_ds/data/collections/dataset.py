@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from lead_ds.data.collections.qrels import Qrels, read_judgements, read_qrels
+from lead_ds.data.collections.qrels import Qrels, blank_name, read_judgements, read_qrels
 from lead_ds.data.collections.texts import Texts
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import require_file
@@ -65,3 +65,15 @@ class Dataset:
                 remedy = f"{len(missing)} such; add it there or take its judgements out"
                 raise InputError(f"{path}:{number}", f"{kind} {name!r} is not in {texts.path.name}", remedy)
         return qrels
+
+
+def check_run_names(dataset: Dataset, out: str | Path, tag: str = "lead-ds") -> None:
+    """Raise InputError, before any work, where a run of this dataset could not be read again."""
+    if blank_name([tag]):
+        raise InputError("--tag", f"{tag!r} holds white space, or nothing", "use one word")
+    for texts in (dataset.queries, dataset.corpus):
+        if (name := blank_name(texts.ids)) is not None:
+            what = (
+                f"the id {name} holds white space, or nothing, which a TREC run cannot: {out} could not be read again"
+            )
+            raise InputError(texts.path, what, "rename it, in the judgements too")

@@ -9,13 +9,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.jsonl import read_lines
-
-if TYPE_CHECKING:
-    from lead_ds.data.collections.dataset import Dataset
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
@@ -117,18 +114,6 @@ def read_run(path: str | Path) -> Run:
 def blank_name(names: Iterable[str]) -> str | None:
     """The first of `names` that a run cannot hold, whose fields white space ends; repr'd, None where there is none."""
     return next((repr(name) for name in names if name.split() != [name]), None)
-
-
-def check_run_names(dataset: Dataset, out: str | Path, tag: str = "lead-ds") -> None:
-    """Raise InputError, before any work, where a run of this dataset could not be read again."""
-    if blank_name([tag]):
-        raise InputError("--tag", f"{tag!r} holds white space, or nothing", "use one word")
-    for texts in (dataset.queries, dataset.corpus):
-        if (name := blank_name(texts.ids)) is not None:
-            what = (
-                f"the id {name} holds white space, or nothing, which a TREC run cannot: {out} could not be read again"
-            )
-            raise InputError(texts.path, what, "rename it, in the judgements too")
 
 
 def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str = "lead-ds") -> None:
