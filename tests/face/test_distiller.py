@@ -35,18 +35,18 @@ class Usurper(losses.Loss):
     name, Settings, needs = "response", losses.LossSettings, frozenset()
 
 
-def spread(power: int) -> type[losses.Loss]:
+def sprawl(power: int) -> type[losses.Loss]:
     """A loss of a notebook's cell, with a weight that is trained, as it is when the cell is run."""
 
-    class SpreadSettings(losses.LossSettings):
+    class SprawlSettings(losses.LossSettings):
         """Its settings."""
 
         margin: float = 0.5
 
-    class Spread(losses.Loss):
+    class Sprawl(losses.Loss):
         """Passages that are alike."""
 
-        name, Settings, needs = "spread", SpreadSettings, frozenset()
+        name, Settings, needs = "sprawl", SprawlSettings, frozenset()
 
         def __init__(self, settings: Any, shape: losses.LossShape) -> None:
             super().__init__(settings, shape)
@@ -56,7 +56,7 @@ def spread(power: int) -> type[losses.Loss]:
             p_PD = views.student.final.p_KPD[-1]  # type: ignore[attr-defined]
             return (self.scale.mean() * (p_PD @ p_PD.T) - self.settings.margin).relu().pow(power).mean()
 
-    return Spread
+    return Sprawl
 
 
 def losses_of(run: Distiller) -> list[float]:
@@ -185,13 +185,13 @@ def test_losses_by_class_and_one_of_ones_own(distiller: Make) -> None:
 
     found = []
     for power in (1, 2):  # the cell is run again, changed
-        loss = spread(power)
+        loss = sprawl(power)
         run = distiller(f"own{power}", losses=[losses.Response(), loss(margin=0.25)]).train(quiet=True)
-        assert run.config.losses.spread.margin == 0.25
-        found.append([row["parts"]["spread"] for row in run.metrics if "loss" in row])
+        assert run.config.losses.sprawl.margin == 0.25
+        found.append([row["parts"]["sprawl"] for row in run.metrics if "loss" in row])
     assert found[0] != found[1]
     alone = distiller("alone", losses=[loss]).train(quiet=True)
-    assert all(set(row["parts"]) == {"spread"} for row in alone.metrics if "loss" in row)
+    assert all(set(row["parts"]) == {"sprawl"} for row in alone.metrics if "loss" in row)
 
 
 def test_the_front_door_is_light() -> None:
