@@ -84,7 +84,8 @@ def test_a_split_that_is_not_there(
     if evaluation["split"] == "dev":
         data = tmp_path / "data"
         data.mkdir()
-    config = load_config(configure(evaluation=evaluation, train={"patience": patience}, data={"path": str(data)}))
+    train = {"patience": patience, "evaluate_every": min(1, patience)}
+    config = load_config(configure(evaluation=evaluation, train=train, data={"path": str(data)}))
     encoder = load_text(config.student)
     if told is not None:
         with pytest.raises(InputError, match=told):

@@ -17,12 +17,18 @@ def student(path: str, stage: int, dtype: str) -> dict[str, int]:
     from lead_ds.engine.training.trainee import Trainee, build_engine
     from lead_ds.models.load import load_student
 
+    class Bare(Trainee):
+        """Without losses: the student's own answer."""
+
+        def forward(self, batch: ModelBatch) -> Any:  # type: ignore[override]
+            return self.student(batch)
+
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     with ranks() as joined:
         config = settings(path, stage)
-        engine = build_engine(Trainee(load_student(config.student, kinds[dtype])), config, kinds[dtype], joined)
+        engine = build_engine(Bare(load_student(config.student, kinds[dtype])), config, kinds[dtype], joined)
         tokens = {"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
-        output, _ = engine(ModelBatch(1, queries=tokens, passages=tokens), [])
+        output = engine(ModelBatch(1, queries=tokens, passages=tokens))
         engine.backward(output.final.q_KQD.float().square().sum() + output.final.p_KPD.float().square().sum())
         engine.step()
         optimizer = engine.optimizer
