@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lead_ds.cli.main import main
-from lead_ds.config import load_config
+from lead_ds.config import Config, load_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.open import open_groups
@@ -50,6 +50,11 @@ def test_a_pad_token_beyond_the_embeddings(rooms: Path, capsys: pytest.CaptureFi
         check_vocabulary(scorer, tokenizer, "student")
 
 
+def filled(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The student's DeepSpeed configuration of a run."""
+    return student_deepspeed_config(config.deepspeed.student, config.train, config.monitor, Path(config.output), dtype)
+
+
 @pytest.mark.parametrize(
     ("tree", "name"),
     [
@@ -60,7 +65,7 @@ def test_a_pad_token_beyond_the_embeddings(rooms: Path, capsys: pytest.CaptureFi
 def test_an_auto_that_nobody_fills_in(configure: Configure, tree: dict[str, Any], name: str) -> None:
     config = load_config(configure(deepspeed={"student": tree}))
     with pytest.raises(InputError, match=rf'^deepspeed.student: {name} is "auto"'):
-        student_deepspeed_config(config, torch.float32)
+        filled(config, torch.float32)
 
 
 def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
@@ -75,7 +80,7 @@ def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
     }
     config = load_config(configure(deepspeed={"student": tree}))
     for dtype in (torch.float32, torch.bfloat16):
-        assert '"auto"' not in json.dumps(student_deepspeed_config(config, dtype))
+        assert '"auto"' not in json.dumps(filled(config, dtype))
     zero = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}
     with pytest.raises(InputError, match=r"zero_optimization\.stage3_max_live_parameters"):
         teacher_deepspeed_config(zero, torch.float32, hidden=8, local_world=1, offload="none", offload_path=None)
@@ -84,7 +89,7 @@ def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_fp16_on_a_cpu(configure: Configure) -> None:
     with pytest.raises(InputError, match=r"fp16 is for GPUs.*bf16, fp32 or auto"):
-        student_deepspeed_config(load_config(configure()), torch.float16)
+        filled(load_config(configure()), torch.float16)
 
 
 def test_half_a_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
