@@ -115,6 +115,8 @@ def settings(
         tree["student"] = {
             name: x for name, x in tree["student"].items() if name not in ("normalize", "passage_length")
         }
+    if tree["teacher"].get("train"):  # in the student's engine, in its dtype
+        tree["teacher"]["dtype"] = tree["student"].get("dtype", "auto")
     for model in ("teacher", "student"):
         if not Path(tree[model]["path"]).is_absolute():
             tree[model]["path"] = str(rooms / tree[model]["path"])
