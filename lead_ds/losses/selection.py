@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,26 +41,26 @@ class Selection(Section):
 
     select: Any
 
+    @abstractmethod
     def pair(self, key: str, models: Depths, step: int) -> Layers:
         """The layers compared at `step`, sorted and paired in order; LEAD (arXiv 2212.05225), layer selection.
 
         Raises InputError when k or a given index exceeds a model's layers, k the informative or stored ones, and for a
         layer that is not stored.
         """
-        raise NotImplementedError
 
     def deepest(self, teacher_layers: int) -> int:
         """How many of the teacher's first layers can be selected from."""
         return teacher_layers
 
+    @abstractmethod
     def reach(self, key: str, teacher_layers: int) -> list[int]:
         """The teacher's layers that may be selected at one step or another, ascending. Raises as `pair`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def count(self) -> int:
         """Pairs that are compared at a step."""
-        raise NotImplementedError
 
 
 class _Counted(Selection):
