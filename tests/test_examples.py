@@ -52,7 +52,7 @@ def test_the_notebook(rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     parameters.source = f"TEACHER, STUDENT, OUTPUT = {str(rooms / 'cross')!r}, {str(rooms / 'student')!r}, 'runs'"
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    nbclient.NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert sum(line.count("The ") for output in outputs for line in [output.get("text", "")]) == 3

@@ -188,7 +188,7 @@ def lead_ds(*arguments: str) -> subprocess.CompletedProcess:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -214,7 +214,7 @@ def test_under_the_launcher_the_status_is_2_and_rank_0_tells(configure: Callable
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     path = configure(data={"path": "nowhere"})
     done = subprocess.run(
-        [*command, "distill", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [*command, "distill", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2, done.stderr
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr

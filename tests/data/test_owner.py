@@ -132,7 +132,7 @@ def test_an_owner_that_was_taken_for_gone_ends(quick: None, tmp_path: Path) -> N
     taken = json.loads((tmp_path / RECORD).read_text()) | {"token": "another", "who": "a run elsewhere"}
     (tmp_path / "new").write_text(json.dumps(taken))
     (tmp_path / "new").replace(tmp_path / RECORD)
-    _, told = process.communicate(timeout=20)
+    _, told = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "a run elsewhere is at work here" in told
     assert json.loads((tmp_path / RECORD).read_text())["token"] == "another"  # left to the new owner

@@ -183,7 +183,7 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_losses_bit_for_bit(
     reference = start(whole)
     process = start(killed)
     step = random.randint(5, 25)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -192,7 +192,7 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_losses_bit_for_bit(
     victims = workers_of(tmp_path / "killed")
     assert len(victims) == 2
     os.kill(random.choice(victims), signal.SIGKILL)
-    assert process.wait(60) != 0
+    assert process.wait(600) != 0
     assert not workers_of(tmp_path / "killed"), "a rank outlived the killed one"
     assert all(damage(path) is None for path in (tmp_path / "killed" / "checkpoints").glob("step-*[0-9]"))
     resumed = start(killed, "--resume")

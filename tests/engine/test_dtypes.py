@@ -37,4 +37,5 @@ def test_kernels_are_given_16_bits(configure: Configure, student: str, teacher: 
         for name in kernels:
             assert {dtype for call in seen[f"lead_ds.{name}"] for dtype in call} == {"bfloat16"}, seen
         gathered = {dtype for name, calls in seen.items() if "allgather" in name for call in calls for dtype in call}
-        assert gathered == ({"bfloat16"} if kernels else set()), seen
+        # Scores of pairs cross no ranks; what may be seen then are ZeRO's own parameters.
+        assert gathered == {"bfloat16"} if kernels else gathered <= {"bfloat16"}, seen

@@ -167,8 +167,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize(
     ("limit", "told"),
     [
-        # The free bytes suffice, then there is no room for another file: what fails is a write in the middle.
-        ("size=100m,nr_inodes=21", "optim_states.pt: "),
+        # The free bytes suffice, then there is no room for another file: what fails is a write in the middle, of the
+        # rank that comes last.
+        ("size=100m,nr_inodes=21", "_states.pt: "),
         pytest.param("size=1500k", "no space left: a checkpoint takes", marks=pytest.mark.slow),
     ],
 )

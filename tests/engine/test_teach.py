@@ -161,7 +161,7 @@ def test_killed_and_continued(taught: Taught, configure: Configure, tmp_path: Pa
         return {path.name: path.stat().st_mtime_ns for path in out.glob("relevance-*")}
 
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while len(finished()) < 3:
             assert run.poll() is None, run.stderr.read() if run.stderr else ""
             assert time.monotonic() < deadline
@@ -173,7 +173,7 @@ def test_killed_and_continued(taught: Taught, configure: Configure, tmp_path: Pa
         RelevanceCache.open(out)
     spoilt = shard_path(out, 1)
     spoilt.write_bytes(spoilt.read_bytes()[:-1])
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert f"{spoilt.name} is damaged (cut short)" in done.stderr
     after = finished()

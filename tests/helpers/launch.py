@@ -15,7 +15,7 @@ from lead_ds.engine.distributed.ranks import free_port
 ROOT = Path(__file__).parents[2]
 
 
-def launch(job: str, world: int, *, timeout: float = 300, **arguments: Any) -> list[Any]:
+def launch(job: str, world: int, *, timeout: float = 900, **arguments: Any) -> list[Any]:
     """Call `package.module:function(**arguments)` on every process; each one's JSON result, in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
         port = str(free_port())

@@ -60,7 +60,7 @@ def run(house: Path, script: str, *arguments: str, **more: str) -> subprocess.Co
         env=environment(house, **{"PROCESSES": "2", **more}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -120,11 +120,11 @@ def test_interrupting_leaves_nothing(house: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(list((house / "out").glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (143, 1)
+    assert process.wait(600) in (143, 1)
     assert_dead(house / "out" / "0.pid")
     assert_dead(house / "out" / "1.pid")
 
@@ -201,7 +201,7 @@ def test_the_real_command_tells_wrong_input(tmp_path: Path) -> None:
         env=environment(tmp_path, PROCESSES="2", TMPDIR=str(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: missing.yaml: no such configuration file")
@@ -251,7 +251,7 @@ def nodes(house: Path, *arguments: str) -> list[tuple[int, str]]:
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    outputs = [process.communicate(timeout=600)[0] for process in started]
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 

@@ -118,4 +118,4 @@ def test_by_the_command_under_a_launcher(rooms: Path, tmp_path: Path) -> None:
 def lead_ds(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lead_ds", "pipeline", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

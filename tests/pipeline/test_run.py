@@ -365,7 +365,7 @@ def test_a_signal_reaches_the_stage_and_its_words_reach_the_log(tmp_path: Path) 
     assert parent.stderr is not None
     assert parent.stderr.readline() == "begun\n"
     parent.send_signal(signal.SIGTERM)
-    out, said = parent.communicate(timeout=30)
+    out, said = parent.communicate(timeout=600)
     assert out == "143\n"
     assert said == "asked to stop\n"
     assert log.read_text() == "begun\nasked to stop\n"

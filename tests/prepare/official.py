@@ -125,4 +125,4 @@ def command(*arguments: object) -> list[str]:
 def lead_ds(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`lead-ds prepare ...` as a user runs it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
