@@ -1,0 +1,132 @@
+"""Every rule that binds several sections is broken once: the key to change, what is wrong, and what to do are said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lead_ds.config.load import parse_config
+from lead_ds.config.rules import RULES
+from lead_ds.errors import InputError
+
+PAIRS = {"student": {"path": "-", "kind": "cross_encoder"}, "teacher": {"path": "-", "kind": "cross_encoder"}}
+# By rule: what breaks it, the key that it names, what it says of it, and the change that mends it.
+CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
+    "losses_have_a_teacher": (
+        {"teacher": None},
+        "teacher",
+        "a teacher section is missing: response of losses",
+        {"losses": {"response": {"weight": 0}}},
+    ),
+    "labels_have_something_to_compare": (
+        {"losses": {"contrastive": {"weight": 1, "scope": "group"}}, "data": {"negatives": 0}},
+        "data.negatives",
+        "is 0",
+        {"data": {"negatives": 1}},
+    ),
+    "pairs_have_something_to_compare": (
+        {**PAIRS, "data": {"negatives": 0}, "losses": {"contrastive": {"weight": 0}}},
+        "data.negatives",
+        "is 0: a model that reads pairs is compared over a query's own passages",
+        {"data": {"negatives": 1}},
+    ),
+    "scope_is_one_that_pairs_have": (
+        {**PAIRS, "train": {"in_batch": "local"}},
+        "train.in_batch",
+        "local is ignored by a cross_encoder",
+        {"train": {"in_batch": "global"}},
+    ),
+    "packed_rows_are_passes": (
+        {"train": {"grad_cache": 2}, "student": {"passes": "packed"}},
+        "student.passes",
+        "packed: train.grad_cache makes passes of its own",
+        {"student": {"passes": None}},
+    ),
+    "maps_come_whole": (
+        {"losses": {"attention": {"weight": 1}}, "student": {"passes": 2}},
+        "student.passes",
+        "has no attention maps",
+        {"losses": {"attention": {"weight": 0}}},
+    ),
+    "informative_layers_stay_so": (
+        {"teacher": {"train": True}, "losses": {"layer": {"weight": 1, "select": "informative"}}},
+        "teacher.train",
+        "informative layers, which are measured once",
+        {"teacher": {"train": False}},
+    ),
+    "a_lens_has_one_state_to_read": (
+        {"teacher": {"kind": "colbert", "lens": "tuned"}},
+        "teacher.lens",
+        "a tuned lens reads one state per text, a colbert has one per token",
+        {"teacher": {"lens": "head"}},
+    ),
+    "teacher_gives_what_losses_read": (
+        {"losses": {"layer": {"weight": 1}}, "teacher": {"kind": "scores", "path": None}},
+        "losses.layer.weight",
+        "a teacher of kind scores has no layers to read",
+        {"losses": {"layer": {"weight": 0}}},
+    ),
+    "overlap_has_a_teacher_to_run_ahead": (
+        {"teacher": {"train": True}, "train": {"overlap": True}},
+        "train.overlap",
+        "there is no frozen teacher that could run ahead",
+        {"train": {"overlap": False}},
+    ),
+    "patience_has_evaluations": (
+        {"train": {"patience": 2}, "evaluation": {"split": None}},
+        "train.patience",
+        "is never lost: evaluation.split is null",
+        {"train": {"patience": 0}},
+    ),
+    "candidates_are_reranked": (
+        {"evaluation": {"depth": 7}},
+        "evaluation.depth",
+        "is ignored by a dual_encoder, which searches the whole corpus",
+        {"student": {"kind": "cross_encoder"}},
+    ),
+    "one_engine_has_one_dtype": (
+        {"teacher": {"train": True, "dtype": "bf16"}, "student": {"dtype": "fp32"}},
+        "teacher.dtype",
+        "has the student's dtype, which is fp32",
+        {"student": {"dtype": "bf16"}},
+    ),
+}
+
+
+def tree(*changes: dict[str, Any]) -> dict[str, Any]:
+    """A small run, with sections changed; a value of None takes a setting, or a section, out."""
+    whole: dict[str, Any] = {
+        "teacher": {"path": "-", "kind": "dual_encoder"},
+        "student": {"path": "-", "kind": "dual_encoder"},
+        "data": {"path": "-"},
+        "losses": {"response": {"weight": 1}, "layer": {"weight": 0}, "contrastive": {"weight": 0}},
+    }
+    for change in changes:
+        for name, section in change.items():
+            if section is None:
+                whole.pop(name, None)
+                continue
+            merged = whole.setdefault(name, {})
+            for key, value in section.items():
+                if isinstance(value, dict):
+                    value = {**merged.get(key, {}), **value}
+                merged[key] = value
+                if value is None and key == "path":
+                    del merged[key]
+    return whole
+
+
+def test_every_rule_is_broken_here() -> None:
+    assert {rule.__name__ for rule in RULES} == set(CASES)
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_broken_rule_names_the_setting_and_what_to_do(rule: str) -> None:
+    change, key, what, mended = CASES[rule]
+    with pytest.raises(InputError) as caught:
+        parse_config(tree(change), "run.yaml")
+    assert caught.value.where == f"run.yaml: {key}"
+    assert what in caught.value.what
+    assert caught.value.remedy
+    parse_config(tree(change, mended), "run.yaml")
