@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from lead_ds.settings.roles import TeacherRole
+from lead_ds.settings.roles import CachedRole, TeacherRole
 from lead_ds.settings.run import Run
 
 
@@ -104,6 +104,15 @@ def a_lens_has_one_state_to_read(config: Run) -> Iterator[Broken]:
         yield Broken("teacher.lens", what, "set it to head")
 
 
+def a_lens_path_names_a_lens(config: Run) -> Iterator[Broken]:
+    """A folder of a tuned lens is read where layers are read through one; of a cache, it says through which."""
+    teacher = config.teacher
+    if not isinstance(teacher, TeacherRole) or isinstance(teacher, CachedRole):
+        return
+    if teacher.lens == "head" and teacher.lens_path is not None:
+        yield Broken("teacher.lens_path", "is ignored by lens: head", "set teacher.lens: tuned, or take it out")
+
+
 def teacher_gives_what_losses_read(config: Run) -> Iterator[Broken]:
     """A teacher that is not a model of this run gives less than one that is."""
     from lead_ds.teachers.open import teacher_class
@@ -171,6 +180,7 @@ RULES: tuple[Rule, ...] = (
     maps_come_whole,
     informative_layers_stay_so,
     a_lens_has_one_state_to_read,
+    a_lens_path_names_a_lens,
     teacher_gives_what_losses_read,
     overlap_has_a_teacher_to_run_ahead,
     patience_has_evaluations,

@@ -49,7 +49,10 @@ def test_overrides(tmp_path: Path) -> None:
 def test_the_home_folder_in_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     pipeline = "pipeline={mine: {model: ~/m}, prepare: [{kind: beir, src: ~/zip}], evaluate: [{data: ~/other}]}"
-    config = load_config(write(tmp_path), [pipeline, "data.path=~/data", "teacher.lens_path=~/lens", "output=~/out"])
+    config = load_config(
+        write(tmp_path),
+        [pipeline, "data.path=~/data", "teacher.lens=tuned", "teacher.lens_path=~/lens", "output=~/out"],
+    )
     stages = config.pipeline
     assert stages is not None
     assert stages.mine is not None

@@ -61,6 +61,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "a tuned lens reads one state per text, a colbert has one per token",
         {"teacher": {"lens": "head"}},
     ),
+    "a_lens_path_names_a_lens": (
+        {"teacher": {"lens_path": "lens"}},
+        "teacher.lens_path",
+        "is ignored by lens: head",
+        {"teacher": {"lens": "tuned"}},
+    ),
     "teacher_gives_what_losses_read": (
         {"losses": {"layer": {"weight": 1}}, "teacher": {"kind": "scores", "path": None}},
         "losses.layer.weight",
