@@ -139,9 +139,17 @@ class Features(ABC):
         # Not by a list of indices, which a GPU would have to wait for.
         return self._changed(lambda x_K: torch.stack([x_K[place] for place in places]))
 
-    def truncated(self: F, width: int) -> F:
-        """The first `width` dimensions of its vectors; scores stay as they are."""
-        return self if self.width is None else self._changed(lambda x_KD: x_KD[..., :width])
+    def truncated(self: F, width: int, *, unit: bool = False) -> F:
+        """The first `width` dimensions of its vectors, at length 1 where `unit`; scores stay as they are."""
+
+        def first(x_KD: Tensor) -> Tensor:
+            return torch.nn.functional.normalize(x_KD[..., :width], dim=-1) if unit else x_KD[..., :width]
+
+        return self.of_vectors(first)
+
+    def of_vectors(self: F, change: Callable[[Tensor], Tensor]) -> F:
+        """With `change` of its vectors [..., D]; scores stay as they are."""
+        return self if self.width is None else self._changed(change)
 
     def _changed(self: F, change: Callable[[Tensor], Tensor]) -> F:
         changes: dict[str, Any] = {name: change(getattr(self, name)) for name in self._states}

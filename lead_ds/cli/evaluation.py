@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
+from lead_ds.cli.options import BATCH, DIM, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
 from lead_ds.errors import InputError
 
 MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
@@ -42,6 +42,7 @@ def evaluate(
         "--index",
         help="With --model, a dual encoder: what `lead-ds index` wrote, searched instead of the corpus.",
     ),
+    dim: int | None = DIM,
     gpus: int = GPUS,
     layout: str = LAYOUT,
     nprobe: int | None = NPROBE,
@@ -80,8 +81,8 @@ def evaluate(
         raise InputError("--qrels", "goes with --run alone", "a model is judged by --data and --split")
     if model is None and qrels is None:
         raise InputError("--qrels", "is needed with --run", "name the file of judgements")
-    if model is None and (settings or kind or depth or out or index):
-        what = "settings, --kind, --depth, --index and --out are of a model"
+    if model is None and (settings or kind or depth or out or index or dim):
+        what = "settings, --kind, --depth, --index, --dim and --out are of a model"
         raise InputError("evaluate", what, "add --model and --data")
     if index is not None and (settings or kind or depth or run):
         what = "is searched by its model as it is: settings, --kind, --run and --depth are for reranking"
@@ -108,7 +109,7 @@ def evaluate(
     if index is not None:
         from lead_ds.retrieval.search import evaluate_index
 
-        search: dict[str, Any] = {"gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
+        search: dict[str, Any] = {"dim": dim, "gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
         with ranks() as here:
             if here.main:
                 task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
@@ -121,7 +122,8 @@ def evaluate(
         dataset = Dataset.open(data)
         judged = dataset.qrels(split)
         task = Task(dataset, split, names, relevance_level, keep_identical=keep_identical)
-        opened = agreed(here, lambda: Reranker.open(model, kind, settings or [], here.device))
+        given = [*(settings or []), *([] if dim is None else [f"dim={dim}"])]
+        opened = agreed(here, lambda: Reranker.open(model, kind, given, here.device))
         options: dict[str, Any] = {"batch_size": batch_of(batch_size, here.device), "peers": here, "out": out}
         if opened.scorer.gives_vectors and run is None and depth is None:
             scores = evaluate_model(opened.scorer, opened.encoder, task, **options)

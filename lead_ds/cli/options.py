@@ -21,6 +21,12 @@ KEEP_IDENTICAL = typer.Option(
 )
 LAYOUT = typer.Option("shard", "--layout", help="shard or replicate, over several GPUs.")
 GPUS = typer.Option(0, "--gpus", min=0, help="GPUs for the index.")
+DIM = typer.Option(
+    None,
+    "--dim",
+    min=1,
+    help="Read a dual encoder by the first so many dimensions of its vectors. Default: all; with an index, as many as it has.",
+)
 NPROBE = typer.Option(None, "--nprobe", min=1, help="Cells searched of an IVF index.")
 EF_SEARCH = typer.Option(None, "--ef-search", min=1, help="Breadth of the search in an HNSW index.")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import typer
 
-from lead_ds.cli.options import BATCH, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
+from lead_ds.cli.options import BATCH, DIM, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
 from lead_ds.errors import InputError
 
 MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory.")
@@ -26,6 +26,7 @@ def encode(
         "--precision",
         help="fp32, bf16 or fp16 (GPU), of the model's matrix products. bf16: near three times as fast on a CPU with AMX.",
     ),
+    dim: int | None = DIM,
     batch_size: int | None = BATCH,
 ) -> None:
     """Encode a corpus (or its queries). Run it again after a kill to finish; under a launcher, every rank does its share.
@@ -46,7 +47,7 @@ def encode(
     with ranks() as here:
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
-        scorer, encoder = open_encoder(model, here.device)
+        scorer, encoder = open_encoder(model, here.device, dim)
         facts = model_facts(model, scorer)
         how = Encoding(batch_of(batch_size, here.device), here.device, cast(Precision, precision))
         stored = Stored(cast(Literal["float32", "float16"], dtype))
@@ -99,6 +100,7 @@ def search(
     split: str | None = typer.Option(None, "--split", help="Only the queries that are judged in qrels/SPLIT.tsv."),
     out: Path | None = typer.Option(None, "--out", help="Write a TREC run instead of showing hits."),
     tag: str = typer.Option("lead-ds", "--tag", help="The run's name in the TREC file."),
+    dim: int | None = DIM,
     gpus: int = GPUS,
     layout: str = LAYOUT,
     nprobe: int | None = NPROBE,
@@ -126,7 +128,7 @@ def search(
         )
     if out is not None:
         check_search_names(data, index, tag, out)
-    searcher = Searcher.open(model, data, quiet=bool(as_json), **settings)
+    searcher = Searcher.open(model, data, dim=dim, quiet=bool(as_json), **settings)
     if query and out is None:
         for text in query:
             hits = searcher.search(text, k)

@@ -171,6 +171,18 @@ def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
         yield Broken("teacher.dtype", what, f"set student.dtype: {teacher.dtype}, or take it out")
 
 
+def widths_are_of_vectors(config: Run) -> Iterator[Broken]:
+    """Only a vector has first dimensions; a model that is trained has all of them."""
+    if config.student.dims is not None and not gives_vectors(config.student.kind):
+        yield Broken(
+            "student.dims", f"is ignored by a {config.student.kind}, which gives no vector per text", "take it out"
+        )
+    for key, model in trained(config):
+        if getattr(model, "dim", None) is not None:
+            remedy = "take it out; student.dims trains its first dimensions as well"
+            yield Broken(f"{key}.dim", "is for a model that is read as it is, not for one that is trained", remedy)
+
+
 RULES: tuple[Rule, ...] = (
     losses_have_a_teacher,
     labels_have_something_to_compare,
@@ -186,6 +198,7 @@ RULES: tuple[Rule, ...] = (
     patience_has_evaluations,
     candidates_are_reranked,
     one_engine_has_one_dtype,
+    widths_are_of_vectors,
 )
 
 

@@ -88,7 +88,7 @@ def own_section(model: Any, role: str) -> dict[str, Any]:
     assert module is not None
     probe(module)
     section = {name: value for name, value in model.items() if name != "module"} if isinstance(model, Mapping) else {}
-    ignored = sorted(section.keys() - _READ_OF_OWN - ({"batch_size"} if role == "teacher" else set()))
+    ignored = sorted(section.keys() - _READ_OF_OWN - {"batch_size" if role == "teacher" else "dims"})
     if ignored:
         remedy = f"the module itself decides: take it out; {', '.join(sorted(_READ_OF_OWN))} are read"
         raise InputError(f"{WHERE}: {role}.{ignored[0]}", "is ignored by a module of your own", remedy)

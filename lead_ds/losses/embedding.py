@@ -106,10 +106,11 @@ class Embedding(Loss):
         return [kinds[kind] for kind in self.settings.of]
 
     def _distance(self, s_BD: Tensor, t_BD: Tensor) -> Tensor:
+        width = s_BD.shape[1]  # fewer than the student's where that is trained at several widths
         if self.map is not None:
-            s_BD = linear(s_BD, self.map.to(s_BD.dtype))
-        elif self.settings.into == "truncate":
-            t_BD = normalize(t_BD[:, : s_BD.shape[1]], dim=-1)
+            s_BD = linear(s_BD, self.map[:, :width].to(s_BD.dtype))
+        elif width < t_BD.shape[1]:
+            t_BD = normalize(t_BD[:, :width], dim=-1)
         return embedding_distance(s_BD, t_BD, self.settings.distance)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -27,20 +28,28 @@ class LossSettings(Section):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a loss may know of a model before it sees a batch: its kind, its layers, the width of its vectors (None: scores)."""
+    """What a loss may know of a model before it sees a batch: its kind, its layers, the width of its vectors (None: scores).
+
+    unit: its vectors have length 1.
+    """
 
     kind: str
     layers: int
     width: int | None = None
+    unit: bool = False
 
 
 @dataclass(frozen=True)
 class LossShape:
-    """The models that a loss is made for. teacher: None without one. impl: of the kernels."""
+    """The models that a loss is made for. teacher: None without one. impl: of the kernels.
+
+    dims: the widths that the student's vectors are trained at, ascending; none: as they are.
+    """
 
     student: ModelFacts
     teacher: ModelFacts | None = None
     impl: Impl = "auto"
+    dims: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

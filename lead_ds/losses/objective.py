@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lead_ds.errors import InputError
 from lead_ds.losses.loss import Loss, Losses, LossShape
+from lead_ds.losses.matryoshka import at_widths, check_widths
 from lead_ds.losses.selection import NO_LAYERS, Layers
 from lead_ds.losses.views import Views
 
@@ -39,11 +40,15 @@ class ObjectiveOutput:
 class Objective(nn.ModuleDict):
     """sum of weight * loss over the losses whose weight is not 0. The modules live here, by name.
 
-    Raises InputError when every weight is 0.
+    Where the student's vectors are trained at several widths, each loss that reads them is its mean over these.
+    Raises InputError when every weight is 0, and for widths that the student's vectors do not have.
     """
 
     def __init__(self, losses: Losses, shape: LossShape) -> None:
         super().__init__(losses.build(shape))
+        self.shape = shape
+        if shape.dims:
+            check_widths(shape.dims, shape.student.width)
         if not len(self):
             raise InputError("losses", "every weight is 0, there is nothing to learn", "give one loss a weight")
 
@@ -64,14 +69,25 @@ class Objective(nn.ModuleDict):
         weighted, parts, layers = list[Tensor](), dict[str, Tensor](), dict[str, dict[str, Tensor]]()
         for name in self:
             loss = self._loss(name)
-            said = loss(views.of_layers(asked.pairs.get(name, NO_LAYERS), asked.layers))
-            value, statistics = said if isinstance(said, tuple) else (said, {})
+            value, statistics = self._said(name, views.of_layers(asked.pairs.get(name, NO_LAYERS), asked.layers))
             weighted.append(loss.settings.weight * value)
             parts |= {name: value.detach()} | {key: x.detach() for key, x in statistics.items() if x.dim() == 0}
             vectors = {key: x.detach() for key, x in statistics.items() if x.dim() > 0}
             if vectors:
                 layers[loss.row or name] = vectors
         return ObjectiveOutput(torch.stack(weighted).sum(), parts, layers)
+
+    def _said(self, name: str, views: Views) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """A loss, and its statistics; the mean over widths where it reads vectors."""
+        loss = self._loss(name)
+
+        def said(views: Views) -> tuple[Tensor, Mapping[str, Tensor]]:
+            found = loss(views)
+            return found if isinstance(found, tuple) else (found, {})
+
+        if len(self.shape.dims) > 1 and loss.needs != {"attention"}:  # which reads tokens' maps, not vectors
+            return at_widths(said, name, views, self.shape.dims, unit=self.shape.student.unit)
+        return said(views)
 
     def _loss(self, name: str) -> Loss:
         loss = self[name]

@@ -48,11 +48,14 @@ def load_text(config: Any) -> TextEncoder:
     return KINDS[config.kind].read_text(config)
 
 
-def load_encoder(path: str | Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Any, TextEncoder]:
+def load_encoder(
+    path: str | Path, dtype: torch.dtype = torch.float32, dim: int | None = None, **overrides: Any
+) -> tuple[Any, TextEncoder]:
     """A model of vectors in evaluation mode and its tokenisation, from a saved student, a sentence-transformers or HF directory.
 
     Its tokenisation is the one that is served: queries may be as long as passages (`TextEncoder.serving`), and these as
-    long as the model's files say. `overrides` are fields of its kind's section.
+    long as the model's files say. dim: of its vectors, the first so many dimensions. `overrides` are fields of its kind's
+    section.
     Raises InputError for a directory that holds another kind of model.
     """
     path = str(path)
@@ -60,7 +63,7 @@ def load_encoder(path: str | Path, dtype: torch.dtype = torch.float32, **overrid
     kind = KINDS[record["kind"] if "kind" in record else _likeliest(path, vectors=True)]
     if not kind.gives_vectors:
         raise InputError(path, f"holds a {kind.name}", "a dual encoder is needed here")
-    return _served(kind, path, record, overrides, dtype)
+    return _served(kind, path, record, overrides | ({} if dim is None else {"dim": dim}), dtype)
 
 
 def load_scorer(

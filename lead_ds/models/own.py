@@ -132,6 +132,10 @@ class OwnEncoder(DualEncoder):
             )
         return torch.stack([*chosen, final_BD])
 
+    def cut(self, dim: int) -> None:
+        """Raises InputError: the module itself decides."""
+        raise InputError(_name(self.model), "gives vectors as they are", "leave dim out")
+
     def tapping(self, tap_layers: Sequence[int]) -> Any:
         """Raises InputError where attention maps are requested."""
         if tap_layers:

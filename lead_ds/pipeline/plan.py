@@ -262,7 +262,8 @@ class Recipe:
             name,
             ["encode", "--model", path, "--data", data, *options, "--out"],
             Made("vectors", ("vectors/*",), repairs=True),
-            {"encode": settings.model_dump(include={"dtype", "precision"})} | inputs,
+            {"encode": settings.model_dump(exclude={"batch_size"} | ({"dim"} if settings.dim is None else set()))}
+            | inputs,
             needs,
             Reads(self._graph.files("corpus.jsonl", data=data)),
             models=models,

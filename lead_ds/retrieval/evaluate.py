@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset, check_run_names
 from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, write_run
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.notes import say_once
 from lead_ds.io.progress import progress
+from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind, kinds_that
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.encode import PLAIN, Embed, Encoding, encode_share
@@ -66,24 +70,34 @@ def evaluate_path(
     data: str | Path,
     split: str = "test",
     measures: Sequence[str] = MEASURES,
+    dim: int | None = None,
     **settings: Any,
 ) -> dict[str, float]:
     """Metrics of a dual encoder in a directory (or as configured) on a split of a dataset, by exact search.
 
-    settings: of `evaluate_model`. Raises InputError for a model, dataset, split or measure that is not there.
+    dim: of its vectors, the first so many dimensions. settings: of `evaluate_model`. Raises InputError for a model, dataset,
+    split or measure that is not there.
     """
-    scorer, encoder = open_encoder(model)
+    scorer, encoder = open_encoder(model, dim=dim)
     return evaluate_model(scorer, encoder, Task(Dataset.open(data), split, measures), **settings).mean
 
 
-def open_encoder(model: str | Path | ModelConfig, device: torch.device | str | None = None) -> tuple[Kind, TextEncoder]:
-    """A dual encoder in evaluation mode on `device` (default: CUDA where there is one) with its tokenisation."""
+def open_encoder(
+    model: str | Path | ModelConfig, device: torch.device | str | None = None, dim: int | None = None
+) -> tuple[Kind, TextEncoder]:
+    """A dual encoder in evaluation mode on `device` (default: CUDA where there is one) with its tokenisation.
+
+    dim: of its vectors, the first so many dimensions.
+    """
     from lead_ds.models.load import load_encoder, load_student, load_text
 
     if isinstance(model, ModelConfig):
         scorer, encoder = dual_encoder(load_student(model, torch.float32)), load_text(model)
     else:
-        scorer, encoder = load_encoder(str(model))
+        scorer, encoder = load_encoder(str(model), dim=dim)
+        trained = read_json(str(model), RECORD).get("dims")
+        if dim is not None and trained and dim not in trained:
+            say_once(f"{model} was trained at {', '.join(map(str, trained))} dimensions, not at {dim}")
     check_vocabulary(scorer, encoder.tokenizer, scorer.config.path)
     return scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), encoder
 
@@ -114,42 +128,98 @@ def evaluate_model(
     embed: how the model is run, where it is wrapped by an engine. out: a TREC run to write. The model is in evaluation mode
     meanwhile. Raises InputError as `Task.qrels` and `Task.scores`.
     """
-    scorer = dual_encoder(scorer)
-    qrels, corpus = task.qrels(out), task.dataset.corpus
-    was_training, deep = scorer.training, depth(task.measures)
-    scorer.eval()
-    try:
-        run = search_exact(
-            embed or scorer.embed,
-            encoder,
-            task.dataset,
-            list(qrels),
-            deep if task.keep_identical else with_spare(deep, qrels, corpus, len(corpus)),
-            Encoding(batch_size, next(scorer.parameters()).device),
-            peers=peers,
-            quiet=quiet,
-        )
-    finally:
-        scorer.train(was_training)
-    if not task.keep_identical:
-        run = without_identical(run, deep, qrels)
+    scorer, qrels = dual_encoder(scorer), task.qrels(out)
+    how = Encoding(batch_size, next(scorer.parameters()).device)
+    with _evaluating(scorer):
+        encoded = encode_both(embed or scorer.embed, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
+    run = _found(encoded, task, qrels)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
     return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
 
 
-def search_exact(
+def evaluate_widths(
+    scorer: Kind,
+    encoder: TextEncoder,
+    task: Task,
+    dims: Sequence[int],
+    *,
+    batch_size: int = 64,
+    peers: Peers = ALONE,
+    quiet: bool = False,
+) -> dict[int, Scores]:
+    """As `evaluate_model`, by the first dimensions of its vectors alone: each of `dims`. Every text is encoded once."""
+    scorer, qrels = dual_encoder(scorer), task.qrels()
+    how = Encoding(batch_size, next(scorer.parameters()).device)
+    with _evaluating(scorer):
+        encoded = encode_both(scorer.embed, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
+    scores: dict[int, Scores] = {}
+    for dim in dims:
+        run = _found(encoded.truncated(dim, unit=scorer.unit), task, qrels)
+        scores[dim] = peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
+    return scores
+
+
+@contextmanager
+def _evaluating(scorer: Kind) -> Iterator[None]:
+    training = scorer.training
+    scorer.eval()
+    try:
+        yield
+    finally:
+        scorer.train(training)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Vectors of all queries [Q, D], and of this process's passages [P', D], whose first row is `start`."""
+
+    queries: Tensor
+    passages: Tensor
+    start: int
+    query_ids: Sequence[str]
+    passage_ids: Sequence[str]
+    peers: Peers
+
+    def truncated(self, dim: int, *, unit: bool) -> Encoded:
+        """The first `dim` dimensions of every vector, at length 1 where `unit`."""
+        cut = [x[:, :dim] for x in (self.queries, self.passages)]
+        queries_QD, passages_PD = (torch.nn.functional.normalize(x, dim=-1) if unit else x for x in cut)
+        return replace(self, queries=queries_QD, passages=passages_PD)
+
+    def search(self, k: int) -> Run:
+        """The k best passages of every query: query id -> passage id -> score, on process 0; {} elsewhere."""
+        if len(self.passages):
+            scores_Qk, rows_Qk = exact_search(self.queries, self.passages, k)
+        else:  # more processes than passages
+            queries = len(self.query_ids)
+            scores_Qk, rows_Qk = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
+        found = self.peers.all((scores_Qk.cpu().numpy(), (rows_Qk + self.start).cpu().numpy()))
+        if self.peers.rank != 0:
+            return {}
+        scores_Qk, rows_Qk = merge_top_k([(torch.from_numpy(s), torch.from_numpy(r)) for s, r in found], k)
+        return make_run(self.query_ids, scores_Qk.tolist(), rows_Qk.tolist(), self.passage_ids)
+
+
+def _found(encoded: Encoded, task: Task, qrels: Qrels) -> Run:
+    """What is found for a task's queries, as deep as its measures look."""
+    deep, corpus = depth(task.measures), task.dataset.corpus
+    if task.keep_identical:
+        return encoded.search(deep)
+    return without_identical(encoded.search(with_spare(deep, qrels, corpus, len(corpus))), deep, qrels)
+
+
+def encode_both(
     embed: Embed,
     encoder: TextEncoder,
     dataset: Dataset,
     query_ids: Sequence[str],
-    k: int,
     how: Encoding = PLAIN,
     *,
     peers: Peers = ALONE,
     quiet: bool = False,
-) -> Run:
-    """The k best passages of every query by inner product: query id -> passage id -> score, on process 0; {} elsewhere."""
+) -> Encoded:
+    """Vectors of queries and of a dataset's corpus; every process encodes its share."""
     corpus, texts = dataset.corpus, dataset.queries
     query_rows = texts.rows(query_ids).tolist()
     own_queries, own_passages = share(len(query_rows), peers), share(len(corpus), peers)
@@ -165,15 +235,7 @@ def search_exact(
     if peers.world > 1:
         shares = [vectors for vectors in peers.all(queries_QD.cpu().numpy()) if len(vectors)]
         queries_QD = torch.from_numpy(np.concatenate(shares)).to(how.device)
-    if len(passages_PD):
-        scores_Qk, rows_Qk = exact_search(queries_QD, passages_PD, k)
-    else:  # more processes than passages
-        scores_Qk, rows_Qk = torch.empty(len(query_rows), 0), torch.empty(len(query_rows), 0, dtype=torch.int64)
-    found = peers.all((scores_Qk.cpu().numpy(), (rows_Qk + own_passages.start).cpu().numpy()))
-    if peers.rank != 0:
-        return {}
-    scores_Qk, rows_Qk = merge_top_k([(torch.from_numpy(s), torch.from_numpy(r)) for s, r in found], k)
-    return make_run(query_ids, scores_Qk.tolist(), rows_Qk.tolist(), corpus.ids)
+    return Encoded(queries_QD, passages_PD, own_passages.start, query_ids, corpus.ids, peers)
 
 
 def make_run(

@@ -21,7 +21,7 @@ from lead_ds.io.files import atomic
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import Encoding, encode_share
-from lead_ds.retrieval.evaluate import open_encoder, search_exact
+from lead_ds.retrieval.evaluate import encode_both, open_encoder
 from lead_ds.retrieval.identical import with_spare
 from lead_ds.retrieval.index import check_k
 from lead_ds.settings.mining import MineSettings
@@ -169,12 +169,11 @@ def _candidates(
         )
     scorer, encoder = open_encoder(source)
     queries, how = list(positives), Encoding(batch_size, next(scorer.parameters()).device)
-    run = search_exact(scorer.embed, encoder, dataset, queries, depth, how, quiet=quiet)
+    encoded = encode_both(scorer.embed, encoder, dataset, queries, how, quiet=quiet)
+    run = encoded.search(depth)
     # A positive that is not among the candidates still has a score, which the margin needs.
     names = sorted({name for query, found in positives.items() for name in found if name not in run[query]})
     if names:
-        rows = dataset.queries.rows(queries).tolist()
-        queries_QD = encode_share(scorer.embed, encoder, "queries", dataset.queries.texts, rows, how)
         wanted = dataset.corpus.rows(names).tolist()
         passages_PD = encode_share(scorer.embed, encoder, "corpus", dataset.corpus.texts, wanted, how)
         place = {name: i for i, name in enumerate(names)}
@@ -182,7 +181,7 @@ def _candidates(
             missing = [name for name in positives[query] if name not in run[query]]
             if missing:
                 picked_MD = passages_PD[torch.tensor([place[name] for name in missing], device=how.device)]
-                run[query].update(zip(missing, (picked_MD @ queries_QD[i]).tolist(), strict=True))
+                run[query].update(zip(missing, (picked_MD @ encoded.queries[i]).tolist(), strict=True))
     return run
 
 

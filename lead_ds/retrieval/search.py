@@ -76,17 +76,19 @@ class Searcher:
         index: str | Path | None = None,
         batch_size: int = 64,
         device: str | None = None,
+        dim: int | None = None,
         quiet: bool = False,
         **index_settings: Any,
     ) -> Searcher:
         """Load a model with an index (`index_settings` of `Index.open`), or encode the corpus of `data` now.
 
-        With an index, `data` gives the hits their texts. Raises InputError when neither is given, and when the index was
+        With an index, `data` gives the hits their texts. dim: of the model's vectors, the first so many dimensions; null: all,
+        or as many as the index has. Raises InputError when neither is given, and when the index was
         made by another model, with another prompt, or of other texts.
         """
         if data is None and index is None:
             raise InputError("search", "needs an index or a dataset", "give one of them")
-        scorer, encoder = open_encoder(model, device)
+        scorer, encoder = open_encoder(model, device, dim)
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
             path = model.path if isinstance(model, ModelConfig) else model
@@ -99,7 +101,11 @@ class Searcher:
         cls, scorer: Kind, encoder: TextEncoder, path: str | Path, index: Index, corpus: Texts | None
     ) -> Searcher:
         """The model loaded from `path` over an index. Raises InputError as `open`."""
-        index.check_model(model_facts(path, scorer))
+        facts, width = model_facts(path, scorer), index.meta["dimension"]
+        if scorer.dim is None and index.meta["model"] == {**facts, "dimension": width}:
+            scorer.cut(width)  # an index of the first dimensions of this model's vectors
+            facts["dimension"] = width
+        index.check_model(facts)
         index.check_side(Side.of(encoder, "corpus"))
         if corpus is not None:
             check_texts(index.meta, corpus, index.folder)
@@ -177,15 +183,15 @@ def evaluate_index(
     *,
     out: str | Path | None = None,
     quiet: bool = False,
-    **index_settings: Any,
+    **settings: Any,
 ) -> Scores:
     """Metrics of an index, searched for a task's queries: with what it costs to be approximate.
 
-    index_settings: of `Index.open`. out: a TREC run to write.
+    settings: `dim` of `Searcher.open`, and of `Index.open`. out: a TREC run to write.
     Raises InputError as `Task.qrels`, `Searcher.open` and `Task.scores`.
     """
     qrels, dataset = task.qrels(out), task.dataset
-    searcher = Searcher.open(model, dataset.folder, index=index, **index_settings)
+    searcher = Searcher.open(model, dataset.folder, index=index, **settings)
     texts = dataset.queries.texts(dataset.queries.rows(list(qrels)))
     reading: dict[str, Any] = {"quiet": quiet, "keep_identical": task.keep_identical, "judged": qrels}
     run = searcher.run(list(qrels), texts, min(depth(task.measures), len(searcher.ids)), **reading)

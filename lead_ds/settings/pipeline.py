@@ -75,6 +75,7 @@ class EncodeStage(Section):
 
     dtype: Literal["float32", "float16"] = Field("float32", description="of the stored vectors")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the model's matrix products")
+    dim: Positive | None = Field(None, description="the first so many dimensions of the vectors; null: all")
     batch_size: Positive | None = Field(None, description="null: 16 on a CPU, 64 on a GPU")
 
 

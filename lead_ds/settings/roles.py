@@ -89,6 +89,20 @@ class StudentRole(ModelConfig):
         None, min_length=1, description="keep only these layers of the model at `path`, to start a shallower student"
     )
 
+    dims: list[Positive] | None = Field(
+        None,
+        min_length=1,
+        description="widths that its vectors are trained at, such as [64, 128, 256, 384]: every loss that reads them is its "
+        "mean over these, their first dimensions alone (Matryoshka). The largest is the width of its vectors",
+    )
+
+    @field_validator("dims")
+    @classmethod
+    def _dims(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and sorted(set(value)) != value:
+            raise ValueError("are not in ascending order, each once")
+        return value
+
     @field_validator("layers")
     @classmethod
     def _layers(cls, value: list[int] | None) -> list[int] | None:

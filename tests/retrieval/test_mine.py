@@ -14,7 +14,7 @@ from lead_ds.data.collections.qrels import write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
 from lead_ds.retrieval.encode import Encoding
-from lead_ds.retrieval.evaluate import open_encoder, search_exact
+from lead_ds.retrieval.evaluate import encode_both, open_encoder
 from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.settings.data import DataConfig
 from tests.helpers.tiny import write_jsonl
@@ -95,9 +95,8 @@ def test_a_model_mines_what_it_ranks_high(model: Path, data: Path, tmp_path: Pat
     mine(model, dataset, out, settings=settings, quiet=True)
     scorer, encoder = open_encoder(str(model))
     qrels = dataset.qrels("train")
-    full = search_exact(
-        scorer.embed, encoder, dataset, list(qrels), 60, Encoding(device=next(scorer.parameters()).device), quiet=True
-    )
+    how = Encoding(device=next(scorer.parameters()).device)
+    full = encode_both(scorer.embed, encoder, dataset, list(qrels), how, quiet=True).search(60)
     groups = lines(out)
     assert [group["query_id"] for group in groups] == list(qrels)
     for group in groups:

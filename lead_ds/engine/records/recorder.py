@@ -139,9 +139,11 @@ class Recorder:
             + [("train/queries_per_second", rate, rows[-1]["step"])]
         )
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Record an evaluation."""
-        self._write([{"step": step, "evaluation": values}])
+    def evaluation(
+        self, step: int, values: dict[str, float], by_width: Mapping[int, dict[str, float]] | None = None
+    ) -> None:
+        """Record an evaluation; by_width: of the first dimensions of a student's vectors alone, as far as it is trained so."""
+        self._write([{"step": step, "evaluation": values, **({"widths": by_width} if by_width else {})}])
         self.engine.monitor.write_events([(f"evaluation/{name}", value, step) for name, value in values.items()])
         self.callbacks.tell(lambda callback: callback.on_evaluation({"step": step, **values}))
         if self.progress:

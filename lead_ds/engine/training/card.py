@@ -50,6 +50,8 @@ def model_card(config: Config, run: Path) -> str:
             values = " | ".join(f"{row['evaluation'].get(name, float('nan')):.4f}" for name in names)
             lines.append(f"| {row['step']} | {values} |")
         lines.append("")
+    if student.dims:
+        lines += widths(config, evaluations)
     lines += ["## Training", ""]
     losses = [row for row in _rows(run / "metrics.jsonl") if "loss" in row]
     if losses:
@@ -62,6 +64,26 @@ def model_card(config: Config, run: Path) -> str:
         versions = json.loads(facts.read_text("utf-8"))["versions"]
         lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
     return "\n".join(lines)
+
+
+def widths(config: Config, evaluations: list[dict]) -> list[str]:
+    """Lines on the widths that a student was trained at, with a table of what the best evaluation measured at each."""
+    assert config.student.dims is not None
+    dims = ", ".join(map(str, config.student.dims))
+    lines = ["## Widths", "", f"Its first dimensions alone serve as vectors, too: trained at {dims}.", ""]
+    use = f'SentenceTransformer("this directory", truncate_dim={config.student.dims[0]})'
+    lines += [f"`{use}` reads it so, and `lead-ds encode --dim {config.student.dims[0]}`.", ""]
+    measured = [row for row in evaluations if row.get("widths")]
+    if not measured:
+        return lines
+    best = max(measured, key=lambda row: row["evaluation"].get(config.evaluation.metric) or float("-inf"))
+    names = list(best["evaluation"])
+    lines += [f"On the {config.evaluation.split} split, at step {best['step']}:", ""]
+    lines += ["| dimensions | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for dim, found in best["widths"].items():
+        values = " | ".join(f"{found.get(name, float('nan')):.4f}" for name in names)
+        lines.append(f"| {dim} | {values} |")
+    return [*lines, ""]
 
 
 def in_group(config: Config) -> bool:

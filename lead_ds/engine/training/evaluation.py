@@ -3,6 +3,7 @@ model that gives no vector per text reranks what BM25 or a TREC run found."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.io.notes import say_once
 from lead_ds.models.kinds.kind import KINDS, Kind
-from lead_ds.retrieval.evaluate import Task, draw_queries, evaluate_model
+from lead_ds.retrieval.evaluate import Task, draw_queries, evaluate_model, evaluate_widths
 from lead_ds.retrieval.metrics import parse_measure
 from lead_ds.retrieval.mine import bm25_package
 from lead_ds.retrieval.rerank import evaluate_reranked, find_candidates
@@ -39,6 +40,8 @@ class Evaluator:
         self.ranks, self.folder, self.keep_identical = ranks, folder, keep_identical
         self.found: Run | None = None  # rank 0's candidates, of models that rerank
         self.candidates: Run | None = None  # the same on every rank
+        self.dims: Sequence[int] = ()  # the widths that a student is trained at
+        self.by_width: dict[int, dict[str, float]] = {}  # what the last evaluation measured at each of them
 
     @classmethod
     def open(cls, config: Config, encoder: TextEncoder, ranks: Ranks) -> Evaluator | None:
@@ -73,6 +76,7 @@ class Evaluator:
         for name in settings.measures:
             parse_measure(name)
         evaluator = cls(settings, dataset, encoder, ranks, config.seed, Path(config.output), config.data.keep_identical)
+        evaluator.dims = config.student.dims or ()
         if not KINDS[config.student.kind].gives_vectors and ranks.main:
             if settings.run is None:
                 bm25_package()
@@ -93,11 +97,15 @@ class Evaluator:
             keep_identical=self.keep_identical,
         )
         options: dict[str, Any] = {"batch_size": settings.batch_size, "peers": self.ranks, "quiet": True}
+        if scorer.gives_vectors and self.dims:
+            found = evaluate_widths(scorer, self.encoder.serving(), task, self.dims, **options)
+            self.by_width = {dim: scores.mean for dim, scores in found.items()}
+            return self.by_width[self.dims[-1]]
         if scorer.gives_vectors:
             return evaluate_model(scorer, self.encoder.serving(), task, **options).mean
         if self.candidates is None:
-            found = agreed(self.ranks, lambda: self.found or (self.find_candidates() if self.ranks.main else {}))
-            self.candidates = self.ranks.from_main(found)
+            candidates = agreed(self.ranks, lambda: self.found or (self.find_candidates() if self.ranks.main else {}))
+            self.candidates = self.ranks.from_main(candidates)
         return evaluate_reranked(scorer, self.encoder, task, self.candidates, **options).mean
 
     def find_candidates(self) -> Run:

@@ -15,9 +15,9 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.callbacks import Callback
 from lead_ds.errors import InputError
+from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import load_student, load_text
 from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, checksum_of, copied
-from lead_ds.models.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Given:
         """How a teacher that was given reads text; None where its section names it."""
         return None if self.teacher is None else _text(self.teacher, config.path, checksum_of(self.teacher))
 
-    def load_student(self, config: StudentConfig, dtype: torch.dtype) -> Scorer:
+    def load_student(self, config: StudentConfig, dtype: torch.dtype) -> Kind:
         """The student, a module's in a copy of it."""
         if self.student is None:
             return load_student(config, dtype)

@@ -191,7 +191,7 @@ class Training:
         self.parts.at("evaluation")
         values = self.evaluator(self.engine.module.student)
         self.engine.train()
-        self.recorder.evaluation(self.step, values)
+        self.recorder.evaluation(self.step, values, self.evaluator.by_width)
         value = values[self.config.evaluation.metric]
         improved = self.best is None or value > self.best["value"]
         if improved:

@@ -15,21 +15,24 @@ from lead_ds.errors import InputError
 from lead_ds.losses.loss import LossShape, ModelFacts
 from lead_ds.losses.objective import Objective
 from lead_ds.losses.selection import Depths
+from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Features
 from lead_ds.teachers.teacher import Teacher
 
 
 def build_objective(
-    config: Config, student: Scorer, cotrained: Scorer | None, teacher: Teacher | None, batches: Batches, ranks: Ranks
+    config: Config, student: Kind, cotrained: Scorer | None, teacher: Teacher | None, batches: Batches, ranks: Ranks
 ) -> Objective:
     """The modules of a configuration's losses, with equal weights on every rank. Every rank calls this.
 
     Where a loss compares vectors, both models read a micro-batch first, for their width: whatever they are made of.
     Raises InputError where there are no vectors to compare, and where every weight is 0.
     """
-    compares = config.losses.needing("features")
+    compares, dims = config.losses.needing("features"), config.student.dims or ()
     widths: dict[str, int | None] = {"student": None, "teacher": None}
+    if dims:
+        widths["student"] = student.features_width
     if compares:
         window = batches.window(0)
         widths["student"] = said(student, window.student[0].to(ranks.device)).width
@@ -45,7 +48,8 @@ def build_objective(
     facts = None
     if taught is not None and config.teacher is not None:
         facts = ModelFacts(config.teacher.kind, taught.num_layers, widths["teacher"])
-    shape = LossShape(ModelFacts(config.student.kind, student.num_layers, widths["student"]), facts, config.kernels)
+    learner = ModelFacts(config.student.kind, student.num_layers, widths["student"], student.unit)
+    shape = LossShape(learner, facts, config.kernels, dims)
     torch.manual_seed(config.seed + 1)  # whatever weights were drawn before
     return agreed(ranks, lambda: Objective(config.losses, shape))
 

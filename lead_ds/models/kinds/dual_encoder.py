@@ -44,6 +44,10 @@ class DualEncoderConfig(TextConfig):
     )
     normalize: bool | None = Field(None, description="unit-length final vectors; null: from modules.json, else false")
     projection: Positive | None = Field(None, description="width of a new linear layer on top of pooling")
+    dim: Positive | None = Field(
+        None,
+        description="read it by the first so many dimensions of its vectors, at length 1 where they are; null: all",
+    )
 
 
 @KINDS.register("dual_encoder")
@@ -77,6 +81,8 @@ print(model.similarity(queries, passages))""",
         while end > at and type(modules[end - 1]).__name__ == "Normalize":
             end -= 1
         self._parts = slice(0, at), slice(at, end), slice(end, None)  # up to the pooled state; then; unit length
+        if config.dim is not None:
+            self.cut(config.dim)
         # Where pooling only picks a token, the final norm is applied to what was picked.
         self._picks = at == 1 and modules[0].pooling_mode in ("cls", "lasttoken")
 
@@ -132,9 +138,21 @@ print(model.similarity(queries, passages))""",
         return len(self.behind[self._parts[2]]) > 0
 
     @property
+    def unit(self) -> bool:
+        return self.normalize
+
+    @property
     def vector_width(self) -> int:
         """D of the final vectors."""
-        return _width(self.behind, self.width)
+        return self.dim or _width(self.behind, self.width)
+
+    def cut(self, dim: int) -> None:
+        width = _width(self.behind, self.width)
+        if dim > width:
+            raise InputError(
+                self.config.path, f"dim is {dim}, its vectors have {width} dimensions", f"use at most {width}"
+            )
+        self.config = self.config.model_copy(update={"dim": dim})
 
     @property
     def features_width(self) -> int:
@@ -186,7 +204,7 @@ print(model.similarity(queries, passages))""",
     def vectors_of(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         _, then, unit = self._parts
         pooled_BD = self._pool(states_BLD, mask_BL)
-        return _through([*self.behind[then], *self.behind[unit]], pooled_BD)
+        return _through(self.behind[unit], _through(self.behind[then], pooled_BD)[..., : self.dim])
 
     def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         """[K + 1, B, D]: the requested layers, then the final vector."""
@@ -196,7 +214,7 @@ print(model.similarity(queries, passages))""",
         vectors_KBD = _through(self.behind[then], torch.stack(read))
         if self.lens is not None:
             vectors_KBD = self.lens(vectors_KBD, vectors_KBD.unbind(), layers)
-        return _through(self.behind[unit], vectors_KBD)
+        return _through(self.behind[unit], vectors_KBD[..., : self.dim])
 
     def _pool(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         features = {"token_embeddings": states_BLD, "attention_mask": mask_BL}
@@ -215,7 +233,8 @@ print(model.similarity(queries, passages))""",
         finally:
             tokenizer.model_max_length = kept
         lengths = {"query_length": encoder.query_length, "passage_length": encoder.passage_length}
-        return record | lengths | {"normalize": self.normalize}
+        dims = getattr(self.config, "dims", None)  # of a student that was trained at several widths
+        return record | lengths | {"normalize": self.normalize} | ({"dims": dims} if dims else {})
 
     def facts(self, encoder: TextEncoder) -> list[str]:
         return [

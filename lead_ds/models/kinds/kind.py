@@ -112,6 +112,22 @@ class Kind(Scorer):
         """Of the vectors that its relevance is made of."""
         return self.width
 
+    @property
+    def dim(self) -> int | None:
+        """Of its vectors, the first so many dimensions are read; None: all."""
+        return getattr(self.config, "dim", None)
+
+    def cut(self, dim: int) -> None:
+        """Give the first `dim` dimensions of every vector from now on. Raises InputError where it cannot."""
+        raise InputError(
+            self.config.path, f"a {self.name} is not read by the first dimensions of a vector", "leave dim out"
+        )
+
+    @property
+    def unit(self) -> bool:
+        """Whether its vectors have length 1."""
+        return False
+
     @classmethod
     def features_of(cls, config: Any, width: int) -> tuple[int, int]:
         """Elements that one query and one passage leave behind, of every captured layer."""
