@@ -81,8 +81,8 @@ print(model.similarity(queries, passages))""",
         while end > at and type(modules[end - 1]).__name__ == "Normalize":
             end -= 1
         self._parts = slice(0, at), slice(at, end), slice(end, None)  # up to the pooled state; then; unit length
-        if config.dim is not None:
-            self.cut(config.dim)
+        if self.dim is not None:
+            self.cut(self.dim)
         # Where pooling only picks a token, the final norm is applied to what was picked.
         self._picks = at == 1 and modules[0].pooling_mode in ("cls", "lasttoken")
 
