@@ -172,15 +172,21 @@ def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
 
 
 def widths_are_of_vectors(config: Run) -> Iterator[Broken]:
-    """Only a vector has first dimensions; a model that is trained has all of them."""
+    """Only a vector has first dimensions."""
     if config.student.dims is not None and not gives_vectors(config.student.kind):
         yield Broken(
             "student.dims", f"is ignored by a {config.student.kind}, which gives no vector per text", "take it out"
         )
+
+
+def first_dimensions_are_of_what_is_read(config: Run) -> Iterator[Broken]:
+    """A model that is trained has all of its dimensions, and a tuned lens is fitted to them."""
     for key, model in trained(config):
         if getattr(model, "dim", None) is not None:
             remedy = "take it out; student.dims trains its first dimensions as well"
             yield Broken(f"{key}.dim", "is for a model that is read as it is, not for one that is trained", remedy)
+    if getattr(config.teacher, "dim", None) is not None and getattr(config.teacher, "lens", "head") == "tuned":
+        yield Broken("teacher.dim", "does not go with a tuned lens, which is fitted to whole vectors", "take it out")
 
 
 RULES: tuple[Rule, ...] = (
@@ -199,6 +205,7 @@ RULES: tuple[Rule, ...] = (
     candidates_are_reranked,
     one_engine_has_one_dtype,
     widths_are_of_vectors,
+    first_dimensions_are_of_what_is_read,
 )
 
 

@@ -112,6 +112,8 @@ def fittable(config: Run) -> TeacherRole:
         raise InputError("teacher", "is missing", "name the model to fit a lens to")
     if teacher.kind == "cached":
         raise InputError("teacher.kind", "a cache has no states", "name the teacher itself, with its kind")
+    if getattr(teacher, "dim", None) is not None:
+        raise InputError("teacher.dim", "a lens is fitted to whole vectors", "take it out")
     if KINDS[teacher.kind].lens_form is None:
         what = f"a lens reads one state per text, {teacher.kind} has one per token"
         raise InputError("teacher.kind", what, "distil it as it is")

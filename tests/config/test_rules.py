@@ -97,6 +97,18 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "has the student's dtype, which is fp32",
         {"student": {"dtype": "bf16"}},
     ),
+    "widths_are_of_vectors": (
+        {"student": {"dims": [4, 8], "kind": "colbert"}},
+        "student.dims",
+        "is ignored by a colbert",
+        {"student": {"kind": "dual_encoder"}},
+    ),
+    "first_dimensions_are_of_what_is_read": (
+        {"student": {"dim": 8}},
+        "student.dim",
+        "for a model that is read as it is",
+        {"student": {"dim": None}},
+    ),
 }
 
 

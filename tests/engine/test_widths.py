@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-from lead_ds.config import load_config
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
 from lead_ds.retrieval.encode import encode_to
@@ -74,17 +73,3 @@ def test_trained_measured_and_read_by_first_dimensions(configure: Callable[..., 
         Searcher.open(str(student), index=index, dim=8)
     with pytest.raises(InputError, match="dim is 17, its vectors have 16 dimensions"):
         open_encoder(str(student), dim=17)
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("student.dims=[8, 4]", "not in ascending order"),
-        ("student.dim=8", "for a model that is read as it is, not for one that is trained"),
-        ("student.kind=colbert", "student.dims: is ignored by a colbert"),
-    ],
-)
-def test_widths_that_cannot_be(configure: Callable[..., Path], override: str, says: str) -> None:
-    config = configure(student={"path": "student", "dims": [4, 16]})
-    with pytest.raises(InputError, match=says):
-        load_config(config, [override])
