@@ -137,7 +137,7 @@ _TABLE: dict[int, dict[tuple[str, int, int], Tiles]] = {
         ("dk", 2, 256): Tiles(32, 32, 8, 1),
         ("dk", 4, 64): Tiles(32, 16, 8, 1),
         ("dk", 4, 128): Tiles(32, 16, 8, 1),
-        ("dk", 4, 256): Tiles(32, 16, 8, 1),
+        ("dk", 4, 256): Tiles(16, 16, 4, 1),
         ("both", 2, 64): Tiles(32, 128, 8, 2),
         ("both", 2, 128): Tiles(16, 128, 8, 2),
         ("both", 4, 64): Tiles(16, 32, 8, 1),
