@@ -62,6 +62,18 @@ def scope_is_one_that_pairs_have(config: Run) -> Iterator[Broken]:
         yield Broken("train.in_batch", f"local {kind}", "take it out")
 
 
+def templates_are_of_frozen_models(config: Run) -> Iterator[Broken]:
+    """What is trained is saved, and read elsewhere, as its own files say."""
+    for key, model in trained(config):
+        for name in ("template", "instruction"):
+            if getattr(model, name, None) is not None:
+                yield Broken(
+                    f"{key}.{name}",
+                    "is read by a frozen model alone: it is not saved with a trained one",
+                    "take it out",
+                )
+
+
 def packed_rows_are_passes(config: Run) -> Iterator[Broken]:
     """Gradient caching cuts a batch into passes of its own."""
     if config.train.grad_cache is None:
@@ -194,6 +206,7 @@ RULES: tuple[Rule, ...] = (
     labels_have_something_to_compare,
     pairs_have_something_to_compare,
     scope_is_one_that_pairs_have,
+    templates_are_of_frozen_models,
     packed_rows_are_passes,
     maps_come_whole,
     informative_layers_stay_so,

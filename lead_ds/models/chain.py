@@ -18,16 +18,20 @@ from torch import nn
 from lead_ds.data.tokens.tokenizer import blank_tokenizer, load_tokenizer
 from lead_ds.errors import InputError, LeadError
 from lead_ds.io.hub import find_file, hub_settings
-from lead_ds.models.backbone import quiet, read_model_config
+from lead_ds.models.backbone import Family, quiet, read_model_config
 from lead_ds.models.files import family_of, read_json, saved_modules, transformer_folder
 from lead_ds.settings.model import ModelConfig
 
-_TASKS = {"CrossEncoder": "sequence-classification"}
+_TASKS: dict[Family, str] = {
+    "base": "feature-extraction",
+    "classifier": "sequence-classification",
+    "causal": "text-generation",
+}
 
 
-def open_chain(config: ModelConfig, family: str, *, text: bool = False) -> Any:
+def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text: bool = False) -> Any:
     """The modules of a model, as `family` (a class of sentence-transformers) reads its directory; its transformer alone where
-    the directory was not saved by that family.
+    the directory was not saved by that family, with the head `head`.
 
     text: with its tokenizer, and no weights at all; otherwise with the weights of its modules, and no tokenizer. In neither
     case with those of the transformer. Raises InputError for what cannot be read, or would be read otherwise than there.
@@ -37,7 +41,7 @@ def open_chain(config: ModelConfig, family: str, *, text: bool = False) -> Any:
 
     saved = family_of(config.path) == family
     if saved:
-        _check(config)
+        _check(config, family)
     folder = transformer_folder(config.path)
     shape = read_model_config(config, folder)
     where = hub_settings(config.path) | {"trust_remote_code": config.trust_remote_code}
@@ -49,7 +53,7 @@ def open_chain(config: ModelConfig, family: str, *, text: bool = False) -> Any:
         inside = where | {"subfolder": folder}
         transformer = Transformer(
             config.path,
-            transformer_task=_TASKS.get(family, "feature-extraction"),  # type: ignore[arg-type]
+            transformer_task=_TASKS[head],  # type: ignore[arg-type]
             config_kwargs=dict(inside),
             processor_kwargs=dict(inside),
         )
@@ -126,7 +130,7 @@ def _apart(config: ModelConfig, shape: Any, *, text: bool, weights: bool) -> Ite
         Module.load_torch_weights = load_weights  # type: ignore[method-assign]
 
 
-def _check(config: ModelConfig) -> None:
+def _check(config: ModelConfig, family: str) -> None:
     """Refuse what sentence-transformers reads in another way than lead-ds would."""
     for kind, folder in saved_modules(config.path):
         where = f"{config.path}/{folder}"
@@ -142,7 +146,7 @@ def _check(config: ModelConfig) -> None:
             what = "its weights come as pickle only, which can run code"
             raise InputError(where, what, "set allow_pickle: true if you trust it")
     own = read_json(config.path, f"{transformer_folder(config.path)}/sentence_bert_config.json".lstrip("/"))
-    if "message" in own.get("modality_config", {}):
+    if "message" in own.get("modality_config", {}) and family != "CrossEncoder":
         what = "reads texts through a chat template, which is not supported"
         raise InputError(f"{config.path}/sentence_bert_config.json", what, "save it with modality text alone")
 

@@ -12,7 +12,7 @@ from lead_ds.io.hub import find_file
 RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale, prompts of pairs
 
 # Of sentence-transformers' modules, those that work on token states or on a vector alone: a layer's state can be put through.
-_READ = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "MultiVectorMask")
+_READ = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "MultiVectorMask", "LogitScore")
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
@@ -54,6 +54,12 @@ def transformer_folder(path: str) -> str:
     return modules[0][1] if modules else ""
 
 
+def logit_score(path: str) -> dict[str, Any] | None:
+    """What sentence-transformers' LogitScore module says of a language model's answers; None where there is none."""
+    folder = next((folder for kind, folder in saved_modules(path) if kind == "LogitScore"), None)
+    return None if folder is None else read_json(path, f"{folder}/config.json")
+
+
 def family_of(path: str) -> str | None:
     """The class of sentence-transformers that reads a directory: SentenceTransformer, MultiVectorEncoder, CrossEncoder,
     SparseEncoder; None where it holds a plain model of transformers."""
@@ -61,6 +67,8 @@ def family_of(path: str) -> str | None:
     if said is not None:
         return "MultiVectorEncoder" if said == "ColBERT" else str(said)  # PyLate's name
     modules = [kind for kind, _ in saved_modules(path)]
+    if "LogitScore" in modules:
+        return "CrossEncoder"
     if modules:
         return "SentenceTransformer" if "Pooling" in modules else "MultiVectorEncoder"
     architectures = read_json(path, "config.json").get("architectures") or ()

@@ -55,17 +55,6 @@ def _pooled(pooler: nn.Module, drop: nn.Module, classifier: nn.Module, x: Tensor
     return classifier(drop(pooler(x.unsqueeze(1))))
 
 
-def relevance_logit(logits: Tensor) -> Tensor:
-    """[..., labels] -> [...]: the logit of one label; of two, how far the second is ahead."""
-    return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
-
-
-def check_labels(count: int, path: str) -> None:
-    """InputError for a classifier of more than two labels, none of which is known to mean relevant."""
-    if count not in (1, 2):
-        raise InputError(path, f"its head has {count} labels", "a relevance head has 1 or 2")
-
-
 def _dropout(model: Any) -> nn.Module:
     for name in ("dropout", "drop"):
         module = getattr(model, name, None)

@@ -59,7 +59,7 @@ def inspect_model(path: str, settings: Sequence[str] = (), kind: str | None = No
         "normalize": getattr(scorer, "normalize", None),
         "vector_width": None if scorer.reads_pairs else scorer.features_width,
         "prompts": {"query": encoder.query_prompt, "passage": encoder.passage_prompt},
-        "template": encoder.template or None,
+        "template": None if encoder.layout is None else str(encoder.layout),
         "lengths": _lengths(scorer, encoder, given),
         "files_length": encoder.longest,
         "positions": getattr(shape.get_text_config(), "max_position_embeddings", None),

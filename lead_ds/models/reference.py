@@ -15,6 +15,7 @@ from lead_ds.io.hub import hub_settings
 from lead_ds.models.backbone import quiet
 from lead_ds.models.files import family_of
 from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.labels import relevance_logit
 
 TOLERANCE = 2e-5  # of the largest value, or of 1 where that is smaller
 
@@ -48,7 +49,7 @@ def compare(scorer: Kind, encoder: TextEncoder, texts: Sequence[str] = TEXTS) ->
     with torch.no_grad(), quiet():
         with _told(scorer.config.path):
             reference = _reference(scorer)
-            theirs = _read(reference, texts, pairs=scorer.reads_pairs)
+            theirs = _read(reference, texts, scorer)
         if scorer.reads_pairs:
             tokens = {"pairs": encoder.pairs(texts, _next(texts))}
         else:
@@ -71,7 +72,7 @@ def _reference(scorer: Kind) -> Any:
     import sentence_transformers
 
     path = scorer.config.path
-    if scorer.use.library != "sentence-transformers":
+    if scorer.use.library != "sentence-transformers" and family_of(path) != scorer.family:
         what = f"sentence-transformers has no {scorer.use.name} of this form to compare with"
         raise InputError("--compare", what, "compare it with its card's code")
     options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": scorer.config.trust_remote_code}
@@ -101,14 +102,14 @@ def _next(texts: Sequence[str]) -> list[str]:
     return [*texts[1:], texts[0]]
 
 
-def _read(reference: Any, texts: Sequence[str], *, pairs: bool) -> dict[str, Any]:
+def _read(reference: Any, texts: Sequence[str], scorer: Kind) -> dict[str, Any]:
     """The reference's vectors or token vectors of texts, or the scores of pairs, one at a time: padding changes nothing."""
-    if not pairs:
+    if not scorer.reads_pairs:
         queries = reference.encode_query(list(texts), batch_size=1)
         return {"queries": queries, "passages": reference.encode_document(list(texts), batch_size=1)}
     rows = list(zip(texts, _next(texts), strict=True))
     logits = reference.predict(rows, batch_size=1, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
-    return {"pairs": logits if logits.dim() == 1 else logits[:, 1] - logits[:, 0]}
+    return {"pairs": logits if logits.dim() == 1 else relevance_logit(logits, scorer.relevant)}  # type: ignore[arg-type]
 
 
 def _gap(scorer: Kind, tokens: dict[str, Tensor], theirs: Any) -> tuple[float, float]:

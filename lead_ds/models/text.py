@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.data.tokens.tokenizer import leading_tokens, load_tokenizer
+from lead_ds.data.tokens.tokenizer import load_tokenizer
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_settings
 from lead_ds.models.chain import open_chain
@@ -25,6 +25,7 @@ class Reading:
     tokenizer: Any
     query_prompt: str
     passage_prompt: str
+    own_query_prompt: str  # its files', whatever is set
     shape: Any | None  # None: its files do not say, which loading the model reports
     chain: Any | None
 
@@ -40,11 +41,13 @@ class Reading:
         if family_of(config.path) == family:
             chain = open_chain(config, family, text=True)
             tokenizer, shape = chain[0].tokenizer, chain[0].config
-            prompts = chain.prompts
+            prompts = _prompts(chain)
         else:
             tokenizer = load_tokenizer(config.path, folder, config.trust_remote_code)
             shape = _shape(config, folder)
-            prompts = own.get("prompts") or {}
+            said = own.get("prompts") or {}
+            prompts = {"document": said.get("passage") or "", **said}
+        files_prompt = prompts.get("query") or ""
         if not any(prompts.values()):
             prompts = read_json(config.path, RECORD).get("prompts") or {
                 "query": own.get("query_prefix"),
@@ -55,7 +58,8 @@ class Reading:
             path=config.path,
             tokenizer=tokenizer,
             query_prompt=query if query is not None else prompts.get("query") or "",
-            passage_prompt=passage if passage is not None else prompts.get("document") or prompts.get("passage") or "",
+            own_query_prompt=files_prompt,
+            passage_prompt=passage if passage is not None else prompts.get("document") or "",
             shape=shape,
             chain=chain,
         )
@@ -88,11 +92,17 @@ class Reading:
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
             token_types=types and told,  # whether the model distinguishes the two texts of a pair by them
-            leading=leading_tokens(self.tokenizer),
             longest=self.longest,
             **lengths,
             **more,
         )
+
+
+def _prompts(chain: Any) -> dict[str, str]:
+    """The prompts that sentence-transformers puts before a query and a document. Of a pair it is the default one, once."""
+    if type(chain).__name__ == "CrossEncoder":
+        return {"query": chain.prompts.get(chain.default_prompt_name) or ""}
+    return chain.prompts
 
 
 def _shape(config: ModelConfig, folder: str) -> Any:

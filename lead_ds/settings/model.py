@@ -71,3 +71,12 @@ class PairConfig(ModelConfig):
     }
 
     max_length: Positive = Field(256, description="tokens of a query-passage pair")
+    template: str | None = Field(
+        None,
+        description="how a frozen model is given a pair: a prompt with {query}, {passage} and perhaps {instruction}, of which "
+        "the passage is cut; or that of published models and their code, cut as there: qwen3, bge_gemma, mxbai, zerank, "
+        "rankllama, monot5; plain: a general one; pair: the tokenizer's own. null: as the model's files or its name say",
+    )
+    instruction: str | None = Field(
+        None, description="the task, stated in the prompt. null: as the model's files or its template have it"
+    )

@@ -5,7 +5,6 @@ Dimensions: B texts or pairs, L tokens of the longest of them.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lead_ds.data.tokens.layouts import Layout
 from lead_ds.errors import InputError
 
 Tokens = dict[str, Tensor]
@@ -60,9 +60,7 @@ class TextEncoder:
     expansion: Expansion | None = None  # of queries
     skip_tokens: frozenset[int] = frozenset()  # passage tokens that never count
     skip_in_queries: bool = False  # nor do they in a query
-    template: str = ""  # of a pair's prompt; none: the tokenizer's own pairs
-    instruction: str = ""
-    leading: tuple[int, ...] = ()  # what the tokenizer puts before a prompt
+    layout: Layout | None = None  # of a pair's prompt; None: the tokenizer's own pairs
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def serving(self) -> TextEncoder:
@@ -160,18 +158,20 @@ class TextEncoder:
     def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> Tokens:
         """Query i with passage i, in max_length tokens.
 
-        Cross-encoders: the tokenizer's own pair, the longer text cut first. Decoder rerankers: the template, whose
-        passage is cut. The question and the end of the prompt never are, so that only a question that alone is longer
-        than max_length makes a longer row.
+        Without a layout: the tokenizer's own pair, the longer text cut first. Else what the layout makes of it, and cuts.
         """
         return self.padded(*self.pair_rows(queries, passages))
 
     def pair_rows(self, queries: Sequence[str], passages: Sequence[str]) -> tuple[Rows, Rows | None]:
         """The tokens and types of `pairs`, before they are padded."""
-        if self.template:
-            return self._prompts(queries, passages), None
         first = [self.query_prompt + text for text in queries]
-        return self._encode(first, [self.passage_prompt + text for text in passages], self.max_length)
+        second = [self.passage_prompt + text for text in passages]
+        if self.layout is None:
+            return self._encode(first, second, self.max_length)
+        with self._lock:
+            rows, types = self.layout.rows(self.tokenizer, first, second, self.max_length)
+            self._forget_truncation()
+        return rows, types if self.token_types else None
 
     def ids(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
         """The tokens of texts as they are, each read alone and cut to `length`; None: as part of a pair, whole.
@@ -221,43 +221,6 @@ class TextEncoder:
             )
             self._forget_truncation()
         return encoded["input_ids"], encoded.get("token_type_ids") if self.token_types else None
-
-    def _prompts(self, queries: Sequence[str], passages: Sequence[str]) -> Rows:
-        pieces = re.split(r"(\{(?:instruction|query|passage)\})", self.template)
-        cut = pieces.index("{passage}")
-        heads, bodies, texts = [], [], []
-        for query, passage in zip(queries, passages, strict=True):
-            filled = {
-                "{instruction}": self.instruction,
-                "{query}": self.query_prompt + query,
-                "{passage}": self.passage_prompt + passage,
-            }
-            head, tail = ("".join(filled.get(x, x) for x in part) for part in (pieces[:cut], pieces[cut + 1 :]))
-            heads.append(head)
-            bodies.append(filled["{passage}"])
-            texts.append(head + filled["{passage}"] + tail)
-        with self._lock:
-            encoded = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,  # the passage is cut below: no warning about its length
-            )
-        start = list(self.leading)
-        rows = []
-        for ids, offsets, head, body in zip(
-            encoded["input_ids"], encoded["offset_mapping"], heads, bodies, strict=True
-        ):
-            excess = len(start) + len(ids) - self.max_length
-            if excess > 0:
-                # Tokens that lie in the passage alone: one that straddles its edge belongs to the prompt as well.
-                first, last = len(head), len(head) + len(body)
-                inside = [i for i, (a, b) in enumerate(offsets) if a >= first and b <= last and b > a]
-                dropped = set(inside[-excess:])
-                ids = [token for i, token in enumerate(ids) if i not in dropped]
-            rows.append(start + ids)
-        return rows
 
     def padded(self, rows: Rows, types: Rows | None, length: int = 0) -> Tokens:
         """Rows of tokens and of types, padded to the longest, or to `length`."""

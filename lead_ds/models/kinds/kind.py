@@ -84,7 +84,7 @@ class Kind(Scorer):
         depth: its first layers only; layers: these only, renumbered. student: what it lacks (a head) is initialised.
         frozen: it will not be trained, and so may lack nothing. Raises InputError for what cannot be loaded.
         """
-        chain = open_chain(config, cls.family)
+        chain = open_chain(config, cls.family, cls.head)
         model = load_model(config, cls.head, dtype, depth, new_head=student)
         if layers is not None:
             keep_layers(model, layers, config.path)

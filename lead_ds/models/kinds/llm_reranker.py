@@ -1,6 +1,6 @@
 """A language model that answers yes or no: relevance is how far its logit of yes is ahead, read from every selected layer.
 
-Dimensions: K selected layers, B prompts, L tokens, D width.
+Dimensions: K selected layers, A answers (yes, or yes and no), B prompts, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.data.tokens.tokenizer import load_tokenizer
+from lead_ds.data.tokens.layouts import Filled
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import load_model
-from lead_ds.models.files import transformer_folder
+from lead_ds.models.files import family_of, logit_score, read_json, transformer_folder
 from lead_ds.models.kinds.kind import KINDS, Use
 from lead_ds.models.kinds.pairs import PairScorer, pooled, pooling
+from lead_ds.models.templates import CARDS, Asked, asked
 from lead_ds.models.text import Reading
 from lead_ds.settings.model import PairConfig
 
@@ -30,31 +31,18 @@ class LLMRerankerConfig(PairConfig):
     """A decoder reranker: its prompt, and the two answers whose logits are compared."""
 
     kind: Literal["llm_reranker"] = "llm_reranker"
-    instruction: str = Field(
-        "Given a web search query, retrieve relevant passages that answer the query",
-        description="the task, stated in the prompt",
+    yes_token: str = Field("auto", description="the answer of relevance; auto: as its files or its template have it")
+    no_token: str | None = Field(
+        "auto",
+        description="the answer against; null: the logit of yes alone; auto: as its files or its template have it",
     )
-    template: str = Field(
-        "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {passage}\nRelevant (yes or no):",
-        description="the prompt, with {instruction}, {query} and {passage}",
-    )
-    yes_token: str = " yes"
-    no_token: str = " no"
-
-    @field_validator("template")
-    @classmethod
-    def _template(cls, value: str) -> str:
-        missing = [name for name in ("{query}", "{passage}") if name not in value]
-        if missing:
-            raise ValueError(f"template lacks {' and '.join(missing)}")
-        return value
 
 
 @KINDS.register("llm_reranker")
 class LLMReranker(PairScorer):
-    """logit(yes) - logit(no) at the prompt's last token.
+    """logit(yes) - logit(no), or logit(yes) alone, at the prompt's last token.
 
-    Two rows of the language-model head are copied once (gathered, where ZeRO-3 shards it) and the head is dropped: a
+    One or two rows of the language-model head are copied once (gathered, where ZeRO-3 shards it) and the head is dropped: a
     vocabulary of logits per prompt is never computed. The rows are multiplied in float32, for in half precision the
     difference of two large logits is coarse.
     """
@@ -65,30 +53,39 @@ class LLMReranker(PairScorer):
     use = Use("decoder reranker", "transformers", "text-ranking", ("reranker",), "")
     can_be_student = False
     can_be_trained = False
-    rows_2D: Tensor
-    bias_2: Tensor
+    rows_AD: Tensor
+    bias_A: Tensor
 
     def __init__(self, chain: Any, causal: Any, config: LLMRerankerConfig, *, student: bool = False) -> None:
-        folder = transformer_folder(config.path)
-        yes, no = answer_tokens(load_tokenizer(config.path, folder, config.trust_remote_code), config)
-        rows_2D, bias_2 = _head_rows(causal, yes, no, config.path)
+        reading = Reading.of(config, self.family)
+        how = _asked(config, reading)
+        rows_AD, bias_A = _head_rows(causal, answer_tokens(reading.tokenizer, config, how), config.path)
         super().__init__(chain, causal.base_model, config, student=student)
         self._pool = pooling(self.width, "lasttoken")
         # Buffers, not parameters: two rows are not worth sharding.
-        self.register_buffer("rows_2D", rows_2D)
-        self.register_buffer("bias_2", bias_2)
+        self.register_buffer("rows_AD", rows_AD)
+        self.register_buffer("bias_A", bias_A)
         shape = causal.config.get_text_config()
         self.softcap: float | None = getattr(shape, "final_logit_softcapping", None)
         self.logit_scale = float(getattr(shape, "logit_scale", None) or 1.0)  # Cohere
         self.logit_scale /= float(getattr(shape, "logits_scaling", None) or 1.0)  # Granite
+        self.divisor = how.card.divisor if how.card is not None else 1.0
+
+    @classmethod
+    def claims(cls, path: str) -> int:
+        return 3 if logit_score(path) is not None else 0
 
     @classmethod
     def read_text(cls, config: Any) -> TextEncoder:
         reading = Reading.of(config, cls.family)
-        if not reading.tokenizer.is_fast:
+        how = _asked(config, reading)
+        if isinstance(how.layout, Filled) and not reading.tokenizer.is_fast:
             raise InputError(config.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
-        prompt = {"template": config.template, "instruction": config.instruction}
-        return reading.encoder({"max_length": config.max_length}, reads_pairs=True, **prompt)
+        return cls.pair_encoder(config, reading, how)
+
+    @classmethod
+    def complete(cls, chain: Any, model: Any, config: Any, *, frozen: bool) -> None:
+        _check_head(config.path)
 
     @classmethod
     def skeleton(cls, config: Any, *, depth: int | None = None, **_: Any) -> tuple[nn.Module, Any, int]:
@@ -101,44 +98,84 @@ class LLMReranker(PairScorer):
     def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         mask_BL = tokens["attention_mask"]
         read = self.run(tokens, layers, lambda state: pooled(self._pool, state, mask_BL), through_norm=False)
-        logits_KB2 = torch.stack(read).float() @ self.rows_2D.float().T + self.bias_2.float()
-        logits_KB2 = logits_KB2 * self.logit_scale
+        logits_KBA = torch.stack(read).float() @ self.rows_AD.float().T + self.bias_A.float()
+        logits_KBA = logits_KBA * self.logit_scale
         if self.softcap is not None:
-            logits_KB2 = self.softcap * torch.tanh(logits_KB2 / self.softcap)
-        scores_KB = logits_KB2[..., 0] - logits_KB2[..., 1]
+            logits_KBA = self.softcap * torch.tanh(logits_KBA / self.softcap)
+        scores_KB = logits_KBA[..., 0] - logits_KBA[..., 1] if logits_KBA.shape[-1] > 1 else logits_KBA[..., 0]
+        scores_KB = scores_KB / self.divisor
         return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)
 
 
-def answer_tokens(tokenizer: Any, config: LLMRerankerConfig) -> tuple[int, int]:
-    """The ids of yes_token and no_token. Raises InputError where one of them is not one token of the model."""
-    found = []
-    for key, text in (("yes_token", config.yes_token), ("no_token", config.no_token)):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            pieces = " ".join(tokenizer.convert_ids_to_tokens(ids))
-            raise InputError(
-                f"teacher.{key}", f"{text!r} is {len(ids)} tokens of this model: {pieces}", "choose another"
-            )
-        found.append(int(ids[0]))
-    if found[0] == found[1]:
+def _asked(config: LLMRerankerConfig, reading: Reading) -> Asked:
+    """How pairs are put to it. Raises InputError where nothing says: no prompt is guessed for a language model."""
+    how = asked(config, reading, LLMReranker.family, "causal")
+    if how is None and config.yes_token == "auto":
+        what = "no file of it says how a decoder reranker is asked"
+        remedy = f"set template: one of {', '.join(CARDS)}, or the prompt itself"
+        raise InputError(config.path, what, remedy)
+    return how or Asked(CARDS["plain"].layout(reading, config.instruction), CARDS["plain"])
+
+
+def answer_tokens(tokenizer: Any, config: LLMRerankerConfig, how: Asked) -> list[int]:
+    """The ids of yes and, unless that alone is read, of no: the configuration's, else the files', else the card's.
+
+    Raises InputError where one of them is not one token of the model, and where they are the same.
+    """
+    saved = logit_score(config.path) or {}
+    by_files = how.card is None and bool(saved)
+    card = how.card or CARDS["pair"]
+    found: list[int] = []
+    for key, given, usual, own in (
+        ("yes_token", config.yes_token, card.yes, saved.get("true_token_id")),
+        ("no_token", config.no_token, card.no, saved.get("false_token_id")),
+    ):
+        if given == "auto" and by_files:
+            found += [own] if own is not None else []
+        elif (text := usual if given == "auto" else given) is not None:
+            found.append(_one_token(tokenizer, f"teacher.{key}", text, whole=card.whole or given != "auto"))
+    if len(set(found)) < len(found):
         raise InputError("teacher.yes_token", f"yes and no are the same token of this model: {config.yes_token!r}")
-    return found[0], found[1]
+    if not found or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in found):
+        raise InputError(config.path, f"names no token of its own as an answer: {found}", "set yes_token and no_token")
+    return found
 
 
-def _head_rows(causal: Any, yes: int, no: int, path: str) -> tuple[Tensor, Tensor]:
+def _one_token(tokenizer: Any, key: str, text: str, *, whole: bool) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 and (whole or not ids):
+        pieces = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise InputError(key, f"{text!r} is {len(ids)} tokens of this model: {pieces}", "choose another")
+    return int(ids[0])
+
+
+def _check_head(path: str) -> None:
+    """Refuse a head of sentence-transformers that reads something else than the logits of the last token."""
+    if family_of(path) != LLMReranker.family:
+        return
+    score = logit_score(path)
+    if score is None:
+        raise InputError(path, "it scores pairs by another head than a language model's", "use kind: cross_encoder")
+    folder = transformer_folder(path)
+    task = read_json(path, f"{folder}/sentence_bert_config.json".lstrip("/")).get("transformer_task")
+    if task != "text-generation" or score.get("module_input_name", "causal_logits") != "causal_logits":
+        raise InputError(path, f"scores by {score} of the task {task}", "only text-generation is read here")
+
+
+def _head_rows(causal: Any, answers: list[int], path: str) -> tuple[Tensor, Tensor]:
     head = causal.get_output_embeddings()
     if head is None:
-        raise InputError(path, "has no language-model head to read yes and no from")
+        raise InputError(path, "has no language-model head to read answers from")
     parameters = [p for p in (head.weight, getattr(head, "bias", None)) if p is not None]
     if any(hasattr(p, "ds_id") for p in parameters):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(parameters):
-            return _copied(parameters, yes, no)
-    return _copied(parameters, yes, no)
+            return _copied(parameters, answers)
+    return _copied(parameters, answers)
 
 
-def _copied(parameters: list[Tensor], yes: int, no: int) -> tuple[Tensor, Tensor]:
-    rows = parameters[0].detach()[[yes, no]].clone()
-    bias = parameters[1].detach()[[yes, no]].clone() if len(parameters) > 1 else rows.new_zeros(2)
-    return rows, bias
+def _copied(parameters: list[Tensor], answers: list[int]) -> tuple[Tensor, Tensor]:
+    rows_AD = parameters[0].detach()[answers].clone()
+    bias_A = parameters[1].detach()[answers].clone() if len(parameters) > 1 else rows_AD.new_zeros(len(answers))
+    return rows_AD, bias_A

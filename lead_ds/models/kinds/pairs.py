@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.errors import InputError
-from lead_ds.models.files import family_of, saved_modules
+from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.scorer import Output
+from lead_ds.models.templates import Asked
 from lead_ds.models.text import Reading
 from lead_ds.relevance import ScoreFeatures
 
@@ -33,17 +34,23 @@ class PairScorer(Kind):
     reads_pairs = True
     lens_form = "scores"
 
-    @classmethod
-    def read_text(cls, config: Any) -> TextEncoder:
-        reading = Reading.of(config, cls.family)
-        return reading.encoder({"max_length": config.max_length}, reads_pairs=True)
-
-    @classmethod
-    def complete(cls, chain: Any, model: Any, config: Any, *, frozen: bool) -> None:
-        if family_of(config.path) == cls.family:
-            for kind, folder in saved_modules(config.path)[1:]:
-                what = f"module {kind} behind its transformer is not supported"
-                raise InputError(f"{config.path}/{folder}", what, "a head of transformers' is")
+    @staticmethod
+    def pair_encoder(config: Any, reading: Reading, how: Asked | None) -> TextEncoder:
+        """Its reading of pairs, put to it as `how` says; None: as its tokenizer pairs texts."""
+        layout, card = (None, None) if how is None else (how.layout, how.card)
+        query, passage = config.query_prompt, config.passage_prompt
+        if card is not None:
+            query, passage = (
+                own if own is not None else said for own, said in zip((query, passage), card.prompts, strict=True)
+            )
+        elif layout is not None:  # which holds the prompt of the model's files, if it has one
+            trained = read_json(config.path, RECORD).get("prompts") or {}
+            query = query if query is not None else trained.get("query") or ""
+            passage = passage if passage is not None else trained.get("document") or ""
+        else:
+            query, passage = reading.query_prompt, reading.passage_prompt
+        reading = replace(reading, query_prompt=query, passage_prompt=passage)
+        return reading.encoder({"max_length": config.max_length}, reads_pairs=True, layout=layout)
 
     @classmethod
     def features_of(cls, config: Any, width: int) -> tuple[int, int]:

@@ -1,0 +1,157 @@
+"""How a query and a passage become one prompt of a reranker, and what of it is cut where it is too long."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Rows = list[list[int]]
+
+_PLACES = re.compile(r"(\{(?:instruction|query|passage)\})")
+
+
+class Layout(Protocol):
+    """Makes token rows of pairs, in place of the tokenizer's own pairs."""
+
+    def rows(
+        self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int
+    ) -> tuple[Rows, Rows | None]:
+        """Token ids of each pair, and token types where it gives them. length: `max_length`."""
+
+    def __str__(self) -> str:
+        """The prompt, for a person to read."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A template whose places are filled in. Where it is too long the passage is cut, and nothing else."""
+
+    template: str
+    instruction: str = ""
+    leading: tuple[int, ...] = ()  # what the tokenizer puts before a text
+
+    def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
+        """See `Layout`. A question that alone is longer than `length` makes a longer row."""
+        pieces = _PLACES.split(self.template)
+        cut = pieces.index("{passage}")
+        heads, texts = [], []
+        for query, passage in zip(queries, passages, strict=True):
+            filled = {"{instruction}": self.instruction, "{query}": query, "{passage}": passage}
+            head, tail = ("".join(filled.get(x, x) for x in part) for part in (pieces[:cut], pieces[cut + 1 :]))
+            heads.append(head)
+            texts.append(head + passage + tail)
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,  # the passage is cut below: no warning about its length
+        )
+        start = list(self.leading)
+        rows = []
+        for ids, offsets, head, passage in zip(
+            encoded["input_ids"], encoded["offset_mapping"], heads, passages, strict=True
+        ):
+            excess = len(start) + len(ids) - length
+            if excess > 0:
+                # Tokens that lie in the passage alone: one that straddles its edge belongs to the prompt as well.
+                first, last = len(head), len(head) + len(passage)
+                inside = [i for i, (a, b) in enumerate(offsets) if a >= first and b <= last and b > a]
+                dropped = set(inside[-excess:])
+                ids = [token for i, token in enumerate(ids) if i not in dropped]
+            rows.append(start + ids)
+        return rows, None
+
+    def __str__(self) -> str:
+        return self.template
+
+
+@dataclass(frozen=True)
+class Enclosed:
+    """A body between a head and a tail, each read apart. Of a body that is too long the end is cut."""
+
+    head: str
+    body: str  # with {query} and {passage}
+    tail: str
+    instruction: str
+
+    def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
+        """See `Layout`. `length` counts head and tail."""
+        head, tail = (_ids(tokenizer, text) for text in (self.head, self.tail))
+        room = max(length - len(head) - len(tail), 1)
+        texts = []
+        for query, passage in zip(queries, passages, strict=True):
+            filled = {"{instruction}": self.instruction, "{query}": query, "{passage}": passage}
+            texts.append("".join(filled.get(piece, piece) for piece in _PLACES.split(self.body)))
+        bodies = tokenizer(texts, truncation=True, max_length=room, return_attention_mask=False)["input_ids"]
+        return [head + body + tail for body in bodies], None
+
+    def __str__(self) -> str:
+        return self.head + self.body + self.tail
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Query, separator and passage, each read apart. A query has up to 3/4 of the length, a passage what is left."""
+
+    query: str  # with {query}
+    passage: str  # with {passage}
+    head: str = ""
+    tail: tuple[str, ...] = ()  # behind one more separator
+    begin: int | None = None  # a token that counts as the query's
+    instruction: str = ""
+    positions: int | None = None  # of the model, where head and tail must fit as well
+
+    def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
+        """See `Layout`. `length` counts neither head nor tail."""
+        between, head = _ids(tokenizer, "\n"), _ids(tokenizer, self.head) if self.head else []
+        tail = [*between, *(token for part in self.tail for token in _ids(tokenizer, part))]
+        if self.positions is not None:
+            length = min(length, self.positions - len(head) - len(tail))
+        stated = f"instruction: {self.instruction}\n" if self.instruction else ""
+        asked = [stated + self.query.replace("{query}", query) for query in queries]
+        told = [self.passage.replace("{passage}", passage) for passage in passages]
+        pairs = zip(_ids(tokenizer, asked, length * 3 // 4), _ids(tokenizer, told, length), strict=True)
+        rows = []
+        for first, second in pairs:
+            first = first if self.begin is None else [self.begin, *first]
+            second = between + second
+            excess = len(first) + len(second) - length
+            rows.append([*head, *first, *(second[:-excess] if 0 < excess < len(second) else second), *tail])
+        return rows, None
+
+    def __str__(self) -> str:
+        return f"{self.head}{self.query}\n{self.passage}\n{''.join(self.tail)}"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat template, as sentence-transformers' Transformer fills it in and cuts it."""
+
+    reader: Any  # it, without weights
+    prompt: str = ""  # the system's message
+
+    def rows(
+        self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int
+    ) -> tuple[Rows, Rows | None]:
+        """See `Layout`. Raises ValueError where the template has no place for a query and a passage."""
+        limits = {"text": {"max_length": length}, "chat_template": {"max_length": length}}
+        pairs = list(zip(queries, passages, strict=True))
+        found = self.reader.preprocess(pairs, prompt=self.prompt or None, processing_kwargs=limits)
+        masks = found["attention_mask"].bool()
+        kept = [
+            [row[mask].tolist() for row, mask in zip(found[name], masks, strict=True)] if name in found else None
+            for name in ("input_ids", "token_type_ids")
+        ]
+        return kept[0] or [], kept[1]
+
+    def __str__(self) -> str:
+        return str(self.reader.tokenizer.chat_template)
+
+
+def _ids(tokenizer: Any, text: Any, length: int | None = None) -> Any:
+    """Tokens of a text or of texts alone, without special ones."""
+    cut: dict[str, Any] = {"verbose": False} if length is None else {"truncation": True, "max_length": max(length, 1)}
+    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, **cut)["input_ids"]
