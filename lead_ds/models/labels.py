@@ -14,14 +14,24 @@ from torch import Tensor
 from lead_ds.errors import InputError
 
 # Names that datasets and models give their labels, in letters and digits alone.
-_FOR = frozenset(
-    "relevant isrelevant relevance match positive entailment entails yes true 1 duplicate isduplicate paraphrase equivalent "
-    "similar related highlyrelevant perfectlyrelevant".split()
-)
-_AGAINST = frozenset(
-    "irrelevant notrelevant nonrelevant unrelated notrelated nomatch notmatch unmatched mismatch negative notentailment "
-    "noentailment contradiction neutral no false 0 notduplicate notparaphrase dissimilar notequivalent different".split()
-)
+_FOR = {
+    *("relevant", "isrelevant", "relevance", "highlyrelevant", "perfectlyrelevant", "related", "similar", "equivalent"),
+    *("match", "positive", "entailment", "entails", "yes", "true", "1", "duplicate", "isduplicate", "paraphrase"),
+}
+_AGAINST = {
+    *(
+        "irrelevant",
+        "notrelevant",
+        "nonrelevant",
+        "unrelated",
+        "notrelated",
+        "dissimilar",
+        "notequivalent",
+        "different",
+    ),
+    *("nomatch", "notmatch", "unmatched", "mismatch", "negative", "contradiction", "neutral", "notentailment"),
+    *("noentailment", "no", "false", "0", "notduplicate", "notparaphrase"),
+}
 
 
 def relevant_label(shape: Any, given: int | str | None, path: str) -> int:
