@@ -19,6 +19,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "a teacher section is missing: response of losses",
         {"losses": {"response": {"weight": 0}}},
     ),
+    "templates_are_of_frozen_models": (
+        {"student": {"kind": "cross_encoder", "template": "pair"}},
+        "student.template",
+        "is read by a frozen model alone",
+        {"student": {"template": None}},
+    ),
     "labels_have_something_to_compare": (
         {"losses": {"contrastive": {"weight": 1, "scope": "group"}}, "data": {"negatives": 0}},
         "data.negatives",
