@@ -36,11 +36,11 @@ def losses_have_a_teacher(config: Run) -> Iterator[Broken]:
 
 def labels_have_something_to_compare(config: Run) -> Iterator[Broken]:
     """Within a query's own passages, labels say something only where there are negatives."""
-    contrastive = config.losses.contrastive
-    in_group = reads_pairs(config.student.kind) or contrastive.scope == "group"
-    if in_group and contrastive.weight > 0 and config.data.negatives == 0:
-        what = "is 0: the contrastive loss of a model of pairs, and of scope: group, compares a query's own passages"
-        yield Broken("data.negatives", what, "set it to 1 or more")
+    for name, loss in (("contrastive", config.losses.contrastive), ("focal", config.losses.focal)):
+        in_group = reads_pairs(config.student.kind) or loss.scope == "group"
+        if in_group and loss.weight > 0 and config.data.negatives == 0:
+            what = f"is 0: the {name} loss of a model of pairs, and of scope: group, compares a query's own passages"
+            yield Broken("data.negatives", what, "set it to 1 or more")
 
 
 def pairs_have_something_to_compare(config: Run) -> Iterator[Broken]:
@@ -56,8 +56,9 @@ def scope_is_one_that_pairs_have(config: Run) -> Iterator[Broken]:
     if not reads_pairs(config.student.kind):
         return
     kind = f"is ignored by a {config.student.kind}, which scores a query's own passages alone"
-    if config.losses.contrastive.weight > 0 and config.losses.contrastive.scope == "batch":
-        yield Broken("losses.contrastive.scope", f"batch {kind}", "set it to auto, or group")
+    for name, loss in (("contrastive", config.losses.contrastive), ("focal", config.losses.focal)):
+        if loss.weight > 0 and loss.scope == "batch":
+            yield Broken(f"losses.{name}.scope", f"batch {kind}", "set it to auto, or group")
     if config.train.in_batch == "local":
         yield Broken("train.in_batch", f"local {kind}", "take it out")
 

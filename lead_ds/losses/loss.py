@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from lead_ds.losses.selection import NO_LAYERS, Depths, Layers
+from lead_ds.losses.vectors import Moments
 from lead_ds.losses.views import Views
 from lead_ds.relevance import Impl
 from lead_ds.settings.base import Section, Weight
@@ -107,6 +108,14 @@ class Loss(nn.Module, metaclass=_LossType):
         A statistic of the loss's own name stands for the scalar where losses are reported.
         """
 
+    @property
+    def sample(self) -> int:
+        """How many texts it is fitted on before the first step; 0: none."""
+        return 0
+
+    def fit(self, moments: Moments) -> None:
+        """Begin from a sample of both models' vectors, equal on every process. What it keeps is in non-persistent buffers."""
+
     @classmethod
     def reads(cls, settings: Any) -> frozenset[Need]:
         """What a loss so set needs."""
@@ -201,6 +210,11 @@ class Losses(Section):
     def captured(self) -> int:
         """Pairs of layers whose relevance is compared at a step, at most."""
         return sum(getattr(self, name).count for name in self.needing("layers"))
+
+    @property
+    def kept(self) -> Any:
+        """The settings of the loss with a weight whose map becomes the student's last layer, or None."""
+        return next((section for _, section in self.active.values() if getattr(section, "keep", False)), None)
 
     @property
     def informative(self) -> Any:

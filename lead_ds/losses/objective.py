@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +76,10 @@ class Objective(nn.ModuleDict):
             if vectors:
                 layers[loss.row or name] = vectors
         return ObjectiveOutput(torch.stack(weighted).sum(), parts, layers)
+
+    def losses(self) -> Iterator[tuple[str, Loss]]:
+        """Every loss by its name."""
+        return ((name, self._loss(name)) for name in self)
 
     def _said(self, name: str, views: Views) -> tuple[Tensor, Mapping[str, Tensor]]:
         """A loss, and its statistics; the mean over widths where it reads vectors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +33,58 @@ def final_vectors(side: Side | None, who: Literal["student", "teacher"], loss: s
         raise InputError(f"losses.{loss}", what, "set its weight to 0, or name a model of vectors")
     vectors = Vectors(precise(final.q_KQD[-1]), precise(final.p_KPD[-1]))
     return vectors if who == "student" else Vectors(*(x.detach() for x in vectors))
+
+
+def layer_vectors(side: Side | None, *, detach: bool = False) -> list[Vectors]:
+    """Vectors of each layer that is compared, in the precision of `final_vectors`."""
+    layers = None if side is None else side.layers
+    if not isinstance(layers, VectorFeatures):
+        raise ValueError("a loss reads vectors of layers, and there are none")
+    found = zip(precise(layers.q_KQD), precise(layers.p_KPD), strict=True)
+    return [Vectors(q.detach(), p.detach()) if detach else Vectors(q, p) for q, p in found]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a sample of texts of t t^T [D_t, D_t], t s^T [D_t, D_s] and s s^T [D_s, D_s]; float64, on the CPU.
+
+    t, s: the teacher's and the student's vectors.
+    """
+
+    tt: Tensor
+    ts: Tensor
+    ss: Tensor
+
+    @classmethod
+    def of(cls, student_BD: Tensor, teacher_BD: Tensor) -> Moments:
+        """Of some texts' vectors.
+
+        >>> moments = Moments.of(torch.eye(2), torch.tensor([[0.0, 3.0], [4.0, 0.0]]))
+        >>> moments.directions(1).flatten().tolist()
+        [1.0, 0.0]
+        >>> moments.ridge().round(decimals=2).tolist()
+        [[0.0, 4.0], [3.0, 0.0]]
+        """
+        s_BD, t_BD = student_BD.detach().cpu().double(), teacher_BD.detach().cpu().double()
+        return cls(t_BD.T @ t_BD, t_BD.T @ s_BD, s_BD.T @ s_BD)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.tt + other.tt, self.ts + other.ts, self.ss + other.ss)
+
+    def directions(self, width: int) -> Tensor:
+        """[D_t, width]: the directions in which the teacher's vectors are longest, as orthonormal columns; float32.
+
+        About the origin, not the mean: they keep most of the inner products. Each one's largest component is positive.
+        """
+        columns_TD = torch.linalg.eigh(self.tt)[1].flip(1)[:, :width]
+        largest_D = columns_TD.gather(0, columns_TD.abs().argmax(0, keepdim=True))
+        return (columns_TD * largest_D.sign()).float()
+
+    def ridge(self, strength: float = 1e-3) -> Tensor:
+        """[D_t, D_s]: W that minimises sum |W s - t|^2 + strength * mean |s|^2 of a dimension * |W|^2; float32."""
+        width = len(self.ss)
+        damped_SS = self.ss + strength * self.ss.trace() / width * torch.eye(width, dtype=self.ss.dtype)
+        return torch.linalg.solve(damped_SS, self.ts.T).T.float()
 
 
 def precise(x: Tensor) -> Tensor:

@@ -136,6 +136,12 @@ class OwnEncoder(DualEncoder):
         """Raises InputError: the module itself decides."""
         raise InputError(_name(self.model), "gives vectors as they are", "leave dim out")
 
+    def project(self, weight_TD: Tensor) -> None:
+        """Raises InputError: the module itself decides."""
+        raise InputError(
+            _name(self.model), "has no modules behind it to add one to", "set losses.embedding.keep: false"
+        )
+
     def tapping(self, tap_layers: Sequence[int]) -> Any:
         """Raises InputError where attention maps are requested."""
         if tap_layers:

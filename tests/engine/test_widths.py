@@ -18,7 +18,7 @@ from lead_ds.retrieval.encode import encode_to
 from lead_ds.retrieval.evaluate import Task, evaluate_path, open_encoder
 from lead_ds.retrieval.index import build_index
 from lead_ds.retrieval.search import Searcher, evaluate_index, model_facts
-from tests.helpers.launch import launch
+from tests.engine.jobs import distil_each
 
 DIMS = [4, 8, 16]
 
@@ -32,7 +32,7 @@ def test_trained_measured_and_read_by_first_dimensions(configure: Callable[..., 
         train={"steps": 3, "batch_size": 4, "lr": 1e-3, "evaluate_every": 2},
         evaluation=evaluation,
     )
-    [[losses]] = launch("tests.engine.jobs:distil_each", 1, configs=[str(config)])
+    [losses] = distil_each([str(config)])
     assert len(losses) == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     names = {"contrastive", "response", "layer", "embedding", "similarity", "spread"}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lead_ds.config import losses_section
 from lead_ds.errors import InputError
 from lead_ds.losses import LOSSES, LossShape, ModelFacts, Scope, Side, Views, embedding_distance, spread_out
+from lead_ds.losses.vectors import Moments
 from lead_ds.relevance import ScoreFeatures, TokenFeatures, VectorFeatures
 
 Q, N = 3, 4
@@ -171,7 +172,11 @@ def test_a_teacher_gets_no_gradient_even_if_it_is_trained(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "widths", "told"),
     [
-        ({"into": "same"}, (5, 7), r"5 dimensions, the teacher's 7 \(set it to teacher, or truncate, or set student"),
+        (
+            {"into": "same"},
+            (5, 7),
+            r"5 dimensions, the teacher's 7 \(set it to teacher, truncate or pca, or set student",
+        ),
         ({"into": "same"}, (7, 5), r"\(set it to teacher, or set student\.projection: 5\)"),
         ({"into": "truncate"}, (7, 5), r"losses\.embedding\.into: truncate needs a teacher as wide.*set it to teacher"),
         ({}, (None, 5), r"losses\.embedding: compares vectors, and the student has none"),
@@ -216,7 +221,7 @@ def test_negatives_that_are_not_there() -> None:
         ("embedding", {"of": ["queries", "queries"]}, "twice"),
         ("embedding", {"of": []}, "at least 1"),
         ("embedding", {"of": ["passages"]}, "'queries', 'positives' or 'negatives'"),
-        ("embedding", {"into": "pca"}, "'teacher', 'truncate' or 'same'"),
+        ("embedding", {"into": "svd"}, "cannot be 'svd'"),
         ("similarity", {"of": ["query_query", "query_query"]}, "twice"),
         ("spread", {"of": ["positives"]}, "'queries' or 'passages'"),
     ],
@@ -239,3 +244,67 @@ def test_only_a_map_is_trained() -> None:
     assert [tuple(x.shape) for x in made("embedding").parameters()] == [(7, 5)]
     for loss in (made("embedding", into="truncate"), made("similarity"), made("spread")):
         assert list(loss.parameters()) == []
+
+
+def test_pca_and_ridge_are_numpys() -> None:
+    student, teacher = vectors(5, 1), vectors(7, 2)
+    s, t = (np.concatenate([arrays(x)["queries"], arrays(x)["passages"]]) for x in (student, teacher))
+    moments = Moments.of(torch.from_numpy(s), torch.from_numpy(t))
+    basis = np.linalg.svd(t, full_matrices=False)[2][:5].T
+    kept = moments.directions(5).double().numpy()
+    np.testing.assert_allclose(np.abs(kept), np.abs(basis), atol=1e-5)
+    np.testing.assert_allclose(moments.ridge(0).numpy(), np.linalg.lstsq(s, t, rcond=None)[0].T, atol=1e-4)
+
+    loss = made("embedding", into="pca", distance="l2")
+    loss.fit(moments)
+    kinds = ("queries", "positives", "negatives")
+    expected = np.mean([distance(arrays(student)[k], unit(arrays(teacher)[k] @ kept), "l2") for k in kinds])
+    assert loss(views(student, teacher)).item() == pytest.approx(expected, rel=1e-5)
+    assert not loss.state_dict()
+    ridge = made("embedding", start="ridge")
+    ridge.fit(moments)
+    torch.testing.assert_close(ridge.map.detach(), moments.ridge())
+    assert (loss.sample, ridge.sample, made("embedding").sample) == (4096, 4096, 0)
+
+
+def test_layers_of_embedding_count_as_the_final_vectors_do() -> None:
+    student, teacher = vectors(5, 1), vectors(5, 2)
+    layers = [vectors(5, 3), vectors(5, 4)]
+    loss = made("embedding", (5, 5), into="same", teacher_layers=[1], student_layers=[2])
+    assert "layers" in loss.needs
+    found = loss(Views(Side(student, layers[0]), Side(teacher, layers[1]), Scope(N)))
+    plain = made("embedding", (5, 5), into="same")
+    expected = (plain(views(student, teacher)) + plain(views(*layers))) / 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_order_of_triplets() -> None:
+    student, teacher = vectors(5, 1), vectors(7, 2)
+    s, t = (unit(arrays(x)["queries"]) @ unit(arrays(x)["passages"]).T for x in (student, teacher))
+    hinges = [
+        max(0.0, 0.1 - (s[a, b] - s[a, c]))
+        for a in range(Q)
+        for b in range(Q * N)
+        for c in range(Q * N)
+        if t[a, b] > t[a, c]
+    ]
+    loss = made("order", of=["query_passage"], margin=0.1)
+    assert loss(views(student, teacher)).item() == pytest.approx(np.mean(hinges), rel=1e-5)
+    assert loss(views(teacher, teacher)).item() < loss(views(student, teacher)).item()
+
+
+def test_focal_weights_carry_no_gradient() -> None:
+    logits = torch.randn(1, Q, N, generator=torch.Generator().manual_seed(0), dtype=DOUBLE).requires_grad_()
+    scores = ScoreFeatures(logits)
+    loss = made("focal", gamma=2.0, temperature=0.5)(Views(Side(scores), None, Scope(N)))
+    nll = torch.nn.functional.cross_entropy(
+        logits[0].detach().float() / 0.5, torch.zeros(Q, dtype=torch.long), reduction="none"
+    )
+    weights = (1 - (-nll).exp()) ** 2
+    assert loss.item() == pytest.approx((weights * nll).mean().item(), rel=1e-5)
+    [gradient] = torch.autograd.grad(loss, logits)
+    again = torch.nn.functional.cross_entropy(
+        logits[0].float() / 0.5, torch.zeros(Q, dtype=torch.long), reduction="none"
+    )
+    [expected] = torch.autograd.grad((weights * again).mean(), logits)
+    torch.testing.assert_close(gradient, expected)

@@ -28,6 +28,7 @@ from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.card import model_card
 from lead_ds.engine.training.evaluation import Evaluator
+from lead_ds.engine.training.fitting import fit, keep_map, save_fitted, taught_by
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.objective import build_objective, depths_of
@@ -36,6 +37,7 @@ from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_stat
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
+from lead_ds.losses.objective import Objective
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_teacher
 from lead_ds.models.own import OwnEncoder
@@ -109,7 +111,10 @@ def train(
         trainee = Trainee(student, cotrained).to(ranks.device)
         fit_attention(trainee, config, batches, dtype, ranks)
         teacher = open_teacher(config, batches, ranks, given) if uses_teacher and cotrained is None else None
+        taught = taught_by(cotrained, teacher, ranks)
+        keep_map(config, student, taught, batches, ranks)
         trainee.losses = build_objective(config, student, cotrained, teacher, batches, ranks).to(ranks.device)
+        fits = fit(trainee.losses, student, taught, batches, ranks, output if resume else None)
         for key, scorer in (("student", student), ("teacher", cotrained)):
             if scorer is not None and scorer.config.passes == "packed":
                 check_packing(scorer, scorer.all_layers, f"{key}.passes")
@@ -120,7 +125,7 @@ def train(
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
         check_lens(config, state, teacher)
-        check_inputs(config, state, batches, ranks)
+        check_inputs(config, state, batches, ranks, fits)
         if "informative" not in state:
             state["informative"] = informative(config.losses, teacher, batches, ranks)
         # Drawn once, so that a layer that does not exist is reported at start.
@@ -149,7 +154,9 @@ def train(
             state=state,
         )
         # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
-        agreed(ranks, lambda: write_facts(output, config, command, ranks, teacher) if ranks.main else None)
+        agreed(
+            ranks, lambda: write_facts(output, config, command, ranks, teacher, trainee.losses) if ranks.main else None
+        )
         with signals:
             try:
                 best = training.run()
@@ -249,7 +256,14 @@ def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str
     return Profile(config.profile, Path(config.output), ranks, recorder.say, start=state.get("step", 0))
 
 
-def write_facts(output: Path, config: Config, command: Sequence[str], ranks: Ranks, teacher: Teacher | None) -> None:
+def write_facts(
+    output: Path,
+    config: Config,
+    command: Sequence[str],
+    ranks: Ranks,
+    teacher: Teacher | None,
+    losses: Objective | None,
+) -> None:
     """The resolved configuration, and where this run came from. Raises InputError where the folder cannot be made."""
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -259,6 +273,8 @@ def write_facts(output: Path, config: Config, command: Sequence[str], ranks: Ran
     if teacher is not None:
         facts["teacher"] = teacher.facts()
     write_json(output / "run.json", provenance(command, ranks.world, **facts))
+    if losses is not None:
+        save_fitted(losses, output)
     # Last: its presence is what marks the folder as holding a run.
     save_config(config, output / "config.yaml")
 

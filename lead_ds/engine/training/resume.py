@@ -101,16 +101,19 @@ def check_lens(config: Config, state: dict[str, Any], teacher: Teacher | None) -
         raise InputError(config.lens_folder, "is not the lens that this run began with", "bring that one back")
 
 
-def check_inputs(config: Config, state: dict[str, Any], batches: Batches, ranks: Ranks) -> None:
+def check_inputs(
+    config: Config, state: dict[str, Any], batches: Batches, ranks: Ranks, fits: dict[str, str] | None = None
+) -> None:
     """Refuse to go on with other files than a checkpoint was trained on: texts, teacher, tokenizers, DeepSpeed's settings.
 
-    `state` keeps what they are; one of before some of them were kept does not have those.
+    fits: what was fitted before the first step, by its checksum. `state` keeps what they are; one of before some of them
+    were kept does not have those.
     """
     settings = config.teacher if config.losses.needs_teacher else None
     files = {} if settings is None else teacher_class(settings.kind).files(settings)
 
     def facts() -> dict[str, str]:
-        return input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config)
+        return input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config) | (fits or {})
 
     now = agreed(ranks, lambda: facts() if ranks.main else {})
     before = state.get("inputs") or now

@@ -75,16 +75,32 @@ print(model.similarity(queries, passages))""",
     def __init__(self, chain: Any, model: Any, config: DualEncoderConfig, *, student: bool = False) -> None:
         super().__init__(chain, model, config, student=student)
         self.freeze_pooler()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
         modules: list[Any] = list(self.behind)
         at = 1 + next(i for i, module in enumerate(modules) if type(module).__name__ == "Pooling")
         end = len(modules)
         while end > at and type(modules[end - 1]).__name__ == "Normalize":
             end -= 1
         self._parts = slice(0, at), slice(at, end), slice(end, None)  # up to the pooled state; then; unit length
-        if self.dim is not None:
-            self.cut(self.dim)
         # Where pooling only picks a token, the final norm is applied to what was picked.
         self._picks = at == 1 and modules[0].pooling_mode in ("cls", "lasttoken")
+        if self.dim is not None:
+            self.cut(self.dim)
+
+    def project(self, weight_TD: Tensor) -> None:
+        from sentence_transformers.base.modules import Dense
+
+        wide, narrow = weight_TD.shape
+        dense = Dense(narrow, wide, bias=False, activation_function=nn.Identity())
+        like = next(self.parameters())
+        dense.linear.weight.data = weight_TD.to(like)
+        modules = list(self.behind)
+        modules.insert(self._parts[2].start, dense.to(like.device))
+        replace_modules(self.chain, modules)
+        self.behind = nn.ModuleList(modules)
+        self._lay_out()
 
     @classmethod
     def claims(cls, path: str) -> int:

@@ -123,6 +123,12 @@ class Kind(Scorer):
             self.config.path, f"a {self.name} is not read by the first dimensions of a vector", "leave dim out"
         )
 
+    def project(self, weight_TD: Tensor) -> None:
+        """Let a linear map be the last layer that its vectors go through. Raises InputError where it has none."""
+        raise InputError(
+            self.config.path, f"a {self.name} has no last layer of vectors", "set losses.embedding.keep: false"
+        )
+
     @property
     def unit(self) -> bool:
         """Whether its vectors have length 1."""

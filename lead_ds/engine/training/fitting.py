@@ -1,0 +1,147 @@
+"""What is fitted in closed form before the first step, on a sample of both models' vectors, and kept beside the checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lead_ds.config import Config
+from lead_ds.data.batches import Batches, Window
+from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training.objective import said
+from lead_ds.errors import InputError
+from lead_ds.io.files import atomic
+from lead_ds.losses.embedding import begin_map
+from lead_ds.losses.objective import Objective
+from lead_ds.losses.vectors import Moments
+from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.scorer import Scorer
+from lead_ds.relevance import Features, VectorFeatures
+from lead_ds.teachers.teacher import Teacher
+
+FITTED = "fitted.safetensors"
+
+Taught = Callable[[Window], Features]
+"""What the teacher gives for a window's texts."""
+
+
+def taught_by(cotrained: Scorer | None, teacher: Teacher | None, ranks: Ranks) -> Taught | None:
+    """The final features of the model that is learned from, trained or not; None without one."""
+    if cotrained is not None:
+        return lambda window: _merged(said(cotrained, batch.to(ranks.device)) for batch in window.teacher)
+    return None if teacher is None else lambda window: teacher.window(window.teacher, []).final
+
+
+def keep_map(config: Config, student: Kind, taught: Taught | None, batches: Batches, ranks: Ranks) -> None:
+    """Give the student the linear map into the teacher's space as its last layer, where a loss keeps one. Every rank calls this.
+
+    Raises InputError where there are no vectors to map.
+    """
+    section = config.losses.kept
+    if section is None or taught is None:
+        return
+    window = batches.window(0)
+    widths = said(student, window.student[0].to(ranks.device)).width, taught(window).width
+    if widths[0] is None or widths[1] is None:
+        who = "student" if widths[0] is None else "teacher"
+        raise InputError("losses.embedding.keep", f"maps vectors, and the {who} gives scores", "set it to false")
+    torch.manual_seed(config.seed + 2)
+    weight_TS = begin_map(widths[0], widths[1])
+    if section.start == "ridge":
+        weight_TS = moments(student, taught, batches, ranks, section.sample).ridge()
+    agreed(ranks, lambda: student.project(weight_TS))
+
+
+def fit(
+    objective: Objective, student: Kind, taught: Taught | None, batches: Batches, ranks: Ranks, resumed: Path | None
+) -> dict[str, str]:
+    """Fit the losses that begin from a sample; what they keep, by name, with its checksum. Every rank calls this.
+
+    resumed: the folder of a run that goes on, whose own fit is read. Raises InputError where that is damaged.
+    """
+    wanted = {name: loss.sample for name, loss in objective.losses() if loss.sample}
+    if not wanted or taught is None:
+        return {}
+    if resumed is not None and ranks.from_main((resumed / FITTED).exists()):
+        agreed(ranks, lambda: load_fitted(objective, resumed / FITTED))
+    else:
+        found = moments(student, taught, batches, ranks, max(wanted.values()))
+        for name, loss in objective.losses():
+            if name in wanted:
+                loss.fit(found)
+    return {f"fitted: {name}": _checksum(x) for name, x in fitted(objective).items()}
+
+
+def fitted(objective: Objective) -> dict[str, Tensor]:
+    """What the losses keep of a fit, by name: buffers that are in no checkpoint."""
+    kept = objective.state_dict().keys()
+    return {name: x.detach().cpu().contiguous() for name, x in objective.named_buffers() if name not in kept}
+
+
+def save_fitted(objective: Objective, folder: Path) -> None:
+    """Write what the losses keep of a fit to a run's folder, with its checksum; nothing where they keep none."""
+    tensors = fitted(objective)
+    if not tensors:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / FITTED) as temporary:
+        save_file(tensors, str(temporary), metadata={name: _checksum(x) for name, x in tensors.items()})
+
+
+def load_fitted(objective: Objective, path: Path) -> None:
+    """Put what `save_fitted` wrote into the losses. Raises InputError for a file that is damaged, or of other losses."""
+    from safetensors import SafetensorError, safe_open
+
+    remedy = "bring it back, or set output= to another folder for a new run"
+    try:
+        tensors = load_file(str(path))
+        with safe_open(str(path), "pt") as file:
+            sums = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(path, f"cannot be read: {error}", remedy) from None
+    buffers = {name: x for name, x in objective.named_buffers() if name in fitted(objective)}
+    for name, buffer in buffers.items():
+        found = tensors.get(name)
+        if found is None or found.shape != buffer.shape or sums.get(name) != _checksum(found):
+            raise InputError(path, f"does not hold {name} as it was written", remedy)
+        buffer.copy_(found)
+
+
+def moments(student: Kind, taught: Taught, batches: Batches, ranks: Ranks, texts: int) -> Moments:
+    """Of the vectors that both models give for at least `texts` texts of the run's first windows, or one epoch's.
+
+    Equal on every process, and but for rounding whatever their number: all of them read the same windows' shares.
+    """
+    step = ranks.world * batches.batch_size * batches.accumulation * (1 + batches.group)
+    windows = map(batches.window, range(min(-(-texts // step), batches.steps_per_epoch)))
+    total: Moments | None = None
+    for window in windows:
+        own = _merged(said(student, batch.to(ranks.device)) for batch in window.student)
+        part = Moments.of(_texts(own, "student"), _texts(taught(window), "teacher"))
+        total = part if total is None else total + part
+    assert total is not None
+    parts = ranks.all((total.tt.numpy(), total.ts.numpy(), total.ss.numpy()))
+    return Moments(*(torch.from_numpy(sum(arrays)) for arrays in zip(*parts, strict=True)))  # type: ignore[call-overload]
+
+
+def _merged(parts: Iterator[Features]) -> Features:
+    first, *others = parts
+    return first.merged(others)
+
+
+def _texts(features: Features, who: str) -> Tensor:
+    """[B, D]: vectors of queries, then of passages."""
+    if not isinstance(features, VectorFeatures):
+        what = f"compares vectors of texts, and the {who} gives none"
+        raise InputError("losses.embedding", what, "set its weight to 0, or name a model of vectors")
+    return torch.cat([features.q_KQD[-1], features.p_KPD[-1]])
+
+
+def _checksum(x: Tensor) -> str:
+    return hashlib.blake2b(x.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
