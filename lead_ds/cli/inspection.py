@@ -109,6 +109,11 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         ),
         ("modules", ", ".join(facts["modules"]) or "none behind the transformer"),
     ]
+    adapter = facts["adapter"]
+    if adapter is not None:
+        more = "".join(f", {name}" for name in adapter["with"])
+        rank = "" if adapter["r"] is None else f" of rank {adapter['r']}"
+        lines.append(("adapter", f"{adapter['type']}{rank}{more}, merged into {adapter['base']}"))
     if facts["pooling"] is not None:
         lines.append(("pooling", facts["pooling"]))
     if facts["vector_width"] is not None:

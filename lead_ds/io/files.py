@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lead_ds.errors import InputError, RunError
+from lead_ds.io.adapters import adapter_of
 from lead_ds.io.mapped import cached_arrays, signature
 
 # What decides a model's vectors, in a Hugging Face or sentence-transformers directory.
@@ -128,10 +129,20 @@ def model_checksum(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
-    return checksum(model_files(folder), lambda file: file.relative_to(folder).as_posix())
+    files = model_files(folder)
+    names = {file: name for name, file in files.items()}
+    return checksum(files.values(), names.__getitem__)
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The files that decide what a model's directory computes, sorted."""
-    files = {file for pattern in _MODEL_FILES for file in folder.glob(f"**/{pattern}")}
-    return sorted(file for file in files if file.is_file() and file.name not in _PER_MODEL)
+def model_files(folder: Path) -> dict[str, Path]:
+    """The files that decide what a model's directory computes, by name and sorted; of an adapter, its base's too."""
+    found = {file for pattern in _MODEL_FILES for file in folder.glob(f"**/{pattern}")}
+    files = {
+        file.relative_to(folder).as_posix(): file
+        for file in sorted(found)
+        if file.is_file() and file.name not in _PER_MODEL
+    }
+    adapter = adapter_of(str(folder))
+    if adapter is not None and adapter.base != adapter.folder:
+        files |= {f"base/{name}": file for name, file in model_files(adapter.base).items()}
+    return files

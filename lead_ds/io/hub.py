@@ -1,9 +1,14 @@
-"""Files of a model, wherever it is: a local directory, the local cache of the hub, or the hub."""
+"""The hub: whether it answers, one file of a repository, or all that a model is loaded from."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+
+from lead_ds.errors import InputError
+
+# What is never read of a repository: the same weights in other formats.
+_OTHERS = ("*.onnx*", "*.gguf", "*.h5", "*.msgpack", "*.ot", "onnx/*", "openvino/*", "original/*", "*.pth")
 
 
 @functools.cache
@@ -25,11 +30,8 @@ def hub_settings(path: str) -> dict[str, bool]:
     return {"local_files_only": Path(path).expanduser().is_dir() or not _hub_answers()}
 
 
-def find_file(path: str, name: str) -> Path | None:
-    """A file of a local directory or a hub repository; None where it is absent or the hub cannot be reached."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
+def hub_file(path: str, name: str) -> Path | None:
+    """A file of a hub repository; None where it is absent or the hub cannot be reached."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -44,3 +46,19 @@ def find_file(path: str, name: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return None if found is None else Path(found)
+
+
+@functools.cache
+def hub_folder(path: str, revision: str | None) -> Path:
+    """The local folder of a hub repository, downloaded where it has to be. Raises InputError where it is not to be had.
+
+    Weights that come as pickle are left out where there are others.
+    """
+    from huggingface_hub import snapshot_download
+
+    safe = any(hub_file(path, name) for name in ("model.safetensors", "model.safetensors.index.json"))
+    ignored = [*_OTHERS, *(["*.bin"] if safe else [])]
+    try:
+        return Path(snapshot_download(path, revision=revision, ignore_patterns=ignored, **hub_settings(path)))
+    except Exception as error:  # whatever the HTTP library of the day raises
+        raise InputError(path, "it is not to be had from the hub", "check the name and the network") from error

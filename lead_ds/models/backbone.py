@@ -6,7 +6,6 @@ a parameter's shape or data without gathering it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,11 @@ import torch
 from torch import nn
 
 from lead_ds.errors import InputError
-from lead_ds.io.hub import find_file, hub_settings
+from lead_ds.io.hub import hub_settings
+from lead_ds.io.located import find_file, located
 from lead_ds.models.files import transformer_folder
+from lead_ds.models.merging import merge_adapter
+from lead_ds.models.quiet import quiet
 from lead_ds.settings.model import ModelConfig
 
 Family = Literal["base", "classifier", "causal"]
@@ -35,7 +37,7 @@ def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
         subfolder = transformer_folder(config.path)
     with _told(config):
         shape = AutoConfig.from_pretrained(
-            config.path,
+            located(config.path),
             subfolder=subfolder,
             trust_remote_code=config.trust_remote_code,
             **hub_settings(config.path),
@@ -56,6 +58,8 @@ def load_model(
     """
     import transformers
 
+    if config.weights == "pretrained":
+        merge_adapter(config.path, trust_remote_code=config.trust_remote_code, allow_pickle=config.allow_pickle)
     subfolder = transformer_folder(config.path)
     shape = read_model_config(config, subfolder)
     if depth is not None:
@@ -77,7 +81,7 @@ def load_model(
             return auto.from_config(shape, **settings).eval()
         settings |= hub_settings(config.path) | {"config": shape, "subfolder": subfolder, "output_loading_info": True}
         settings["use_safetensors"] = None if config.allow_pickle else True
-        model, info = auto.from_pretrained(config.path, **settings)
+        model, info = auto.from_pretrained(located(config.path), **settings)
         missing = _missing(info)
     lost = _backbone_missing(model, missing)
     if lost:
@@ -249,20 +253,3 @@ def _pickle_only(config: ModelConfig) -> bool:
         return False
     pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
     return any(find_file(config.path, prefix + name) for name in pickles)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loading reports and progress bars only where a person watches; what matters in them is raised as errors."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

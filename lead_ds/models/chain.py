@@ -17,9 +17,11 @@ from torch import nn
 
 from lead_ds.data.tokens.tokenizer import blank_tokenizer, load_tokenizer
 from lead_ds.errors import InputError, LeadError
-from lead_ds.io.hub import find_file, hub_settings
-from lead_ds.models.backbone import Family, quiet, read_model_config
+from lead_ds.io.hub import hub_settings
+from lead_ds.io.located import find_file, located
+from lead_ds.models.backbone import Family, read_model_config
 from lead_ds.models.files import family_of, read_json, saved_modules, transformer_folder
+from lead_ds.models.quiet import quiet
 from lead_ds.settings.model import ModelConfig
 
 _TASKS: dict[Family, str] = {
@@ -49,10 +51,10 @@ def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text:
     weights = not text and config.weights == "pretrained"
     with _told(config), quiet(), _apart(config, shape, text=text, weights=weights):
         if saved:
-            return getattr(sentence_transformers, family)(config.path, **where, **settings)
+            return getattr(sentence_transformers, family)(located(config.path), **where, **settings)
         inside = where | {"subfolder": folder}
         transformer = Transformer(
-            config.path,
+            located(config.path),
             transformer_task=_TASKS[head],  # type: ignore[arg-type]
             config_kwargs=dict(inside),
             processor_kwargs=dict(inside),

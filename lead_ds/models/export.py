@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lead_ds.errors import InputError, LeadError, RunError
-from lead_ds.io.hub import find_file
-from lead_ds.models.backbone import quiet
+from lead_ds.io.located import find_file
 from lead_ds.models.files import RECORD
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import load_encoder
 from lead_ds.models.onnx_file import VECTOR, OnnxEncoder, require, write_probes
+from lead_ds.models.quiet import quiet
 from lead_ds.models.student_dir import whole_folder, write_student
 
 if TYPE_CHECKING:

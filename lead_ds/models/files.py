@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.errors import InputError
-from lead_ds.io.hub import find_file
+from lead_ds.io.located import find_file
 
 RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale, prompts of pairs
 

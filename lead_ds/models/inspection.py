@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.io.hub import find_file
+from lead_ds.io.located import find_file
 from lead_ds.models.files import RECORD, family_of, read_json, transformer_folder
 from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.load import kind_of, load_scorer
+from lead_ds.models.merging import adapter_facts, merge_adapter
 from lead_ds.settings.parse import apply_override, parse_section
 
 _WHOLE = 1 << 30  # longer than any text: nothing is cut
@@ -37,6 +38,8 @@ def inspect_model(path: str, settings: Sequence[str] = (), kind: str | None = No
     """
     why = "--kind" if kind is not None else kind_reason(path)
     name = kind or kind_of(path)
+    allowed = {key: f"{key}=true" in settings for key in ("trust_remote_code", "allow_pickle")}
+    merge_adapter(path, **allowed)
     saved = weight_dtypes(path)
     own = _DTYPES.get(saved[0], "fp32") if len(saved) == 1 else "fp32"
     scorer, encoder = load_scorer(path, name, [f"dtype={own}", *settings])
@@ -49,6 +52,7 @@ def inspect_model(path: str, settings: Sequence[str] = (), kind: str | None = No
         "kind": scorer.name,
         "kind_from": why,
         "architecture": (shape.architectures or [type(scorer.model).__name__])[0],
+        "adapter": adapter_facts(path),
         "layers": scorer.num_layers,
         "width": scorer.width,
         "parameters": sum(p.numel() for p in scorer.parameters()),

@@ -12,10 +12,10 @@ from torch import Tensor
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_settings
-from lead_ds.models.backbone import quiet
 from lead_ds.models.files import family_of
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.labels import relevance_logit
+from lead_ds.models.quiet import quiet
 
 TOLERANCE = 2e-5  # of the largest value, or of 1 where that is smaller
 

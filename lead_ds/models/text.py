@@ -9,6 +9,7 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.tokenizer import load_tokenizer
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_settings
+from lead_ds.io.located import located
 from lead_ds.models.chain import open_chain
 from lead_ds.models.files import RECORD, family_of, read_json, transformer_folder
 from lead_ds.settings.model import ModelConfig
@@ -110,7 +111,10 @@ def _shape(config: ModelConfig, folder: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(
-            config.path, subfolder=folder, trust_remote_code=config.trust_remote_code, **hub_settings(config.path)
+            located(config.path),
+            subfolder=folder,
+            trust_remote_code=config.trust_remote_code,
+            **hub_settings(config.path),
         )
     except Exception:  # whatever is wrong with it, loading the model reports; the tokenizer may do without
         return None

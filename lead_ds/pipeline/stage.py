@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lead_ds.errors import RunError
 from lead_ds.io.files import write_json
-from lead_ds.pipeline.fingerprints import ABSENT, Fingerprints, digest
+from lead_ds.io.fingerprints import ABSENT, Fingerprints, digest
 
 RECORD, LOG = "stage.json", "log.txt"
 State = Literal["done", "to resume", "to do"]

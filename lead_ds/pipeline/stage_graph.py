@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lead_ds.pipeline.fingerprints import Fingerprints, digest
+from lead_ds.io.fingerprints import Fingerprints, digest
 from lead_ds.pipeline.settings import existing
 from lead_ds.pipeline.stage import Stage
 from lead_ds.settings.documents import in_yaml

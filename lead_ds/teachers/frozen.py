@@ -23,6 +23,7 @@ from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.backbone import cut_shape
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_config
+from lead_ds.models.merging import merge_adapter
 from lead_ds.models.packing_check import check_packing
 from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
@@ -54,12 +55,16 @@ class FrozenTeacher(Teacher):
     def files(cls, settings: TeacherRole) -> dict[str, Path]:
         """See `Teacher`: those of a model in a folder."""
         folder = Path(settings.path)
-        return {str(file.relative_to(folder)): file for file in model_files(folder)} if folder.is_dir() else {}
+        return model_files(folder) if folder.is_dir() else {}
 
     @classmethod
     def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
         """See `Teacher`: tokens. Where it is trained or its attention is read, of the student's micro-batches, one by one."""
         settings, train = lesson.teacher, lesson.train
+        if settings.weights == "pretrained":  # now, while every process may fail alone
+            merge_adapter(
+                settings.path, trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle
+            )
         encoder = load_text(settings)
         open_lens(settings, lesson.lens_folder, lesson.seed, encoder)  # reported before any model is loaded
         tapped = "attention" in lesson.losses.needs

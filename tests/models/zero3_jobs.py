@@ -117,3 +117,32 @@ def student(path: str, pooling: Any, checkpointing: bool, folder: str) -> dict[s
 def _loss(output: Output) -> Tensor:
     assert output.layers is not None
     return output.layers.relevance().logits.square().mean() - output.final.relevance().logits.diagonal(0, 1, 2).mean()
+
+
+def adapter(path: str, base: str) -> dict[str, Any]:
+    """The layers of an adapter's sharded teacher beside those of peft's model, whole and not merged, and of the base's."""
+    import deepspeed
+    import peft
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    with ranks() as here:
+        config = TeacherConfig(kind="dual_encoder", path=path, pooling="mean")
+        scope = HfDeepSpeedConfig(_tree(torch.float32))
+        sharded = load_teacher(config, torch.float32).requires_grad_(False)
+        del scope
+        unset_hf_deepspeed_config()
+        engine = deepspeed.initialize(model=sharded, config=_tree(torch.float32))[0]
+        engine.eval()
+        tokens, layers = tokens_of((5, 12), seed=here.rank), (0, 1, 2)
+        plain = config.model_copy(update={"path": base})
+        adapted = load_teacher(plain, torch.float32)
+        peft.PeftModel.from_pretrained(adapted.model, path)  # it puts its layers into the model itself
+        with torch.no_grad():
+            ours, theirs = engine(tokens=tokens, layers=layers), adapted(tokens=tokens, layers=layers)
+            alone = load_teacher(plain, torch.float32)(tokens=tokens, layers=layers)
+        return {
+            "sharded": all(hasattr(p, "ds_id") for p in sharded.parameters()),
+            "worst": float((ours - theirs).abs().max()),
+            "unlike_base": float((ours - alone).abs().max()),
+        }

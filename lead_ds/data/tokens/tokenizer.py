@@ -10,6 +10,7 @@ from typing import Any
 
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_settings
+from lead_ds.io.located import located
 
 _TOKENIZER_FILE = re.compile(r".*token.*\.(json|model)$|vocab|.*\.model$|tekken")
 
@@ -18,7 +19,7 @@ def load_tokenizer(path: str, subfolder: str = "", trust_remote_code: bool = Fal
     """The tokenizer of a local directory or hub repository, with a pad token. Raises InputError when there is none."""
     from transformers import AutoTokenizer
 
-    folder = Path(path).expanduser()
+    folder = Path(located(path)).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise InputError(path, "no such folder", "path is a model's directory, or its name on the Hugging Face hub")
     if folder.is_dir() and not any(file.is_file() and _TOKENIZER_FILE.match(file.name) for file in folder.glob("**/*")):

@@ -15,6 +15,7 @@ from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError, LeadError
 from lead_ds.io.facts import flat
+from lead_ds.io.files import model_files
 from lead_ds.io.provenance import versions
 from lead_ds.settings.meaning import means
 from lead_ds.settings.run import Run
@@ -90,11 +91,10 @@ def facts(config: Any) -> dict[str, str]:
     for model in ("student", "teacher"):
         section = getattr(config, model)
         if section is not None and os.path.isdir(section.path):
-            folder = Path(section.path)
-            for file in sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".txt", ".safetensors", ".model")):
+            for file_name, file in model_files(Path(section.path)).items():
                 content = summary(file)
                 if content is not None:
-                    found[f"{model}: {file.relative_to(folder)}"] = content
+                    found[f"{model}: {file_name}"] = content
     lens = summary(config.lens_folder / "lens.json")  # which holds the checksum of all of it
     return found if lens is None else {**found, "tuned lens": lens}
 

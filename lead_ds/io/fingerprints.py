@@ -46,7 +46,7 @@ class Fingerprints:
         folder = Path(path)
         if not folder.is_dir():
             return f"hub {path}"
-        return digest({file.relative_to(folder).as_posix(): self.file(file) for file in model_files(folder)})
+        return digest({name: self.file(file) for name, file in model_files(folder).items()})
 
     def save(self) -> None:
         """Remember for the next time; a folder that cannot be written to is read again then."""
