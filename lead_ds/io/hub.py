@@ -57,8 +57,8 @@ def hub_folder(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     safe = any(hub_file(path, name) for name in ("model.safetensors", "model.safetensors.index.json"))
-    ignored = [*_OTHERS, *(["*.bin"] if safe else [])]
+    ignored, alone = [*_OTHERS, *(["*.bin"] if safe else [])], hub_settings(path)["local_files_only"]
     try:
-        return Path(snapshot_download(path, revision=revision, ignore_patterns=ignored, **hub_settings(path)))
+        return Path(snapshot_download(path, revision=revision, ignore_patterns=ignored, local_files_only=alone))
     except Exception as error:  # whatever the HTTP library of the day raises
         raise InputError(path, "it is not to be had from the hub", "check the name and the network") from error

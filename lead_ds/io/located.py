@@ -110,9 +110,9 @@ def _fill(adapter: Adapter, base: Path, made: Path) -> None:
     config = made / at / "config.json"
     if config.is_file():
         shape = json.loads(config.read_text("utf-8"))
-        name = architecture(adapter.settings, shape)
-        if name is not None:
-            config.write_text(json.dumps(shape | {"architectures": [name]}, indent=2) + "\n", "utf-8")
+        trained_on = architecture(adapter.settings, shape)
+        if trained_on is not None:
+            config.write_text(json.dumps(shape | {"architectures": [trained_on]}, indent=2) + "\n", "utf-8")
 
 
 def architecture(settings: dict[str, Any], shape: dict[str, Any]) -> str | None:
@@ -120,7 +120,7 @@ def architecture(settings: dict[str, Any], shape: dict[str, Any]) -> str | None:
     from transformers.models.auto import modeling_auto as auto
 
     task = settings.get("task_type")
-    names = {
+    names: dict[str, Any] = {
         "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "FEATURE_EXTRACTION": auto.MODEL_MAPPING_NAMES,

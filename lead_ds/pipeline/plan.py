@@ -9,8 +9,8 @@ from typing import Any
 
 from lead_ds.config import Config, load_config
 from lead_ds.errors import InputError
-from lead_ds.models.kinds.kind import KINDS, kinds_that
 from lead_ds.io.fingerprints import Fingerprints
+from lead_ds.models.kinds.kind import KINDS, kinds_that
 from lead_ds.pipeline.settings import deciding, existing, flat, options_of
 from lead_ds.pipeline.stage_graph import Made, Reads, StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
