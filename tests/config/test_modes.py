@@ -35,7 +35,7 @@ def modes_of(loss: str) -> Modes | None:
     return next((mark for mark in field.metadata if isinstance(mark, Modes)), None)
 
 
-SELECTING = [loss for loss in LOSSES if modes_of(loss) is not None]
+SELECTING = [loss for loss in LOSSES if (modes := modes_of(loss)) is not None and modes.key == "select"]
 CASES = [
     (loss, mode, name)
     for loss in SELECTING
