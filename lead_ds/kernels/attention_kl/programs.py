@@ -15,6 +15,8 @@ Dimensions: K pairs, B texts, H heads, L tokens, d width of a head.
 import triton
 import triton.language as tl
 
+from lead_ds.kernels.attention_kl.visible import bounds_of, is_real, load_tokens, pick, seeing_rows, sees, visible_keys
+
 # Finite, so that a row of hidden keys stays free of NaN.
 _HIDDEN = tl.constexpr(-1e30)
 # The log-sum-exp of a row that does not count: every probability recomputed from it is exactly 0.
@@ -46,129 +48,6 @@ def bounds_kernel(mask_ptr, bounds_ptr, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pick(pointers, pair, PAIRS: tl.constexpr):
-    """The tensor of a layer pair, out of a tuple (or the only one)."""
-    if PAIRS == 1:
-        return pointers
-    else:
-        chosen = pointers[0]
-        for i in tl.static_range(1, PAIRS):
-            chosen = tl.where(pair == i, pointers[i], chosen)
-        return chosen
-
-
-@triton.jit
-def _bounds(bounds_ptr, text, length, HAS_MASK: tl.constexpr):
-    if HAS_MASK:
-        low = tl.load(bounds_ptr + text * 4)
-        high = tl.load(bounds_ptr + text * 4 + 1)
-        solid = tl.load(bounds_ptr + text * 4 + 2)
-    else:
-        low = 0
-        high = length
-        solid = 1
-    return low, high, solid
-
-
-@triton.jit
-def _span(low, high, inner_low, inner_high, BLOCK: tl.constexpr):
-    """Tiles that cover [low, high), and among them those that lie in [inner_low, inner_high) and need no masks."""
-    first = low // BLOCK
-    last = tl.maximum(first, (high + BLOCK - 1) // BLOCK)
-    inner_first = tl.minimum(tl.maximum((inner_low + BLOCK - 1) // BLOCK, first), last)
-    inner_last = tl.maximum(inner_first, tl.minimum(inner_high // BLOCK, last))
-    return first, inner_first, inner_last, last
-
-
-@triton.jit
-def _visible_keys(
-    start,
-    low,
-    high,
-    solid,
-    window,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Key tiles that rows start .. start + ROWS - 1 see; none if no row is real."""
-    high = tl.where((start >= high) | (start + ROWS <= low), low, high)
-    inner_low = low
-    inner_high = high
-    if CAUSAL:
-        high = tl.minimum(high, start + ROWS)
-        inner_high = tl.minimum(inner_high, start + 1)
-    if WINDOWED:
-        low = tl.maximum(low, start - window)
-        high = tl.minimum(high, start + ROWS + window)
-        inner_low = tl.maximum(inner_low, start + ROWS - 1 - window)
-        inner_high = tl.minimum(inner_high, start + window + 1)
-    inner_high = tl.where(solid != 0, inner_high, inner_low)
-    return _span(low, high, inner_low, inner_high, KEYS)
-
-
-@triton.jit
-def _seeing_rows(
-    start,
-    low,
-    high,
-    solid,
-    window,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Row tiles that see keys start .. start + KEYS - 1; none if no key is real."""
-    high = tl.where((start >= high) | (start + KEYS <= low), low, high)
-    inner_low = low
-    inner_high = high
-    if CAUSAL:
-        low = tl.maximum(low, start)
-        inner_low = tl.maximum(inner_low, start + KEYS - 1)
-    if WINDOWED:
-        low = tl.maximum(low, start - window)
-        high = tl.minimum(high, start + KEYS + window)
-        inner_low = tl.maximum(inner_low, start + KEYS - 1 - window)
-        inner_high = tl.minimum(inner_high, start + window + 1)
-    inner_high = tl.where(solid != 0, inner_high, inner_low)
-    return _span(low, high, inner_low, inner_high, ROWS)
-
-
-@triton.jit
-def _real(mask_ptr, text, token, length, HAS_MASK: tl.constexpr):
-    real = token < length
-    if HAS_MASK:
-        real = tl.load(mask_ptr + text.to(tl.int64) * length + token, mask=real, other=0) != 0
-    return real
-
-
-@triton.jit
-def _load(base, token, stride, width, real, MASKED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens' vectors [tokens, BLOCK]; where masked, tokens that are not real are 0, for they may hold NaN."""
-    column = tl.arange(0, BLOCK)
-    place = base + token[:, None] * stride + column[None, :]
-    if MASKED and EVEN:
-        return tl.load(place, mask=real[:, None], other=0.0)
-    elif MASKED:
-        return tl.load(place, mask=real[:, None] & (column < width)[None, :], other=0.0)
-    elif EVEN:
-        return tl.load(place)
-    else:
-        return tl.load(place, mask=(column < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _visible(row, key, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Whether a row sees a key by position, for shapes that broadcast."""
-    seen = key <= row if CAUSAL else key == key
-    if WINDOWED:
-        seen = seen & (tl.abs(row - key) <= window)
-    return seen
-
-
-@triton.jit
 def _advance(
     state, t_q, s_q, t_k_base, s_k_base, mask_ptr, text, row, start, t_stride, s_stride, t_width, s_width, t_scale,
     s_scale, length, window, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -178,13 +57,13 @@ def _advance(
     """The forward's sums over one more tile of keys."""
     m_t, l_t, m_s, l_s, w = state
     key = start + tl.arange(0, KEYS)
-    real = _real(mask_ptr, text, key, length, HAS_MASK) if MASKED else key >= 0
-    t_k = _load(t_k_base, key, t_stride, t_width, real, MASKED, EVEN_T, T_BLOCK)
-    s_k = _load(s_k_base, key, s_stride, s_width, real, MASKED, EVEN_S, S_BLOCK)
+    real = is_real(mask_ptr, text, key, length, HAS_MASK) if MASKED else key >= 0
+    t_k = load_tokens(t_k_base, key, t_stride, t_width, real, MASKED, EVEN_T, T_BLOCK)
+    s_k = load_tokens(s_k_base, key, s_stride, s_width, real, MASKED, EVEN_S, S_BLOCK)
     t = tl.dot(t_q, tl.trans(t_k), input_precision=PRECISION) * t_scale
     s = tl.dot(s_q, tl.trans(s_k), input_precision=PRECISION) * s_scale
     if MASKED:
-        seen = real[None, :] & _visible(row[:, None], key[None, :], window, CAUSAL, WINDOWED)
+        seen = real[None, :] & sees(row[:, None], key[None, :], window, CAUSAL, WINDOWED)
         t = tl.where(seen, t, _HIDDEN)
         s = tl.where(seen, s, _HIDDEN)
     new_t = tl.maximum(m_t, tl.max(t, axis=1))
@@ -217,16 +96,16 @@ def forward_kernel(
     start = (tl.program_id(0) % tiles) * ROWS
     row = start + tl.arange(0, ROWS)
     wide_text = text.to(tl.int64)
-    tq = _pick(tq_ptr, pair, PAIRS) + wide_text * tq_b + head * tq_h
-    sq = _pick(sq_ptr, pair, PAIRS) + wide_text * sq_b + head * sq_h
-    tk = _pick(tk_ptr, pair, PAIRS) + wide_text * tk_b + (head // t_group) * tk_h
-    sk = _pick(sk_ptr, pair, PAIRS) + wide_text * sk_b + (head // s_group) * sk_h
+    tq = pick(tq_ptr, pair, PAIRS) + wide_text * tq_b + head * tq_h
+    sq = pick(sq_ptr, pair, PAIRS) + wide_text * sq_b + head * sq_h
+    tk = pick(tk_ptr, pair, PAIRS) + wide_text * tk_b + (head // t_group) * tk_h
+    sk = pick(sk_ptr, pair, PAIRS) + wide_text * sk_b + (head // s_group) * sk_h
 
-    row_real = _real(mask_ptr, text, row, length, HAS_MASK)
-    t_q = _load(tq, row, tq_l, t_width, row_real, True, EVEN_T, T_BLOCK)
-    s_q = _load(sq, row, sq_l, s_width, row_real, True, EVEN_S, S_BLOCK)
-    low, high, solid = _bounds(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = _visible_keys(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
+    row_real = is_real(mask_ptr, text, row, length, HAS_MASK)
+    t_q = load_tokens(tq, row, tq_l, t_width, row_real, True, EVEN_T, T_BLOCK)
+    s_q = load_tokens(sq, row, sq_l, s_width, row_real, True, EVEN_S, S_BLOCK)
+    low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
+    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
 
     nothing = tl.full([ROWS], _HIDDEN, dtype=tl.float32)
     zero = tl.zeros([ROWS], dtype=tl.float32)
@@ -268,13 +147,13 @@ def _query_gradient(
 ):  # fmt: skip
     """(R - P) K over one more tile of keys."""
     key = start + tl.arange(0, KEYS)
-    real = _real(mask_ptr, text, key, length, HAS_MASK) if MASKED else key >= 0
-    t_k = _load(t_k_base, key, t_stride, t_width, real, MASKED, EVEN_T, T_BLOCK)
-    s_k = _load(s_k_base, key, s_stride, s_width, real, MASKED, EVEN_S, S_BLOCK)
+    real = is_real(mask_ptr, text, key, length, HAS_MASK) if MASKED else key >= 0
+    t_k = load_tokens(t_k_base, key, t_stride, t_width, real, MASKED, EVEN_T, T_BLOCK)
+    s_k = load_tokens(s_k_base, key, s_stride, s_width, real, MASKED, EVEN_S, S_BLOCK)
     t = tl.dot(t_q, tl.trans(t_k), input_precision=PRECISION) * t_scale
     s = tl.dot(s_q, tl.trans(s_k), input_precision=PRECISION) * s_scale
     if MASKED:
-        seen = real[None, :] & _visible(row[:, None], key[None, :], window, CAUSAL, WINDOWED)
+        seen = real[None, :] & sees(row[:, None], key[None, :], window, CAUSAL, WINDOWED)
         t = tl.where(seen, t, _HIDDEN)
         s = tl.where(seen, s, _HIDDEN)
     difference = tl.exp2(s - s_lse[:, None]) - tl.exp2(t - t_lse[:, None])
@@ -298,20 +177,20 @@ def query_gradient_kernel(
     start = (tl.program_id(0) % tiles) * ROWS
     row = start + tl.arange(0, ROWS)
     wide_text = text.to(tl.int64)
-    tq = _pick(tq_ptr, pair, PAIRS) + wide_text * tq_b + head * tq_h
-    sq = _pick(sq_ptr, pair, PAIRS) + wide_text * sq_b + head * sq_h
-    tk = _pick(tk_ptr, pair, PAIRS) + wide_text * tk_b + (head // t_group) * tk_h
-    sk = _pick(sk_ptr, pair, PAIRS) + wide_text * sk_b + (head // s_group) * sk_h
-    dq = _pick(dq_ptr, pair, PAIRS) + wide_text * dq_b + head * dq_h
+    tq = pick(tq_ptr, pair, PAIRS) + wide_text * tq_b + head * tq_h
+    sq = pick(sq_ptr, pair, PAIRS) + wide_text * sq_b + head * sq_h
+    tk = pick(tk_ptr, pair, PAIRS) + wide_text * tk_b + (head // t_group) * tk_h
+    sk = pick(sk_ptr, pair, PAIRS) + wide_text * sk_b + (head // s_group) * sk_h
+    dq = pick(dq_ptr, pair, PAIRS) + wide_text * dq_b + head * dq_h
 
-    row_real = _real(mask_ptr, text, row, length, HAS_MASK)
-    t_q = _load(tq, row, tq_l, t_width, row_real, True, EVEN_T, T_BLOCK)
-    s_q = _load(sq, row, sq_l, s_width, row_real, True, EVEN_S, S_BLOCK)
+    row_real = is_real(mask_ptr, text, row, length, HAS_MASK)
+    t_q = load_tokens(tq, row, tq_l, t_width, row_real, True, EVEN_T, T_BLOCK)
+    s_q = load_tokens(sq, row, sq_l, s_width, row_real, True, EVEN_S, S_BLOCK)
     saved = (pair.to(tl.int64) * texts * heads + place) * length + row
     t_lse = tl.load(t_lse_ptr + saved, mask=row < length, other=_NO_ROW)
     s_lse = tl.load(s_lse_ptr + saved, mask=row < length, other=_NO_ROW)
-    low, high, solid = _bounds(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = _visible_keys(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
+    low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
+    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
 
     total = tl.zeros([ROWS, S_BLOCK], dtype=tl.float32)
     for tile in range(inner_first, inner_last):
@@ -342,9 +221,9 @@ def _key_gradient(
 ):  # fmt: skip
     """(R - P)^T Q over one more tile of rows; rows that do not count have probabilities of exactly 0."""
     row = start + tl.arange(0, ROWS)
-    real = _real(mask_ptr, text, row, length, HAS_MASK) if MASKED else row >= 0
-    t_q = _load(tq, row, tq_l, t_width, real, MASKED, EVEN_T, T_BLOCK)
-    s_q = _load(sq, row, sq_l, s_width, real, MASKED, EVEN_S, S_BLOCK)
+    real = is_real(mask_ptr, text, row, length, HAS_MASK) if MASKED else row >= 0
+    t_q = load_tokens(tq, row, tq_l, t_width, real, MASKED, EVEN_T, T_BLOCK)
+    s_q = load_tokens(sq, row, sq_l, s_width, real, MASKED, EVEN_S, S_BLOCK)
     if MASKED:
         t_lse = tl.load(t_lse_ptr + row, mask=row < length, other=_NO_ROW)
         s_lse = tl.load(s_lse_ptr + row, mask=row < length, other=_NO_ROW)
@@ -354,7 +233,7 @@ def _key_gradient(
     t = tl.dot(t_k, tl.trans(t_q), input_precision=PRECISION) * t_scale
     s = tl.dot(s_k, tl.trans(s_q), input_precision=PRECISION) * s_scale
     if MASKED and (CAUSAL or WINDOWED):
-        seen = _visible(row[None, :], key[:, None], window, CAUSAL, WINDOWED)
+        seen = sees(row[None, :], key[:, None], window, CAUSAL, WINDOWED)
         t = tl.where(seen, t, _HIDDEN)
         s = tl.where(seen, s, _HIDDEN)
     difference = tl.exp2(s - s_lse[None, :]) - tl.exp2(t - t_lse[None, :])
@@ -386,22 +265,22 @@ def key_gradient_kernel(
     start = (tl.program_id(0) % tiles) * KEYS
     key = start + tl.arange(0, KEYS)
     wide_text = text.to(tl.int64)
-    tq_text = _pick(tq_ptr, pair, PAIRS) + wide_text * tq_b
-    sq_text = _pick(sq_ptr, pair, PAIRS) + wide_text * sq_b
-    tk_text = _pick(tk_ptr, pair, PAIRS) + wide_text * tk_b
-    sk = _pick(sk_ptr, pair, PAIRS) + wide_text * sk_b + key_head * sk_h
-    dk = _pick(dk_ptr, pair, PAIRS) + wide_text * dk_b + key_head * dk_h
+    tq_text = pick(tq_ptr, pair, PAIRS) + wide_text * tq_b
+    sq_text = pick(sq_ptr, pair, PAIRS) + wide_text * sq_b
+    tk_text = pick(tk_ptr, pair, PAIRS) + wide_text * tk_b
+    sk = pick(sk_ptr, pair, PAIRS) + wide_text * sk_b + key_head * sk_h
+    dk = pick(dk_ptr, pair, PAIRS) + wide_text * dk_b + key_head * dk_h
     gradient = tl.load(grad_ptr + pair) * grad_scale
 
-    key_real = _real(mask_ptr, text, key, length, HAS_MASK)
-    s_k = _load(sk, key, sk_l, s_width, key_real, True, EVEN_S, S_BLOCK)
-    low, high, solid = _bounds(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = _seeing_rows(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
+    key_real = is_real(mask_ptr, text, key, length, HAS_MASK)
+    s_k = load_tokens(sk, key, sk_l, s_width, key_real, True, EVEN_S, S_BLOCK)
+    low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
+    first, inner_first, inner_last, last = seeing_rows(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
 
     total = tl.zeros([KEYS, S_BLOCK], dtype=tl.float32)
     for member in range(s_group):
         head = key_head * s_group + member
-        t_k = _load(tk_text + (head // t_group) * tk_h, key, tk_l, t_width, key_real, True, EVEN_T, T_BLOCK)
+        t_k = load_tokens(tk_text + (head // t_group) * tk_h, key, tk_l, t_width, key_real, True, EVEN_T, T_BLOCK)
         tq = tq_text + head * tq_h
         sq = sq_text + head * sq_h
         saved = (pair.to(tl.int64) * texts * heads + text * heads + head) * length

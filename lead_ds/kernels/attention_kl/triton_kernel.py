@@ -20,7 +20,8 @@ from lead_ds.kernels.attention_kl.programs import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from lead_ds.kernels.dispatch import ADA, AMPERE, CDNA, HOPPER, float32_dot_precision, shared_memory, tiles_for
+from lead_ds.kernels.attention_kl.tiles import TABLE, Tiles
+from lead_ds.kernels.dispatch import float32_dot_precision, shared_memory, tiles_for
 from lead_ds.kernels.launch import launch
 
 # Wider heads leave no tile whose accumulators fit the registers.
@@ -33,117 +34,6 @@ _BOUNDS_BLOCK = 256
 
 _LN_2 = log(2)
 _LOG2_E = log2(e)
-
-
-class Tiles(NamedTuple):
-    """Query rows and keys of a tile, warps and pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# By kernel ("both": dK with the atomic dQ), element size and the wider of the two head dimensions, up to the given one:
-# the largest tiles that compile without spilling registers.
-_TABLE: dict[int, dict[tuple[str, int, int], Tiles]] = {
-    CDNA: {
-        ("forward", 2, 64): Tiles(64, 64, 4, 1),
-        ("forward", 2, 128): Tiles(64, 32, 4, 1),
-        ("forward", 2, 256): Tiles(32, 32, 4, 1),
-        ("forward", 4, 64): Tiles(32, 32, 4, 1),
-        ("forward", 4, 128): Tiles(16, 32, 4, 1),
-        ("forward", 4, 256): Tiles(16, 16, 4, 1),
-        ("dq", 2, 64): Tiles(64, 32, 4, 1),
-        ("dq", 2, 128): Tiles(32, 32, 4, 1),
-        ("dq", 2, 256): Tiles(32, 16, 4, 1),
-        ("dq", 4, 64): Tiles(32, 32, 4, 1),
-        ("dq", 4, 128): Tiles(16, 32, 4, 1),
-        ("dq", 4, 256): Tiles(16, 16, 4, 1),
-        ("dk", 2, 64): Tiles(32, 64, 4, 1),
-        ("dk", 2, 128): Tiles(32, 32, 4, 1),
-        ("dk", 2, 256): Tiles(16, 32, 4, 1),
-        ("dk", 4, 64): Tiles(32, 32, 4, 1),
-        ("dk", 4, 128): Tiles(32, 16, 4, 1),
-        ("dk", 4, 256): Tiles(16, 16, 4, 1),
-        ("both", 2, 64): Tiles(32, 32, 4, 1),
-        ("both", 2, 128): Tiles(16, 32, 4, 1),
-        ("both", 4, 64): Tiles(16, 32, 4, 1),
-        ("both", 4, 128): Tiles(16, 16, 8, 1),
-    },
-    ADA: {
-        ("forward", 2, 64): Tiles(64, 64, 4, 2),
-        ("forward", 2, 128): Tiles(64, 32, 4, 2),
-        ("forward", 2, 256): Tiles(32, 32, 8, 1),
-        ("forward", 4, 64): Tiles(32, 32, 8, 1),
-        ("forward", 4, 128): Tiles(16, 32, 8, 1),
-        ("forward", 4, 256): Tiles(16, 16, 8, 1),
-        ("dq", 2, 64): Tiles(64, 32, 4, 2),
-        ("dq", 2, 128): Tiles(64, 32, 8, 2),
-        ("dq", 2, 256): Tiles(32, 32, 8, 1),
-        ("dq", 4, 64): Tiles(32, 32, 8, 1),
-        ("dq", 4, 128): Tiles(16, 16, 8, 1),
-        ("dq", 4, 256): Tiles(16, 16, 8, 1),
-        ("dk", 2, 64): Tiles(32, 64, 8, 2),
-        ("dk", 2, 128): Tiles(32, 64, 8, 1),
-        ("dk", 2, 256): Tiles(16, 32, 8, 1),
-        ("dk", 4, 64): Tiles(32, 16, 8, 1),
-        ("dk", 4, 128): Tiles(32, 16, 8, 1),
-        ("dk", 4, 256): Tiles(16, 16, 8, 1),
-        ("both", 2, 64): Tiles(32, 64, 8, 2),
-        ("both", 2, 128): Tiles(16, 64, 8, 2),
-        ("both", 4, 64): Tiles(16, 16, 8, 1),
-        ("both", 4, 128): Tiles(16, 32, 8, 1),
-    },
-    AMPERE: {
-        ("forward", 2, 64): Tiles(64, 64, 4, 2),
-        ("forward", 2, 128): Tiles(64, 32, 4, 2),
-        ("forward", 2, 256): Tiles(32, 32, 8, 1),
-        ("forward", 4, 64): Tiles(32, 32, 8, 1),
-        ("forward", 4, 128): Tiles(16, 32, 8, 1),
-        ("forward", 4, 256): Tiles(16, 16, 8, 1),
-        ("dq", 2, 64): Tiles(64, 32, 4, 2),
-        ("dq", 2, 128): Tiles(64, 32, 8, 2),
-        ("dq", 2, 256): Tiles(32, 32, 8, 1),
-        ("dq", 4, 64): Tiles(32, 32, 8, 1),
-        ("dq", 4, 128): Tiles(16, 16, 8, 1),
-        ("dq", 4, 256): Tiles(16, 16, 8, 1),
-        ("dk", 2, 64): Tiles(32, 64, 8, 2),
-        ("dk", 2, 128): Tiles(32, 64, 8, 2),
-        ("dk", 2, 256): Tiles(32, 32, 8, 1),
-        ("dk", 4, 64): Tiles(32, 16, 8, 1),
-        ("dk", 4, 128): Tiles(32, 16, 8, 1),
-        ("dk", 4, 256): Tiles(16, 16, 8, 1),
-        ("both", 2, 64): Tiles(32, 64, 8, 2),
-        ("both", 2, 128): Tiles(16, 64, 8, 2),
-        ("both", 4, 64): Tiles(16, 16, 8, 1),
-        ("both", 4, 128): Tiles(16, 32, 8, 1),
-    },
-    HOPPER: {
-        ("forward", 2, 64): Tiles(128, 128, 8, 2),
-        ("forward", 2, 128): Tiles(128, 64, 8, 2),
-        ("forward", 2, 256): Tiles(64, 32, 8, 1),
-        ("forward", 4, 64): Tiles(32, 32, 8, 1),
-        ("forward", 4, 128): Tiles(16, 32, 8, 1),
-        ("forward", 4, 256): Tiles(16, 16, 8, 1),
-        ("dq", 2, 64): Tiles(64, 64, 4, 3),
-        ("dq", 2, 128): Tiles(128, 64, 8, 2),
-        ("dq", 2, 256): Tiles(32, 32, 8, 1),
-        ("dq", 4, 64): Tiles(32, 32, 8, 1),
-        ("dq", 4, 128): Tiles(16, 16, 8, 1),
-        ("dq", 4, 256): Tiles(16, 16, 8, 1),
-        ("dk", 2, 64): Tiles(64, 64, 8, 2),
-        ("dk", 2, 128): Tiles(32, 64, 8, 2),
-        ("dk", 2, 256): Tiles(32, 32, 8, 1),
-        ("dk", 4, 64): Tiles(32, 16, 8, 1),
-        ("dk", 4, 128): Tiles(32, 16, 8, 1),
-        ("dk", 4, 256): Tiles(16, 16, 4, 1),
-        ("both", 2, 64): Tiles(32, 128, 8, 2),
-        ("both", 2, 128): Tiles(16, 128, 8, 2),
-        ("both", 4, 64): Tiles(16, 32, 8, 1),
-        ("both", 4, 128): Tiles(16, 32, 8, 1),
-    },
-}
 
 
 class Group(NamedTuple):
@@ -338,7 +228,7 @@ def _tiles(kernel: str, pair: LayerPair, length: int) -> Tiles:
 def _fitted(shared: int, kernel: str, size: int, width: int, length: int) -> Tiles:
     """Tiles of the table; for texts of up to 32 tokens smaller ones. Two sizes, so that lengths cost two builds at most."""
     bucket = next(wide for wide in (64, 128, MAX_WIDTH) if width <= wide)
-    tiles = tiles_for(_TABLE, shared)[kernel, size, bucket]
+    tiles = tiles_for(TABLE, shared)[kernel, size, bucket]
     return tiles if length > _SHORT else tiles._replace(rows=min(tiles.rows, _SHORT), keys=min(tiles.keys, _SHORT))
 
 

@@ -17,26 +17,14 @@ import triton
 from torch import Tensor
 
 from lead_ds.kernels.aot import Variant
-from lead_ds.kernels.dispatch import (
-    ADA,
-    AMPERE,
-    CDNA,
-    HOPPER,
-    float32_dot_precision,
-    processor_count,
-    shared_memory,
-    tiles_for,
-)
+from lead_ds.kernels.dispatch import float32_dot_precision, processor_count, shared_memory, tiles_for
 from lead_ds.kernels.launch import launch
 from lead_ds.kernels.layer_kl import chunked
+from lead_ds.kernels.layer_kl.backward_programs import gradient_kernel, residual_kernel
+from lead_ds.kernels.layer_kl.forward_programs import combine_kernel, scores_kernel
 from lead_ds.kernels.layer_kl.inputs import Problem, saved_shapes, stores_maps
-from lead_ds.kernels.layer_kl.programs import (
-    _STATISTICS,
-    combine_kernel,
-    gradient_kernel,
-    residual_kernel,
-    scores_kernel,
-)
+from lead_ds.kernels.layer_kl.score_tiles import STATISTICS
+from lead_ds.kernels.layer_kl.tiles import GRADIENT, SCORES, ScoreTiles
 from lead_ds.kernels.layout import aligned, inverse_lengths, through_lengths
 
 # float16 holds probabilities below 6e-5 badly: residuals are stored this much larger, and divided by it in float32.
@@ -46,61 +34,6 @@ _MAX_SHARES = 64
 _COMBINE_ROWS = 32
 # Bytes of residuals that the backward pass holds at once.
 _WORKSPACE = 64 << 20
-
-
-class ScoreTiles(NamedTuple):
-    """Queries, passages and width of a tile of scores, warps and stages."""
-
-    queries: int
-    passages: int
-    width: int
-    warps: int
-    stages: int
-
-
-# By element size and amount of work: small batches want many short programs; large ones hold both models' score tiles in
-# registers, beside which a tile of the mask, or the addresses at which scores are stored, does not fit ("crowded").
-_SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
-    CDNA: {
-        (2, "small"): ScoreTiles(64, 32, 64, 4, 2),
-        (2, "large"): ScoreTiles(64, 64, 32, 4, 2),
-        (2, "large, crowded"): ScoreTiles(64, 64, 32, 4, 2),
-        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
-        (4, "large"): ScoreTiles(64, 64, 32, 4, 1),
-        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
-    },
-    ADA: {
-        (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
-        (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
-        (2, "large, crowded"): ScoreTiles(64, 64, 32, 8, 3),
-        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
-        (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
-        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
-    },
-    AMPERE: {
-        (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
-        (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
-        (2, "large, crowded"): ScoreTiles(64, 64, 32, 8, 3),
-        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
-        (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
-        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
-    },
-    HOPPER: {
-        (2, "small"): ScoreTiles(64, 32, 128, 4, 4),
-        (2, "large"): ScoreTiles(128, 128, 64, 8, 4),
-        (2, "large, crowded"): ScoreTiles(128, 64, 64, 8, 4),
-        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
-        (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
-        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
-    },
-}
-# Tiles of the one-launch backward pass, by element size.
-_GRADIENT: dict[int, dict[int, ScoreTiles]] = {
-    CDNA: {2: ScoreTiles(64, 32, 64, 4, 1), 4: ScoreTiles(32, 32, 64, 4, 1)},
-    ADA: {2: ScoreTiles(64, 64, 64, 8, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
-    AMPERE: {2: ScoreTiles(64, 64, 64, 8, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
-    HOPPER: {2: ScoreTiles(64, 64, 128, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
-}
 
 
 def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,7 +54,7 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
     wanted = min(_MAX_SHARES, max(1, 8 * processor_count(lse) // (layers * query_tiles)))
     tiles_per_share = triton.cdiv(passage_tiles, wanted)
     shares = triton.cdiv(passage_tiles, tiles_per_share)
-    statistics = torch.empty((layers, shares, _STATISTICS.value, queries), **new)
+    statistics = torch.empty((layers, shares, STATISTICS.value, queries), **new)
     mask_bytes = _bytes(problem.mask, tiles.passages, scores.target)
     launch(
         scores_kernel,
@@ -346,7 +279,7 @@ def _score_tiles(problem: Problem, extras: int) -> ScoreTiles:
     _, queries, passages = problem.shape
     size = max(problem.teacher.q.element_size(), problem.student.q.element_size())
     large = queries * passages >= (128 * 128) * 16
-    return tiles_for(_SCORES, shared_memory(problem.student.q))[size, _amount(large, extras)]
+    return tiles_for(SCORES, shared_memory(problem.student.q))[size, _amount(large, extras)]
 
 
 def _amount(large: bool, extras: int) -> str:
@@ -380,7 +313,7 @@ def _score_constants(tiles: ScoreTiles, scores: _Scores) -> dict[str, Any]:
 
 
 def _gradient_tiles(shared: int, size: int, width: int) -> ScoreTiles:
-    tiles = tiles_for(_GRADIENT, shared)[size]
+    tiles = tiles_for(GRADIENT, shared)[size]
     return tiles._replace(width=min(tiles.width, triton.next_power_of_2(width)))
 
 
@@ -438,10 +371,10 @@ def aot_variants(shared: int) -> Iterator[Variant]:
                 scores = _Scores((vector,) * 4, (), vector, (1.0, 1.0), (cosine, cosine), masked)
                 name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
                 for store in (False, True):
-                    tiles = tiles_for(_SCORES, shared)[size, _amount(amount == "large", scores.extras + store)]
+                    tiles = tiles_for(SCORES, shared)[size, _amount(amount == "large", scores.extras + store)]
                     constants = _score_constants(tiles, scores) | {"STORE": store, "TEMPERED": masked}
                     yield variant(scores_kernel, f"scores-{name}{'-stored' * store}", dtype, constants, tiles, True)
-                tiles = tiles_for(_SCORES, shared)[size, _amount(amount == "large", scores.extras)]
+                tiles = tiles_for(SCORES, shared)[size, _amount(amount == "large", scores.extras)]
                 constants = _score_constants(tiles, scores) | {"RANGE": _range(torch_dtype)}
                 yield variant(residual_kernel, f"residual-{name}", dtype, constants, tiles, True)
         for width, cosine in ((768, False), (64, False), (768, True)):

@@ -8,85 +8,13 @@ import triton
 from torch import Tensor
 
 from lead_ds.kernels.aot import Variant
-from lead_ds.kernels.dispatch import (
-    ADA,
-    AMPERE,
-    CDNA,
-    HOPPER,
-    float32_dot_precision,
-    processor_count,
-    shared_memory,
-    tiles_for,
-)
+from lead_ds.kernels.dispatch import float32_dot_precision, processor_count, shared_memory, tiles_for
 from lead_ds.kernels.launch import launch
 from lead_ds.kernels.layout import aligned, inverse_lengths, through_lengths
 from lead_ds.kernels.maxsim.chunked import argmax_dtype
 from lead_ds.kernels.maxsim.programs import forward_kernel, passage_gradient_kernel, query_gradient_kernel
+from lead_ds.kernels.maxsim.tiles import FORWARD, SCATTER, ForwardTiles, ScatterTiles
 
-
-class ForwardTiles(NamedTuple):
-    """Query rows, passage tokens and width of a tile (width 0: the whole width stays resident), warps and stages."""
-
-    rows: int
-    tokens: int
-    width: int
-    warps: int
-    stages: int
-
-
-class ScatterTiles(NamedTuple):
-    """Passage tokens, query rows and width of a tile of the passage-gradient product, warps and stages."""
-
-    tokens: int
-    rows: int
-    width: int
-    warps: int
-    stages: int
-
-
-# By element size and by what the kernel does. With a resident query tile ("whole width") two programs share a
-# multiprocessor, so that one's maxima hide behind the other's products; that takes at most 128 registers a thread, which
-# searching for the winner keeps only with half as many tokens a tile.
-_FORWARD: dict[int, dict[tuple[int, str], ForwardTiles]] = {
-    CDNA: {
-        (2, "whole"): ForwardTiles(128, 64, 0, 4, 1),
-        (2, "whole, argmax"): ForwardTiles(128, 64, 0, 4, 1),
-        (2, "sliced"): ForwardTiles(128, 64, 32, 4, 2),
-        (2, "sliced, argmax"): ForwardTiles(128, 64, 32, 4, 2),
-        (4, "sliced"): ForwardTiles(64, 64, 32, 4, 1),
-        (4, "sliced, argmax"): ForwardTiles(64, 64, 32, 4, 1),
-    },
-    ADA: {
-        (2, "whole"): ForwardTiles(128, 64, 0, 4, 2),
-        (2, "whole, argmax"): ForwardTiles(128, 64, 0, 8, 2),
-        (2, "sliced"): ForwardTiles(128, 128, 32, 8, 3),
-        (2, "sliced, argmax"): ForwardTiles(128, 64, 32, 8, 3),
-        (4, "sliced"): ForwardTiles(64, 64, 32, 8, 2),
-        (4, "sliced, argmax"): ForwardTiles(64, 64, 32, 8, 2),
-    },
-    AMPERE: {
-        (2, "whole"): ForwardTiles(128, 64, 0, 4, 3),
-        (2, "whole, argmax"): ForwardTiles(128, 64, 0, 8, 2),
-        (2, "sliced"): ForwardTiles(128, 128, 32, 8, 3),
-        (2, "sliced, argmax"): ForwardTiles(128, 64, 32, 8, 3),
-        (4, "sliced"): ForwardTiles(64, 64, 32, 8, 2),
-        (4, "sliced, argmax"): ForwardTiles(64, 64, 32, 8, 2),
-    },
-    HOPPER: {
-        (2, "whole"): ForwardTiles(128, 128, 0, 8, 2),
-        (2, "whole, argmax"): ForwardTiles(128, 64, 0, 8, 3),
-        (2, "sliced"): ForwardTiles(128, 128, 64, 8, 4),
-        (2, "sliced, argmax"): ForwardTiles(128, 128, 64, 8, 4),
-        (4, "sliced"): ForwardTiles(64, 64, 32, 8, 2),
-        (4, "sliced, argmax"): ForwardTiles(64, 64, 32, 8, 2),
-    },
-}
-_SCATTER: dict[int, dict[int, ScatterTiles]] = {
-    CDNA: {2: ScatterTiles(64, 32, 128, 4, 2), 4: ScatterTiles(64, 32, 64, 4, 1)},
-    ADA: {2: ScatterTiles(128, 32, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
-    AMPERE: {2: ScatterTiles(128, 32, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
-    HOPPER: {2: ScatterTiles(128, 64, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
-}
 # The gather of winners: query rows and passages at once (half as many with lengths). Their product is the rows in flight.
 _GATHER_ROWS, _GATHER_PASSAGES, _GATHER_WARPS = 4, 32, 8
 _WHOLE_WIDTH = 128
@@ -248,7 +176,7 @@ def _plan(queries: int, length_q: int, rows: int) -> _Plan:
 def _forward_tiles(shared: int, size: int, width: int, save_argmax: bool) -> ForwardTiles:
     whole = size == 2 and width <= _WHOLE_WIDTH
     kind = ("whole" if whole else "sliced") + (", argmax" if save_argmax else "")
-    tiles = tiles_for(_FORWARD, shared)[size, kind]
+    tiles = tiles_for(FORWARD, shared)[size, kind]
     return tiles._replace(width=triton.next_power_of_2(width)) if whole else tiles
 
 
@@ -264,7 +192,7 @@ def _forward_constants(tiles: ForwardTiles, width: int) -> dict[str, Any]:
 
 
 def _scatter_tiles(shared: int, size: int, width: int) -> ScatterTiles:
-    tiles = tiles_for(_SCATTER, shared)[size]
+    tiles = tiles_for(SCATTER, shared)[size]
     return tiles._replace(width=min(tiles.width, max(16, triton.next_power_of_2(width))))
 
 

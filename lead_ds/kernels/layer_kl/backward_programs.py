@@ -1,0 +1,214 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The backward programs of the layer-relevance KL: both gradients of stored scores, or residuals of recomputed ones.
+
+Dimensions: K layer pairs, Q queries, P passages, D width.
+"""
+
+import triton
+import triton.language as tl
+
+from lead_ds.kernels.layer_kl.score_tiles import COUNTS, HIDDEN, HIDDEN_BELOW, LOG2_E, hide, score_tile
+
+
+@triton.jit
+def _residual(t, s, lse_t, lse_s, RANGE: tl.constexpr):
+    """R - P in float32, so that two nearly equal probabilities cancel before anything is rounded."""
+    return (tl.exp2(s - lse_s) - tl.exp2(t - lse_t)) * RANGE
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gradient_kernel(
+    maps_ptr,
+    lse_ptr,
+    grad_ptr,
+    sq_ptr,
+    sd_ptr,
+    sq_weight_ptr,
+    sd_weight_ptr,
+    dq_ptr,
+    dd_ptr,
+    layers,
+    queries,
+    passages,
+    width,
+    map_stride,
+    map_size,
+    RANGE: tl.constexpr,
+    STUDENT_COSINE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both gradients in one launch from stored scores: the first programs make rows of dq, the others rows of dd."""
+    layer = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    in_width = (column < width)[None, :]
+    t_map = maps_ptr + layer * queries * map_stride
+    s_map = t_map + map_size
+    t_lse = lse_ptr + layer * queries
+    s_lse = t_lse + layers * queries
+    scale = tl.load(grad_ptr + layer) / RANGE
+    query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
+    pid = tl.program_id(0)
+    if pid < query_tiles:
+        query = pid * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        real = query < queries
+        lse_t = tl.load(t_lse + query, mask=real, other=0.0)[:, None]
+        lse_s = tl.load(s_lse + query, mask=real, other=0.0)[:, None]
+        if STUDENT_COSINE:
+            q_weight = tl.load(sq_weight_ptr + layer * queries + query, mask=real, other=0.0)
+        dq = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
+        for start in range(0, passages, BLOCK_PASSAGES):
+            passage = start + tl.arange(0, BLOCK_PASSAGES)
+            place = query[:, None] * map_stride + passage[None, :]
+            inside = real[:, None] & (passage < passages)[None, :]
+            t = tl.load(t_map + place, mask=inside, other=HIDDEN)
+            s = tl.load(s_map + place, mask=inside, other=HIDDEN)
+            base = sd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
+            d_tile = tl.load(base, mask=(passage < passages)[:, None] & in_width, other=0.0)
+            residual = _residual(t, s, lse_t, lse_s, RANGE)
+            if STUDENT_COSINE:
+                weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=passage < passages, other=0.0)
+                residual *= q_weight[:, None] * weight[None, :]
+            residual = residual.to(d_tile.dtype)
+            dq = tl.dot(residual, d_tile, dq, input_precision=PRECISION)
+        base = dq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
+        tl.store(base, (dq * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+    else:
+        passage = (pid - query_tiles) * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
+        real = passage < passages
+        if STUDENT_COSINE:
+            d_weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=real, other=0.0)
+        dd = tl.zeros([BLOCK_PASSAGES, BLOCK_WIDTH], dtype=tl.float32)
+        for start in range(0, queries, BLOCK_QUERIES):
+            query = start + tl.arange(0, BLOCK_QUERIES)
+            lse_t = tl.load(t_lse + query, mask=query < queries, other=0.0)[None, :]
+            lse_s = tl.load(s_lse + query, mask=query < queries, other=0.0)[None, :]
+            place = query[None, :] * map_stride + passage[:, None]
+            inside = real[:, None] & (query < queries)[None, :]
+            t = tl.load(t_map + place, mask=inside, other=HIDDEN)
+            s = tl.load(s_map + place, mask=inside, other=HIDDEN)
+            base = sq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
+            q_tile = tl.load(base, mask=(query < queries)[:, None] & in_width, other=0.0)
+            residual = _residual(t, s, lse_t, lse_s, RANGE)
+            if STUDENT_COSINE:
+                weight = tl.load(sq_weight_ptr + layer * queries + query, mask=query < queries, other=0.0)
+                residual *= d_weight[:, None] * weight[None, :]
+            residual = residual.to(q_tile.dtype)
+            dd = tl.dot(residual, q_tile, dd, input_precision=PRECISION)
+        base = dd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
+        tl.store(base, (dd * scale).to(dd_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def residual_kernel(
+    tq_ptr,
+    td_ptr,
+    sq_ptr,
+    sd_ptr,
+    tq_inverse_ptr,
+    td_inverse_ptr,
+    sq_inverse_ptr,
+    sd_inverse_ptr,
+    sq_weight_ptr,
+    sd_weight_ptr,
+    target_ptr,
+    mask_ptr,
+    lse_ptr,
+    residual_ptr,
+    layers,
+    queries,
+    passages,
+    teacher_width,
+    student_width,
+    mask_stride,
+    first_layer,
+    chunk_start,
+    chunk_passages,
+    teacher_scale,
+    student_scale,
+    RANGE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EVEN_PASSAGES: tl.constexpr,
+    TEACHER_COSINE: tl.constexpr,
+    STUDENT_COSINE: tl.constexpr,
+    EVEN_TEACHER: tl.constexpr,
+    EVEN_STUDENT: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Recompute one tile of R - P of a chunk of passages: residual [chunk of K, Q, chunk of P]."""
+    first_query = tl.program_id(0) * BLOCK_QUERIES
+    first_passage = chunk_start + tl.program_id(1) * BLOCK_PASSAGES
+    layer = (first_layer + tl.program_id(2)).to(tl.int64)
+    query = first_query + tl.arange(0, BLOCK_QUERIES)
+    row = tl.minimum(query, queries - 1)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    t = score_tile(
+        tq_ptr,
+        td_ptr,
+        tq_inverse_ptr,
+        td_inverse_ptr,
+        layer,
+        first_query,
+        first_passage,
+        queries,
+        passages,
+        teacher_width,
+        TEACHER_COSINE,
+        EVEN_TEACHER,
+        BLOCK_QUERIES,
+        BLOCK_PASSAGES,
+        BLOCK_WIDTH,
+        PRECISION,
+    )
+    t *= LOG2_E
+    t = hide(
+        t,
+        mask_ptr,
+        first_query,
+        first_passage,
+        target,
+        queries,
+        passages,
+        mask_stride,
+        HAS_MASK,
+        EVEN_PASSAGES,
+        BLOCK_QUERIES,
+        BLOCK_PASSAGES,
+    )
+    s = score_tile(
+        sq_ptr,
+        sd_ptr,
+        sq_inverse_ptr,
+        sd_inverse_ptr,
+        layer,
+        first_query,
+        first_passage,
+        queries,
+        passages,
+        student_width,
+        STUDENT_COSINE,
+        EVEN_STUDENT,
+        BLOCK_QUERIES,
+        BLOCK_PASSAGES,
+        BLOCK_WIDTH,
+        PRECISION,
+    )
+    t *= teacher_scale
+    s = tl.where(t > HIDDEN_BELOW, s * LOG2_E * student_scale, HIDDEN)
+    lse_t = tl.load(lse_ptr + layer * queries + row)[:, None]
+    lse_s = tl.load(lse_ptr + (layers + layer) * queries + row)[:, None]
+    residual = _residual(t, s, lse_t, lse_s, RANGE)
+    if STUDENT_COSINE:
+        passage = tl.minimum(first_passage + tl.arange(0, BLOCK_PASSAGES), passages - 1)
+        residual *= tl.load(sq_weight_ptr + layer * queries + row)[:, None]
+        residual *= tl.load(sd_weight_ptr + layer * passages + passage)[None, :]
+    residual = residual.to(residual_ptr.dtype.element_ty)
+    place = tl.program_id(1) * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
+    base = residual_ptr + (tl.program_id(2).to(tl.int64) * queries + first_query) * chunk_passages
+    offset = tl.arange(0, BLOCK_QUERIES)[:, None] * chunk_passages + place[None, :]
+    tl.store(base + offset, residual, mask=(query < queries)[:, None] & (place < chunk_passages)[None, :])
