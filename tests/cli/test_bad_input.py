@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers.forked import lead_ds
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import settings
 
@@ -178,18 +179,6 @@ def test_more_ranks_than_groups(rooms: Path, tmp_path: Path) -> None:
         assert "has 1 groups" in told
         assert "2 * 1 * 1 = 2" in told
     assert not (tmp_path / "out").exists()
-
-
-def lead_ds(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "lead_ds", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lead_ds.engine.distributed.ranks import free_port
 from lead_ds.engine.records.checkpoint import damage
 from tests.engine.jobs import losses_of
 from tests.helpers.launch import ROOT, launch
@@ -138,68 +132,6 @@ def test_attention_losses(configure: Configure) -> None:
         assert np.isfinite(losses).all()
     assert len({tuple(losses) for losses in results[:-1]}) == 4
     assert "use form: self" in results[-1]
-
-
-def start(config: Path, *more: str, world: int = 2) -> subprocess.Popen:
-    """The run under the DeepSpeed launcher."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(world)]
-    command += ["--master_port", str(free_port()), "--module", "lead_ds", "distill", str(config), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def workers_of(output: Path) -> list[int]:
-    """Process ids of a run's ranks."""
-    import psutil
-
-    config = str(output.with_suffix(".yaml"))
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"]
-        and config in process.info["cmdline"]
-        and "--local_rank" in " ".join(process.info["cmdline"])
-        and "launcher" not in " ".join(process.info["cmdline"])
-    ]
-
-
-def test_killed_at_a_random_step_and_resumed_gives_the_same_losses_bit_for_bit(
-    configure: Configure, tmp_path: Path
-) -> None:
-    run: dict[str, Any] = {
-        "student": {"path": "dropout"},
-        "extra_teacher": {"placement": "zero3"},
-        "train": {"steps": 30, "batch_size": 2, "save_every": 4},
-    }
-    whole, killed = configure("whole", **run), configure("killed", **run)
-    reference = start(whole)
-    process = start(killed)
-    step = random.randint(5, 25)
-    deadline = time.monotonic() + 600
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    victims = workers_of(tmp_path / "killed")
-    assert len(victims) == 2
-    os.kill(random.choice(victims), signal.SIGKILL)
-    assert process.wait(600) != 0
-    assert not workers_of(tmp_path / "killed"), "a rank outlived the killed one"
-    assert all(damage(path) is None for path in (tmp_path / "killed" / "checkpoints").glob("step-*[0-9]"))
-    resumed = start(killed, "--resume")
-    assert resumed.wait(120) == 0, resumed.communicate()[1][-3000:]
-    assert reference.wait(120) == 0
-    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole"), f"killed at step {step}"
-    assert torch.equal(vectors(tmp_path / "killed" / "student"), vectors(tmp_path / "whole" / "student"))
 
 
 def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.forked import lead_ds
+from tests.helpers.launch import launch
 
 Configure = Callable[..., Path]
 JOB = "tests.engine.jobs:distil_each"
@@ -67,13 +65,7 @@ def test_two_processes_equal_one_and_what_has_no_vectors_is_refused(configure: C
 
 def test_through_the_command_line(configure: Configure, tmp_path: Path) -> None:
     weights = [f"losses.{name}.weight=1" for name in ("embedding", "similarity", "spread")]
-    done = subprocess.run(
-        [sys.executable, "-m", "lead_ds", "distill", str(configure()), *weights, "train.steps=2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )
+    done = lead_ds("distill", configure(), *weights, "train.steps=2")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,8 @@ from lead_ds.models.load import load_teacher, load_text
 from lead_ds.teachers.fit_lens import Fit, Task, fit_settings, fittable, split
 from lead_ds.teachers.lens import open_lens
 from lead_ds.teachers.states import SHARD_GROUPS, States, shard_paths
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.forked import lead_ds
+from tests.helpers.launch import launch
 from tests.helpers.rooms import TEACHERS, settings
 
 Configure = Callable[..., Path]
@@ -340,13 +338,7 @@ def test_bad_input_on_the_command_line(configure: Configure) -> None:
             "error: teach --fit-lens: is a command of its own now (lead-ds fit-lens CONFIG",
         ),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "lead_ds", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        )
+        done = lead_ds(*arguments)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith(told), done.stderr
         assert not (path.parent / "run").exists()

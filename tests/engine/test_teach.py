@@ -28,6 +28,7 @@ from lead_ds.errors import InputError
 from lead_ds.io.shards import mapped
 from lead_ds.teachers.cached import open_cache
 from lead_ds.teachers.teacher import Lesson
+from tests.helpers.forked import lead_ds
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import TEACHERS, settings
 
@@ -256,11 +257,8 @@ def test_a_corrupt_shard_is_refused(taught: Taught, tmp_path: Path) -> None:
 
 
 def test_a_refusal_ends_with_status_2_and_writes_nothing(taught: Taught, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lead_ds", "distill", str(taught.config("cross_encoder"))]
-    command += ["teacher.max_length=32", f"output={tmp_path / 'run'}"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}
-    )
+    path = taught.config("cross_encoder")
+    done = lead_ds("distill", path, "teacher.max_length=32", f"output={tmp_path / 'run'}")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: teacher.max_length: is 32")
     assert not (tmp_path / "run").exists()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,8 @@ from lead_ds.teachers.shards import layers_to_keep
 from lead_ds.teachers.teach import teachable
 from lead_ds.teachers.teacher import Lesson
 from tests.engine.test_teach import ALONE
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.forked import lead_ds
+from tests.helpers.launch import launch
 from tests.helpers.rooms import settings
 
 # Such a small learning rate that the student stays as it is: the losses of all steps are those of one student.
@@ -235,18 +233,7 @@ def test_other_teachers_have_no_vectors(rooms: Path, tmp_path: Path, kind: str) 
 def test_refusals_end_with_status_2_and_change_nothing(kept: Kept) -> None:
     """Relevance into a folder of vectors: the folder is another cache's."""
     before = sorted(path.name for path in (kept.folder / "some").iterdir())
-    command = [
-        sys.executable,
-        "-m",
-        "lead_ds",
-        "teach",
-        str(kept.folder / "online.yaml"),
-        "--out",
-        str(kept.folder / "some"),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}
-    )
+    done = lead_ds("teach", kept.folder / "online.yaml", "--out", kept.folder / "some")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         f"error: {kept.folder / 'some'}: holds a teacher's vectors, not relevance"

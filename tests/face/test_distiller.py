@@ -18,6 +18,7 @@ from lead_ds.config import load_config
 from lead_ds.errors import InputError
 from tests.face.conftest import ROWS
 from tests.face.own_models import Words
+from tests.helpers.forked import lead_ds
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import settings
 from tests.helpers.tiny import write_jsonl
@@ -83,8 +84,7 @@ def test_rows_train_as_the_lines_of_a_file_and_a_dataset_do(distiller: Make, tmp
 
 def test_python_and_the_command_line_run_the_same(rooms: Path, tmp_path: Path, configure: Callable[..., Path]) -> None:
     path = configure("command")
-    command = [sys.executable, "-m", "lead_ds", "distill", str(path), "-q"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = lead_ds("distill", path, "-q")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"student: {tmp_path / 'command' / 'student'}\n"
     of_command = Distiller.of(load_config(path))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from lead_ds import Model, Reranker, Searcher, load
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_encoder
-from tests.helpers.launch import ROOT
+from tests.helpers.forked import lead_ds
 from tests.helpers.rooms import TEACHERS
 
 TEXTS = ["The octopus has three hearts.", "glacier", "A violin carries four strings tuned in fifths. " * 3]
@@ -70,7 +68,7 @@ def test_search_in_memory_in_a_folder_and_in_an_index(rooms: Path, model: Model,
         ["encode", "--model", str(rooms / "student"), "--data", str(rooms / "data"), "--out", str(tmp_path / "v")],
         ["index", "--vectors", str(tmp_path / "v"), "--out", str(tmp_path / "i")],
     ):
-        subprocess.run([sys.executable, "-m", "lead_ds", *command], cwd=ROOT, check=True, capture_output=True)
+        lead_ds(*command).check_returncode()
     searchers = [
         Searcher(model, texts),
         Searcher(rooms / "student", rooms / "data"),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.launch import ROOT
+from tests.helpers import forked
 
 # Ids as published, rows as published: ids do not follow the lines' order, one id is another's beginning, a text has
 # blanks at its ends, line breaks that are not newlines, a quote, a tab's escape and letters beyond ASCII.
@@ -124,5 +123,4 @@ def command(*arguments: object) -> list[str]:
 
 def lead_ds(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`lead-ds prepare ...` as a user runs it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+    return forked.lead_ds("prepare", *arguments)
