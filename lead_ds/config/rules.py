@@ -184,6 +184,13 @@ def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
         yield Broken("teacher.dtype", what, f"set student.dtype: {teacher.dtype}, or take it out")
 
 
+def lora_is_of_the_student(config: Run) -> Iterator[Broken]:
+    """A teacher that learns along is trained whole."""
+    if config.train.lora is not None and getattr(config.teacher, "train", False):
+        what = "is of the student alone, and the teacher that learns along would be trained whole"
+        yield Broken("train.lora", what, "set it to null, or teacher.train: false")
+
+
 def widths_are_of_vectors(config: Run) -> Iterator[Broken]:
     """Only a vector has first dimensions."""
     if config.student.dims is not None and not gives_vectors(config.student.kind):
@@ -218,6 +225,7 @@ RULES: tuple[Rule, ...] = (
     patience_has_evaluations,
     candidates_are_reranked,
     one_engine_has_one_dtype,
+    lora_is_of_the_student,
     widths_are_of_vectors,
     first_dimensions_are_of_what_is_read,
 )

@@ -43,7 +43,7 @@ def merge_adapter(path: str, *, trust_remote_code: bool = False, allow_pickle: b
         return
     if adapter.base != adapter.folder:
         merge_adapter(str(adapter.base), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    peft = _peft(path)
+    peft = require_peft(path)
     with locked(folder):
         if (folder / _MARK).is_file():
             return
@@ -208,12 +208,13 @@ def _embedding(key: str) -> bool:
     return key.endswith(("embed_tokens.weight", "word_embeddings.weight", "lm_head.weight"))
 
 
-def _peft(path: str) -> Any:
+def require_peft(where: str) -> Any:
+    """The package peft. Raises InputError, of `where`, with how to install it."""
     try:
         import peft
     except ImportError:
-        what = "is an adapter, which peft reads, and that is not installed"
-        raise InputError(path, what, 'pip install "lead-ds[adapters]"') from None
+        what = "needs the package peft, which is not installed"
+        raise InputError(where, what, 'pip install "lead-ds[adapters]"') from None
     return peft
 
 

@@ -14,10 +14,12 @@ from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, zero_stage
 from lead_ds.models.backbone import find_layers, read_model_config
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.models.lora import add_lora
 from lead_ds.plan.activations import forward_bytes
 from lead_ds.plan.placement import Requirements
 from lead_ds.plan.shapes import ModelShape
 from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.train import LoraConfig
 from lead_ds.teachers.frozen import depth_needed
 from lead_ds.teachers.open import teacher_class
 
@@ -27,7 +29,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 def requirements(config: Config) -> Any:
     """What the models of a configuration hold: read from their config.json alone."""
 
-    student, student_shape = meta_model(config.student, "student")
+    student, student_shape = meta_model(config.student, "student", lora=config.train.lora)
     teacher: Any = None
     teacher_shape = None
     taught = config.teacher is not None and teacher_class(config.teacher.kind).computes
@@ -102,7 +104,9 @@ def teacher_configuration(config: Config, placement: str) -> dict[str, Any]:
     return tree
 
 
-def meta_model(settings: ModelConfig, role: str, depth: int | None = None) -> tuple[Any, ModelShape]:
+def meta_model(
+    settings: ModelConfig, role: str, depth: int | None = None, lora: LoraConfig | None = None
+) -> tuple[Any, ModelShape]:
     """A model's backbone (a teacher's first `depth` layers) on the meta device, and its shape, from its files alone."""
 
     shape = read_model_config(settings)
@@ -112,6 +116,9 @@ def meta_model(settings: ModelConfig, role: str, depth: int | None = None) -> tu
         published = sum(p.numel() for p in architecture(shape).parameters()) if architecture is not None else 0
     student = getattr(settings, "layers", None)
     module, backbone, features = KINDS[settings.kind].skeleton(settings, depth=depth, layers=student)
+    if lora is not None:
+        with torch.device("meta"):
+            add_lora(module, lora)
     if role == "teacher" and not getattr(settings, "train", False):
         module.requires_grad_(False)
     layers = list(backbone.get_submodule(find_layers(backbone)[0]))

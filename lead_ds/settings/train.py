@@ -11,6 +11,19 @@ from lead_ds.settings.base import BITS, PACE, PLACE, Fraction, NonNegative, Plac
 Impl = Literal["auto", "triton", "torch"]
 
 
+class LoraConfig(Section):
+    """Low-rank updates of linear layers in place of their weights: LoRA, arXiv:2106.09685. Needs the extra `adapters`."""
+
+    r: Positive = Field(16, description="rank of an update")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="an update counts alpha / r times")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="names of linear layers, such as q_proj; null: every one of the transformer's layers",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what an update reads")
+
+
 class TrainConfig(Section):
     """The training loop. Batch sizes count queries, per rank."""
 
@@ -24,6 +37,11 @@ class TrainConfig(Section):
     clip: float = Field(2.0, ge=0, description="gradient norm; 0: no clipping")
     in_batch: Literal["global", "local"] = Field(
         "global", description="other queries' passages as negatives: of every rank, or of the rank's micro-batch"
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train low-rank updates of the student's transformer, or of the teacher's in its warm-up, and what stands "
+        "behind it: a scoring head, Dense layers. Merged when it is saved. null: train every weight",
     )
     gradient_checkpointing: Annotated[bool, BITS] = False
     grad_cache: Annotated[Positive | None, BITS] = Field(

@@ -103,6 +103,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "has the student's dtype, which is fp32",
         {"student": {"dtype": "bf16"}},
     ),
+    "lora_is_of_the_student": (
+        {"teacher": {"train": True}, "train": {"lora": {"r": 4}}},
+        "train.lora",
+        "the teacher that learns along would be trained whole",
+        {"teacher": {"train": False}},
+    ),
     "widths_are_of_vectors": (
         {"student": {"dims": [4, 8], "kind": "colbert"}},
         "student.dims",

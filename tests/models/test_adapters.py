@@ -257,7 +257,7 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, monkeypatch: p
         load_encoder(path)
     path = adapt(base, tmp_path / "other")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"peft reads.*lead-ds\[adapters\]"):
+    with pytest.raises(InputError, match=r"needs the package peft.*lead-ds\[adapters\]"):
         load_encoder(path)
 
 

@@ -25,10 +25,10 @@ PREFIX, PARTIAL, MANIFEST, BEST = "step-", ".partial", "manifest.json", "best.js
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`."""
+    """The checkpoints of one run, in `folder`. whole: with the weights that are not trained, too."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, whole: bool = True) -> None:
+        self.folder, self.ranks, self.keep, self.whole = folder, ranks, keep, whole
         self._good: set[Path] = set()  # whose files this process has compared with their checksums
 
     def save(self, engine: Any, step: int, state: dict[str, Any], best: dict[str, Any] | None = None) -> Path:
@@ -43,7 +43,8 @@ class Checkpoints:
         try:
             self._together(lambda: self._prepare(partial, engine), step)
             with _failures_kept(engine) as failures:
-                engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+                some = {} if self.whole else {"exclude_frozen_parameters": True}
+                engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False, **some)
             self._together(lambda: _raise(failures), step)
             self._together(lambda: self._complete(partial, final, state, best), step)
         except RunError:
@@ -87,7 +88,8 @@ class Checkpoints:
         temporary = path.with_name(f"{path.name}-for-{self.ranks.world}{PARTIAL}")
         try:
             with for_this_world(path, processes, temporary, engine, self.ranks) as folder, tensors_only():
-                loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+                some = {} if self.whole else {"load_module_strict": False}
+                loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, **some)
         except pickle.UnpicklingError:
             raise RunError(path, "holds more than tensors and plain values: not read", "it is not ours") from None
         if loaded is None:
@@ -108,7 +110,8 @@ class Checkpoints:
         for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(stale)
         previous = [p for p in self.folder.glob(f"{PREFIX}*") if p.is_dir()]
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        stored = [p for p in engine.module.parameters() if self.whole or p.requires_grad]
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in stored)
         needed = max([folder_bytes(p) for p in previous], default=12 * parameters)
         free = shutil.disk_usage(self.folder).free
         if free < needed * 1.05:

@@ -40,6 +40,7 @@ from lead_ds.io.provenance import provenance
 from lead_ds.losses.objective import Objective
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_teacher
+from lead_ds.models.lora import add_lora, without_lora
 from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.student_dir import save_student
@@ -108,6 +109,8 @@ def train(
             tokenizer = None if reads is None or reads.encoder is None else reads.encoder.tokenizer
             if scorer is not None and tokenizer is not None:
                 check_vocabulary(scorer, tokenizer, scorer.config.path)
+        if (lora := config.train.lora) is not None:
+            agreed(ranks, lambda: add_lora(student, lora))
         trainee = Trainee(student, cotrained).to(ranks.device)
         fit_attention(trainee, config, batches, dtype, ranks)
         teacher = open_teacher(config, batches, ranks, given) if uses_teacher and cotrained is None else None
@@ -122,7 +125,7 @@ def train(
                 scorer.capture.uninstall()  # what ran until now must not stand before DeepSpeed's hooks
         engine = build_engine(trainee, config, dtype, ranks)
 
-        checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep)
+        checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
         check_lens(config, state, teacher)
         check_inputs(config, state, batches, ranks, fits)
@@ -320,6 +323,8 @@ def export(
     student = engine.module.student
     state = gathered_state_dict(student, ranks)
     if ranks.main:
+        if state is not None and config.train.lora is not None:
+            state = without_lora(student, state)
         save_student(student, encoder, folder, state_dict=state, card=model_card(config, folder.parent))
     ranks.barrier()
     return folder

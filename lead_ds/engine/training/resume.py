@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches
 from lead_ds.data.tokens.tokenizer import tokenizer_checksum
-from lead_ds.engine.distributed.agreement import agreed
+from lead_ds.engine.distributed.agreement import agreed, summary
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.errors import InputError
 from lead_ds.io.facts import differing, flat
+from lead_ds.io.files import model_files
 from lead_ds.models.own import OwnText
 from lead_ds.settings.meaning import keys_of
 from lead_ds.teachers.identity import input_facts
@@ -74,6 +76,15 @@ def deepspeed_facts(config: Config) -> dict[str, str]:
     return {f"deepspeed: {name}": json.dumps(part, sort_keys=True) for name, part in tree.items() if name in DECIDING}
 
 
+def base_facts(config: Config) -> dict[str, str]:
+    """The files of a student that LoRA is trained on: its own weights are not in a checkpoint."""
+    folder = Path(config.student.path)
+    if config.train.lora is None or not folder.is_dir():
+        return {}
+    found = {f"student: {name}": summary(file) for name, file in model_files(folder).items()}
+    return {name: told for name, told in found.items() if told is not None}
+
+
 def groups_per_step(config: Config, processes: int) -> int:
     """Groups that an optimizer step takes, over all processes."""
     return processes * config.train.batch_size * config.train.accumulation
@@ -113,7 +124,8 @@ def check_inputs(
     files = {} if settings is None else teacher_class(settings.kind).files(settings)
 
     def facts() -> dict[str, str]:
-        return input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config) | (fits or {})
+        known = input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config) | (fits or {})
+        return known | base_facts(config)
 
     now = agreed(ranks, lambda: facts() if ranks.main else {})
     before = state.get("inputs") or now
