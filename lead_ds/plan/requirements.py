@@ -118,7 +118,7 @@ def meta_model(
     module, backbone, features = KINDS[settings.kind].skeleton(settings, depth=depth, layers=student)
     if lora is not None:
         with torch.device("meta"):
-            add_lora(module, lora)
+            add_lora(module, lora)  # type: ignore[arg-type]  # a student is a scorer
     if role == "teacher" and not getattr(settings, "train", False):
         module.requires_grad_(False)
     layers = list(backbone.get_submodule(find_layers(backbone)[0]))
