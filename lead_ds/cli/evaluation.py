@@ -8,7 +8,20 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import BATCH, DIM, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
+from lead_ds.cli.options import (
+    BATCH,
+    DIM,
+    DOCUMENT_MODEL,
+    EF_SEARCH,
+    GPUS,
+    KEEP_IDENTICAL,
+    LAYOUT,
+    NPROBE,
+    QUERY_MODEL,
+    batch_of,
+    choice,
+    two_models,
+)
 from lead_ds.errors import InputError
 
 MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
@@ -24,6 +37,8 @@ def evaluate(
     model: Path | None = typer.Option(
         None, "--model", help="A model's directory: a dual encoder searches the corpus, exactly; others rerank."
     ),
+    query_model: Path | None = QUERY_MODEL,
+    document_model: Path | None = DOCUMENT_MODEL,
     kind: str | None = typer.Option(
         None,
         "--kind",
@@ -68,11 +83,20 @@ def evaluate(
 
     lead-ds evaluate --model qwen3-reranker --kind llm_reranker --data data/scifact max_length=512 yes_token=yes no_token=no
 
+    lead-ds evaluate --query-model runs/x/student --document-model models/teacher --data data/scifact
+
     lead-ds evaluate --run run.trec --qrels qrels.dl19-passage.txt --relevance-level 2
 
     A ColBERT, a cross-encoder and a decoder reranker order the passages of --run, or BM25's best. A dual encoder does
     so where --run or --depth is given, and searches the whole corpus otherwise.
     """
+    documents: str | None = None
+    if model is not None or query_model is not None or document_model is not None:
+        found_model, documents = two_models(model, query_model, document_model)
+        model = Path(found_model)
+    if documents is not None and (settings or kind or depth or run):
+        what = "two models search the corpus, as they are: settings, --kind, --run and --depth are for reranking"
+        raise InputError("--document-model", what, "give one or the other")
     if model is None and run is None:
         raise InputError("evaluate", "give --model with --data, or --run with --qrels", "see lead-ds evaluate --help")
     if model is not None and data is None:
@@ -109,11 +133,31 @@ def evaluate(
     if index is not None:
         from lead_ds.retrieval.search import evaluate_index
 
-        search: dict[str, Any] = {"dim": dim, "gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
+        search: dict[str, Any] = {
+            "dim": dim,
+            "document_model": documents,
+            "gpus": gpus,
+            "layout": layout,
+            "nprobe": nprobe,
+            "ef_search": ef_search,
+        }
         with ranks() as here:
             if here.main:
                 task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
                 scores = evaluate_index(model, index, task, out=out, **search)
+                tell(scores, json_file, per_query)
+        return
+    if documents is not None:
+        from lead_ds.retrieval.evaluate import evaluate_two, open_encoder
+
+        with ranks() as here:
+            task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
+            query, document = agreed(
+                here, lambda: [open_encoder(str(path), here.device, dim) for path in (model, documents)]
+            )
+            size = batch_of(batch_size, here.device)
+            scores = evaluate_two(query, document, task, batch_size=size, peers=here, out=out)
+            if here.main:
                 tell(scores, json_file, per_query)
         return
     from lead_ds.retrieval.rerank import DEPTH, Reranker, evaluate_reranked, find_candidates

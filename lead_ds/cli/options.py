@@ -27,8 +27,28 @@ DIM = typer.Option(
     min=1,
     help="Read a dual encoder by the first so many dimensions of its vectors. Default: all; with an index, as many as it has.",
 )
+QUERY_MODEL = typer.Option(
+    None, "--query-model", help="What encodes queries, with --document-model in place of --model."
+)
+DOCUMENT_MODEL = typer.Option(
+    None,
+    "--document-model",
+    help="What encodes passages, in the same space as --query-model: a teacher's index serves both.",
+)
 NPROBE = typer.Option(None, "--nprobe", min=1, help="Cells searched of an IVF index.")
 EF_SEARCH = typer.Option(None, "--ef-search", min=1, help="Breadth of the search in an HNSW index.")
+
+
+def two_models(model: Any, query_model: Any, document_model: Any) -> tuple[str, str | None]:
+    """The model of queries, and that of documents where it is another: as given, or out of a Router's directory."""
+    from lead_ds.models.router import routes
+
+    if query_model is not None and document_model is not None and model is None:
+        return str(query_model), str(document_model)
+    if query_model is not None or document_model is not None or model is None:
+        what = "give --model, or both of --query-model and --document-model"
+        raise InputError("--model", "of queries and documents: one, or two", what)
+    return routes(model) or (str(model), None)
 
 
 def batch_of(given: int | None, device: Any) -> int:

@@ -8,7 +8,20 @@ from typing import Any, Literal, cast
 
 import typer
 
-from lead_ds.cli.options import BATCH, DIM, EF_SEARCH, GPUS, KEEP_IDENTICAL, LAYOUT, NPROBE, batch_of, choice
+from lead_ds.cli.options import (
+    BATCH,
+    DIM,
+    DOCUMENT_MODEL,
+    EF_SEARCH,
+    GPUS,
+    KEEP_IDENTICAL,
+    LAYOUT,
+    NPROBE,
+    QUERY_MODEL,
+    batch_of,
+    choice,
+    two_models,
+)
 from lead_ds.errors import InputError
 
 MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory.")
@@ -44,6 +57,8 @@ def encode(
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import model_facts
 
+    queries, documents = two_models(model, None, None)
+    model = Path(documents or queries) if kind == "corpus" else Path(queries)
     with ranks() as here:
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
@@ -65,6 +80,11 @@ def index(
     gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs to train and fill it on."),
     layout: str = LAYOUT,
     data: Path | None = typer.Option(None, "--data", help="Check that the vectors are of this dataset as it is now."),
+    query_model: str | None = typer.Option(
+        None,
+        "--query-model",
+        help="Another model, in the same space, that may ask this index: a student of the one that made it.",
+    ),
 ) -> None:
     """Build a FAISS index from encoded vectors. Vectors are added in chunks, so that they need not fit in memory.
 
@@ -81,7 +101,13 @@ def index(
         check_texts(
             opened.manifest, dataset.corpus if opened.manifest["kind"] == "corpus" else dataset.queries, vectors
         )
-    built: Any = build_index(opened, out, factory, gpus=gpus, layout=layout)  # type: ignore[arg-type]
+    asks: dict[str, Any] | None = None
+    if query_model is not None:
+        from lead_ds.retrieval.evaluate import open_encoder
+        from lead_ds.retrieval.search import model_facts
+
+        asks = model_facts(query_model, open_encoder(query_model, "cpu")[0])
+    built: Any = build_index(opened, out, factory, gpus=gpus, layout=layout, queries=asks)  # type: ignore[arg-type]
     print(f"{factory}: {len(opened)} vectors: {built or out}")
 
 
@@ -89,7 +115,11 @@ def search(
     query: list[str] | None = typer.Argument(
         None, help="Queries; none: those of --queries, or of the data's queries.jsonl."
     ),
-    model: Path = MODEL,
+    model: Path | None = typer.Option(
+        None, "--model", help="A student, sentence-transformers or Hugging Face directory, or a Router's."
+    ),
+    query_model: Path | None = QUERY_MODEL,
+    document_model: Path | None = DOCUMENT_MODEL,
     data: Path | None = typer.Option(
         None, "--data", help="Searched directly where there is no --index; shows texts of hits."
     ),
@@ -128,7 +158,9 @@ def search(
         )
     if out is not None:
         check_search_names(data, index, tag, out)
-    searcher = Searcher.open(model, data, dim=dim, quiet=bool(as_json), **settings)
+    queries, documents = two_models(model, query_model, document_model)
+    settings |= {"document_model": documents}
+    searcher = Searcher.open(queries, data, dim=dim, quiet=bool(as_json), **settings)
     if query and out is None:
         for text in query:
             hits = searcher.search(text, k)

@@ -13,7 +13,12 @@ from lead_ds.errors import InputError
 def export(
     out: Path = typer.Argument(..., help="The folder to write; it must not be there yet."),
     model: str = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory."),
-    to: str = typer.Option(..., "--to", help="onnx, int8 (ONNX with 8-bit weights) or sentence-transformers."),
+    to: str = typer.Option(..., "--to", help="onnx, int8 (ONNX with 8-bit weights), sentence-transformers or router."),
+    document_model: str | None = typer.Option(
+        None,
+        "--document-model",
+        help="With --to router: what encodes documents, in the same space as --model, which asks.",
+    ),
     data: Path | None = typer.Option(None, "--data", help="Measure both models on this dataset as well."),
     split: str = typer.Option("test", "--split", help="With --data: which qrels/SPLIT.tsv."),
 ) -> None:
@@ -25,9 +30,23 @@ def export(
 
     lead-ds export --model runs/x/student --to onnx exported/onnx
 
+    lead-ds export --model runs/x/student --document-model models/teacher --to router exported/both
+
     lead-ds export --model runs/x/student --to int8 --data data/scifact exported/int8
     """
-    choice("--to", to, "onnx", "int8", "sentence-transformers")
+    choice("--to", to, "onnx", "int8", "sentence-transformers", "router")
+    if (document_model is not None) != (to == "router"):
+        raise InputError("--document-model", "goes with --to router, and it with that", "give both, or neither")
+    if document_model is not None:
+        if data is not None:
+            raise InputError("--data", "is not measured with --to router", "use lead-ds evaluate --model OUT --data")
+        from lead_ds.models.router import save_router
+        from lead_ds.retrieval.evaluate import open_encoder
+
+        query, document = ((path, open_encoder(path, "cpu")) for path in (model, document_model))
+        save_router(query, document, out)
+        print(f"{out}: queries by {model}, documents by {document_model}; {query[1][0].features_width} dimensions")
+        return
     from lead_ds.models.export import MODEL, export_onnx, export_sentence_transformers
     from lead_ds.models.onnx_file import OnnxEncoder
 

@@ -25,7 +25,8 @@ class Searcher:
     """A dual encoder over passages, searched exactly, or over an index that `lead-ds index` wrote.
 
     corpus: a folder with corpus.jsonl; or texts, by id or in a list (their ids are then "0", "1", ...). With an index, a folder
-    gives the hits their texts. index_settings: nprobe, ef_search, gpus, layout. Raises InputError for a model of another kind,
+    gives the hits their texts. document_model: what encodes, or encoded, the passages, where that is another model.
+    index_settings: nprobe, ef_search, gpus, layout. Raises InputError for a model of another kind,
     and for an index that another model made.
 
     >>> searcher = Searcher(dual_encoder, {"o": "owls fly silently", "g": "glaciers grind rock"})
@@ -40,6 +41,7 @@ class Searcher:
         *,
         index: str | Path | None = None,
         batch_size: int = 64,
+        document_model: Model | str | Path | None = None,
         **index_settings: Any,
     ) -> None:
         self.model = as_model(model)
@@ -51,12 +53,16 @@ class Searcher:
             if corpus is not None and texts is None:
                 raise InputError("corpus", "texts in memory do not go with an index", "give the index's own folder")
             opened = Index.open(index, **index_settings)
-            self._searcher = _Searcher.over_index(scorer, encoder, self.model.path, opened, texts)
+            made_by = document_model.path if isinstance(document_model, Model) else document_model
+            self._searcher = _Searcher.over_index(scorer, encoder, self.model.path, opened, texts, made_by)
             return
         if corpus is None:
             raise InputError("Searcher", "needs a corpus or an index", "give one of them")
         passages = _Memory(corpus) if texts is None else texts  # type: ignore[arg-type]
-        self._searcher = _Searcher.over_corpus(scorer, encoder, passages, batch_size=batch_size, quiet=True)
+        other = None if document_model is None else as_model(document_model)
+        documents = None if other is None else (dual_encoder(other.scorer), other.encoder)
+        reading: dict[str, Any] = {"batch_size": batch_size, "quiet": True, "documents": documents}
+        self._searcher = _Searcher.over_corpus(scorer, encoder, passages, **reading)
 
     def search(self, query: str, k: int = 10) -> list[Hit]:
         """The k best passages of a query, best first, or all where there are fewer: each with id, score and text."""

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lead_ds.errors import InputError, LeadError, RunError
+from lead_ds.errors import LeadError, RunError
 from lead_ds.io.located import find_file
 from lead_ds.models.files import RECORD
 from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import load_encoder
 from lead_ds.models.onnx_file import VECTOR, OnnxEncoder, require, write_probes
 from lead_ds.models.quiet import quiet
-from lead_ds.models.student_dir import whole_folder, write_student
+from lead_ds.models.student_dir import vacant, whole_folder, write_student
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import TextEncoder
@@ -69,7 +69,7 @@ def export_onnx(path: str, out: str | Path, *, int8: bool = False, texts: Sequen
     """
     for package in ("onnx", "onnxruntime"):
         require(package)
-    out = _vacant(out)
+    out = vacant(out)
     scorer, encoder = load_encoder(path)
     with whole_folder(out) as made:
         _write_folder(scorer, encoder, made, path)
@@ -104,7 +104,7 @@ def export_sentence_transformers(path: str, out: str | Path, *, texts: Sequence[
 
     Raises as `export_onnx`.
     """
-    out = _vacant(out)
+    out = vacant(out)
     scorer, encoder = load_encoder(path)
     with whole_folder(out) as made:
         _write_folder(scorer, encoder, made, path)
@@ -228,16 +228,6 @@ def _write_folder(scorer: DualEncoder, encoder: TextEncoder, folder: Path, path:
     write_student(scorer, encoder, folder, scorer.state_dict(), card.read_text("utf-8") if card else None)
     if record is not None:
         (folder / RECORD).write_bytes(record.read_bytes())
-
-
-def _vacant(out: str | Path) -> Path:
-    out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(out, "is there already", "choose another folder, or delete it")
-    nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    if not nearest.is_dir():
-        raise InputError(out, f"cannot be made: {nearest} is a file", "choose another folder")
-    return out
 
 
 _USE = """

@@ -24,6 +24,16 @@ def read_json(path: str, name: str) -> dict[str, Any]:
     return tree or {}
 
 
+ROUTER = "Router"
+
+
+def saved_types(path: str) -> list[str]:
+    """The classes of the modules that modules.json names, as it names them; none where there is no such file."""
+    tree = _read(path, "modules.json")
+    named = tree if isinstance(tree, list) else []
+    return [str(module.get("type")) for module in named if isinstance(module, dict)]
+
+
 def saved_modules(path: str) -> list[tuple[str, str]]:
     """(class, folder) of each module that modules.json names, in order; none where there is no such file.
 
@@ -40,6 +50,11 @@ def saved_modules(path: str) -> list[tuple[str, str]]:
         kind, folder = module["type"].rsplit(".", 1)[-1], str(module.get("path", ""))
         if ".." in Path(folder).parts or Path(folder).is_absolute():
             raise InputError(file, f"module path {folder!r} leaves the directory")
+        if kind == ROUTER:
+            what = "holds two models, of queries and of documents"
+            raise InputError(
+                path, what, f"name one of them, such as {path}/query; encode, search and evaluate take both"
+            )
         if kind not in _READ:
             raise InputError(file, f"module {module['type']} is not supported", f"{', '.join(_READ)} are")
         found.append((kind, folder))

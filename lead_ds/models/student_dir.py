@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lead_ds.errors import InputError
 from lead_ds.models.card import plain_card
 from lead_ds.models.files import RECORD
 from lead_ds.models.kinds.kind import Kind
@@ -48,6 +49,17 @@ def write_student(scorer: Kind, encoder: TextEncoder, folder: Path, state: dict[
     record = scorer.save(folder, encoder, state)
     (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card or plain_card(scorer, encoder), encoding="utf-8")
+
+
+def vacant(out: str | Path) -> Path:
+    """A folder that may be written to. Raises InputError where it holds something, or a file is in the way."""
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(out, "is there already", "choose another folder, or delete it")
+    nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise InputError(out, f"cannot be made: {nearest} is a file", "choose another folder")
+    return out
 
 
 @contextmanager

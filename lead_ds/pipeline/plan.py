@@ -40,6 +40,16 @@ class Given:
     tree: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A model that is searched with: its path, the stage that makes it, and what decides of it where none does."""
+
+    path: str
+    needs: list[str]
+    inputs: dict[str, str]
+    models: tuple[str, ...]
+
+
 class Recipe:
     """A configuration file with overrides, and the stages that it describes."""
 
@@ -83,8 +93,9 @@ class Recipe:
         distilled = self._train("distill", "distill", "", {}, groups, **sources)
         run = self.stages[distilled].folder / "run"
         self._graph.add("report", ["report", run, "--out"], Made("report", ("report/*",)), needs=[distilled])
+        made = {"first": first, "teacher": teacher, "student": student, MAIN: distilled}
         for name in pipeline.models:
-            self._evaluate(name, {"first": first, "teacher": teacher, "student": student, MAIN: distilled}[name])
+            self._evaluate(name, made)
 
     def _prepare(self) -> None:
         commands = []
@@ -214,35 +225,39 @@ class Recipe:
             tree["lens"] = self.fingerprints.model(str(config.lens_folder))
         return Given(tuple(paths.values()), tree)
 
-    def _evaluate(self, model: str, stage: str) -> None:
+    def _evaluate(self, model: str, made: Mapping[str, str]) -> None:
         """Add encode and index of every dataset, search and evaluate of every split, with one of the models."""
         if not self.pipeline.evaluate:
             return
-        section = self.config.teacher if model == "teacher" else self.config.student
-        if model != "first" and (section is None or not _gives_vectors(section.kind)):
-            what = f"the {model} gives no vectors to index"
-            raise InputError(f"{self.path}: pipeline.models", what, "leave it out of models, or set evaluate: []")
-        inputs: dict[str, str] = {}
-        needs, models = [stage], tuple[str, ...]()
-        if stage:
-            path = str(self.stages[stage].folder / "run" / ("student" if model == MAIN else "model"))
-        else:
-            path, needs = self._as_it_comes(model), []
-            inputs, models = {"model": self.fingerprints.model(path)}, (path,)
+        own = documents = self._ready(model, made[model])
+        if model == MAIN and self.pipeline.documents == "teacher":
+            documents = self._ready("teacher", made["teacher"])
         for item in self.pipeline.evaluate:
             data = self._data if item.data is None else Path(item.data)
             named = [] if item.data is None else [item.name or data.name]
             parts = [*([] if model == MAIN else [model]), *named]
             encode, index = "-".join(["encode", *parts]), "-".join(["index", *parts])
             if encode not in self.stages:
-                self._encode(encode, path, data, needs, inputs, models)
+                self._encode(encode, documents, data)
                 self._index(index, encode)
             elif str(data) not in self.stages[encode].commands[0]:
                 raise InputError(
                     f"{self.path}: pipeline.evaluate", f"two datasets are called {data.name!r}", "set name"
                 )
-            stage = self._search(item, path, data, parts, [*needs, index], inputs)
+            stage = self._search(item, own, documents, data, [*parts, item.split], index)
             self.evaluations.append(Evaluation(model, named[0] if named else data.name, item, stage))
+
+    def _ready(self, model: str, stage: str) -> Ready:
+        """A model to search with, that a stage makes, or as it comes. Raises InputError for one that gives no vectors."""
+        section = self.config.teacher if model == "teacher" else self.config.student
+        if model != "first" and (section is None or not _gives_vectors(section.kind)):
+            what = f"the {model} gives no vectors to index"
+            raise InputError(f"{self.path}: pipeline.models", what, "leave it out of models, or set evaluate: []")
+        if stage:
+            made = self.stages[stage].folder / "run" / ("student" if model == MAIN else "model")
+            return Ready(str(made), [stage], {}, ())
+        path = self._as_it_comes(model)
+        return Ready(path, [], {"model": self.fingerprints.model(path)}, (path,))
 
     def _as_it_comes(self, model: str) -> str:
         """The path of a model that no stage trains. Raises InputError for one that is only made when training starts."""
@@ -253,20 +268,18 @@ class Recipe:
             raise InputError(f"{self.path}: pipeline.models", what, f"take {model} out, or warm it up")
         return section.path
 
-    def _encode(
-        self, name: str, path: str, data: Path, needs: list[str], inputs: dict[str, str], models: tuple[str, ...]
-    ) -> None:
+    def _encode(self, name: str, model: Ready, data: Path) -> None:
         settings = self.pipeline.encode
         options = options_of(settings.model_dump(exclude_defaults=True))
         self._graph.add(
             name,
-            ["encode", "--model", path, "--data", data, *options, "--out"],
+            ["encode", "--model", model.path, "--data", data, *options, "--out"],
             Made("vectors", ("vectors/*",), repairs=True),
             {"encode": settings.model_dump(exclude={"batch_size"} | ({"dim"} if settings.dim is None else set()))}
-            | inputs,
-            needs,
+            | model.inputs,
+            model.needs,
             Reads(self._graph.files("corpus.jsonl", data=data)),
-            models=models,
+            models=model.models,
             distributed=True,
         )
 
@@ -277,11 +290,11 @@ class Recipe:
         self._graph.add(name, command, Made("index", ("index/*",)), {"index": {"factory": settings.factory}}, [encode])
 
     def _search(
-        self, item: EvaluateStage, path: str, data: Path, parts: list[str], needs: list[str], inputs: dict[str, str]
+        self, item: EvaluateStage, own: Ready, documents: Ready, data: Path, parts: list[str], index: str
     ) -> str:
         for measure in item.measures:
             parse_measure(measure, item.relevance_level)
-        settings, search = self.pipeline.index, "-".join(["search", *parts, item.split])
+        settings, search = self.pipeline.index, "-".join(["search", *parts])
         if search in self.stages:
             where = f"{self.path}: pipeline.evaluate"
             raise InputError(where, f"split {item.split!r} is given twice", "list all measures of a split together")
@@ -292,18 +305,21 @@ class Recipe:
             options["k"] = depth(item.measures)
         options |= settings.model_dump(include={"gpus", "layout", "nprobe", "ef_search"}, exclude_defaults=True)
         qrels = f"qrels/{item.split}.tsv"
-        index = self.stages[needs[-1]].folder / "index"
-        command = ["search", "--model", path, "--data", data, "--index", index, *options_of(options)]
+        two = own is not documents
+        inputs = own.inputs | ({"documents": documents.path, **documents.inputs} if two and documents.inputs else {})
+        models = ["--query-model", own.path, "--document-model", documents.path] if two else ["--model", own.path]
+        folder = self.stages[index].folder / "index"
+        command = ["search", *models, "--data", data, "--index", folder, *options_of(options)]
         self._graph.add(
             search,
             [*command, "--tag", search, "--out"],
             Made("run.trec", ("run.trec",)),
             {"search": {key: value for key, value in options.items() if key not in ("gpus", "layout")}} | inputs,
-            needs,
+            [*own.needs, *(documents.needs if two else []), index],
             Reads(self._graph.files("queries.jsonl", "corpus.jsonl", qrels, data=data)),
         )
         return self._graph.add(
-            "-".join(["evaluate", *parts, item.split]),
+            "-".join(["evaluate", *parts]),
             [
                 *["evaluate", "--run", self.stages[search].folder / "run.trec", "--qrels", existing(data / qrels)],
                 *["--measures", " ".join(item.measures), "--relevance-level", item.relevance_level],

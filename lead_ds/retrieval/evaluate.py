@@ -22,6 +22,7 @@ from lead_ds.io.notes import say_once
 from lead_ds.io.progress import progress
 from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind, kinds_that
+from lead_ds.models.router import Reader, check_space
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.encode import PLAIN, Embed, Encoding, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
@@ -160,6 +161,33 @@ def evaluate_widths(
     return scores
 
 
+def evaluate_two(
+    query: Reader,
+    document: Reader,
+    task: Task,
+    *,
+    batch_size: int = 64,
+    peers: Peers = ALONE,
+    quiet: bool = False,
+    out: str | Path | None = None,
+) -> Scores:
+    """As `evaluate_model`, of two models in one space: one reads the queries, the other the passages.
+
+    Raises InputError for vectors of different widths.
+    """
+    check_space(query, document)
+    (scorer, encoder), (other, other_encoder), qrels = query, document, task.qrels(out)
+    how, dataset = Encoding(batch_size, next(scorer.parameters()).device), task.dataset
+    with _evaluating(scorer), _evaluating(other):
+        documents = other.embed, other_encoder
+        reading: dict[str, Any] = {"peers": peers, "quiet": quiet, "documents": documents}
+        encoded = encode_both(scorer.embed, encoder, dataset, list(qrels), how, **reading)
+    run = _found(encoded, task, qrels)
+    if peers.rank == 0 and out is not None:
+        write_run(out, run)
+    return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
+
+
 @contextmanager
 def _evaluating(scorer: Kind) -> Iterator[None]:
     training = scorer.training
@@ -218,8 +246,10 @@ def encode_both(
     *,
     peers: Peers = ALONE,
     quiet: bool = False,
+    documents: tuple[Embed, TextEncoder] | None = None,
 ) -> Encoded:
-    """Vectors of queries and of a dataset's corpus; every process encodes its share."""
+    """Vectors of queries and of a dataset's corpus; every process encodes its share. documents: what encodes the corpus, where
+    that is another model."""
     corpus, texts = dataset.corpus, dataset.queries
     query_rows = texts.rows(query_ids).tolist()
     own_queries, own_passages = share(len(query_rows), peers), share(len(corpus), peers)
@@ -229,8 +259,9 @@ def encode_both(
         forwards = [-(-largest_share(count, peers) // how.batch_size) for count in counts]
         rows = [query_rows[i] for i in own_queries]
         queries_QD = encode_share(embed, encoder, "queries", texts.texts, rows, how, forwards=forwards[0], meter=meter)
+        reader = documents or (embed, encoder)
         passages_PD = encode_share(
-            embed, encoder, "corpus", corpus.texts, own_passages, how, forwards=forwards[1], meter=meter
+            *reader, "corpus", corpus.texts, own_passages, how, forwards=forwards[1], meter=meter
         )
     if peers.world > 1:
         shares = [vectors for vectors in peers.all(queries_QD.cpu().numpy()) if len(vectors)]

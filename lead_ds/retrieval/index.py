@@ -37,18 +37,22 @@ def build_index(
     layout: GpuLayout = "shard",
     seed: int = 0,
     quiet: bool = False,
+    queries: dict[str, Any] | None = None,
 ) -> Path:
     """Build an inner-product index of `vectors` and write it to the folder `out`.
 
     factory: FAISS's index string: Flat (exact), IVF4096,Flat, HNSW32, PQ64, IVF4096,PQ64, OPQ64,IVF4096,PQ64x4fs, ... Vectors
     are read from disk a chunk at a time. gpus: train and add on so many, the index sharded over them or replicated; an index
-    that is not trained is filled on the CPU, where that is a copy.
+    that is not trained is filled on the CPU, where that is a copy. queries: facts of another model that may ask it.
     `out` holds the index, the ids, and what the vectors were made of. Raises InputError for a factory string that FAISS
     does not know, or too few vectors for it; RunError when FAISS or the disk fails.
     """
     import faiss
 
     out = Path(out)
+    if queries is not None and queries["dimension"] != vectors.dimension:
+        what = f"gives vectors of {queries['dimension']} dimensions, the index is of {vectors.dimension}"
+        raise InputError("--query-model", what, "name a model in the same space")
     with owned(out, "another lead-ds index"):
         if (out / META).exists():
             raise InputError(out, "already holds an index", "choose another folder, or delete it")
@@ -93,9 +97,10 @@ def build_index(
                 raise RunError(out / INDEX, f"cannot be written: {_reason(error)}", "check the free space") from None
         with atomic(out / IDS) as temporary:
             shutil.copyfile(vectors.folder / IDS, temporary)
+        asks = {} if queries is None else {"queries": queries}
         facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
         # Last: its presence is what marks the folder as holding an index.
-        write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts})
+        write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts, **asks})
         return out
 
 
@@ -152,6 +157,14 @@ class Index:
         if changed:
             told = ", ".join(f"{key} {made[key]}, here {model.get(key)}" for key in changed)
             raise InputError(self.folder, f"was made by another model: {told}", "use that model, or build it again")
+
+    def check_two(self, query: dict[str, Any], document: str) -> None:
+        """Raise InputError unless the model with the checksum `document` made the index, as wide as the queries' vectors."""
+        if self.meta["model"]["checksum"] != document:
+            raise InputError(self.folder, "was made by another document model", "use that one, or build it again")
+        if query["dimension"] != self.meta["dimension"]:
+            what = f"holds vectors of {self.meta['dimension']} dimensions, the query model gives {query['dimension']}"
+            raise InputError(self.folder, what, "use a model of that width")
 
     def check_side(self, side: Side) -> None:
         """Raise InputError when the model now reads such texts with another prompt than the index was made with."""

@@ -19,6 +19,7 @@ from lead_ds.errors import InputError
 from lead_ds.io.files import model_checksum
 from lead_ds.io.progress import progress
 from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.router import Reader, check_space
 from lead_ds.retrieval.encode import Encoding, Side, check_texts, encode_share
 from lead_ds.retrieval.evaluate import Task, make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
@@ -78,12 +79,14 @@ class Searcher:
         device: str | None = None,
         dim: int | None = None,
         quiet: bool = False,
+        document_model: str | Path | None = None,
         **index_settings: Any,
     ) -> Searcher:
         """Load a model with an index (`index_settings` of `Index.open`), or encode the corpus of `data` now.
 
         With an index, `data` gives the hits their texts. dim: of the model's vectors, the first so many dimensions; null: all,
-        or as many as the index has. Raises InputError when neither is given, and when the index was
+        or as many as the index has. document_model: what encodes, or encoded, the passages, where that is another model; only
+        its files are looked at where there is an index. Raises InputError when neither is given, and when the index was
         made by another model, with another prompt, or of other texts.
         """
         if data is None and index is None:
@@ -92,34 +95,56 @@ class Searcher:
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
             path = model.path if isinstance(model, ModelConfig) else model
-            return cls.over_index(scorer, encoder, path, Index.open(index, **index_settings), corpus)
+            opened = Index.open(index, **index_settings)
+            return cls.over_index(scorer, encoder, path, opened, corpus, document_model)
         assert corpus is not None
-        return cls.over_corpus(scorer, encoder, corpus, batch_size=batch_size, quiet=quiet)
+        documents = None if document_model is None else open_encoder(document_model, device, dim)
+        return cls.over_corpus(scorer, encoder, corpus, batch_size=batch_size, quiet=quiet, documents=documents)
 
     @classmethod
     def over_index(
-        cls, scorer: Kind, encoder: TextEncoder, path: str | Path, index: Index, corpus: Texts | None
+        cls,
+        scorer: Kind,
+        encoder: TextEncoder,
+        path: str | Path,
+        index: Index,
+        corpus: Texts | None,
+        document_model: str | Path | None = None,
     ) -> Searcher:
         """The model loaded from `path` over an index. Raises InputError as `open`."""
         facts, width = model_facts(path, scorer), index.meta["dimension"]
-        if scorer.dim is None and index.meta["model"] == {**facts, "dimension": width}:
-            scorer.cut(width)  # an index of the first dimensions of this model's vectors
+        asks = index.meta.get("queries") == facts  # the index was made for its queries
+        own = index.meta["model"] == {**facts, "dimension": width}
+        if scorer.dim is None and width < facts["dimension"] and (own or document_model is not None):
+            scorer.cut(width)  # an index of first dimensions
             facts["dimension"] = width
-        index.check_model(facts)
-        index.check_side(Side.of(encoder, "corpus"))
+        if document_model is not None:
+            index.check_two(facts, model_checksum(document_model))
+        elif not asks:
+            index.check_model(facts)
+            index.check_side(Side.of(encoder, "corpus"))
         if corpus is not None:
             check_texts(index.meta, corpus, index.folder)
         return cls(scorer, encoder, index, index.ids, corpus)
 
     @classmethod
     def over_corpus(
-        cls, scorer: Kind, encoder: TextEncoder, corpus: Corpus, *, batch_size: int = 64, quiet: bool = False
+        cls,
+        scorer: Kind,
+        encoder: TextEncoder,
+        corpus: Corpus,
+        *,
+        batch_size: int = 64,
+        quiet: bool = False,
+        documents: Reader | None = None,
     ) -> Searcher:
-        """The model over passages that are encoded now, searched exactly."""
+        """The model over passages that are encoded now, by `documents` where that is another model; searched exactly."""
+        reads, text = documents or (scorer, encoder)
+        check_space((scorer, encoder), (reads, text))
         with progress("encoding the corpus", len(corpus), "texts", shown=not quiet) as meter:
             vectors_PD = encode_share(
-                scorer.embed,
-                encoder,
+                reads.embed,
+                text,
                 "corpus",
                 corpus.texts,
                 range(len(corpus)),
@@ -187,7 +212,7 @@ def evaluate_index(
 ) -> Scores:
     """Metrics of an index, searched for a task's queries: with what it costs to be approximate.
 
-    settings: `dim` of `Searcher.open`, and of `Index.open`. out: a TREC run to write.
+    settings: `dim` and `document_model` of `Searcher.open`, and of `Index.open`. out: a TREC run to write.
     Raises InputError as `Task.qrels`, `Searcher.open` and `Task.scores`.
     """
     qrels, dataset = task.qrels(out), task.dataset

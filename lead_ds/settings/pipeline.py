@@ -127,6 +127,11 @@ class PipelineConfig(Section):
         min_length=1,
         description="which models are searched with; student: as it was before distillation",
     )
+    documents: Literal["own", "teacher"] = Field(
+        "own",
+        description="what encodes the passages that the distilled student searches: itself, or its teacher, in whose space the "
+        "student was distilled",
+    )
     evaluate: list[EvaluateStage] = Field([EvaluateStage()], description="searched for and measured on")
 
     @model_validator(mode="after")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lead_ds.config import load_config
+from lead_ds.errors import InputError
 from lead_ds.pipeline.plan import Recipe
 from lead_ds.pipeline.run import run_pipeline
 from tests.helpers.launch import ROOT
+from tests.helpers.rooms import settings
 
 RECIPES = sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml"))
 
@@ -98,3 +101,18 @@ def test_the_decoder_is_asked_as_it_was_trained() -> None:
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     assert (teacher.yes_token, teacher.no_token) == ("yes", "no")
+
+
+def test_the_student_searches_what_its_teacher_encoded(rooms: Path, tmp_path: Path) -> None:
+    tree = settings(
+        rooms, tmp_path / "out", pipeline={"mine": None, "documents": "teacher", "evaluate": [{"split": "test"}]}
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    planned = run_pipeline(path, [], dry_run=True, tell=lambda _: None, launcher="none")
+    commands = {one["stage"]: one["commands"][0] for one in planned["stages"]}
+    assert f"--model {rooms / 'llama'}" in commands["encode"]
+    assert "distill" in commands["search-test"].split("--query-model ")[1].split()[0]
+    assert f"--document-model {rooms / 'llama'}" in commands["search-test"]
+    with pytest.raises(InputError, match="the teacher gives no vectors"):
+        run_pipeline(path, ["teacher.kind=colbert"], dry_run=True, tell=lambda _: None, launcher="none")
