@@ -134,17 +134,19 @@ def evaluate(
         from lead_ds.retrieval.search import evaluate_index
 
         search: dict[str, Any] = {
-            "dim": dim,
             "document_model": documents,
             "gpus": gpus,
             "layout": layout,
             "nprobe": nprobe,
             "ef_search": ef_search,
         }
+        from lead_ds.retrieval.evaluate import open_encoder
+
         with ranks() as here:
             if here.main:
+                searched = open_encoder(str(model), here.device, dim)
                 task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
-                scores = evaluate_index(model, index, task, out=out, **search)
+                scores = evaluate_index(searched, index, task, out=out, **search)
                 tell(scores, json_file, per_query)
         return
     if documents is not None:

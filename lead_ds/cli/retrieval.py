@@ -147,6 +147,7 @@ def search(
     choice("--layout", layout, "shard", "replicate")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.data.collections.qrels import write_run
+    from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import Searcher
 
     settings: dict[str, Any] = {}
@@ -160,7 +161,7 @@ def search(
         check_search_names(data, index, tag, out)
     queries, documents = two_models(model, query_model, document_model)
     settings |= {"document_model": documents}
-    searcher = Searcher.open(queries, data, dim=dim, quiet=bool(as_json), **settings)
+    searcher = Searcher.open(open_encoder(queries, dim=dim), data, quiet=bool(as_json), **settings)
     if query and out is None:
         for text in query:
             hits = searcher.search(text, k)

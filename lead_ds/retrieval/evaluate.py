@@ -34,6 +34,10 @@ from lead_ds.settings.model import ModelConfig
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
 
 
+ModelLike = str | Path | ModelConfig | tuple[Kind, TextEncoder]
+"""A dual encoder: its directory or hub name, its configuration, or what `open_encoder` gave."""
+
+
 @dataclass(frozen=True)
 class Task:
     """The judged queries of a dataset's split, and how what is found for them is measured.
@@ -84,7 +88,7 @@ def evaluate_path(
 
 
 def open_encoder(
-    model: str | Path | ModelConfig, device: torch.device | str | None = None, dim: int | None = None
+    model: ModelLike, device: torch.device | str | None = None, dim: int | None = None
 ) -> tuple[Kind, TextEncoder]:
     """A dual encoder in evaluation mode on `device` (default: CUDA where there is one) with its tokenisation.
 
@@ -92,6 +96,8 @@ def open_encoder(
     """
     from lead_ds.models.load import load_encoder, load_student, load_text
 
+    if isinstance(model, tuple):
+        return model
     if isinstance(model, ModelConfig):
         scorer, encoder = dual_encoder(load_student(model, torch.float32)), load_text(model)
     else:

@@ -21,12 +21,11 @@ from lead_ds.io.progress import progress
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.router import Reader, check_space
 from lead_ds.retrieval.encode import Encoding, Side, check_texts, encode_share
-from lead_ds.retrieval.evaluate import Task, make_run, open_encoder
+from lead_ds.retrieval.evaluate import ModelLike, Task, make_run, open_encoder
 from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.metrics import Scores, depth
-from lead_ds.settings.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -71,34 +70,32 @@ class Searcher:
     @classmethod
     def open(
         cls,
-        model: str | Path | ModelConfig,
+        model: ModelLike,
         data: str | Path | None = None,
         *,
         index: str | Path | None = None,
         batch_size: int = 64,
         device: str | None = None,
-        dim: int | None = None,
         quiet: bool = False,
         document_model: str | Path | None = None,
         **index_settings: Any,
     ) -> Searcher:
         """Load a model with an index (`index_settings` of `Index.open`), or encode the corpus of `data` now.
 
-        With an index, `data` gives the hits their texts. dim: of the model's vectors, the first so many dimensions; null: all,
-        or as many as the index has. document_model: what encodes, or encoded, the passages, where that is another model; only
+        With an index, `data` gives the hits their texts, and the model is read by as many dimensions as the index has.
+        document_model: what encodes, or encoded, the passages, where that is another model; only
         its files are looked at where there is an index. Raises InputError when neither is given, and when the index was
         made by another model, with another prompt, or of other texts.
         """
         if data is None and index is None:
             raise InputError("search", "needs an index or a dataset", "give one of them")
-        scorer, encoder = open_encoder(model, device, dim)
+        scorer, encoder = open_encoder(model, device)
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
-            path = model.path if isinstance(model, ModelConfig) else model
             opened = Index.open(index, **index_settings)
-            return cls.over_index(scorer, encoder, path, opened, corpus, document_model)
+            return cls.over_index(scorer, encoder, scorer.config.path, opened, corpus, document_model)
         assert corpus is not None
-        documents = None if document_model is None else open_encoder(document_model, device, dim)
+        documents = None if document_model is None else open_encoder(document_model, device, scorer.dim)
         return cls.over_corpus(scorer, encoder, corpus, batch_size=batch_size, quiet=quiet, documents=documents)
 
     @classmethod
@@ -202,7 +199,7 @@ class Searcher:
 
 
 def evaluate_index(
-    model: str | Path | ModelConfig,
+    model: ModelLike,
     index: str | Path,
     task: Task,
     *,
@@ -212,7 +209,7 @@ def evaluate_index(
 ) -> Scores:
     """Metrics of an index, searched for a task's queries: with what it costs to be approximate.
 
-    settings: `dim` and `document_model` of `Searcher.open`, and of `Index.open`. out: a TREC run to write.
+    settings: `document_model` of `Searcher.open`, and of `Index.open`. out: a TREC run to write.
     Raises InputError as `Task.qrels`, `Searcher.open` and `Task.scores`.
     """
     qrels, dataset = task.qrels(out), task.dataset

@@ -70,6 +70,6 @@ def test_trained_measured_and_read_by_first_dimensions(configure: Callable[..., 
         found, abs=1e-4
     )
     with pytest.raises(InputError, match="dimension 4, here 8"):
-        Searcher.open(str(student), index=index, dim=8)
+        Searcher.open(open_encoder(str(student), dim=8), index=index)
     with pytest.raises(InputError, match="dim is 17, its vectors have 16 dimensions"):
         open_encoder(str(student), dim=17)
