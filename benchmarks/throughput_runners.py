@@ -27,7 +27,7 @@ from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.engine.records.parts import Part, Parts, PartsClock
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.ahead import with_next
-from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher, with_settled_teacher
+from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher, settled
 from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.objective import build_objective
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
@@ -127,7 +127,7 @@ class LeadDS(Runner):
     def __init__(self, name: str, config: Config, ranks: Ranks) -> None:
         super().__init__(config, ranks)
         self.name = name
-        config = self.config = with_settled_teacher(config)
+        config = self.config = settled(config)
         self.reads_teacher = uses_teacher = config.losses.needs_teacher
         _, _, batches, _ = open_inputs(config, uses_teacher, ranks)
         torch.manual_seed(config.seed)

@@ -18,8 +18,11 @@ from lead_ds.cli.options import (
     LAYOUT,
     NPROBE,
     QUERY_MODEL,
+    SETTINGS,
     batch_of,
+    check_settings,
     choice,
+    tell_reading,
     two_models,
 )
 from lead_ds.errors import InputError
@@ -29,12 +32,8 @@ LEVEL = typer.Option(1, "--relevance-level", min=1, help="Judgements from here o
 
 
 def evaluate(
-    settings: list[str] | None = typer.Argument(
-        None,
-        help="Settings of the model, as in a configuration's teacher section: max_length=512, yes_token=Yes ...",
-        metavar="[KEY=VALUE]...",
-    ),
-    model: Path | None = typer.Option(
+    settings: list[str] | None = SETTINGS,
+    model: str | None = typer.Option(
         None, "--model", help="A model's directory: a dual encoder searches the corpus, exactly; others rerank."
     ),
     query_model: Path | None = QUERY_MODEL,
@@ -93,7 +92,7 @@ def evaluate(
     documents: str | None = None
     if model is not None or query_model is not None or document_model is not None:
         found_model, documents = two_models(model, query_model, document_model)
-        model = Path(found_model)
+        model = found_model
     if documents is not None and (settings or kind or depth or run):
         what = "two models search the corpus, as they are: settings, --kind, --run and --depth are for reranking"
         raise InputError("--document-model", what, "give one or the other")
@@ -108,8 +107,8 @@ def evaluate(
     if model is None and (settings or kind or depth or out or index or dim):
         what = "settings, --kind, --depth, --index, --dim and --out are of a model"
         raise InputError("evaluate", what, "add --model and --data")
-    if index is not None and (settings or kind or depth or run):
-        what = "is searched by its model as it is: settings, --kind, --run and --depth are for reranking"
+    if index is not None and (kind or depth or run):
+        what = "is searched by a dual encoder: --kind, --run and --depth are for reranking"
         raise InputError("--index", what, "give one or the other")
     if index is None and (gpus or nprobe or ef_search):
         raise InputError("evaluate", "--gpus, --nprobe and --ef-search are of an index", "add --index")
@@ -121,7 +120,7 @@ def evaluate(
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
-    from lead_ds.retrieval.evaluate import Task, evaluate_model, evaluate_run
+    from lead_ds.retrieval.evaluate import Task, evaluate_model, evaluate_run, open_encoder
 
     names = measures.replace(",", " ").split()
     if model is None:
@@ -140,23 +139,25 @@ def evaluate(
             "nprobe": nprobe,
             "ef_search": ef_search,
         }
-        from lead_ds.retrieval.evaluate import open_encoder
-
         with ranks() as here:
             if here.main:
-                searched = open_encoder(str(model), here.device, dim)
+                searched = open_encoder(str(model), here.device, dim, check_settings(settings, documents))
+                tell_reading(searched, Dataset.open(data))
                 task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
                 scores = evaluate_index(searched, index, task, out=out, **search)
                 tell(scores, json_file, per_query)
         return
     if documents is not None:
-        from lead_ds.retrieval.evaluate import evaluate_two, open_encoder
+        from lead_ds.retrieval.evaluate import evaluate_two
 
+        check_settings(settings, documents)
         with ranks() as here:
             task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
             query, document = agreed(
                 here, lambda: [open_encoder(str(path), here.device, dim) for path in (model, documents)]
             )
+            for one in (query, document):
+                agreed(here, lambda: tell_reading(one, task.dataset, here))  # noqa: B023 - called at once
             size = batch_of(batch_size, here.device)
             scores = evaluate_two(query, document, task, batch_size=size, peers=here, out=out)
             if here.main:
@@ -168,8 +169,9 @@ def evaluate(
         dataset = Dataset.open(data)
         judged = dataset.qrels(split)
         task = Task(dataset, split, names, relevance_level, keep_identical=keep_identical)
-        given = [*(settings or []), *([] if dim is None else [f"dim={dim}"])]
+        given = [*check_settings(settings), *([] if dim is None else [f"dim={dim}"])]
         opened = agreed(here, lambda: Reranker.open(model, kind, given, here.device))
+        agreed(here, lambda: tell_reading((opened.scorer, opened.encoder), dataset, here))
         options: dict[str, Any] = {"batch_size": batch_of(batch_size, here.device), "peers": here, "out": out}
         if opened.scorer.gives_vectors and run is None and depth is None:
             scores = evaluate_model(opened.scorer, opened.encoder, task, **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import choice
+from lead_ds.cli.options import SETTINGS, check_settings, choice
 
 _SAMPLE = 1000
 _QUERY = "which thing has three hearts"
@@ -20,9 +20,7 @@ def inspect(
     model: str = typer.Argument(
         ..., help="A student, sentence-transformers or Hugging Face directory, or a hub name.", metavar="MODEL"
     ),
-    settings: list[str] | None = typer.Argument(
-        None, help="Settings of its kind, such as query_prompt='query: '.", metavar="[KEY=VALUE]..."
-    ),
+    settings: list[str] | None = SETTINGS,
     kind: str | None = typer.Option(None, "--kind", help="A kind of model; default: what the model's files say."),
     data: Path | None = typer.Option(
         None, "--data", help="Show its texts, and the share of a sample of 1,000 queries and passages that is cut."
@@ -40,14 +38,15 @@ def inspect(
 
     lead-ds inspect models/reranker --kind llm_reranker yes_token=yes no_token=no --json
     """
-    from lead_ds.models.inspection import cut_share, inspect_model, shown
+    from lead_ds.models.as_read import cut_share
+    from lead_ds.models.inspection import inspect_model, shown
 
     if kind is not None:
         from lead_ds.models.kinds.kind import KINDS
 
         choice("--kind", kind, *KINDS)
     queries, passages = _texts(data) if data is not None else ([], [])
-    given = [*(["dtype=fp32"] if compare else []), *(settings or [])]
+    given = [*(["dtype=fp32"] if compare else []), *check_settings(settings)]
     found = inspect_model(model, given, kind)
     facts = dict(found.facts)
     query, passage = next(iter(queries), _QUERY), next(iter(passages), _PASSAGE)
@@ -71,17 +70,10 @@ def inspect(
 
 
 def _texts(data: Path) -> tuple[list[str], list[str]]:
-    """Queries and passages of a dataset, at even distances."""
-    import numpy as np
-
+    """Queries and passages of a dataset."""
     from lead_ds.data.collections.dataset import Dataset
 
-    dataset = Dataset.open(data)
-    found = []
-    for texts in (dataset.queries, dataset.corpus):
-        rows = np.linspace(0, len(texts) - 1, min(_SAMPLE, len(texts))).astype(int)
-        found.append(texts.texts(rows))
-    return found[0], found[1]
+    return Dataset.open(data).sample(_SAMPLE)
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -134,10 +126,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     tokenizer = facts["tokenizer"]
     speed = "fast" if tokenizer["fast"] else "slow"
     lines.append(("tokenizer", f"{tokenizer['class']} ({speed}), {tokenizer['vocabulary']} tokens"))
-    run = facts["in_a_run"]
-    lengths = ", ".join(f"{name} {tokens}" for name, tokens in run["lengths"].items())
-    lines.append(("in a run", run["refused"] or f"{lengths}, unless set"))
-    if not run["can_be_student"]:
+    if not facts["can_be_student"]:
         lines.append(("as a student", f"refused: a {facts['kind']} is a frozen teacher only"))
     lines += [(side, _tokens(tokens)) for side, tokens in facts["tokens"].items()]
     for side, cut in (facts["cut"] or {}).items():

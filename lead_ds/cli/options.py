@@ -8,6 +8,13 @@ import typer
 
 from lead_ds.errors import InputError
 
+_OF_RUNS = ("passes", "weights", "path")
+SETTINGS = typer.Argument(
+    None,
+    help="Settings of the model, as in a configuration's section of it: kind=K, passage_length=256, query_prompt='query: ', "
+    "pooling=mean, trust_remote_code=true ...",
+    metavar="[KEY=VALUE]...",
+)
 BATCH = typer.Option(
     None,
     "--batch-size",
@@ -49,6 +56,36 @@ def two_models(model: Any, query_model: Any, document_model: Any) -> tuple[str, 
         what = "give --model, or both of --query-model and --document-model"
         raise InputError("--model", "of queries and documents: one, or two", what)
     return routes(model) or (str(model), None)
+
+
+def check_settings(settings: list[str] | None, documents: str | None = None) -> list[str]:
+    """Settings of a model that a command reads. Raises InputError for those that only a run heeds, and for two models."""
+    given = list(settings or [])
+    if given and documents is not None:
+        raise InputError(
+            given[0], "is a setting of one model, and two are given", "save it with the model: lead-ds export"
+        )
+    for setting in given:
+        name = setting.partition("=")[0].strip()
+        if name in _OF_RUNS:
+            raise InputError(name, "is of a model in a run", f"take it out: this command ignores {', '.join(_OF_RUNS)}")
+    return given
+
+
+def tell_reading(model: Any, dataset: Any, here: Any = None) -> None:
+    """Say on stderr how a model, (scorer, encoder), reads the texts of a dataset, which may be None; one process does.
+
+    Raises InputError where a prompt leaves too little of a text.
+    """
+    import sys
+
+    from lead_ds.models.as_read import SAMPLE, check_room, reading_line
+
+    scorer, encoder = model
+    check_room(encoder, "")
+    if here is None or here.main:
+        texts = ([], []) if dataset is None else dataset.sample(SAMPLE)
+        print(reading_line(scorer, encoder, *texts), file=sys.stderr, flush=True)
 
 
 def batch_of(given: int | None, device: Any) -> int:

@@ -18,8 +18,11 @@ from lead_ds.cli.options import (
     LAYOUT,
     NPROBE,
     QUERY_MODEL,
+    SETTINGS,
     batch_of,
+    check_settings,
     choice,
+    tell_reading,
     two_models,
 )
 from lead_ds.errors import InputError
@@ -29,7 +32,8 @@ DATA = typer.Option(..., "--data", help="A folder with corpus.jsonl, queries.jso
 
 
 def encode(
-    model: Path = MODEL,
+    settings: list[str] | None = SETTINGS,
+    model: str = MODEL,
     data: Path = DATA,
     out: Path = typer.Option(..., "--out", help="Where the vectors go: memory-mapped .npy shards, ids, a manifest."),
     kind: str = typer.Option("corpus", "--kind", help="corpus or queries."),
@@ -46,23 +50,27 @@ def encode(
 
     lead-ds encode --model runs/x/student --data data/msmarco --out vectors
 
+    lead-ds encode --model intfloat/e5-base-v2 --data data/msmarco --out vectors passage_prompt="passage: "
+
     deepspeed --module lead_ds encode --model runs/x/student --data data/msmarco --out vectors
     """
     choice("--kind", kind, "corpus", "queries")
     choice("--dtype", dtype, "float32", "float16")
     choice("--precision", precision, "fp32", "bf16", "fp16")
     from lead_ds.data.collections.dataset import Dataset
+    from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
     from lead_ds.retrieval.encode import Encoding, Precision, Stored, encode_to
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import model_facts
 
     queries, documents = two_models(model, None, None)
-    model = Path(documents or queries) if kind == "corpus" else Path(queries)
+    model = (documents or queries) if kind == "corpus" else queries
     with ranks() as here:
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
-        scorer, encoder = open_encoder(model, here.device, dim)
+        scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, check_settings(settings)))
+        agreed(here, lambda: tell_reading(opened, dataset, here))
         facts = model_facts(model, scorer)
         how = Encoding(batch_of(batch_size, here.device), here.device, cast(Precision, precision))
         stored = Stored(cast(Literal["float32", "float16"], dtype))
@@ -115,8 +123,14 @@ def search(
     query: list[str] | None = typer.Argument(
         None, help="Queries; none: those of --queries, or of the data's queries.jsonl."
     ),
-    model: Path | None = typer.Option(
+    model: str | None = typer.Option(
         None, "--model", help="A student, sentence-transformers or Hugging Face directory, or a Router's."
+    ),
+    given: list[str] | None = typer.Option(
+        None,
+        "--set",
+        help="A setting of the model: passage_length=256, query_prompt='query: ' ...",
+        metavar="KEY=VALUE",
     ),
     query_model: Path | None = QUERY_MODEL,
     document_model: Path | None = DOCUMENT_MODEL,
@@ -142,6 +156,8 @@ def search(
 
     lead-ds search --model runs/x/student --data data "read a json file"
 
+    lead-ds search --model intfloat/e5-base-v2 --set "query_prompt=query: " --data data "read a json file"
+
     lead-ds search --model runs/x/student --data data --index index --split test -k 1000 --out run.trec
     """
     choice("--layout", layout, "shard", "replicate")
@@ -160,8 +176,10 @@ def search(
     if out is not None:
         check_search_names(data, index, tag, out)
     queries, documents = two_models(model, query_model, document_model)
+    opened = open_encoder(queries, dim=dim, settings=check_settings(given, documents))
+    tell_reading(opened, None if data is None else Dataset.open(data))
     settings |= {"document_model": documents}
-    searcher = Searcher.open(open_encoder(queries, dim=dim), data, quiet=bool(as_json), **settings)
+    searcher = Searcher.open(opened, data, quiet=bool(as_json), **settings)
     if query and out is None:
         for text in query:
             hits = searcher.search(text, k)
@@ -186,9 +204,10 @@ def search(
 
 
 def mine(
+    settings: list[str] | None = SETTINGS,
     data: Path = DATA,
     out: Path = typer.Option(..., "--out", help="The training groups to write (JSON lines)."),
-    model: Path | None = typer.Option(None, "--model", help="Negatives by this model's exact search."),
+    model: str | None = typer.Option(None, "--model", help="Negatives by this model's exact search."),
     run: Path | None = typer.Option(None, "--run", help="Negatives from this TREC run; neither: BM25."),
     split: str = typer.Option("train", "--split", help="The judged queries to mine for."),
     number: int = typer.Option(30, "--number", min=1, help="Negatives of each query."),
@@ -214,19 +233,29 @@ def mine(
     """Mine hard negatives from a model, a TREC run, or BM25; writes training groups with the scores it saw.
 
     lead-ds mine --model runs/first/student --data data/msmarco --out data/msmarco/train.jsonl --depth 200 --number 30
+
+    lead-ds mine --model intfloat/e5-base-v2 --data data --out data/train.jsonl query_prompt="query: "
     """
     if model is not None and run is not None:
         raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
+    if model is None and settings:
+        raise InputError(settings[0], "is a setting of a model, and none is given", "add --model")
     from lead_ds.data.collections.dataset import Dataset
+    from lead_ds.retrieval.evaluate import ModelLike, open_encoder
     from lead_ds.retrieval.mine import mine as run_mine
     from lead_ds.settings.mining import MineSettings
     from lead_ds.settings.parse import parse_section
 
     options = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio, "similar": similar}
-    settings = parse_section(
+    how = parse_section(
         MineSettings, {**options, "sample": sample, "seed": seed, "keep_identical": keep_identical}, "mine"
     )
-    mined = run_mine(model or run or "bm25", Dataset.open(data), out, split, settings)
+    dataset = Dataset.open(data)
+    source: ModelLike = run or "bm25"
+    if model is not None:
+        source = open_encoder(model, settings=check_settings(settings))
+        tell_reading(source, dataset)
+    mined = run_mine(source, dataset, out, split, how)
     left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)
     print(
         f"{mined.queries} queries, {mined.negatives} negatives: {out}" + (f"; left out: {left_out}" if left_out else "")

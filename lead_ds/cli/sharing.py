@@ -6,12 +6,13 @@ from pathlib import Path
 
 import typer
 
-from lead_ds.cli.options import choice
+from lead_ds.cli.options import SETTINGS, check_settings, choice, tell_reading
 from lead_ds.errors import InputError
 
 
 def export(
     out: Path = typer.Argument(..., help="The folder to write; it must not be there yet."),
+    settings: list[str] | None = SETTINGS,
     model: str = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory."),
     to: str = typer.Option(..., "--to", help="onnx, int8 (ONNX with 8-bit weights), sentence-transformers or router."),
     document_model: str | None = typer.Option(
@@ -33,11 +34,14 @@ def export(
     lead-ds export --model runs/x/student --document-model models/teacher --to router exported/both
 
     lead-ds export --model runs/x/student --to int8 --data data/scifact exported/int8
+
+    lead-ds export --model intfloat/e5-base-v2 --to onnx exported/e5 query_prompt="query: " passage_length=256
     """
     choice("--to", to, "onnx", "int8", "sentence-transformers", "router")
     if (document_model is not None) != (to == "router"):
         raise InputError("--document-model", "goes with --to router, and it with that", "give both, or neither")
     if document_model is not None:
+        check_settings(settings, str(document_model))
         if data is not None:
             raise InputError("--data", "is not measured with --to router", "use lead-ds evaluate --model OUT --data")
         from lead_ds.models.router import save_router
@@ -49,16 +53,20 @@ def export(
         return
     from lead_ds.models.export import MODEL, export_onnx, export_sentence_transformers
     from lead_ds.models.onnx_file import OnnxEncoder
+    from lead_ds.retrieval.evaluate import open_encoder
 
     if data is not None:
         from lead_ds.data.collections.dataset import Dataset
 
         dataset = Dataset.open(data)
         dataset.qrels(split)  # what is wrong with it is reported before the work
+    given = check_settings(settings)
+    opened = open_encoder(model, "cpu", settings=given)
+    tell_reading(opened, None if data is None else dataset)
     if to == "sentence-transformers":
-        done = export_sentence_transformers(model, out)
+        done = export_sentence_transformers(model, out, settings=given)
     else:
-        done = export_onnx(model, out, int8=to == "int8")
+        done = export_onnx(model, out, int8=to == "int8", settings=given)
     print(
         f"{out}: {done.bytes / 1e6:.1f} MB, the original's weights {done.original_bytes / 1e6:.1f} MB; "
         f"cosine to its vectors {done.mean_cosine:.6f} (least {done.least_cosine:.6f}), "
@@ -66,9 +74,9 @@ def export(
     )
     if data is None:
         return
-    from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
+    from lead_ds.retrieval.evaluate import Task, evaluate_model
 
-    scorer, encoder = open_encoder(model, "cpu")
+    scorer, encoder = opened
     other = open_encoder(str(out), "cpu")[0] if to == "sentence-transformers" else OnnxEncoder(out / MODEL)
     for name, embed in (("original", scorer.embed), (to, other.embed)):
         scores = evaluate_model(scorer, encoder, Task(dataset, split, ["nDCG@10", "R@100"]), embed=embed)

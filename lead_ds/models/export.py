@@ -56,23 +56,25 @@ class Exported:
     mean_cosine: float
 
 
-def export_onnx(path: str, out: str | Path, *, int8: bool = False, texts: Sequence[str] = ()) -> Exported:
+def export_onnx(
+    path: str, out: str | Path, *, int8: bool = False, settings: Sequence[str] = (), texts: Sequence[str] = ()
+) -> Exported:
     """Write the dual encoder in `path` to the folder `out` as ONNX, whole or not at all, and compare its vectors with torch's.
 
     Inputs input_ids, attention_mask and where the model has them token_type_ids, int64 [B, L]; outputs
     last_hidden_state [B, L, W] and sentence_embedding [B, D] (pooled, Dense, normalised). Beside it stand the tokenizer and what
     sentence-transformers reads with `backend="onnx"`. int8: weights quantised to 7 bits, so that no
     CPU's products saturate, with a scale for each output. Activations to 8 bits as they come (dynamic quantisation).
-    texts: compared in addition to the built-in ones. Raises InputError for a model that is not a dual encoder, a folder
-    that is not empty, packages that are missing. Raises RunError where the model cannot be traced, or its vectors
-    differ from torch's by more than TOLERANCE. Of int8: where their mean cosine to them is below INT8_COSINE.
+    settings: `key=value` of the model. texts: compared in addition to the built-in ones. Raises InputError for a model that is
+    not a dual encoder, a folder that is not empty, packages that are missing. Raises RunError where the model cannot be traced,
+    or its vectors differ from torch's by more than TOLERANCE. Of int8: where their mean cosine to them is below INT8_COSINE.
     """
     for package in ("onnx", "onnxruntime"):
         require(package)
     out = vacant(out)
-    scorer, encoder = load_encoder(path)
+    scorer, encoder = load_encoder(path, settings)
     with whole_folder(out) as made:
-        _write_folder(scorer, encoder, made, path)
+        _write_folder(scorer, encoder, made, path, settings)
         original = 0
         for weights in made.glob("model*.safetensors*"):
             original += weights.stat().st_size
@@ -99,15 +101,17 @@ def export_onnx(path: str, out: str | Path, *, int8: bool = False, texts: Sequen
     return Exported(out / MODEL, size, original, *moved)
 
 
-def export_sentence_transformers(path: str, out: str | Path, *, texts: Sequence[str] = ()) -> Exported:
+def export_sentence_transformers(
+    path: str, out: str | Path, *, settings: Sequence[str] = (), texts: Sequence[str] = ()
+) -> Exported:
     """Write the dual encoder in `path` to the folder `out` as sentence-transformers keeps one, whole or not at all.
 
     Raises as `export_onnx`.
     """
     out = vacant(out)
-    scorer, encoder = load_encoder(path)
+    scorer, encoder = load_encoder(path, settings)
     with whole_folder(out) as made:
-        _write_folder(scorer, encoder, made, path)
+        _write_folder(scorer, encoder, made, path, settings)
         again, read = load_encoder(str(made))
         moved = compare(scorer, again, read, [*check_texts(encoder.passage_length), *texts])
         if moved[0] > TOLERANCE:
@@ -222,11 +226,11 @@ def _quantise(file: Path) -> None:
             part.unlink()
 
 
-def _write_folder(scorer: DualEncoder, encoder: TextEncoder, folder: Path, path: str) -> None:
-    """The model's directory; its own card and record stay as they are."""
+def _write_folder(scorer: DualEncoder, encoder: TextEncoder, folder: Path, path: str, settings: Sequence[str]) -> None:
+    """The model's directory; its own card, and its record where no setting changes it, stay as they are."""
     card, record = (find_file(path, name) for name in ("README.md", RECORD))
     write_student(scorer, encoder, folder, scorer.state_dict(), card.read_text("utf-8") if card else None)
-    if record is not None:
+    if record is not None and not settings:
         (folder / RECORD).write_bytes(record.read_bytes())
 
 

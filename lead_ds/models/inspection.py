@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.io.located import find_file
+from lead_ds.models.as_read import check_room, reading_of
 from lead_ds.models.files import RECORD, family_of, read_json, transformer_folder
-from lead_ds.models.kinds.kind import KINDS, Kind
-from lead_ds.models.load import kind_of, load_scorer
+from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.load import LENGTHS, load_scorer, named_kind
 from lead_ds.models.merging import adapter_facts, merge_adapter
-from lead_ds.settings.parse import apply_override, parse_section
+from lead_ds.settings.parse import apply_override
 
-_WHOLE = 1 << 30  # longer than any text: nothing is cut
-_FEW = 8  # tokens of a text that a prompt must leave
 _DTYPES = {"BF16": "bf16", "F16": "fp16"}
-_LENGTHS = ("query_length", "passage_length", "max_length")
 
 
 @dataclass(frozen=True)
@@ -36,20 +34,21 @@ def inspect_model(path: str, settings: Sequence[str] = (), kind: str | None = No
     settings: `key=value` of its kind's section. kind: None: what its files say.
     Raises InputError where a run would refuse the model, in the same words.
     """
-    why = "--kind" if kind is not None else kind_reason(path)
-    name = kind or kind_of(path)
+    named = kind is not None or any(setting.partition("=")[0].strip() == "kind" for setting in settings)
+    why = "settings" if named else kind_reason(path)
+    name, settings = named_kind(path, settings, kind)
     allowed = {key: f"{key}=true" in settings for key in ("trust_remote_code", "allow_pickle")}
     merge_adapter(path, **allowed)
     saved = weight_dtypes(path)
     own = _DTYPES.get(saved[0], "fp32") if len(saved) == 1 else "fp32"
     scorer, encoder = load_scorer(path, name, [f"dtype={own}", *settings])
+    check_room(encoder, "")
     given: dict[str, Any] = {}
     for setting in settings:
         apply_override(given, setting, scorer.Settings)
     shape = scorer.model.config
     facts = {
         "path": path,
-        "kind": scorer.name,
         "kind_from": why,
         "architecture": (shape.architectures or [type(scorer.model).__name__])[0],
         "adapter": adapter_facts(path),
@@ -57,19 +56,15 @@ def inspect_model(path: str, settings: Sequence[str] = (), kind: str | None = No
         "width": scorer.width,
         "parameters": sum(p.numel() for p in scorer.parameters()),
         "weights": saved or ["unknown: they come as pickle"],
-        "read_as": scorer.config.dtype,
         "modules": [_described(module) for module in scorer.behind],
-        "pooling": getattr(scorer, "pooling", None),
-        "normalize": getattr(scorer, "normalize", None),
         "vector_width": None if scorer.reads_pairs else scorer.features_width,
-        "prompts": {"query": encoder.query_prompt, "passage": encoder.passage_prompt},
-        "template": None if encoder.layout is None else str(encoder.layout),
+        **reading_of(scorer, encoder),
         "lengths": _lengths(scorer, encoder, given),
         "files_length": encoder.longest,
         "positions": getattr(shape.get_text_config(), "max_position_embeddings", None),
-        "similarity": _similarity(scorer),
         "tokenizer": _tokenizer(encoder),
-        "in_a_run": _in_a_run(scorer, given),
+        "can_be_student": scorer.can_be_student,
+        "can_be_trained": scorer.can_be_trained,
     }
     facts["notes"] = _notes(scorer, encoder, facts)
     return Inspected(scorer, encoder, facts)
@@ -120,39 +115,6 @@ def shown(encoder: TextEncoder, query: str, passage: str) -> dict[str, list[tupl
     }
 
 
-def cut_share(encoder: TextEncoder, queries: Sequence[str], passages: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of texts, or of the pairs that query i and passage i make: how many are cut, and of how many tokens.
-
-    `tokens` counts prompts and special tokens too; `lost` is the share of all tokens that is cut.
-    """
-    whole = replace(encoder, query_length=_WHOLE, passage_length=_WHOLE, max_length=_WHOLE)
-    if encoder.reads_pairs:
-        pairs = min(len(queries), len(passages))
-        rows = whole.pair_rows(list(queries[:pairs]), list(passages[:pairs]))[0] if pairs else []
-        return {"pairs": _cut(rows, encoder.max_length)}
-    found: dict[str, dict[str, Any]] = {}
-    sides: tuple[tuple[Literal["queries", "passages"], Sequence[str], int], ...] = (
-        ("queries", queries, encoder.query_length),
-        ("passages", passages, encoder.passage_length),
-    )
-    for side, texts, length in sides:
-        found[side] = _cut(whole.rows(list(texts), side)[0] if texts else [], length)
-    return found
-
-
-def _cut(rows: Sequence[Any], length: int) -> dict[str, Any]:
-    tokens = [len(row) for row in rows]
-    over = [n for n in tokens if n > length]
-    return {
-        "texts": len(tokens),
-        "length": length,
-        "cut": len(over) / max(len(tokens), 1),
-        "tokens": sum(tokens),
-        "lost": sum(n - length for n in over) / max(sum(tokens), 1),
-        "longest": max(tokens, default=0),
-    }
-
-
 def _with_roles(
     encoder: TextEncoder, row: list[int], text: tuple[Literal["queries", "passages"], str] | None
 ) -> list[tuple[str, str]]:
@@ -181,36 +143,14 @@ def _described(module: Any) -> str:
 def _lengths(scorer: Kind, encoder: TextEncoder, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each length that the kind reads, and where it comes from."""
     record = read_json(encoder.path, RECORD)
-    fields = scorer.Settings.model_fields
     found: dict[str, dict[str, Any]] = {}
-    for name in _LENGTHS:
-        if name not in fields:
-            continue
-        tokens = getattr(encoder, name)
-        says = given.get(name, record.get(name))
-        if says is not None and says == tokens:
-            source = "settings" if name in given else RECORD
-        elif says is not None:
-            source = "passage_length: one length is served"
-        elif tokens != fields[name].default or (scorer.gives_vectors and encoder.longest is not None):
-            source = "the model's files"
-        else:
-            source = "default"
-        found[name] = {"tokens": tokens, "from": source}
+    for name in LENGTHS:
+        if name in scorer.Settings.model_fields:
+            tokens = getattr(encoder, name)
+            recorded = tokens in (record.get(key) for key in LENGTHS)
+            source = "settings" if given.get(name) == tokens else RECORD if recorded else "the model's files"
+            found[name] = {"tokens": tokens, "from": source}
     return found
-
-
-def _similarity(scorer: Kind) -> dict[str, Any] | None:
-    """Of a kind that gives vectors: what its files name, what is computed here, and whether both order passages alike."""
-    if not scorer.gives_vectors:
-        return None
-    path = scorer.config.path
-    named = read_json(path, "config_sentence_transformers.json").get("similarity_fn_name")
-    unit = bool(getattr(scorer, "normalize", False))
-    theirs = named or ("cosine" if family_of(path) is not None else None)  # null is cosine there
-    # Of unit vectors these rank alike; manhattan's distance does not.
-    honoured = theirs in (None, "dot") or (unit and theirs in ("cosine", "euclidean"))
-    return {"files": named, "computed": "cosine" if unit else "dot", "honoured": honoured}
 
 
 def _tokenizer(encoder: TextEncoder) -> dict[str, Any]:
@@ -220,25 +160,6 @@ def _tokenizer(encoder: TextEncoder) -> dict[str, Any]:
         "fast": bool(tokenizer.is_fast),
         "vocabulary": len(tokenizer),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
-    }
-
-
-def _in_a_run(scorer: Kind, given: dict[str, Any]) -> dict[str, Any]:
-    """The lengths of a run's teacher or student with these settings, or the line by which the run refuses them."""
-    kind = KINDS[scorer.name]
-    tree = {"path": scorer.config.path, "kind": scorer.name, **given}
-    lengths: dict[str, int] = {}
-    refused = None
-    try:
-        encoder = kind.read_text(parse_section(kind.Settings, tree, scorer.config.path))
-        lengths = {name: getattr(encoder, name) for name in _LENGTHS if name in kind.Settings.model_fields}
-    except InputError as error:
-        refused = str(error)
-    return {
-        "lengths": lengths,
-        "refused": refused,
-        "can_be_student": kind.can_be_student,
-        "can_be_trained": kind.can_be_trained,
     }
 
 
@@ -252,18 +173,10 @@ def _notes(scorer: Kind, encoder: TextEncoder, facts: dict[str, Any]) -> list[st
         notes.append(f"similarity: its files name {theirs}, here the dot product ranks; set normalize=true for cosine")
     if own.get("truncate_dim"):
         notes.append(f"truncate_dim: {own['truncate_dim']} of its files is ignored: vectors keep their width")
-    where = "here" if scorer.reads_pairs else "in a run"
-    read = facts["lengths"] if scorer.reads_pairs else facts["in_a_run"]["lengths"]
-    for name, length in read.items():
-        tokens = length["tokens"] if isinstance(length, dict) else length
+    for name, length in facts["lengths"].items():
+        tokens = length["tokens"]
         if files is not None and tokens < files:
-            notes.append(f"{name}: {tokens} tokens {where}, its files say {files}; set {name}={files} to read as much")
-    for side, prompt in facts["prompts"].items():
-        length = facts["in_a_run"]["lengths"].get(f"{side}_length")
-        if length is not None and prompt:
-            left = length - len(encoder.ids([prompt], _WHOLE)[0])
-            if left < _FEW:
-                notes.append(f"{side} prompt: leaves {max(left, 0)} of a run's {length} tokens; raise {side}_length")
+            notes.append(f"{name}: {tokens} tokens here, its files say {files}; set {name}={files} to read as much")
     if facts["pooling"] is not None and family_of(encoder.path) is None:
         notes.append(f"pooling: no file names one; {facts['pooling']} is taken")
     return notes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -13,6 +12,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.backbone import read_model_config
 from lead_ds.models.files import RECORD, family_of, read_json
 from lead_ds.models.kinds.kind import KINDS, Kind
+from lead_ds.settings.model import ModelConfig
 from lead_ds.settings.parse import apply_override, parse_section
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["kind_of", "load_encoder", "load_scorer", "load_student", "load_teacher", "load_text", "read_model_config"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_RECORDED = ("query_length", "passage_length", "max_length")
+LENGTHS = ("query_length", "passage_length", "max_length")
+
+C = TypeVar("C", bound=ModelConfig)
 
 
 def load_teacher(config: Any, dtype: torch.dtype, depth: int | None = None) -> Kind:
@@ -48,35 +50,55 @@ def load_text(config: Any) -> TextEncoder:
     return KINDS[config.kind].read_text(config)
 
 
-def load_encoder(
-    path: str | Path, dtype: torch.dtype = torch.float32, dim: int | None = None, **overrides: Any
-) -> tuple[Any, TextEncoder]:
-    """A model of vectors in evaluation mode and its tokenisation, from a saved student, a sentence-transformers or HF directory.
+def with_lengths(config: C, read: Callable[[C], Any] = load_text) -> C:
+    """A teacher's or student's configuration with numbers in place of lengths that are null: what `read` makes of it.
 
-    Its tokenisation is the one that is served: queries may be as long as passages (`TextEncoder.serving`), and these as
-    long as the model's files say. dim: of its vectors, the first so many dimensions. `overrides` are fields of its kind's
-    section.
-    Raises InputError for a directory that holds another kind of model.
+    Raises InputError as `load_text`.
     """
-    path = str(path)
-    record = read_json(path, RECORD)
-    kind = KINDS[record["kind"] if "kind" in record else _likeliest(path, vectors=True)]
-    if not kind.gives_vectors:
-        raise InputError(path, f"holds a {kind.name}", "a dual encoder is needed here")
-    return _served(kind, path, record, overrides | ({} if dim is None else {"dim": dim}), dtype)
+    open_ones = [name for name in LENGTHS if getattr(config, name, 0) is None]
+    if not open_ones:
+        return config
+    encoder = read(config)
+    return config.model_copy(update={name: getattr(encoder, name) for name in open_ones})
+
+
+def load_encoder(
+    path: str | Path, settings: Sequence[str] = (), device: torch.device | str = "cpu"
+) -> tuple[Any, TextEncoder]:
+    """As `load_scorer`, a model of vectors. Raises InputError for a directory that holds another kind of model."""
+    name, rest = named_kind(str(path), settings)
+    if name in KINDS and not KINDS[name].gives_vectors:
+        ways = " or ".join(f"kind={name}" for name in KINDS if KINDS[name].gives_vectors)
+        raise InputError(
+            path, f"holds a {name}", f"a model of one vector a text is needed here; {ways} reads it as one"
+        )
+    return load_scorer(str(path), name, rest, device)
+
+
+def named_kind(path: str, settings: Sequence[str], kind: str | None = None) -> tuple[str, list[str]]:
+    """The kind of a model, and its settings without `kind=K`: as that or `kind` names it, else as its files do.
+
+    Raises InputError as `kind_of`, and where the two contradict.
+    """
+    is_kind = [setting.partition("=")[0].strip() == "kind" for setting in settings]
+    named = [setting.partition("=")[2].strip() for setting, one in zip(settings, is_kind, strict=True) if one]
+    if len({*named, *([] if kind is None else [kind])}) > 1:
+        raise InputError("kind", f"is named twice: {', '.join(filter(None, [kind, *named]))}", "name it once")
+    rest = [setting for setting, one in zip(settings, is_kind, strict=True) if not one]
+    return kind or (named[0] if named else kind_of(path)), rest
 
 
 def load_scorer(
     path: str, kind: str | None = None, settings: Sequence[str] = (), device: torch.device | str = "cpu"
 ) -> tuple[Kind, TextEncoder]:
-    """A model of any kind in evaluation mode (not yet on `device`), and its tokenisation as it was saved.
+    """A model of any kind in evaluation mode (not yet on `device`), and its tokenisation as its files say.
 
-    kind: None: what its files say. settings: `key=value` of the kind's section, which win over the files. Weights are float32
-    unless `dtype` is given, a decoder reranker's on CUDA float16.
+    kind: None: what its files say. settings: `key=value` of the kind's section, which win over the files, or `kind=K`. Weights
+    are float32 unless `dtype` is given, a decoder reranker's on CUDA float16.
     Raises InputError for a directory that holds another kind of model, and for an unknown setting.
     """
     record = read_json(path, RECORD)
-    name = kind or kind_of(path)
+    name, settings = named_kind(path, settings, kind)
     if record.get("kind", name) != name:
         raise InputError(path, f"holds a {record['kind']}", f"it cannot be read as a {name}")
     if name not in KINDS:
@@ -86,14 +108,13 @@ def load_scorer(
     tree: dict[str, Any] = {}
     for setting in settings:
         apply_override(tree, setting, found.Settings)
-    lengths = {key: record[key] for key in _RECORDED if key in record and key in found.Settings.model_fields}
-    config = parse_section(found.Settings, {"path": path, "kind": name, **lengths, **tree}, path)
+    recorded = {"scale": record["scale"]} if found.gives_vectors and "scale" in record else {}
+    config = parse_section(found.Settings, {"path": path, "kind": name, **recorded, **tree}, path)
     half = found.head == "causal" and torch.device(device).type == "cuda"
     dtype = DTYPES.get(config.dtype, torch.float16 if half else torch.float32)
-    if found.gives_vectors:
-        given = {key: getattr(config, key) for key in tree if key not in ("path", "kind")}
-        return _served(found, path, record, given, dtype)
-    return found.load(config, dtype, frozen=True), found.read_text(config)
+    encoder = found.read_text(config)
+    config = with_lengths(config, lambda _: encoder)
+    return found.load(config, dtype, student=found.gives_vectors, frozen=not found.gives_vectors), encoder
 
 
 def kind_of(path: str) -> str:
@@ -108,26 +129,5 @@ def kind_of(path: str) -> str:
     causal = next((name for name in names if str(name).endswith("ForCausalLM")), None)
     if causal is not None and family_of(path) is None:
         what = f"is a language model ({causal}), and no file says how it retrieves"
-        raise InputError(path, what, f"set its kind (--kind K, or kind: K): {', '.join(KINDS)}")
-    return _likeliest(path)
-
-
-def _likeliest(path: str, *, vectors: bool = False) -> str:
-    kinds = [name for name in KINDS if KINDS[name].gives_vectors or not vectors]
-    return max(kinds, key=lambda name: KINDS[name].claims(path))
-
-
-def _served(
-    kind: type[Kind], path: str, record: dict[str, Any], given: dict[str, Any], dtype: torch.dtype
-) -> tuple[Kind, TextEncoder]:
-    """A model of vectors with the lengths it was saved for, else those of its files."""
-    settings: dict[str, Any] = {"kind": kind.name, "path": path}
-    settings |= {key: record[key] for key in ("query_length", "passage_length", "scale") if key in record}
-    unknown = [name for name in ("query_length", "passage_length") if name not in settings | given]
-    config = kind.Settings(**(settings | dict.fromkeys(unknown, 1) | given))
-    encoder = kind.read_text(config)
-    if unknown:  # how long, its files say, which have been read now
-        longest = encoder.longest or kind.Settings.model_fields["passage_length"].default
-        lengths: dict[str, Any] = dict.fromkeys(unknown, longest)
-        config, encoder = config.model_copy(update=lengths), replace(encoder, **lengths)
-    return kind.load(config, dtype, student=True), encoder.serving()
+        raise InputError(path, what, f"set kind=K, one of {', '.join(sorted(KINDS))}")
+    return max(KINDS, key=lambda name: KINDS[name].claims(path))

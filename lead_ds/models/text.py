@@ -68,7 +68,8 @@ class Reading:
     @property
     def positions(self) -> int | None:
         """How many tokens the model reads at most."""
-        count = getattr(self.shape, "max_position_embeddings", None)
+        shape = None if self.shape is None else self.shape.get_text_config()
+        count = getattr(shape, "max_position_embeddings", None)
         if isinstance(count, int) and self.shape.model_type in _OFFSET_POSITIONS:  # type: ignore[union-attr]
             count -= 2
         return count if isinstance(count, int) and count > 0 else None
@@ -79,8 +80,25 @@ class Reading:
         says = [n for n in (self.tokenizer.model_max_length, self.positions) if n is not None and n < 1 << 30]
         return min(says) if says else None
 
-    def encoder(self, lengths: dict[str, Any], **more: Any) -> TextEncoder:
-        """A TextEncoder of it. Raises InputError where one of `lengths` exceeds the model's positions."""
+    def length(self, name: str) -> int:
+        """How many tokens of a text, or a pair, are read where no setting says: as many as the model's files do.
+
+        A directory of ours serves one length, the longer of those that it was trained with. Raises InputError where nothing
+        limits a text: it could take all memory.
+        """
+        record = read_json(self.path, RECORD)
+        names = ("max_length",) if name == "max_length" else ("query_length", "passage_length")
+        found = max((record[name] for name in names if name in record), default=self.longest)
+        if found is None:
+            raise InputError(
+                self.path, "neither its tokenizer nor its positions limit a text", f"set {name}, to 512 say"
+            )
+        return int(found)
+
+    def encoder(self, wanted: dict[str, int | None], **more: Any) -> TextEncoder:
+        """A TextEncoder of it, with `wanted` lengths; one that is None is the model's own. Raises InputError where one exceeds
+        the model's positions, and as `length`."""
+        lengths: dict[str, Any] = {name: self.length(name) if n is None else n for name, n in wanted.items()}
         for name, length in lengths.items():
             if self.positions is not None and length > self.positions:
                 what = f"{name} is {length}, the model has {self.positions} positions"

@@ -14,6 +14,7 @@ from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, zero_stage
 from lead_ds.models.backbone import find_layers, read_model_config
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.models.load import with_lengths
 from lead_ds.models.lora import add_lora
 from lead_ds.plan.activations import forward_bytes
 from lead_ds.plan.placement import Requirements
@@ -27,15 +28,17 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def requirements(config: Config) -> Any:
-    """What the models of a configuration hold: read from their config.json alone."""
-
+    """What the models of a configuration hold: read from their config.json alone, and lengths that are null from their files."""
+    config = config.model_copy(update={"student": with_lengths(config.student)})
     student, student_shape = meta_model(config.student, "student", lora=config.train.lora)
     teacher: Any = None
     teacher_shape = None
     taught = config.teacher is not None and teacher_class(config.teacher.kind).computes
     if taught and config.teacher is not None and (config.losses.needs_teacher or config.teacher.train):
-        depth = None if config.teacher.train else depth_needed(config.teacher, config.losses)
-        teacher, teacher_shape = meta_model(config.teacher, "teacher", depth)
+        settings = with_lengths(config.teacher)
+        config = config.model_copy(update={"teacher": settings})
+        depth = None if settings.train else depth_needed(settings, config.losses)
+        teacher, teacher_shape = meta_model(settings, "teacher", depth)
     group, batch = 1 + config.data.negatives, config.train.batch_size
 
     def texts(model: Any, queries: int, length: int | None = None) -> list[tuple[int, int]]:

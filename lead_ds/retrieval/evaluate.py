@@ -71,7 +71,7 @@ class Task:
 
 
 def evaluate_path(
-    model: str | Path | ModelConfig,
+    model: ModelLike,
     data: str | Path,
     split: str = "test",
     measures: Sequence[str] = MEASURES,
@@ -88,25 +88,28 @@ def evaluate_path(
 
 
 def open_encoder(
-    model: ModelLike, device: torch.device | str | None = None, dim: int | None = None
+    model: ModelLike, device: torch.device | str | None = None, dim: int | None = None, settings: Sequence[str] = ()
 ) -> tuple[Kind, TextEncoder]:
     """A dual encoder in evaluation mode on `device` (default: CUDA where there is one) with its tokenisation.
 
-    dim: of its vectors, the first so many dimensions.
+    dim: of its vectors, the first so many dimensions. settings: `key=value` of a model in a directory, as
+    `lead_ds.models.load.load_scorer` takes them, which see for its errors.
     """
     from lead_ds.models.load import load_encoder, load_student, load_text
 
     if isinstance(model, tuple):
         return model
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(model, ModelConfig):
         scorer, encoder = dual_encoder(load_student(model, torch.float32)), load_text(model)
     else:
-        scorer, encoder = load_encoder(str(model), dim=dim)
-        trained = read_json(str(model), RECORD).get("dims")
+        given = [*settings, *([] if dim is None else [f"dim={dim}"])]
+        scorer, encoder = load_encoder(str(model), given, device)
+        trained, dim = read_json(str(model), RECORD).get("dims"), scorer.dim
         if dim is not None and trained and dim not in trained:
             say_once(f"{model} was trained at {', '.join(map(str, trained))} dimensions, not at {dim}")
     check_vocabulary(scorer, encoder.tokenizer, scorer.config.path)
-    return scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), encoder
+    return scorer.to(device).eval(), encoder
 
 
 def dual_encoder(scorer: Kind) -> Kind:

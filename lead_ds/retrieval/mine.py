@@ -21,11 +21,10 @@ from lead_ds.io.files import atomic
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.retrieval.encode import Encoding, encode_share
-from lead_ds.retrieval.evaluate import encode_both, open_encoder
+from lead_ds.retrieval.evaluate import ModelLike, encode_both, open_encoder
 from lead_ds.retrieval.identical import with_spare
 from lead_ds.retrieval.index import check_k
 from lead_ds.settings.mining import MineSettings
-from lead_ds.settings.model import ModelConfig
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted
 
@@ -45,7 +44,7 @@ class Mined:
 
 
 def mine(
-    source: str | Path | ModelConfig | Mapping[str, Mapping[str, float]],
+    source: ModelLike | Mapping[str, Mapping[str, float]],
     dataset: Dataset,
     out: str | Path,
     split: str = "train",
@@ -56,7 +55,7 @@ def mine(
 ) -> Mined:
     """Write training groups with hard negatives for a split's judged queries to `out`, as train.jsonl.
 
-    source: a dual encoder (its directory or configuration), a TREC run (a file or the run itself), or "bm25". Each line:
+    source: a dual encoder (see `ModelLike`), a TREC run (a file or the run itself), or "bm25". Each line:
     {"query_id", "positives", "negatives", "scores"}, the scores being the source's own of the passages it scored.
     Atomic. Raises InputError when a source, split or id is missing, or settings.depth is more than there are passages.
     """
@@ -147,7 +146,7 @@ def bm25_run(
 
 
 def _candidates(
-    source: str | Path | ModelConfig | Mapping[str, Mapping[str, float]],
+    source: ModelLike | Mapping[str, Mapping[str, float]],
     dataset: Dataset,
     positives: Mapping[str, Sequence[str]],
     depth: int,
@@ -163,7 +162,7 @@ def _candidates(
         )
     if source == "bm25":
         return bm25_run(dataset, list(positives), depth, also=positives if by_score else None, quiet=quiet)
-    if not isinstance(source, ModelConfig) and Path(source).is_file():
+    if isinstance(source, str | Path) and Path(source).is_file():
         return known_passages(
             {q: found for q, found in read_run(source).items() if q in positives}, dataset, str(source)
         )

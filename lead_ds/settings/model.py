@@ -56,8 +56,10 @@ class TextConfig(ModelConfig):
 
     instead: ClassVar = {"max_length": "set query_length and passage_length"}
 
-    query_length: Positive = 32
-    passage_length: Positive = 128
+    query_length: Positive | None = Field(
+        None, description="tokens of a query, its prompt among them; null: as many as the model's files say"
+    )
+    passage_length: Positive | None = Field(None, description="tokens of a passage, likewise")
 
 
 class PairConfig(ModelConfig):
@@ -70,7 +72,10 @@ class PairConfig(ModelConfig):
         "normalize": "take it out: a score has no length; scale: standard takes z-scores",
     }
 
-    max_length: Positive = Field(256, description="tokens of a query-passage pair")
+    max_length: Positive | None = Field(
+        None,
+        description="tokens of a query-passage pair, its prompt among them; null: as many as the model's files say",
+    )
     template: str | None = Field(
         None,
         description="how a frozen model is given a pair: a prompt with {query}, {passage} and perhaps {instruction}, of which "

@@ -72,8 +72,9 @@ def fit_lens(config: Run, out: Path, fit: Fit, *, command: Sequence[str] = (), q
     `out` holds another teacher's, or where the groups are too few. Raises RunError where a fit does not end in finite
     numbers.
     """
-    settings = fittable(config)
-    with opened(config, settings, out) as (ranks, groups, encoder), owned(out, "another lead-ds fit-lens", ranks):
+    asked = fittable(config)
+    with opened(config, asked, out) as (ranks, config, groups, encoder), owned(out, "another lead-ds fit-lens", ranks):
+        settings: TeacherRole = config.teacher
         facts = agreed(ranks, lambda: check_folder(out, lens_identity(settings, encoder, config.seed)))
         states = read_states(config, out / "states", groups, encoder, fit.groups, ranks, quiet=quiet)
         parts = agreed(ranks, lambda: split(states.positives, fit.held_out, config.seed))

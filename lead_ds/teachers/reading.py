@@ -30,8 +30,9 @@ from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress
 from lead_ds.io.shards import turns
+from lead_ds.models.as_read import check_room
 from lead_ds.models.kinds.kind import KINDS
-from lead_ds.models.load import load_text
+from lead_ds.models.load import load_text, with_lengths
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
@@ -42,8 +43,9 @@ PAIRS_AT_ONCE = 32  # of which late interaction compares all tokens
 
 
 @contextmanager
-def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Ranks, Groups, TextEncoder]]:
-    """The ranks that read together, the training groups, and how the teacher reads texts; `out`: where all of them write.
+def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Ranks, Run, Groups, TextEncoder]]:
+    """The ranks that read together, the configuration with the teacher's own lengths, the training groups, and how the teacher
+    reads texts; `out`: where all of them write.
 
     Every process calls this. Raises InputError on all of them where they differ, or an input cannot be read.
     """
@@ -51,7 +53,9 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
         check_agreement(config, False, ranks)
         check_shared(out, ranks)
         groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(settings)))
-        yield ranks, groups, encoder
+        agreed(ranks, lambda: check_room(encoder, "teacher"))
+        teacher = with_lengths(settings, lambda _: encoder)
+        yield ranks, config.model_copy(update={"teacher": teacher}), groups, encoder  # type: ignore[attr-defined]
 
 
 @dataclass

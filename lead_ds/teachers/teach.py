@@ -22,6 +22,7 @@ from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.provenance import provenance
 from lead_ds.io.shards import MANIFEST, damage, refuse_strangers, unfinished
+from lead_ds.models.as_read import reading_line, sample
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
@@ -53,8 +54,9 @@ def teach(
     Raises InputError where the input cannot work or `out` holds another cache; RunError, with the finished shards
     intact, where the work fails.
     """
-    settings = teachable(config, vectors is not None)
-    with opened(config, settings, out) as (ranks, groups, encoder), owned(out, "another lead-ds teach", ranks):
+    asked = teachable(config, vectors is not None)
+    with opened(config, asked, out) as (ranks, config, groups, encoder), owned(out, "another lead-ds teach", ranks):
+        settings: TeacherRole = config.teacher
         shards = agreed(ranks, lambda: shards_of(config, settings, out, groups, vectors))
         manifest = ranks.from_main(
             agreed(ranks, lambda: begin(config, shards, encoder, epochs, ranks) if ranks.main else {})
@@ -78,6 +80,7 @@ def teach(
             if ranks.main and not quiet:
                 held, whole = teacher.parameter_bytes()
                 say(f"teacher {settings.path}: {teacher.num_layers} layers, {teacher.placement}, {dtype[6:]}")
+                say(f"teacher {reading_line(teacher.scorer, encoder, *sample(groups))}")
                 say(f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank; {shards.describe(manifest)}")
             window = config.train.batch_size * config.train.accumulation * (1 + config.data.negatives)
             reader = shards.reader(teacher, encoder, settings.batch_size or window)

@@ -61,7 +61,7 @@ def test_a_dual_encoder_as_sentence_transformers_saved_it(encoder: Path, rooms: 
     assert (facts["pooling"], facts["normalize"], facts["vector_width"]) == ("mean", False, 24)
     assert facts["prompts"] == {"query": "which: ", "passage": "the passage: "}
     assert facts["lengths"]["passage_length"] == {"tokens": 130, "from": "the model's files"}
-    assert facts["in_a_run"]["lengths"] == {"query_length": 32, "passage_length": 128}
+    assert facts["lengths"]["query_length"] == {"tokens": 130, "from": "the model's files"}
     assert facts["similarity"] == {"files": "cosine", "computed": "dot", "honoured": False}
     assert any(note.startswith("similarity:") for note in facts["notes"])
     tokens = facts["tokens"]["query"]
@@ -79,7 +79,7 @@ def test_a_dual_encoder_as_sentence_transformers_saved_it(encoder: Path, rooms: 
 
 
 def test_settings_win_and_show_as_a_difference(encoder: Path, rooms: Path) -> None:
-    settings = ("passage_length=12", "query_length=12", "query_prompt=", "normalize=true")
+    settings = ("passage_length=12", "query_length=12", "query_prompt=", "passage_prompt=", "normalize=true")
     facts = facts_of(encoder, *settings, "--data", rooms / "data", "--compare", status=1)
     assert facts["lengths"]["query_length"] == {"tokens": 12, "from": "settings"}
     assert facts["similarity"] == {"files": "cosine", "computed": "cosine", "honoured": True}
@@ -91,8 +91,13 @@ def test_settings_win_and_show_as_a_difference(encoder: Path, rooms: Path) -> No
 
 
 def test_a_prompt_that_leaves_nothing_of_a_text(encoder: Path) -> None:
-    facts = facts_of(encoder, "query_length=10", "query_prompt=what is the name of the thing that we have in mind: ")
-    assert any(note.startswith("query prompt: leaves 0 of a run's 10 tokens") for note in facts["notes"])
+    status, out, told = run(
+        encoder, "query_length=10", "query_prompt=what is the name of the thing that we have in mind: "
+    )
+    assert (status, out) == (2, "")
+    assert told.startswith("error: query_length: is 10, and its prompt leaves 0 tokens of a text (raise it to ")
+    least = int(told.split("raise it to ")[1].split()[0])
+    facts_of(encoder, f"query_length={least}", "query_prompt=what is the name of the thing that we have in mind: ")
 
 
 def test_for_people(encoder: Path) -> None:
@@ -110,8 +115,8 @@ def test_a_cross_encoder(tmp_path: Path, rooms: Path) -> None:
     assert [token for token, _ in facts["tokens"]["pair"]].count("[SEP]") == 2
     assert facts["compared"]["equal"], facts["compared"]
     assert facts["cut"]["pairs"]["texts"] == 50
-    # Its own length is beyond the model's positions: the line of a run.
-    status, out, told = run(path)
+    assert facts_of(path)["lengths"] == {"max_length": {"tokens": 128, "from": "the model's files"}}
+    status, out, told = run(path, "max_length=256")
     assert (status, out) == (2, "")
     assert told == f"error: {path}: max_length is 256, the model has 128 positions (set max_length to at most 128)\n"
 
@@ -138,15 +143,15 @@ def test_a_language_model_is_never_guessed(tmp_path: Path) -> None:
     status, out, told = run(path)
     assert (status, out) == (2, "")
     assert told.startswith(f"error: {path}: is a language model (LlamaForCausalLM)")
-    assert "--kind" in told
+    assert "set kind=K, one of colbert" in told
     assert len(told.splitlines()) == 1
     with pytest.raises(InputError, match="is a language model"):
         kind_of(path)
-    answers = ("yes_token=y", "no_token=n", "max_length=100")
+    answers = ("yes_token=y", "no_token=n", "max_length=130")
     facts = facts_of(path, "--kind", "llm_reranker", *answers)
-    assert (facts["kind"], facts["kind_from"]) == ("llm_reranker", "--kind")
+    assert (facts["kind"], facts["kind_from"]) == ("llm_reranker", "settings")
     assert facts["template"].startswith("<Instruct>")
-    assert not facts["in_a_run"]["can_be_student"]
+    assert not facts["can_be_student"]
     status, _, told = run(path, "--kind", "llm_reranker", *answers, "--compare")
     assert status == 2
     assert "decoder reranker" in told

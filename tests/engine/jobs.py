@@ -14,7 +14,7 @@ import torch
 from lead_ds.config import Config, load_config
 from lead_ds.data.groups.open import open_groups
 from lead_ds.engine.distributed.ranks import Ranks, ranks
-from lead_ds.engine.training.distill import distill, with_settled_teacher
+from lead_ds.engine.training.distill import distill, settled
 from lead_ds.engine.training.warmup import warmup
 from lead_ds.errors import LeadError
 from lead_ds.models.lens import load_lens
@@ -136,7 +136,7 @@ def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
     found = []
     with ranks() as here:
         for own, cached in pairs:
-            config, reader = load_config(own), with_settled_teacher(load_config(cached))
+            config, reader = load_config(own), settled(load_config(cached))
             assert reader.teacher is not None
             groups = open_groups(config.data)
             online = build_teacher(Lesson.of(config), here)

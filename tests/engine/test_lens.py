@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from lead_ds.config import TeacherConfig, load_config
-from lead_ds.engine.training.distill import with_settled_teacher
+from lead_ds.engine.training.distill import settled
 from lead_ds.errors import InputError
 from lead_ds.io.shards import save_arrays
 from lead_ds.models.lens import Lens, load_lens
@@ -138,13 +138,13 @@ def test_another_lens_than_the_cache_was_made_through_is_refused(fitted: dict[st
     folder = fitted["folder"]
     path = folder / "cross_encoder-cached.yaml"
     own, other = folder / "cross_encoder" / "lens", folder / "llm_reranker" / "lens"
-    config = with_settled_teacher(load_config(path, [f"teacher.lens_path={own}"]))
+    config = settled(load_config(path, [f"teacher.lens_path={own}"]))
     assert config.teacher is not None
     assert config.teacher.lens == "tuned"
     with pytest.raises(InputError, match="was not made through the lens in"):
-        with_settled_teacher(load_config(path, [f"teacher.lens_path={other}"]))
+        settled(load_config(path, [f"teacher.lens_path={other}"]))
     with pytest.raises(InputError, match=r"teacher\.lens: is 'head', .* was made with 'tuned'"):
-        with_settled_teacher(load_config(path, ["teacher.lens=head"]))
+        settled(load_config(path, ["teacher.lens=head"]))
 
 
 def lens_of(config: Any) -> Any:

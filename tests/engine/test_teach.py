@@ -23,7 +23,7 @@ from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.relevance import RelevanceCache, shard_path
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.engine.training.distill import with_settled_teacher
+from lead_ds.engine.training.distill import settled
 from lead_ds.errors import InputError
 from lead_ds.io.shards import mapped
 from lead_ds.teachers.cached import open_cache
@@ -191,7 +191,7 @@ def test_killed_and_continued(taught: Taught, configure: Configure, tmp_path: Pa
 
 def reader(taught: Taught, *overrides: str, kind: str = "cross_encoder") -> None:
     """Open a cache as a run does."""
-    config = with_settled_teacher(load_config(taught.config(kind), overrides))
+    config = settled(load_config(taught.config(kind), overrides))
     open_cache(Lesson.of(config), open_groups(config.data), ALONE)
 
 
@@ -284,7 +284,7 @@ def test_random_negatives_are_those_of_the_seed_and_epochs(rooms: Path, tmp_path
     [[losses]] = launch("tests.engine.jobs:distil_each", 1, configs=[path])
     assert len(losses) == 16
     for override, told in (("seed=4", "seed 4"), ("data.negatives=4", "negatives 4"), ("train.steps=22", "epochs 4")):
-        config = with_settled_teacher(load_config(path, [override]))
+        config = settled(load_config(path, [override]))
         with pytest.raises(InputError, match=told):
             open_cache(Lesson.of(config), open_groups(config.data), ALONE)
 

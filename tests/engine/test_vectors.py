@@ -14,7 +14,7 @@ import yaml
 from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.vectors import VectorCache, index_arrays, vector_arrays
-from lead_ds.engine.training.distill import with_settled_teacher
+from lead_ds.engine.training.distill import settled
 from lead_ds.errors import InputError
 from lead_ds.io.shards import mapped
 from lead_ds.losses import Depths
@@ -52,7 +52,7 @@ class Kept:
     def config(self, *overrides: str, cache: str = "some") -> Any:
         """A configuration that reads a cache, as a run resolves it."""
         given = [f"teacher.path={self.folder / cache}", *overrides]
-        return with_settled_teacher(load_config(self.folder / "exact.yaml", given))
+        return settled(load_config(self.folder / "exact.yaml", given))
 
 
 def opened(config: Any) -> CachedTeacher:

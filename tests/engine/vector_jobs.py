@@ -17,7 +17,7 @@ from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.relevance import TeacherCache
 from lead_ds.data.taught.vectors import VectorCache, vector_arrays
 from lead_ds.engine.distributed.ranks import Ranks, ranks
-from lead_ds.engine.training.distill import with_settled_teacher
+from lead_ds.engine.training.distill import settled
 from lead_ds.io.shards import mapped
 from lead_ds.relevance import VectorFeatures
 from lead_ds.teachers import shards
@@ -73,7 +73,7 @@ def distance(online: str, folder: Path, here: Ranks) -> dict[str, Any]:
     config = load_config(online)
     assert config.teacher is not None
     cached = config.teacher.model_copy(update={"kind": "cached", "path": str(folder)})
-    reader = with_settled_teacher(config.model_copy(update={"teacher": cached}))
+    reader = settled(config.model_copy(update={"teacher": cached}))
     assert reader.teacher is not None
     groups = open_groups(config.data)
     cache = open_cache(Lesson.of(reader), groups, here)

@@ -94,11 +94,11 @@ def settings(
     **sections: Any,
 ) -> dict[str, Any]:
     """A configuration of a short run in float32; `sections` are merged into it."""
-    lengths = {} if "max_length" in TEACHERS[teacher] else {"passage_length": 48}
+    lengths = {} if "max_length" in TEACHERS[teacher] else {"query_length": 32, "passage_length": 48}
     tree: dict[str, Any] = {
         "seed": 3,
         "teacher": {**TEACHERS[teacher], "dtype": "fp32", **lengths, **(extra_teacher or {})},
-        "student": {"path": "student", "normalize": True, "passage_length": 48},
+        "student": {"path": "student", "normalize": True, "query_length": 32, "passage_length": 48},
         "data": {"path": str(rooms / "data"), "negatives": 2},
         "losses": {"layer": {"k": 2, "every": 2, "layer_temperature": 1.0}},
         "train": {"steps": 6, "batch_size": 4, "lr": 1e-3, "log_every": 1, "save_every": 2, "evaluate_every": 0},
@@ -112,9 +112,8 @@ def settings(
             {**tree[name], **section} if isinstance(section, dict) and isinstance(tree.get(name), dict) else section
         )
     if tree["student"].get("kind") == "cross_encoder":  # it reads pairs, and gives scores
-        tree["student"] = {
-            name: x for name, x in tree["student"].items() if name not in ("normalize", "passage_length")
-        }
+        others = ("normalize", "query_length", "passage_length")
+        tree["student"] = {name: x for name, x in tree["student"].items() if name not in others}
     if tree["teacher"].get("train"):  # in the student's engine, in its dtype
         tree["teacher"]["dtype"] = tree["student"].get("dtype", "auto")
     for model in ("teacher", "student"):

@@ -81,7 +81,7 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> 
         for texts in (QUERIES, PASSAGES):
             assert torch.equal(again.embed(reader.passages(texts)), scorer(tokens=encoder.passages(texts)))
             assert torch.equal(again.embed(reader.queries(texts)), scorer(tokens=encoder.serving().queries(texts)))
-    assert load_encoder(str(folder), query_length=5, passage_length=5)[1].query_length == 5
+    assert load_encoder(str(folder), ["query_length=5", "passage_length=5"])[1].query_length == 5
 
 
 def test_a_saved_directory_is_complete_and_replaced_whole(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_what_sentence_transformers_saves_is_read(tmp_path: Path) -> None:
     parts = [transformer, modules.Pooling(32, "mean"), modules.Dense(32, 20), modules.Normalize()]
     model = SentenceTransformer(modules=parts, device="cpu", prompts={"query": "which ", "document": ""})
     model.save(str(tmp_path / "st"))
-    scorer, encoder = load_encoder(str(tmp_path / "st"), query_length=64, passage_length=64)
+    scorer, encoder = load_encoder(str(tmp_path / "st"), ["query_length=64", "passage_length=64"])
     assert (scorer.pooling, scorer.normalize, scorer.vector_width) == ("mean", True, 20)
     with torch.no_grad():
         theirs = model.encode(QUERIES, prompt_name="query", convert_to_tensor=True)

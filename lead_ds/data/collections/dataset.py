@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from lead_ds.data.collections.qrels import Qrels, blank_name, read_judgements, read_qrels
 from lead_ds.data.collections.texts import Texts
 from lead_ds.errors import InputError
@@ -35,6 +37,17 @@ class Dataset:
     def queries(self) -> Texts:
         """The queries of all splits. Raises InputError as `Texts.open`."""
         return Texts.open(self.folder / "queries.jsonl", "queries")
+
+    def sample(self, count: int) -> tuple[list[str], list[str]]:
+        """At most `count` queries and as many passages, at even distances; none of those that have no file."""
+        found: list[list[str]] = []
+        for name in ("queries", "corpus"):
+            there = any((self.folder / f"{name}.jsonl{suffix}").exists() for suffix in ("", ".gz"))
+            texts: Texts | None = getattr(self, name) if there else None
+            size = 0 if texts is None else len(texts)
+            rows = np.linspace(0, size - 1, min(count, size)).astype(int)
+            found.append([] if texts is None else texts.texts(rows))
+        return found[0], found[1]
 
     @property
     def splits(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
 from lead_ds.losses.objective import Objective
+from lead_ds.models.as_read import check_room, reading_line, sample
 from lead_ds.models.attention_backend import candidates, choose_attention
-from lead_ds.models.load import load_teacher
+from lead_ds.models.load import load_teacher, load_text, with_lengths
 from lead_ds.models.lora import add_lora, without_lora
 from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
@@ -90,7 +91,7 @@ def train(
         check_output(output, resume, ranks)  # again: who had the folder until now may have left a run in it
         check_shared(output, ranks)
         kernels_used(config, ranks)  # reported now, where they cannot run
-        config = agreed(ranks, lambda: with_settled_teacher(config))
+        config = agreed(ranks, lambda: settled(config, given))
 
         # Everything that can be wrong with the input is found out before anything is written.
         uses_teacher = config.teacher is not None and config.losses.needs_teacher
@@ -144,6 +145,9 @@ def train(
             callbacks=given.callbacks,
         )
         recorder.say(describe(config, ranks, student, teacher, len(groups)))
+        if ranks.main:
+            for line in readings(groups, batches, student, cotrained or getattr(teacher, "scorer", None)):
+                recorder.say(line)
         if state["informative"]:
             recorder.say(f"informative layers of the teacher: {', '.join(map(str, state['informative']))}")
         training = Training(
@@ -174,12 +178,18 @@ def train(
         return export(config, output / product, engine, checkpoints, training, best, student_text, ranks)
 
 
-def with_settled_teacher(config: Config) -> Config:
-    """The configuration with what its teacher's files say of it. Raises InputError for a loss that it cannot serve."""
-    if config.teacher is None or not config.losses.needs_teacher:
-        return config
-    kind = teacher_class(config.teacher.kind)
-    return config.model_copy(update={"teacher": kind.settled(config.teacher)})
+def settled(config: Config, given: Given = NOTHING) -> Config:
+    """The configuration with what its models' files say of them: lengths, and what a cache was made with.
+
+    Raises InputError for a loss that the teacher cannot serve, and as `load_text`.
+    """
+    models: dict[str, Any] = {"student": with_lengths(config.student, given.student_text)}
+    if config.teacher is not None and config.losses.needs_teacher:
+        kind = teacher_class(config.teacher.kind)
+        teacher = kind.settled(config.teacher)
+        read = load_text if given.teacher is None else given.teacher_text
+        models["teacher"] = with_lengths(teacher, read) if kind.computes else teacher
+    return config.model_copy(update=models)
 
 
 def open_inputs(
@@ -190,7 +200,10 @@ def open_inputs(
     if uses_teacher and config.teacher:
         groups = teacher_class(config.teacher.kind).drawn(groups)
     student_text = given.student_text(config.student)
+    check_room(student_text, "student")
     batches = open_batches(config, groups, student_text, uses_teacher, ranks, given)
+    if batches.teacher is not None and batches.teacher.encoder is not None:
+        check_room(batches.teacher.encoder, "teacher")
     batches.check(compared(config, ranks.world))
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
 
@@ -290,6 +303,14 @@ def kernels_used(config: Config, ranks: Ranks) -> str:
         return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
     except ValueError as error:
         raise InputError("kernels", str(error), "set kernels=auto, or torch") from None
+
+
+def readings(groups: Groups, batches: Batches, student: Any, teacher: Any) -> Iterator[str]:
+    """How student and teacher read texts, a line each, with what is cut of a sample of the training groups'."""
+    texts = sample(groups)
+    for role, scorer, reads in (("student", student, batches.student), ("teacher", teacher, batches.teacher)):
+        if scorer is not None and reads is not None and reads.encoder is not None:
+            yield f"{role} {reading_line(scorer, reads.encoder, *texts)}"
 
 
 def describe(config: Config, ranks: Ranks, student: Any, teacher: Teacher | None, groups: int) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import Tokens
 
 _TOKENS = "token_embeddings"
+_EXPANDED = 32  # tokens that a query is filled up to where neither a setting nor the files say: ColBERT's own number
 
 
 class ColBERTConfig(TextConfig):
@@ -43,7 +44,9 @@ class ColBERTConfig(TextConfig):
         None, description="unit-length token vectors; null: as its files have it, else false"
     )
     query_expansion: bool | None = Field(
-        None, description="pad queries to query_length with mask tokens that count; null: as its files have it"
+        None,
+        description="pad queries with mask tokens that count, to query_length (32 where neither it nor the files say); null: as "
+        "its files have it",
     )
     mask_punctuation: bool | None = Field(
         None, description="punctuation tokens of a passage never match; null: as its files have it"
@@ -100,18 +103,21 @@ print(model.similarity(queries, passages))""",
         keep_markers_whole(tokenizer, [reading.query_prompt, reading.passage_prompt])
         lengths = {"query_length": config.query_length, "passage_length": config.passage_length}
         saved = reading.chain[0] if reading.chain is not None else None
-        given = {name for name in lengths if lengths[name] != cls.Settings.model_fields[name].default}
+        given = {name for name in lengths if lengths[name] is not None}
         if saved is not None:
             own = {"query_length": saved.query_length, "passage_length": saved.document_length}
             lengths |= {name: length for name, length in own.items() if length and name not in given}
         expansion = None if saved is None else saved.query_expansion
         wide = None
         if config.query_expansion or (config.query_expansion is None and expansion is not None):
-            how = expansion or {"strategy": "fixed", "attend": False, "token": None, "length": lengths["query_length"]}
-            length = lengths["query_length"] if "query_length" in given else how["length"]
+            length = lengths["query_length"] or _EXPANDED
+            how = expansion or {"strategy": "fixed", "attend": False, "token": None, "length": length}
+            length = length if "query_length" in given else how["length"]
             wide = Expansion(length, _expansion_token(tokenizer, how["token"], config.path), how["attend"])
-            fixed = how["strategy"] == "fixed"
-            lengths["query_length"] = length if fixed else max(length, lengths["query_length"])
+            if how["strategy"] == "fixed":
+                lengths["query_length"] = length
+            else:
+                lengths["query_length"] = max(length, lengths["query_length"] or reading.length("query_length"))
         words, tasks = _skipped(reading.chain, config)
         return reading.encoder(
             lengths,

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.models.backbone import has_classifier, read_model_config
-from lead_ds.models.files import family_of, logit_score, saved_modules
+from lead_ds.models.files import family_of, logit_score, read_json, saved_modules
 from lead_ds.models.heads import classification_head
 from lead_ds.models.kinds.kind import KINDS, Use
 from lead_ds.models.kinds.pairs import PairScorer, pooled, pooling
@@ -85,7 +84,8 @@ print(model.predict([(query, passage)]))  # a logit: no sigmoid""",
         family = family_of(path)
         if family is not None:
             return 2 if family == cls.family else 0
-        return 2 if has_classifier(read_model_config(CrossEncoderConfig(path=path))) else 0
+        names = read_json(path, "config.json").get("architectures") or ()  # read here: the model may come with code
+        return 2 if any("ForSequenceClassification" in str(name) for name in names) else 0
 
     def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         head, mask_BL = classification_head(self.model, self.config.path), tokens["attention_mask"]

@@ -19,7 +19,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.chain import replace_modules
 from lead_ds.models.files import family_of
-from lead_ds.models.kinds.kind import KINDS, Kind, Use, new_layer
+from lead_ds.models.kinds.kind import KINDS, Kind, Use, new_layer, reading_at_most
 from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
 from lead_ds.relevance import VectorFeatures
@@ -239,15 +239,11 @@ print(model.similarity(queries, passages))""",
         return features["sentence_embedding"]
 
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
-        chain, tokenizer = self.chain, encoder.tokenizer
+        chain = self.chain
         chain.prompts |= {"query": encoder.query_prompt, "document": encoder.passage_prompt}
         chain.similarity_fn_name = "cosine" if self.normalize else "dot"
-        kept = tokenizer.model_max_length
-        tokenizer.model_max_length = max(encoder.query_length, encoder.passage_length)
-        try:
+        with reading_at_most(encoder.tokenizer, max(encoder.query_length, encoder.passage_length)):
             record = super().save(folder, encoder, state)
-        finally:
-            tokenizer.model_max_length = kept
         lengths = {"query_length": encoder.query_length, "passage_length": encoder.passage_length}
         dims = getattr(self.config, "dims", None)  # of a student that was trained at several widths
         return record | lengths | {"normalize": self.normalize} | ({"dims": dims} if dims else {})

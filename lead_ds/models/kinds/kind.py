@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -195,6 +196,17 @@ def new_layer(config: ModelConfig, key: str, width: int, have: int | None, *, fr
         what = f"is {width}, and the model at {config.path} has no such layer: a frozen teacher's would stay random"
         raise InputError(f"teacher.{key}", what, "take it out, or warm the teacher up with it first")
     return True
+
+
+@contextmanager
+def reading_at_most(tokenizer: Any, length: int) -> Iterator[None]:
+    """While open, a tokenizer's files would say `length`: that far sentence-transformers reads what is saved with them."""
+    kept = tokenizer.model_max_length
+    tokenizer.model_max_length = length
+    try:
+        yield
+    finally:
+        tokenizer.model_max_length = kept
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.models.files import RECORD, read_json
-from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.kinds.kind import Kind, reading_at_most
 from lead_ds.models.scorer import Output
 from lead_ds.models.templates import Asked
 from lead_ds.models.text import Reading
@@ -106,7 +106,9 @@ class PairScorer(Kind):
         self.chain.activation_fn = nn.Identity()
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         prompts = {"query": encoder.query_prompt, "document": encoder.passage_prompt}
-        return super().save(folder, encoder, state) | {"max_length": encoder.max_length, "prompts": prompts}
+        with reading_at_most(encoder.tokenizer, encoder.max_length):
+            record = super().save(folder, encoder, state)
+        return record | {"max_length": encoder.max_length, "prompts": prompts}
 
     def facts(self, encoder: TextEncoder) -> list[str]:
         return [f"longest pair: {encoder.max_length} tokens"]
