@@ -54,7 +54,7 @@ def config_of(arguments: argparse.Namespace, name: str = "minilm-l6", /, **secti
 
 def batches_of(config: Config) -> Batches:
     """Its windows."""
-    return open_batches(config, open_groups(config.data), load_text(config.student), True, HERE)
+    return open_batches(config, open_groups(config.data), load_text(config.student), HERE)
 
 
 def in_turns(cases: dict[str, Timed], rounds: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ def padding(arguments: argparse.Namespace) -> None:
         for n in (None, 1, 2, 3, 4, "packed"):
             config = config_of(arguments, name, teacher={"passes": n}, train={"batch_size": 32})
             windows = [batches_of(config).window(turn) for turn in range(arguments.rounds)]
-            tables = [table for w in windows for table in w.teacher[0].tables]
+            tables = [table for w in windows for table in w.teachers[0][0].tables]
             real = sum(int(table["attention_mask"].sum()) for table in tables)
             run = sum(tokens_run(window, "teacher") for window in windows)
             row = {
@@ -112,7 +112,7 @@ def passes(arguments: argparse.Namespace) -> None:
         windows = {n: [batches_of(c).window(t) for t in range(arguments.rounds + 1)] for n, c in settings.items()}
 
         def run(n: str, turn: int, teacher: FrozenTeacher = teacher, windows: Any = windows) -> Any:
-            return teacher.window(windows[n][turn].teacher, [1, 3])
+            return teacher.window(windows[n][turn].teachers[0], [1, 3])
 
         plain = [tensor for x in (run("None", 0).final, run("None", 0).layers) for tensor in tensors(x)]
         difference = {}
@@ -155,7 +155,7 @@ def packed(arguments: argparse.Namespace) -> None:
             }
             teacher = build_teacher(Lesson.of(next(iter(configs.values()))), HERE)
             windows = {n: [batches_of(c).window(t) for t in range(arguments.rounds + 1)] for n, c in configs.items()}
-            told = {n: teacher.window(found[0].teacher, [0]) for n, found in windows.items()}
+            told = {n: teacher.window(found[0].teachers[0], [0]) for n, found in windows.items()}
             plain = [*tensors(told["None"].final), *tensors(told["None"].layers)]
             difference = {
                 n: max(
@@ -166,11 +166,11 @@ def packed(arguments: argparse.Namespace) -> None:
             }
             run = {n: [tokens_run(w, "teacher") for w in found] for n, found in windows.items()}
             real = sum(
-                int(table["attention_mask"].sum()) for w in windows["None"] for b in w.teacher for table in b.tables
+                int(table["attention_mask"].sum()) for w in windows["None"] for b in w.teachers[0] for table in b.tables
             )
 
             def read(n: str, turn: int, teacher: FrozenTeacher = teacher, windows: Any = windows) -> None:
-                teacher.window(windows[n][turn].teacher, [0])
+                teacher.window(windows[n][turn].teachers[0], [0])
 
             tell(
                 f"teacher.passes: packed, {name}, natural lengths",
@@ -220,8 +220,8 @@ def truncate(arguments: argparse.Namespace) -> None:
     windows = [batches_of(config).window(turn) for turn in range(arguments.rounds + 1)]
     lesson, depth = Lesson.of(config), depth_needed(config.teacher, config.losses)
     teachers = {"whole": build_teacher(lesson, HERE), "truncated": build_teacher(lesson, HERE, depth)}
-    equal = [t.window(windows[0].teacher, [1, 3]).layers.s_KQN for t in teachers.values()]
-    cases = {n: lambda turn, t=t: t.window(windows[turn].teacher, [1, 3]) for n, t in teachers.items()}
+    equal = [t.window(windows[0].teachers[0], [1, 3]).layers.s_KQN for t in teachers.values()]
+    cases = {n: lambda turn, t=t: t.window(windows[turn].teachers[0], [1, 3]) for n, t in teachers.items()}
     same = dict.fromkeys(teachers, torch.equal(*equal))
     megabytes = {n: t.parameter_bytes()[0] >> 20 for n, t in teachers.items()}
     tell(

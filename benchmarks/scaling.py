@@ -75,7 +75,7 @@ def models(name: str, work: Work) -> tuple[Model, Model]:
     r = requirements(name, work)
     teacher, student = (
         Model(n, s.layers, s.width, s.largest_layer, s.largest_other, s.numel)
-        for n, s in ((name, r.teacher), ("student", r.student))
+        for n, s in ((name, r.teachers[0].shape), ("student", r.student))
     )
     return teacher, student
 

@@ -38,7 +38,7 @@ class Inputs:
 
     def __init__(self, config: Config, ranks: Ranks, *, pads_to_maximum: bool = False) -> None:
         self.config = config
-        _, _, self.batches, _ = open_inputs(config, config.teacher is not None, ranks)
+        _, _, self.batches, _ = open_inputs(config, ranks)
         self.pads_to_maximum = pads_to_maximum
         self._made: dict[int, list[Texts]] = {}
 
@@ -68,7 +68,7 @@ class Inputs:
                 self._padded(encoder.queries(queries), student.query_length),
                 self._padded(encoder.passages(passages), student.passage_length),
             )
-            taught = batches.teacher.encoder if batches.teacher is not None else None
+            taught = next((teacher.encoder for teacher in batches.teachers.values()), None)
             if taught is not None:
                 texts = replace(texts, **self._taught(taught, queries, passages))
             made.append(texts)

@@ -27,7 +27,7 @@ from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.engine.records.parts import Part, Parts, PartsClock
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.ahead import with_next
-from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teacher, settled
+from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teachers, settled
 from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.objective import build_objective
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
@@ -128,18 +128,17 @@ class LeadDS(Runner):
         super().__init__(config, ranks)
         self.name = name
         config = self.config = settled(config)
-        self.reads_teacher = uses_teacher = config.losses.needs_teacher
-        _, _, batches, _ = open_inputs(config, uses_teacher, ranks)
+        self.reads_teacher = config.losses.needs_teacher
+        _, _, batches, _ = open_inputs(config, ranks)
         torch.manual_seed(config.seed)
         self.student_dtype = student_dtype(config.student, ranks.device)
         student = load_student(config.student, self.student_dtype)
         trainee = Trainee(student).to(ranks.device)
         fit_attention(trainee, config, batches, self.student_dtype, ranks)
-        self.teacher: Teacher | None = None
-        if uses_teacher:
-            with _made_on(ranks.device, config):
-                self.teacher = open_teacher(config, batches, ranks)
-        trainee.losses = build_objective(config, student, None, self.teacher, batches, ranks)
+        with _made_on(ranks.device, config):
+            teachers = open_teachers(config, batches, ranks)
+        self.teacher: Teacher | None = teachers.get("teacher")
+        trainee.losses = build_objective(config, student, list(teachers.values()), batches, ranks)
         engine = build_engine(trainee, config, self.student_dtype, ranks)
         if isinstance(self.teacher, FrozenTeacher):
             assert config.teacher is not None
@@ -164,7 +163,7 @@ class LeadDS(Runner):
             config=config,
             ranks=ranks,
             engine=engine,
-            teacher=self.teacher,
+            teachers=teachers,
             batches=batches,
             evaluator=None,
             books=Bookkeeping(checkpoints, recorder, Watchdog(ranks, 0, output, Signals()), self.relay),

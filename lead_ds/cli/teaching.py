@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
 
 from lead_ds.cli.training import CONFIG, OVERRIDES, say
 from lead_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from lead_ds.config import Config
+
+
+ONE = typer.Option(None, "--teacher", min=0, help="Which one, where the configuration names several: 0 is the first.")
 
 
 class TeachCommand(TyperCommand):
@@ -43,6 +49,7 @@ def teach(
         help="Of a dual encoder, keep vectors of every query and passage, of these layers and the final one: 9,10,11 or "
         "last:3, all, final (no other layer), auto (those that losses.layer reads).",
     ),
+    teacher: int | None = ONE,
     shard_groups: int | None = typer.Option(None, "--shard-groups", min=1, help="Groups of a file; default: by kind."),
     shard_texts: int | None = typer.Option(
         None, "--shard-texts", min=1, help="Of --vectors: texts of a file; default: 4096, or fewer for many processes."
@@ -66,21 +73,24 @@ def teach(
     lead-ds teach run.yaml --vectors last:3 --out vectors
 
     lead-ds distill run.yaml teacher.kind=cached teacher.path=vectors losses.layer.select=last losses.layer.k=3
+
+    Of several teachers, each has a cache of its own: --teacher 0, and teachers.0.kind=cached teachers.0.path=cache.
     """
     from lead_ds.config import load_config
     from lead_ds.report.lens import layer_table
     from lead_ds.teachers.teach import teach as run
 
-    settings = load_config(config, overrides or [])
+    settings, key = one_of(load_config(config, overrides or []), teacher)
     if (shard_groups if vectors is not None else shard_texts) is not None:
         raise typer.BadParameter("--shard-texts goes with --vectors, --shard-groups without")
-    folder = out or Path(settings.output) / ("teacher_cache" if vectors is None else "teacher_vectors")
+    name = "teacher_cache" if vectors is None else "teacher_vectors"
+    folder = out or Path(settings.output) / (name if teacher is None else f"{name}_{teacher}")
     options: dict[str, Any] = {"vectors": vectors, "epochs": epochs, "shard_size": shard_groups or shard_texts}
     cache = run(settings, folder, command=["lead-ds", *sys.argv[1:]], quiet=quiet, **options)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     say(layer_table(cache.manifest["measured"]))
     say(f"\n{len(cache)} groups, {cache.held()}, {size / 1e6:.1f} MB: {folder}")
-    say(f"distil from it: lead-ds distill {config} teacher.kind=cached teacher.path={folder}")
+    say(f"distil from it: lead-ds distill {config} {key}.kind=cached {key}.path={folder}")
 
 
 def fit_lens(
@@ -101,6 +111,7 @@ def fit_lens(
     target: str | None = typer.Option(
         None, "--target", help="labels, or final: the teacher's own final distribution; default: labels."
     ),
+    teacher: int | None = ONE,
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
 ) -> None:
     """Fit the teacher's tuned lens: a small read-out of its own for each layer, with the teacher frozen.
@@ -119,7 +130,7 @@ def fit_lens(
     from lead_ds.teachers.fit_lens import fit_lens as run
     from lead_ds.teachers.fit_lens import fit_settings
 
-    settings = load_config(config, overrides or [])
+    settings, key = one_of(load_config(config, overrides or []), teacher)
     folder = out or settings.lens_folder
     asked = {"groups": groups, "held_out": held_out, "steps": steps, "lr": lr, "rank": rank, "target": target}
     fit = fit_settings({name: value for name, value in asked.items() if value is not None})
@@ -127,8 +138,13 @@ def fit_lens(
     size = sum(file.stat().st_size for file in (folder / "states").glob("*"))
     say(lens_table(record))
     say(f"\nlens: {folder} (the states it was fitted on, {size / 1e6:.1f} MB, may be deleted: {folder / 'states'})")
-    path = "" if folder == settings.lens_folder else f" teacher.lens_path={folder}"
-    say(f"distil through it: lead-ds distill {config} teacher.lens=tuned{path} losses.layer.select=informative")
+    path = "" if folder == settings.lens_folder else f" {key}.lens_path={folder}"
+    say(f"distil through it: lead-ds distill {config} {key}.lens=tuned{path} losses.layer.select=informative")
+
+
+def one_of(config: Config, place: int | None) -> tuple[Config, str]:
+    """The configuration with one teacher, and the key that this one has in the file."""
+    return config.alone(place), "teacher" if place is None else f"teachers.{place}"
 
 
 def add_commands(app: typer.Typer) -> None:

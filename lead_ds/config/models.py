@@ -17,7 +17,7 @@ from typing_extensions import Self
 from lead_ds.settings.base import Section
 from lead_ds.settings.model import ModelConfig
 from lead_ds.settings.modes import refusal
-from lead_ds.settings.roles import StudentRole, TeacherRole
+from lead_ds.settings.roles import Share, StudentRole, TeacherRole
 
 
 class _OfKind(ModelConfig):
@@ -101,15 +101,17 @@ class TeacherConfig(_OfKind, TeacherRole):
 
     @classmethod
     def kinds(cls) -> dict[str, type[Section]]:
-        """See `_OfKind`: models of every kind, and teachers that are no models of this run."""
-        from lead_ds.models.kinds.kind import KINDS
-        from lead_ds.teachers.open import TEACHERS
+        """See `_OfKind`."""
+        return _teachers(cls)
 
-        models = {name: KINDS[name].Settings for name in KINDS}
-        return {
-            **{name: _section(TeacherConfig, name, settings) for name, settings in models.items()},
-            **{name: _given(name, TEACHERS[name].Settings, tuple(models.values())) for name in TEACHERS},
-        }
+
+class OneTeacherConfig(_OfKind, Share, TeacherRole):
+    """One of several teachers: its section, its weight and the losses that it feeds. Frozen."""
+
+    @classmethod
+    def kinds(cls) -> dict[str, type[Section]]:
+        """See `_OfKind`."""
+        return _teachers(cls)
 
 
 class StudentConfig(_OfKind, StudentRole):
@@ -127,6 +129,7 @@ class StudentConfig(_OfKind, StudentRole):
 
 
 AnyTeacher = Annotated[SerializeAsAny[TeacherConfig], PlainValidator(TeacherConfig.read)]
+OneTeacher = Annotated[SerializeAsAny[OneTeacherConfig], PlainValidator(OneTeacherConfig.read)]
 AnyStudent = Annotated[SerializeAsAny[StudentConfig], PlainValidator(StudentConfig.read)]
 
 
@@ -143,8 +146,20 @@ def _section(role: type[Any], kind: str, settings: type[Section]) -> type[Any]:
     return create_model(name, __base__=(settings, role), __module__=__name__, __doc__=settings.__doc__, **fields)
 
 
+def _teachers(role: Any) -> dict[str, type[Section]]:
+    """The sections of a teacher's role: of models of every kind, and of teachers that are no models of this run."""
+    from lead_ds.models.kinds.kind import KINDS
+    from lead_ds.teachers.open import TEACHERS
+
+    models = {name: KINDS[name].Settings for name in KINDS}
+    return {
+        **{name: _section(role, name, settings) for name, settings in models.items()},
+        **{name: _given(role, name, TEACHERS[name].Settings, tuple(models.values())) for name in TEACHERS},
+    }
+
+
 @cache
-def _given(kind: str, settings: type[Section], models: tuple[type[Section], ...]) -> type[Any]:
+def _given(role: type[Any], kind: str, settings: type[Section], models: tuple[type[Section], ...]) -> type[Any]:
     """The section of a teacher that is not a model of this run; where it stands for one, with the settings of every
     kind."""
     fields: dict[str, Any] = {"kind": (Literal[kind], ...)}
@@ -152,9 +167,9 @@ def _given(kind: str, settings: type[Section], models: tuple[type[Section], ...]
         for model in models:
             known = {name: field for name, field in model.model_fields.items() if name not in settings.model_fields}
             fields |= {name: (field.annotation, field) for name, field in known.items() if name not in fields}
-    base = (settings, TeacherConfig) if issubclass(settings, TeacherRole) else settings
-    name = kind.title().replace("_", "") + "TeacherConfig"
-    return create_model(name, __base__=base, __module__=__name__, __doc__=settings.__doc__, **fields)
+    own = (role,) if issubclass(settings, TeacherRole) else (Share,) if issubclass(role, Share) else ()
+    name = kind.title().replace("_", "") + role.__name__
+    return create_model(name, __base__=(settings, *own), __module__=__name__, __doc__=settings.__doc__, **fields)
 
 
 def _again(role: type[Any], kind: str, state: dict[str, Any]) -> Any:

@@ -27,7 +27,7 @@ def broken(config: Run) -> Broken | None:
 
 def losses_have_a_teacher(config: Run) -> Iterator[Broken]:
     """A loss with a weight that reads a teacher needs one."""
-    if config.losses.needs_teacher and config.teacher is None:
+    if config.losses.needs_teacher and not config.taught:
         readers = ", ".join(config.losses.needing("final", "layers", "features", "attention"))
         yield Broken(
             "teacher", f"a teacher section is missing: {readers} of losses read one", "name the model to learn from"
@@ -45,7 +45,7 @@ def labels_have_something_to_compare(config: Run) -> Iterator[Broken]:
 
 def pairs_have_something_to_compare(config: Run) -> Iterator[Broken]:
     """A model of pairs is compared over a query's own passages, and a distribution over one holds no information."""
-    models = [config.student.kind, *([] if config.teacher is None else [config.teacher.kind])]
+    models = [config.student.kind, *(teacher.kind for teacher in config.taught.values())]
     if any(map(reads_pairs, models)) and config.losses.needs_teacher and config.data.negatives == 0:
         what = "is 0: a model that reads pairs is compared over a query's own passages, and there is but one"
         yield Broken("data.negatives", what, "set it to 1 or more")
@@ -90,7 +90,7 @@ def maps_come_whole(config: Run) -> Iterator[Broken]:
     settings = {
         "train.grad_cache": config.train.grad_cache,
         "student.passes": config.student.passes,
-        "teacher.passes": getattr(config.teacher, "passes", None),
+        **{f"{key}.passes": getattr(teacher, "passes", None) for key, teacher in config.taught.items()},
         "train.overlap": config.train.overlap or None,
     }
     for key, value in settings.items():
@@ -100,7 +100,7 @@ def maps_come_whole(config: Run) -> Iterator[Broken]:
 
 def informative_layers_stay_so(config: Run) -> Iterator[Broken]:
     """Which layers are informative is measured once."""
-    if getattr(config.teacher, "train", False) and config.losses.informative is not None:
+    if config.cotrained is not None and config.losses.informative is not None:
         what = "the losses select informative layers, which are measured once, of a frozen teacher"
         yield Broken("teacher.train", what, "set it to false, or choose another select")
 
@@ -109,46 +109,90 @@ def a_lens_has_one_state_to_read(config: Run) -> Iterator[Broken]:
     """A tuned lens reads one state per text, or pair."""
     from lead_ds.models.kinds.kind import KINDS
 
-    teacher = config.teacher
-    if not isinstance(teacher, TeacherRole) or teacher.lens == "head" or teacher.kind not in KINDS:
-        return
-    if KINDS[teacher.kind].lens_form is None:
-        what = f"tuned: a tuned lens reads one state per text, a {teacher.kind} has one per token"
-        yield Broken("teacher.lens", what, "set it to head")
+    for key, teacher in config.taught.items():
+        if not isinstance(teacher, TeacherRole) or teacher.lens == "head" or teacher.kind not in KINDS:
+            continue
+        if KINDS[teacher.kind].lens_form is None:
+            what = f"tuned: a tuned lens reads one state per text, a {teacher.kind} has one per token"
+            yield Broken(f"{key}.lens", what, "set it to head")
+        if teacher.lens_path is None and config.teacher is None:
+            yield Broken(f"{key}.lens_path", "is missing: of several teachers, each has a lens of its own", "name it")
 
 
 def a_lens_path_names_a_lens(config: Run) -> Iterator[Broken]:
     """A folder of a tuned lens is read where layers are read through one; of a cache, it says through which."""
-    teacher = config.teacher
-    if not isinstance(teacher, TeacherRole) or isinstance(teacher, CachedRole):
-        return
-    if teacher.lens == "head" and teacher.lens_path is not None:
-        yield Broken("teacher.lens_path", "is ignored by lens: head", "set teacher.lens: tuned, or take it out")
+    for key, teacher in config.taught.items():
+        if not isinstance(teacher, TeacherRole) or isinstance(teacher, CachedRole):
+            continue
+        if teacher.lens == "head" and teacher.lens_path is not None:
+            yield Broken(f"{key}.lens_path", "is ignored by lens: head", f"set {key}.lens: tuned, or take it out")
 
 
 def teacher_gives_what_losses_read(config: Run) -> Iterator[Broken]:
     """A teacher that is not a model of this run gives less than one that is."""
     from lead_ds.teachers.open import teacher_class
 
-    if config.teacher is None:
+    for key, teacher in config.taught.items():
+        alone, named = key == "teacher", getattr(teacher, "losses", None)
+        for need, what in _GIFTS.items() if alone or named is not None else ():
+            for name in config.losses.needing(need) if need not in teacher_class(teacher.kind).gives else ():
+                where, remedy = f"losses.{name}.weight", "set it to 0, or name the model itself with its kind"
+                if not alone:
+                    where, remedy = f"{key}.losses", f"take {name} out, or name the model itself with its kind"
+                if alone or name in (named or ()):
+                    yield Broken(where, f"a teacher of kind {teacher.kind} has no {what}", remedy)
+
+
+def several_teachers_share(config: Run) -> Iterator[Broken]:
+    """Every one of several feeds a loss, and every loss that reads a teacher is fed."""
+    if config.teacher is not None and len(config.taught) > 1:
+        yield Broken("teachers", "are given beside teacher", "put that one into the list, or take one of the two out")
+    if config.teacher is not None or not config.losses.needs_teacher:
         return
-    gives = teacher_class(config.teacher.kind).gives
-    named: dict[Any, str] = {
-        "layers": "layers to read",
-        "features": "vectors",
-        "attention": "attention maps",
-        "final": "scores",
-    }
-    for need, what in named.items():
-        for name in config.losses.needing(need) if need not in gives else ():
-            remedy = "set it to 0, or name the model itself with its kind"
-            yield Broken(f"losses.{name}.weight", f"a teacher of kind {config.teacher.kind} has no {what}", remedy)
+    reading = config.losses.needing("final", "layers", "features", "attention")
+    feeds = {key: fed(config, teacher) for key, teacher in config.taught.items()}
+    for key, teacher in config.taught.items():
+        for name in teacher.losses or ():
+            if name not in reading:
+                what = f"names {name}, which is no loss with a weight that reads a teacher"
+                yield Broken(f"{key}.losses", what, f"use {', '.join(reading)}")
+        if not feeds[key]:
+            yield Broken(
+                key, f"feeds none of the losses: {', '.join(reading)}", "take it out, or give such a loss a weight"
+            )
+        if len(feeds) == 1 and teacher.weight != 1:
+            yield Broken(f"{key}.weight", "is ignored: there is no other teacher", "take it out")
+        if len(feeds) > 1 and isinstance(teacher, TeacherRole) and teacher.train:
+            what = "a teacher that is trained is the only one of its run"
+            yield Broken(f"{key}.train", what, "set it to false, or name it alone: teacher")
+    for name in reading if feeds else ():
+        if not any(name in names for names in feeds.values()):
+            yield Broken(
+                f"losses.{name}.weight", "no teacher feeds it", "set it to 0, or name it in a teacher's losses"
+            )
+    tapped = config.losses.needing("attention")
+    if sum(not names.isdisjoint(tapped) for names in feeds.values()) > 1:
+        what = f"{', '.join(tapped)} would be fed by several, and attention is compared with one teacher's"
+        yield Broken("teachers", what, "name the losses of each: leave it out of all but one")
+
+
+def mixtures_are_of_several(config: Run) -> Iterator[Broken]:
+    """How teachers are put together is read where several feed a loss of that sort."""
+    feeds = [fed(config, teacher) for teacher in config.taught.values()]
+    for name, usual, need, sort in (
+        ("relevance", "weight", "final", "of final relevance"),
+        ("vectors", "fold", "features", "of vectors"),
+    ):
+        set_to, losses = getattr(config.mix, name), config.losses.needing(need)
+        if set_to != usual and not any(sum(loss in names for names in feeds) > 1 for loss in losses):
+            yield Broken(
+                f"mix.{name}", f"{set_to} is ignored: no loss {sort} is fed by several teachers", "take it out"
+            )
 
 
 def overlap_has_a_teacher_to_run_ahead(config: Run) -> Iterator[Broken]:
     """Only a frozen model's forward can be begun a window early."""
-    teacher = config.teacher
-    frozen = isinstance(teacher, TeacherRole) and not teacher.train and computes(teacher.kind)
+    frozen = config.cotrained is None and any(computes(teacher.kind) for teacher in config.taught.values())
     if config.train.overlap and not frozen:
         yield Broken(
             "train.overlap", "there is no frozen teacher that could run ahead of the student", "set it to false"
@@ -166,7 +210,7 @@ def patience_has_evaluations(config: Run) -> Iterator[Broken]:
 
 def candidates_are_reranked(config: Run) -> Iterator[Broken]:
     """A model of vectors searches the whole corpus; candidates are of those that rerank, a warmed-up teacher among them."""
-    kinds = [config.student.kind, *([] if config.teacher is None else [config.teacher.kind])]
+    kinds = [config.student.kind, *(teacher.kind for teacher in config.taught.values())]
     if not all(map(gives_vectors, kinds)):
         return
     usual = type(config.evaluation).model_fields
@@ -178,10 +222,10 @@ def candidates_are_reranked(config: Run) -> Iterator[Broken]:
 
 def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
     """A teacher that is trained lives in the student's engine, in its dtype."""
-    teacher = config.teacher
-    if isinstance(teacher, TeacherRole) and teacher.train and teacher.dtype not in ("auto", config.student.dtype):
+    teacher = config.cotrained
+    if teacher is not None and teacher.dtype not in ("auto", config.student.dtype):
         what = f"a teacher that is trained has the student's dtype, which is {config.student.dtype}"
-        yield Broken("teacher.dtype", what, f"set student.dtype: {teacher.dtype}, or take it out")
+        yield Broken(f"{next(iter(config.taught))}.dtype", what, f"set student.dtype: {teacher.dtype}, or take it out")
 
 
 def lora_is_of_the_student(config: Run) -> Iterator[Broken]:
@@ -220,7 +264,9 @@ RULES: tuple[Rule, ...] = (
     informative_layers_stay_so,
     a_lens_has_one_state_to_read,
     a_lens_path_names_a_lens,
+    several_teachers_share,
     teacher_gives_what_losses_read,
+    mixtures_are_of_several,
     overlap_has_a_teacher_to_run_ahead,
     patience_has_evaluations,
     candidates_are_reranked,
@@ -234,8 +280,32 @@ RULES: tuple[Rule, ...] = (
 def trained(config: Run) -> Iterator[tuple[str, TeacherRole]]:
     """The models that the run trains, by section."""
     yield "student", config.student  # type: ignore[misc]
-    if isinstance(config.teacher, TeacherRole) and config.teacher.train:
-        yield "teacher", config.teacher
+    if config.cotrained is not None:
+        yield next(iter(config.taught)), config.cotrained
+
+
+_GIFTS: dict[Any, str] = {
+    "layers": "layers to read",
+    "features": "vectors",
+    "attention": "attention maps",
+    "final": "scores",
+}
+
+
+def fed(config: Run, teacher: Any) -> frozenset[str]:
+    """The names of the losses with a weight that one of the run's teachers feeds.
+
+    An only teacher feeds every loss that reads one. One of several feeds those that it names, or all that it can.
+    """
+    from lead_ds.teachers.open import teacher_class
+
+    reading = frozenset(config.losses.needing(*_GIFTS))
+    if config.teacher is not None:
+        return reading
+    if teacher.losses is not None:
+        return reading & frozenset(teacher.losses)
+    lacking = set(_GIFTS) - teacher_class(teacher.kind).given(teacher)
+    return reading - frozenset(config.losses.needing(*lacking) if lacking else ())
 
 
 def reads_pairs(kind: str) -> bool:

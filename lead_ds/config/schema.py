@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from lead_ds.config.losses import AnyLosses, losses_section
-from lead_ds.config.models import AnyStudent, AnyTeacher
-from lead_ds.config.rules import broken
+from lead_ds.config.losses import AnyLosses, LossesConfig, losses_section
+from lead_ds.config.models import AnyStudent, AnyTeacher, OneTeacher, TeacherConfig
+from lead_ds.config.rules import broken, fed
+from lead_ds.errors import InputError
 from lead_ds.settings.base import BITS, PACE, Means, Place, Section, Seed
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.modes import refusal
 from lead_ds.settings.pipeline import PipelineConfig
 from lead_ds.settings.plugins import load_plugins
+from lead_ds.settings.roles import MixConfig, Share, TeacherRole
 from lead_ds.settings.train import (
     DeepSpeedFiles,
     EvaluationConfig,
@@ -34,6 +36,10 @@ class Config(Section):
     )
     seed: Seed = 888
     teacher: AnyTeacher | None = None
+    teachers: list[OneTeacher] = Field(
+        [], description="several, in place of teacher: each its section, with weight and the losses that it feeds"
+    )
+    mix: MixConfig = MixConfig()
     student: AnyStudent
     data: DataConfig
     losses: AnyLosses = Field(default_factory=lambda: losses_section()())
@@ -66,8 +72,37 @@ class Config(Section):
         return ({} if value else None) if isinstance(value, bool) else value
 
     @property
+    def taught(self) -> dict[str, Any]:
+        """The teachers' sections, by the dotted key that each has."""
+        several = {f"teachers.{place}": one for place, one in enumerate(self.teachers)}
+        return several if self.teacher is None else {"teacher": self.teacher, **several}
+
+    @property
+    def cotrained(self) -> TeacherRole | None:
+        """The teacher that is trained along; None where every one is frozen."""
+        return next((one for one in self.taught.values() if isinstance(one, TeacherRole) and one.train), None)
+
+    def alone(self, place: int | None) -> Config:
+        """The run with one of its several teachers, for what reads one. Raises InputError where it is not said which."""
+        if self.teacher is not None or not self.teachers:
+            if place is None:
+                return self
+            raise InputError(
+                "--teacher", "chooses among teachers, and the configuration names no several", "leave it out"
+            )
+        if place is None or not 0 <= place < len(self.teachers):
+            raise InputError("teachers", "are several", f"say which: --teacher 0 to {len(self.teachers) - 1}")
+        section = self.teachers[place].model_dump(exclude={*Share.model_fields}, exclude_unset=True)
+        chosen = TeacherConfig.read(section)
+        return self.model_copy(update={"teacher": chosen, "teachers": [], "mix": MixConfig()})
+
+    def losses_of(self, key: str) -> LossesConfig:
+        """The losses that the teacher at `key` feeds; every other has no weight."""
+        return self.losses.only(fed(self, self.taught[key]))
+
+    @property
     def lens_folder(self) -> Path:
-        """Where the teacher's tuned lens is, or will be."""
+        """Where the tuned lens of the only teacher is, or will be; of several, each names its own."""
         named = getattr(self.teacher, "lens_path", None)
         return Path(self.output) / "lens" if named is None else Path(named)
 

@@ -9,7 +9,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -54,7 +54,7 @@ class Window:
     query_ids: list[str]
     passage_ids: list[str]
     student: list[ModelBatch]  # one per micro-batch
-    teacher: list[ModelBatch]  # batches of whole groups, equally many on every rank; none without a teacher
+    teachers: list[list[ModelBatch]]  # of each, batches of whole groups, equally many on every rank
     passage_keys: Tensor  # int64 [A*B*N]; equal keys are the same passage
     positive_keys: Tensor  # int64 [A*B, M]; each query's known positives, padded with -1
 
@@ -63,7 +63,7 @@ class Window:
         return replace(
             self,
             student=[batch.pin_memory() for batch in self.student],
-            teacher=[batch.pin_memory() for batch in self.teacher],
+            teachers=[[batch.pin_memory() for batch in batches] for batches in self.teachers],
             passage_keys=self.passage_keys.pin_memory(),
             positive_keys=self.positive_keys.pin_memory(),
         )
@@ -81,21 +81,24 @@ class Batches:
         self,
         groups: Groups,
         student: Reads,
-        teacher: Reads | None,
+        teachers: Mapping[str, Reads],
         data: DataConfig,
         train: TrainConfig,
         *,
         seed: int,
         ranks: Processes,
     ) -> None:
-        """Raises InputError when the groups are fewer than one step takes, or when their tokens cannot be kept."""
-        self.groups, self.student, self.teacher = groups, replace(student, at_once=train.batch_size), teacher
+        """teachers: by the key of each in the configuration.
+
+        Raises InputError when the groups are fewer than one step takes, or when their tokens cannot be kept.
+        """
+        self.groups, self.student, self.teachers = groups, replace(student, at_once=train.batch_size), dict(teachers)
         self.rank, self.world, self.seed = ranks.rank, ranks.world, seed
         self.batch_size, self.accumulation = train.batch_size, train.accumulation
         self.group = 1 + data.negatives
         self.workers = data.workers
-        # The encoders of teacher and student, where attention maps of differently tokenised texts are compared.
-        self.aligned = None if teacher is None else _aligned(teacher, student)
+        # The encoders of each teacher and student, where attention maps of differently tokenised texts are compared.
+        self.aligned = [_aligned(teacher, student) for teacher in teachers.values()]
         step = self.world * self.batch_size * self.accumulation
         self.steps_per_epoch = len(groups) // step
         if self.steps_per_epoch == 0:
@@ -115,15 +118,9 @@ class Batches:
     def _keep_tokens(self, place: bool | str) -> None:
         """Read tokens instead of texts, of every model for which that is the same."""
         self.student = self._kept(self.student, place)
-        models = [self.student]
-        if self.teacher is not None:
-            self.teacher = self._kept(self.teacher, place)
-            models.append(self.teacher)
-        if (
-            not any(model.reads_texts for model in models)
-            and self.aligned is None
-            and isinstance(self.groups, IdGroups)
-        ):
+        self.teachers = {key: self._kept(teacher, place) for key, teacher in self.teachers.items()}
+        texts = any(model.reads_texts for model in (self.student, *self.teachers.values()))
+        if not texts and not any(self.aligned) and isinstance(self.groups, IdGroups):
             self._draw = partial(self.groups.draw, texts=False)
 
     def _kept(self, model: Reads, place: bool | str) -> Reads:
@@ -137,8 +134,8 @@ class Batches:
         compared: groups whose passages a query is compared with. Raises InputError as `refuse_voided`.
         """
         groups = [self.groups.draw(int(row), self.seed, 0) for row in self.rows(0)[:_LOOKED_AT]]
-        for who, model in (("student", self.student), ("teacher", self.teacher)):
-            if model is not None and model.encoder is not None:
+        for who, model in (("student", self.student), *self.teachers.items()):
+            if model.encoder is not None:
                 refuse_voided(model.encoder, groups, who)
         if self.group * compared == 1 and self.rank == 0:
             what = "every query is compared with its positive alone: losses over passages are 0, and teach nothing"
@@ -165,12 +162,11 @@ class Batches:
         for row, group in enumerate(groups):
             positive_keys[row, : len(group.positive_keys)] = group.positive_keys
         student = self.student.batches(rows, groups)
-        teacher = [] if self.teacher is None else self.teacher.batches(rows, groups)
-        if self.aligned is not None:
-            for part, batches in zip(
-                in_parts(groups, self.batch_size), zip(teacher, student, strict=True), strict=True
-            ):
-                _align(self.aligned, batches, part)
+        teachers = [teacher.batches(rows, groups) for teacher in self.teachers.values()]
+        for encoders, teacher in zip(self.aligned, teachers, strict=True):
+            if encoders is not None:
+                for *batches, part in zip(teacher, student, in_parts(groups, self.batch_size), strict=True):
+                    _align(encoders, batches, part)
         return Window(
             step=step,
             epoch=epoch,
@@ -178,7 +174,7 @@ class Batches:
             query_ids=[group.query_id for group in groups],
             passage_ids=[name for group in groups for name in group.passage_ids],
             student=student,
-            teacher=teacher,
+            teachers=teachers,
             passage_keys=torch.from_numpy(np.concatenate([group.keys for group in groups])),
             positive_keys=torch.from_numpy(positive_keys),
         )
@@ -267,9 +263,7 @@ def _aligned(teacher: Reads, student: Reads) -> tuple[TextEncoder, TextEncoder] 
     return None if s.reads_like(t) else (t, s)
 
 
-def _align(
-    encoders: tuple[TextEncoder, TextEncoder], batches: tuple[ModelBatch, ModelBatch], groups: Sequence[Group]
-) -> None:
+def _align(encoders: tuple[TextEncoder, TextEncoder], batches: Sequence[ModelBatch], groups: Sequence[Group]) -> None:
     """Add `groups` [B, L] to both models' tokens: equal numbers are the same stretch of text, -1 has no counterpart."""
     kinds: tuple[tuple[Literal["queries", "passages"], list[str]], ...] = (
         ("queries", [group.query for group in groups]),

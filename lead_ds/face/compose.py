@@ -19,6 +19,7 @@ from lead_ds.models.load import kind_of
 from lead_ds.models.own import probe
 from lead_ds.settings.base import Section
 from lead_ds.settings.data import DataConfig
+from lead_ds.settings.roles import Share
 from lead_ds.settings.train import TrainConfig
 
 WHERE = "Distiller"
@@ -34,7 +35,7 @@ _SHORT: tuple[tuple[str, type[Section], frozenset[str]], ...] = (
 
 
 def compose(
-    teacher: ModelLike | None,
+    teacher: ModelLike | Sequence[ModelLike] | None,
     student: ModelLike,
     data: Any,
     losses: Mapping[str, Any] | Sequence[Any] | None,
@@ -42,13 +43,16 @@ def compose(
 ) -> Config:
     """The checked configuration of a run. Raises InputError for what cannot be, with the nearest name of what is unknown."""
     tree: dict[str, Any] = {"student": model_section(student, "student"), "data": data_section(data)}
-    if teacher is not None:
-        tree["teacher"] = model_section(teacher, "teacher")
+    sections = {key: model_section(one, "teacher") for key, one in given_teachers(teacher).items()}
+    if sections.keys() == {"teacher"}:
+        tree["teacher"] = sections["teacher"]
+    elif sections:
+        tree["teachers"] = list(sections.values())
     tree["losses"] = losses_section(losses, teacher is not None)
     for name, value in settings.items():
         place_setting(tree, name, value)
     config = parse_config(tree, WHERE)
-    if module_of(student) is not None or module_of(teacher) is not None:
+    if module_of(student) is not None or modules_of(teacher):
         check_own(config)
     return config
 
@@ -82,13 +86,26 @@ def module_of(model: object) -> nn.Module | None:
     return model if isinstance(model, nn.Module) else None
 
 
+def given_teachers(teacher: Any) -> dict[str, Any]:
+    """What is given as teachers, by the keys that they have in the configuration."""
+    if isinstance(teacher, list | tuple):
+        return {f"teachers.{place}": one for place, one in enumerate(teacher)}
+    return {} if teacher is None else {"teacher": teacher}
+
+
+def modules_of(teacher: Any) -> dict[str, nn.Module]:
+    """The modules that are given in place of teachers, by the keys that these have in the configuration."""
+    return {key: module for key, one in given_teachers(teacher).items() if (module := module_of(one)) is not None}
+
+
 def own_section(model: Any, role: str) -> dict[str, Any]:
     """The section of a module of one's own: what is read of it is a dual encoder's. Raises InputError for what is not."""
     module = module_of(model)
     assert module is not None
     probe(module)
     section = {name: value for name, value in model.items() if name != "module"} if isinstance(model, Mapping) else {}
-    ignored = sorted(section.keys() - _READ_OF_OWN - {"batch_size" if role == "teacher" else "dims"})
+    allowed = {"batch_size", *Share.model_fields} if role == "teacher" else {"dims"}
+    ignored = sorted(section.keys() - _READ_OF_OWN - allowed)
     if ignored:
         remedy = f"the module itself decides: take it out; {', '.join(sorted(_READ_OF_OWN))} are read"
         raise InputError(f"{WHERE}: {role}.{ignored[0]}", "is ignored by a module of your own", remedy)
@@ -164,7 +181,7 @@ def only(losses: Mapping[str, Any]) -> dict[str, Any]:
 
 def place_setting(tree: dict[str, Any], name: str, value: Any) -> None:
     """Put one keyword where it belongs: a section or a setting of the whole run, or one of `train` or `data`."""
-    if name in Config.model_fields and name not in ("teacher", "student", "losses"):
+    if name in Config.model_fields and name not in ("teacher", "teachers", "student", "losses"):
         if isinstance(value, Mapping):
             tree[name] = {**tree.get(name, {}), **value}
         elif name == "data":

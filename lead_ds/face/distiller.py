@@ -22,7 +22,7 @@ from lead_ds.engine.training.distill import train
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.engine.training.given import Given
 from lead_ds.errors import InputError
-from lead_ds.face.compose import ROWS, ModelLike, compose, module_of
+from lead_ds.face.compose import ROWS, ModelLike, compose, module_of, modules_of
 from lead_ds.face.model import Model, load
 from lead_ds.models.own import OwnEncoder, load_weights
 from lead_ds.settings.parse import parse_section
@@ -35,7 +35,8 @@ class Distiller:
     teacher, student: a model of `load`, a path or hub name, or its section ({"path": ..., "kind": ..., ...}). Or a
     torch module of your own, or {"module": ..., "scale": "cosine"}. Its `tokenize(texts, side)` gives a dictionary of
     tensors with a row for each text; its `forward(tokens)` gives vectors [B, D], or these and a list of its layers'
-    vectors. Without a teacher the student learns from labels. data: a folder or file of groups, a `datasets.Dataset`,
+    vectors. Without a teacher the student learns from labels; a list of teachers is of several, whose sections may have a
+    weight and the names of the losses that each feeds. data: a folder or file of groups, a `datasets.Dataset`,
     or rows [{"query", "positives", "negatives", "scores"?}] of texts. The columns of sentence-transformers and
     FlagEmbedding are read, too.
     losses: those to train by, such as [losses.Response(weight=3), losses.Layer(select="last", k=3), MyLoss], or by name,
@@ -64,7 +65,7 @@ class Distiller:
 
     def __init__(
         self,
-        teacher: ModelLike | None = None,
+        teacher: ModelLike | Sequence[ModelLike] | None = None,
         *,
         student: ModelLike,
         data: Any,
@@ -74,7 +75,7 @@ class Distiller:
     ) -> None:
         config = compose(teacher, student, data, losses, settings)
         groups = RowGroups.of(data, config.data.negatives) if config.data.path == ROWS else None
-        given = Given(groups, student=module_of(student), teacher=module_of(teacher), callbacks=callbacks)
+        given = Given(groups, student=module_of(student), teachers=modules_of(teacher), callbacks=callbacks)
         self._set(config, given, "student")
 
     @classmethod

@@ -14,9 +14,11 @@ ANOTHER_FOLDER = "delete it, or choose another folder with --out"
 
 
 def flat(tree: Any, at: str = "", free: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dictionaries, by dotted key; without the keys of `free` and what is in them."""
+    """The leaves of nested dictionaries, and lists of them, by dotted key; without the keys of `free` and what is in them."""
     if at in free:
         return
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from flat(value, f"{at}.{key}" if at else str(key), free)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lead_ds.losses.selection import NO_LAYERS, Depths, Layers
 from lead_ds.losses.vectors import Moments
@@ -190,6 +191,11 @@ class Losses(Section):
         """The names of the losses with a weight that need one of these."""
         return [name for name, (loss, section) in self.active.items() if not loss.reads(section).isdisjoint(needs)]
 
+    def only(self, names: Collection[str]) -> Self:
+        """These with a weight for the losses `names` alone."""
+        off = {name: section.model_copy(update={"weight": 0.0}) for name, (_, section) in self.active.items()}
+        return self.model_copy(update={name: section for name, section in off.items() if name not in names})
+
     def pairs(self, models: Depths, step: int) -> dict[str, Layers]:
         """The layers that each loss with a weight compares at a step, where it compares any. Raises as `Loss.pair`."""
         found = {name: loss.pair(section, models, step) for name, (loss, section) in self.active.items()}
@@ -221,7 +227,3 @@ class Losses(Section):
         """The settings of the loss with a weight that draws from the teacher's informative layers, or None."""
         found = (section for _, section in self.active.values() if getattr(section, "select", None) == "informative")
         return next(found, None)
-
-    def build(self, shape: LossShape) -> dict[str, Loss]:
-        """The modules of the losses with a weight."""
-        return {name: loss(section, shape) for name, (loss, section) in self.active.items()}

@@ -192,6 +192,12 @@ class Views:
         own = {part.name: getattr(self, part.name) for part in fields(Views)}
         return _Mapped(**{**own, "student": self.student.mapped(change)}, source=self, change=change)
 
+    def beside(self, teacher: Side, groups: Sequence[Groups | None] = (None, None)) -> Views:
+        """The same student with another teacher; what is known of the student's final state is not computed again."""
+        own = {part.name: getattr(self, part.name) for part in fields(Views) if part.init}
+        own |= {"teacher": teacher, "groups": groups, "_known": {}, "_layers": {}}
+        return _Beside(**own, source=self)
+
     def _features(self, who: Who, what: What) -> Features:
         side = _given(self.student if who == "student" else self.teacher, who)
         return _given(side.final if what == "final" else side.layers, f"{who}.{what}")
@@ -204,6 +210,25 @@ class Views:
         if key not in known:
             known[key] = compute()
         return known[key]
+
+
+@dataclass
+class _Beside(Views):
+    """Views of another teacher; the student's final side, and what is masked, are the source's."""
+
+    source: Views = field(kw_only=True)
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.source.mask
+
+    def _gathered(self, who: Who, what: What) -> Features:
+        shared = who == "student" and what == "final"
+        return self.source._gathered(who, what) if shared else super()._gathered(who, what)
+
+    def relevance(self, who: Who, what: What = "final", passages: Passages = "scope") -> Relevance:
+        shared = who == "student" and what == "final"
+        return self.source.relevance(who, what, passages) if shared else super().relevance(who, what, passages)
 
 
 @dataclass
@@ -223,6 +248,10 @@ class _Mapped(Views):
     @property
     def mask(self) -> Tensor | None:
         return self.source.mask
+
+    @property
+    def common(self) -> Passages:
+        return self.source.common
 
     def relevance(self, who: Who, what: What = "final", passages: Passages = "scope") -> Relevance:
         own = who == "student"

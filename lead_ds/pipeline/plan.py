@@ -158,9 +158,10 @@ class Recipe:
             for part in ("student" if of == "teacher" else "teacher", "losses"):
                 tree.pop(part, None)
             others = {"teacher_temperature"} if of == "student" else set()
+            tree.pop("teachers", None)
             tree |= {"contrastive": config.losses.contrastive.model_dump(exclude_defaults=True, exclude=others)}
             del tree["deepspeed"]["teacher"]
-        given = self._given(config, wiring, groups, (of,) if of else ("student", "teacher"))
+        given = self._given(config, wiring, groups, (of,) if of else ("student", *config.taught))
         tree |= given.tree
         product = "student" if command == "distill" else "model"
         return self._graph.add(
@@ -182,11 +183,15 @@ class Recipe:
             return ""
         wiring, needs = self._wiring(groups, teacher=teacher, lens=lens)
         overrides, config = self._settings(name, wiring)
-        if config.teacher is None or config.teacher.train or not teacher_class(config.teacher.kind).computes:
+        if config.teacher is None or config.cotrained or not teacher_class(config.teacher.kind).computes:
             what = "reads a teacher that is there and stays as it is"
-            raise InputError(
-                f"{self.path}: pipeline.{name}", what, "set teacher.train=false and name the teacher itself"
-            )
+            remedy = "set teacher.train=false and name the teacher itself"
+            if config.teachers:
+                what, remedy = (
+                    "reads one teacher, and there are several",
+                    f"set pipeline.{name}=null: see --teacher of it",
+                )
+            raise InputError(f"{self.path}: pipeline.{name}", what, remedy)
         fits = name == "lens"
         product = "lens" if fits else "cache"
         asked = settings.model_dump(exclude_none=True)
@@ -210,19 +215,16 @@ class Recipe:
 
     def _given(self, config: Config, wiring: Mapping[str, Any], groups: str, roles: Sequence[str]) -> Given:
         """The models, lens and groups that a command reads and no stage makes."""
-        sections = {"student": config.student, "teacher": config.teacher}
-        given = {role: section.path for role in roles if (section := sections[role]) and section.path}
+        sections = {"student": config.student, **config.taught}
+        given = {role: path for role in roles if (path := getattr(sections.get(role), "path", ""))}
         paths = {role: path for role, path in given.items() if f"{role}.path" not in wiring}
         tree = {f"{role} model": self.fingerprints.model(path) for role, path in paths.items()}
         if groups not in self.stages:
             tree["groups"] = config.data.train
-        if (
-            "teacher" in roles
-            and config.teacher
-            and config.teacher.lens == "tuned"
-            and "teacher.lens_path" not in wiring
-        ):
-            tree["lens"] = self.fingerprints.model(str(config.lens_folder))
+        for role, teacher in config.taught.items():
+            if role in roles and getattr(teacher, "lens", "head") == "tuned" and f"{role}.lens_path" not in wiring:
+                name = "lens" if role == "teacher" else f"{role} lens"
+                tree[name] = self.fingerprints.model(str(teacher.lens_path or config.lens_folder))
         return Given(tuple(paths.values()), tree)
 
     def _evaluate(self, model: str, made: Mapping[str, str]) -> None:
@@ -349,7 +351,7 @@ class Recipe:
             return wiring, needs
         if teacher := sources.get("teacher"):
             wiring["teacher.path"] = str(self.stages[teacher].folder / "run" / "model")
-            if self.config.teacher is not None and self.config.teacher.weights == "random":
+            if getattr(self.config.teacher, "weights", "") == "random":
                 wiring["teacher.weights"] = "pretrained"
         if lens := sources.get("lens"):
             wiring |= {"teacher.lens": "tuned", "teacher.lens_path": str(self.stages[lens].folder / "lens")}

@@ -34,7 +34,12 @@ def _deciding(
         default = getattr(usual, name, default) if get_origin(field.annotation) is Literal else default
         if f"{at}{name}" in free or value == default:
             continue
-        if not isinstance(value, Section):
+        if isinstance(value, list) and all(isinstance(item, Section) for item in value):
+            kept[name] = [
+                _deciding(item, part, free, f"{at}{name}.{place}.")
+                for place, (item, part) in enumerate(zip(value, tree[name], strict=True))
+            ]
+        elif not isinstance(value, Section):
             kept[name] = tree[name]
         elif (inner := _deciding(value, tree[name], free, f"{at}{name}.", default)) or field.is_required():
             kept[name] = inner

@@ -32,9 +32,8 @@ def write_configurations(made: Plan, config: Config, folder: Path) -> list[Path]
 def describe(made: Plan) -> list[str]:
     """A line on each model."""
     r, lines = made.requirements, []
-    for name, shape, element in (("student", r.student, r.student_element), ("teacher", r.teacher, r.teacher_element)):
-        if shape is None:
-            continue
+    teachers = [(teacher.key, teacher.shape, teacher.element) for teacher in r.teachers]
+    for name, shape, element in (("student", r.student, r.student_element), *teachers):
         size, cut = shape.numel * element, shape.layers < shape.published_layers
         why = f"no layer above {shape.layers - 1} is read" if cut else "no language-model head"
         held = "" if shape.published == shape.numel else f" ({shape.numel / 1e9:.3f} B held: {why})"
@@ -51,7 +50,7 @@ def advise(made: Plan, config: Path, files: list[Path]) -> list[str]:
     changes = [c for c in made.changes if not (files and c.startswith("deepspeed."))]
     changes += [f"deepspeed.{file.stem}={file}" for file in files]
     if choice.placement == "zero3+nvme":
-        changes.append("teacher.offload_path=A_FOLDER_ON_NVME")
+        changes += [f"{teacher.key}.offload_path=A_FOLDER_ON_NVME" for teacher in made.requirements.teachers]
     name = f"teacher {choice.placement}, " if choice.placement != "none" else ""
     return [
         f"recommended: {name}student ZeRO-{choice.stage}: {total:.1f} GB on each GPU",

@@ -34,22 +34,32 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher that runs a model: its key and section in the configuration, its shape, bytes of a parameter, and the
+    activations of so many queries per forward."""
+
+    key: str
+    settings: TeacherConfig
+    shape: ModelShape
+    element: int
+    activations: Callable[[int], int]
+
+
+@dataclass(frozen=True)
 class Requirements:
     """What a run holds, as far as it does not depend on the placement. Elements: bytes of a parameter.
 
     The activations are functions, since counting takes a moment: the student's of checkpointing and of the longest
-    text's length (None: as configured), the teacher's of queries per forward. `lengths`: those worth showing.
+    text's length (None: as configured). `lengths`: those worth showing.
     """
 
     config: Config
     student: ModelShape
-    teacher: ModelShape | None
+    teachers: list[PlannedTeacher]
     student_element: int
-    teacher_element: int
     group: int  # passages of a query
     student_activations: Callable[[bool, int | None], int]
     lengths: tuple[int, ...]
-    teacher_activations: Callable[[int], int]
     student_zero: dict[
         int, dict[str, Any]
     ]  # stage -> "zero_optimization" section; the configured stage is the first key
@@ -58,7 +68,7 @@ class Requirements:
     @property
     def cotrained(self) -> bool:
         """Whether the teacher is trained beside the student, in the same engine."""
-        return self.config.teacher is not None and self.config.teacher.train
+        return self.config.cotrained is not None
 
 
 @dataclass(frozen=True)
@@ -107,9 +117,10 @@ def make_plan(requirements: Requirements, cluster: Cluster) -> Plan:
     config = requirements.config
     stage = next(iter(requirements.student_zero))
     chunk = config.train.batch_size * config.train.accumulation
-    if config.teacher is not None and config.teacher.batch_size is not None:
-        chunk = max(1, min(chunk, config.teacher.batch_size // requirements.group))
-    placements = PLACEMENTS if requirements.teacher is not None and not requirements.cotrained else ("none",)
+    for teacher in requirements.teachers:
+        if teacher.settings.batch_size is not None:
+            chunk = max(1, min(chunk, teacher.settings.batch_size // requirements.group))
+    placements = PLACEMENTS if requirements.teachers and not requirements.cotrained else ("none",)
     checkpointing = config.train.gradient_checkpointing
     listed = [calculator.estimate(Choice(p, stage, checkpointing, chunk)) for p in placements]
 
@@ -133,7 +144,7 @@ class _Calculator:
 
     def estimate(self, choice: Choice) -> Estimate:
         r, cluster = self.r, self.cluster
-        trained = [r.student, r.teacher] if r.cotrained and r.teacher is not None else [r.student]
+        trained = [r.student, *(teacher.shape for teacher in r.teachers if r.cotrained)]
         student = student_states(trained, r.student_zero[choice.stage], r.student_element, cluster.world)
         activations = r.student_activations(choice.checkpointing, None)
         parts = {
@@ -144,14 +155,19 @@ class _Calculator:
             "student activations": activations,
         }
         host, disk = student.host * cluster.gpus, 0
-        if r.teacher is not None and not r.cotrained:
-            zero = r.teacher_zero.get(choice.placement, {})
-            teacher = teacher_states(r.teacher, choice.placement, zero, r.teacher_element, cluster.world, cluster.gpus)
-            parts["teacher shard"] = teacher.shard
-            parts["teacher gathered layers"] = teacher.gathered
-            # The teacher's one forward is over before the student's activations exist: only the excess counts.
-            parts["teacher activations, more"] = max(0, r.teacher_activations(choice.chunk) - activations)
-            host, disk = host + teacher.host, teacher.disk
+        if r.teachers and not r.cotrained:
+            zero, placed = r.teacher_zero.get(choice.placement, {}), choice.placement
+            states = [
+                teacher_states(teacher.shape, placed, zero, teacher.element, cluster.world, cluster.gpus)
+                for teacher in r.teachers
+            ]
+            parts["teacher shard"] = sum(teacher.shard for teacher in states)
+            # They run one after the other.
+            parts["teacher gathered layers"] = max(teacher.gathered for teacher in states)
+            # The teachers' forwards are over before the student's activations exist: only the excess counts.
+            largest = max(teacher.activations(choice.chunk) for teacher in r.teachers)
+            parts["teacher activations, more"] = max(0, largest - activations)
+            host, disk = host + sum(one.host for one in states), sum(one.disk for one in states)
         parts["captured features"] = self.features
         parts["communication buffers"] = student.buffers + self.gathered_features
         parts["context and slack"] = CONTEXT + int(SLACK * sum(parts.values()))
@@ -162,9 +178,10 @@ class _Calculator:
     @cached_property
     def captured(self) -> int:
         """Layers that are compared, and the final one."""
-        if self.r.teacher is None:
+        if not self.r.teachers:
             return 1
-        return 1 + min(self.r.config.losses.captured, self.r.student.layers, self.r.teacher.layers)
+        deepest = max(teacher.shape.layers for teacher in self.r.teachers)
+        return 1 + min(self.r.config.losses.captured, self.r.student.layers, deepest)
 
     def vectors(self, shape: ModelShape, config: StudentConfig | TeacherConfig) -> tuple[int, int]:
         """Elements that one query and one passage leave behind, per captured layer."""
@@ -177,8 +194,8 @@ class _Calculator:
         models: list[tuple[ModelShape, StudentConfig | TeacherConfig, int]] = [
             (r.student, r.config.student, train.batch_size)
         ]
-        if r.teacher is not None and r.config.teacher is not None:
-            models.append((r.teacher, r.config.teacher, train.batch_size * train.accumulation))
+        window = train.batch_size * train.accumulation
+        models += [(teacher.shape, teacher.settings, window) for teacher in r.teachers]
         total = 0
         for shape, config, queries in models:
             query, passage = self.vectors(shape, config)
@@ -194,22 +211,20 @@ class _Calculator:
         if train.in_batch != "global" or self.cluster.world == 1:
             return 0
         models: list[tuple[ModelShape, StudentConfig | TeacherConfig]] = [(r.student, r.config.student)]
-        if r.teacher is not None and r.config.teacher is not None:
-            models.append((r.teacher, r.config.teacher))
+        models += [(teacher.shape, teacher.settings) for teacher in r.teachers]
         each = sum(self.vectors(shape, config)[1] for shape, config in models)
         return 4 * self.captured * self.cluster.world * train.batch_size * r.group * each
 
 
 def _changes(r: Requirements, choice: Choice, stage: int, chunk: int) -> list[str]:
     changes = []
-    teacher = r.config.teacher
-    if teacher is not None and choice.placement != "none":
+    for teacher in r.teachers if choice.placement != "none" else ():
         placement, _, offload = choice.placement.partition("+")
-        changes.append(f"teacher.placement={placement}")
+        changes.append(f"{teacher.key}.placement={placement}")
         if offload:
-            changes.append(f"teacher.offload={offload}")
+            changes.append(f"{teacher.key}.offload={offload}")
         if choice.chunk != chunk:
-            changes.append(f"teacher.batch_size={choice.chunk * r.group}")
+            changes.append(f"{teacher.key}.batch_size={choice.chunk * r.group}")
     if choice.checkpointing and not r.config.train.gradient_checkpointing:
         changes.append("train.gradient_checkpointing=true")
     if choice.stage != stage:

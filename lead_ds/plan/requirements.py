@@ -17,7 +17,7 @@ from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import with_lengths
 from lead_ds.models.lora import add_lora
 from lead_ds.plan.activations import forward_bytes
-from lead_ds.plan.placement import Requirements
+from lead_ds.plan.placement import PlannedTeacher, Requirements
 from lead_ds.plan.shapes import ModelShape
 from lead_ds.settings.model import ModelConfig
 from lead_ds.settings.train import LoraConfig
@@ -31,14 +31,8 @@ def requirements(config: Config) -> Any:
     """What the models of a configuration hold: read from their config.json alone, and lengths that are null from their files."""
     config = config.model_copy(update={"student": with_lengths(config.student)})
     student, student_shape = meta_model(config.student, "student", lora=config.train.lora)
-    teacher: Any = None
-    teacher_shape = None
-    taught = config.teacher is not None and teacher_class(config.teacher.kind).computes
-    if taught and config.teacher is not None and (config.losses.needs_teacher or config.teacher.train):
-        settings = with_lengths(config.teacher)
-        config = config.model_copy(update={"teacher": settings})
-        depth = None if settings.train else depth_needed(settings, config.losses)
-        teacher, teacher_shape = meta_model(settings, "teacher", depth)
+    taught = config.taught.items() if config.losses.needs_teacher or config.cotrained else ()
+    computing = [(key, with_lengths(settings)) for key, settings in taught if teacher_class(settings.kind).computes]
     group, batch = 1 + config.data.negatives, config.train.batch_size
 
     def texts(model: Any, queries: int, length: int | None = None) -> list[tuple[int, int]]:
@@ -49,13 +43,21 @@ def requirements(config: Config) -> Any:
         part = min(batch, config.train.grad_cache or batch)  # GradCache keeps the activations of so many queries
         rows = texts(config.student, part, length)
         total = forward_bytes(student, rows, training=True, checkpointing=checkpointing)
-        if config.teacher is not None and config.teacher.train:
-            total += forward_bytes(teacher, texts(config.teacher, part), training=True, checkpointing=checkpointing)
+        if config.cotrained is not None:
+            settings = with_lengths(config.cotrained)
+            model = meta_model(settings, "teacher")[0]
+            total += forward_bytes(model, texts(settings, part), training=True, checkpointing=checkpointing)
         return total
 
-    @cache
-    def teacher_activations(queries: int) -> int:
-        return forward_bytes(teacher, texts(config.teacher, queries), training=False)
+    def planned(key: str, settings: Any) -> PlannedTeacher:
+        depth = None if settings.train else depth_needed(settings, config.losses_of(key))
+        model, shape = meta_model(settings, "teacher", depth)
+
+        @cache
+        def activations(queries: int) -> int:
+            return forward_bytes(model, texts(settings, queries), training=False)
+
+        return PlannedTeacher(key, settings, shape, BYTES.get(settings.dtype, 2), activations)
 
     tree = read_deepspeed_config(config.deepspeed.student)
     zero = {zero_stage(tree): tree.get("zero_optimization", {})}
@@ -64,13 +66,11 @@ def requirements(config: Config) -> Any:
     return Requirements(
         config=config,
         student=student_shape,
-        teacher=teacher_shape,
+        teachers=[planned(key, settings) for key, settings in computing],
         student_element=BYTES.get(config.student.dtype, 2),  # auto: half precision on a GPU
-        teacher_element=BYTES.get(config.teacher.dtype if config.teacher else "auto", 2),
         group=group,
         student_activations=student_activations,
         lengths=lengths(config, student),
-        teacher_activations=teacher_activations,
         student_zero=zero,
         teacher_zero={name: teacher_configuration(config, name)["zero_optimization"] for name in TEACHER_FILES},
     )

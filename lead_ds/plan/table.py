@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values: bytes, elements, overrides."""
     r = plan.requirements
-    models = {"student": (r.student, r.student_element), "teacher": (r.teacher, r.teacher_element)}
+    models = {"student": (r.student, r.student_element)}
+    models |= {teacher.key: (teacher.shape, teacher.element) for teacher in r.teachers}
     return {
         "cluster": {**asdict(plan.cluster), "world": plan.cluster.world},
         "models": {
@@ -27,7 +28,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "published_layers": shape.published_layers,
             }
             for name, (shape, element) in models.items()
-            if shape is not None
         },
         "student_activations": [
             {

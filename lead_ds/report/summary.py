@@ -41,7 +41,17 @@ def fact_table(run: RunRecord) -> Table:
     _, rates = run.series("queries_per_second")
     if rates:
         rows.append(["queries per second", f"{fmean(rates):.1f}"])
-    for key in ("command", "started", "git_revision", "device", "processes", "kernels", "versions", "teacher"):
+    for key in (
+        "command",
+        "started",
+        "git_revision",
+        "device",
+        "processes",
+        "kernels",
+        "versions",
+        "teacher",
+        "teachers",
+    ):
         if facts.get(key) is not None:
             rows.append([key.replace("_", " "), _plain(facts[key])])
     return rows
@@ -58,7 +68,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return ("; " if any(isinstance(item, dict) for item in value) else " ").join(map(_plain, value))
     return str(value)
 
 

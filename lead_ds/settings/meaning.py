@@ -43,3 +43,6 @@ def _walk(section: Section, at: str, inherited: Means) -> Iterator[tuple[str, Me
         value: Any = getattr(section, name)
         if isinstance(value, Section):
             yield from _walk(value, f"{key}.", mark)
+        for place, item in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(item, Section):
+                yield from _walk(item, f"{key}.{place}.", mark)

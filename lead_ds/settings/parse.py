@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from lead_ds.errors import InputError
 from lead_ds.settings.base import Section
 from lead_ds.settings.documents import read_yaml
 from lead_ds.settings.modes import forget_former
-from lead_ds.settings.typed import fields_of, is_section, kinds_of, typed_value
+from lead_ds.settings.typed import fields_of, is_section, items_of, typed_value
 
 S = TypeVar("S", bound=Section)
 
@@ -55,19 +54,30 @@ def parse_section(section: type[S], tree: dict[str, Any], where: str | Path) -> 
 
 
 def apply_override(tree: dict[str, Any], override: str, section: type[Section]) -> None:
-    """Set `a.b.c=value` in `tree`, a plain tree of `section`; the value is read by the type of its field."""
+    """Set `a.b.c=value` in `tree`, a plain tree of `section`; the value is read by the type of its field.
+
+    An item of a list is named by its place, from 0: `teachers.0.path=model`.
+    """
     key, equals, text = override.partition("=")
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):
         raise InputError(override, "is not an override", "write section.key=value, such as train.lr=2e-5")
-    node, kinds = tree, [section]
+    node: Any = tree
+    kinds: list[Any] = [section]
     for name in names[:-1]:
-        child = node.get(name)
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
+        if isinstance(node, list):
+            if not (name.isdecimal() and int(name) < len(node)):
+                raise InputError(override, f"there is no item {name!r} in a list of {len(node)}", "count them from 0")
+            child, kinds = node[int(name)], items_of(kinds)
+        else:
+            child, kinds = node.get(name), fields_of(kinds, name, section)
+            if child is None:
+                child = node[name] = {}
+        if not isinstance(child, dict | list):
             raise InputError(override, f"{name!r} is a value, not a section", "check the key")
-        node, kinds = child, fields_of(kinds, name, section)
+        node = child
+    if isinstance(node, list):
+        raise InputError(override, "sets an item of a list, not a setting of it", "name the setting, or set the list")
     try:
         node[names[-1]] = typed_value(text, fields_of(kinds, names[-1], section), section)
     except yaml.YAMLError as error:
@@ -100,6 +110,5 @@ def _sections_at(location: Sequence[str], root: type[Section]) -> list[type[Sect
     kinds: list[Any] = [root]
     for part in location:
         kinds = fields_of(kinds, part, root)
-        items = [kind for kind in kinds if typing.get_origin(kind) is list]
-        kinds += [item for kind in items for item in kinds_of(*typing.get_args(kind))]
+        kinds += items_of(kinds)
     return [kind for kind in kinds if is_section(kind)]

@@ -67,6 +67,34 @@ class TeacherRole(ModelConfig, Trained):
         return self
 
 
+class Share(Section):
+    """Of one teacher among several: how much it counts, and for which losses."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="how much it counts beside the others")
+    losses: list[str] | None = Field(
+        None, min_length=1, description="names of the losses that it feeds; null: all that it can give something to"
+    )
+
+
+class MixConfig(Section):
+    """How several teachers that feed the same loss are put together; otherwise each is compared by itself.
+
+    The loss is then the mean of what it gives for each, by their weights. Of a KL, a squared error of margins or a
+    squared distance that has the gradient of the mean of their relevance, or vectors.
+    """
+
+    relevance: Literal["weight", "nll"] = Field(
+        "weight",
+        description="of losses of final relevance. nll: one mixture of the teachers' distributions, in which each counts by "
+        "its weight and by the likelihood that it gives to the query's positive",
+    )
+    vectors: Literal["fold", "concatenate"] = Field(
+        "fold",
+        description="of losses of vectors. fold: each teacher's own, through a linear map each where the loss has one; "
+        "concatenate: one vector, in which cosines are the weighted mean of the teachers' cosines",
+    )
+
+
 class CachedRole(TeacherRole):
     """What `teach` kept of a model, in the folder `path`. The settings of that model may stand beside it: what decided what was
     kept must be what it was.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lead_ds.settings.data import DataConfig
+from lead_ds.settings.roles import MixConfig, TeacherRole
 from lead_ds.settings.train import DeepSpeedFiles, EvaluationConfig, MonitorConfig, TrainConfig
 
 
@@ -15,7 +16,14 @@ class Run(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def teacher(self) -> Any: ...  # a teacher's role and kind; None without one
+    def teacher(self) -> Any: ...  # a teacher's role and kind; None without one, and with several
+    @property
+    def taught(self) -> dict[str, Any]: ...  # the teachers, by their dotted keys
+    @property
+    def mix(self) -> MixConfig: ...
+    @property
+    def cotrained(self) -> TeacherRole | None: ...
+    def losses_of(self, key: str) -> Any: ...
     @property
     def student(self) -> Any: ...
     @property

@@ -46,6 +46,11 @@ def fields_of(kinds: list[Any], name: str, root: type[Section]) -> list[Any]:
     return found
 
 
+def items_of(kinds: list[Any]) -> list[Any]:
+    """The plain alternatives of the items of those of `kinds` that are lists."""
+    return [item for kind in kinds if typing.get_origin(kind) is list for item in kinds_of(typing.get_args(kind)[0])]
+
+
 def is_section(kind: Any) -> bool:
     """Whether a plain alternative of an annotation is a section."""
     return isinstance(kind, type) and issubclass(kind, Section)
@@ -111,9 +116,7 @@ def _scalar(text: str, kinds: list[Any]) -> Any:
 def _of_node(node: yaml.Node | None, kinds: list[Any], root: type[Section]) -> Any:
     """A value that was read as YAML, its scalars by the types of their own fields."""
     if isinstance(node, yaml.SequenceNode):
-        items = [
-            item for kind in kinds if typing.get_origin(kind) is list for item in kinds_of(typing.get_args(kind)[0])
-        ]
+        items = items_of(kinds)
         return [_of_node(child, items, root) for child in node.value]
     if isinstance(node, yaml.MappingNode):
         return {

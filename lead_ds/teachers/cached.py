@@ -24,7 +24,7 @@ from lead_ds.relevance import Features, Scale, ScoreFeatures, VectorFeatures
 from lead_ds.settings.roles import CachedRole
 from lead_ds.settings.train import TrainConfig
 from lead_ds.teachers.identity import data_facts, stored_scale
-from lead_ds.teachers.teacher import TEACHERS, Lesson, Teacher, TeacherView
+from lead_ds.teachers.teacher import TEACHERS, Gift, Lesson, Teacher, TeacherView
 
 _ANEW = "run lead-ds teach with this configuration, in a new folder"
 
@@ -49,6 +49,13 @@ class CachedTeacher(Teacher):
     def settled(cls, settings: CachedRole) -> CachedRole:
         """See `Teacher`: with what the cache was made with."""
         return with_cached_settings(settings)
+
+    @classmethod
+    def given(cls, settings: CachedRole) -> frozenset[Gift]:
+        """See `Teacher`: vectors, or scores; all of it where there is no cache to look into yet."""
+        folder = Path(settings.path)
+        scores = (folder / MANIFEST).is_file() and "vectors" not in read_manifest(folder)["facts"]
+        return cls.gives - {"features"} if scores else cls.gives
 
     @classmethod
     def files(cls, settings: CachedRole) -> dict[str, Path]:

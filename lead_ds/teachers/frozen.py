@@ -21,7 +21,7 @@ from lead_ds.errors import InputError
 from lead_ds.io.files import model_files
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.backbone import cut_shape
-from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_config
 from lead_ds.models.merging import merge_adapter
 from lead_ds.models.packing_check import check_packing
@@ -29,7 +29,7 @@ from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.teachers.lens import FittedLens, open_lens
-from lead_ds.teachers.teacher import Lesson, Teacher, TeacherView
+from lead_ds.teachers.teacher import Gift, Lesson, Teacher, TeacherView
 
 
 class FrozenTeacher(Teacher):
@@ -50,6 +50,11 @@ class FrozenTeacher(Teacher):
         if fitted is not None:
             self.lens_facts = fitted.facts
             scorer.lens = fitted.lens.to(device)
+
+    @classmethod
+    def given(cls, settings: TeacherRole) -> frozenset[Gift]:
+        """See `Teacher`: no vectors where its kind gives scores, or a vector per token."""
+        return cls.gives if KINDS[settings.kind].gives_vectors else cls.gives - {"features"}
 
     @classmethod
     def files(cls, settings: TeacherRole) -> dict[str, Path]:

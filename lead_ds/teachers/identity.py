@@ -13,7 +13,7 @@ from lead_ds.io.files import checksum, model_checksum
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.relevance import Scale
 from lead_ds.settings.meaning import keys_of
-from lead_ds.settings.roles import TeacherRole, Trained
+from lead_ds.settings.roles import Share, TeacherRole, Trained
 
 
 def teacher_facts(teacher: TeacherRole, encoder: TextEncoder, seed: int) -> dict[str, Any]:
@@ -37,16 +37,15 @@ def data_facts(groups: Groups) -> dict[str, Any]:
 
 def input_facts(groups: Groups, taught_by: dict[str, Path]) -> dict[str, str]:
     """The files that decide a run beside its configuration: the training groups and their texts, and the teacher's (see
-    `Teacher.files`). By size and checksum; of large ones, of pieces of them."""
+    `Teacher.files`), by the names that they are reported by. By size and checksum; of large ones, of pieces of them."""
     files = {f"data: {name}": path for name, path in groups.sources.items()}
-    files |= {f"teacher: {name}": path for name, path in taught_by.items()}
-    found = {name: told for name, path in files.items() if (told := summary(path)) is not None}
+    found = {name: told for name, path in (files | taught_by).items() if (told := summary(path)) is not None}
     return {f"data: {name}": told for name, told in groups.checksums.items()} | found
 
 
 def deciding_settings(teacher: TeacherRole) -> dict[str, Any]:
     """The settings that decide what a frozen teacher gives for a text; its kind stands beside them."""
-    deciding = keys_of(teacher, "result") - {"kind", *Trained.model_fields}
+    deciding = keys_of(teacher, "result") - {"kind", *Trained.model_fields, *Share.model_fields}
     return {name: value for name, value in teacher.model_dump(mode="json").items() if name in deciding}
 
 

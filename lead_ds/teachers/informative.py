@@ -26,30 +26,32 @@ MEASURED = 256  # groups, at the start of a run
 MEASURED_OF_CACHE, AT_ONCE = 1000, 50
 
 
-def informative(losses: Any, teacher: Teacher | None, batches: Batches, ranks: Ranks) -> list[int]:
+def informative(losses: Any, teacher: Teacher, place: int, batches: Batches, ranks: Ranks) -> list[int]:
     """The teacher's layers that `select: informative` draws from; [] where it is not selected. Every rank calls this.
+
+    losses: those that it feeds. place: the teacher's, among those that `batches` serve.
 
     A lens was measured on groups that it was not fitted on. A model's own read-out was fitted on none of them: it is
     measured on the run's first groups, at the layer loss's temperature.
     """
     loss = losses.informative
-    if teacher is None or loss is None:
+    if loss is None:
         return []
     layers = teacher.readable
     if teacher.lens_facts is not None:
         nll, chance = [teacher.lens_facts["nll"][layer] for layer in layers], teacher.lens_facts["chance"]
     else:
-        nll, chance = measure(teacher, batches, loss.teacher_temperature, ranks), math.log(batches.group)
+        nll, chance = measure(teacher, place, batches, loss.teacher_temperature, ranks), math.log(batches.group)
     return [layers[place] for place in informative_layers(nll, chance, loss.informative_margin)]
 
 
-def measure(teacher: Teacher, batches: Batches, temperature: float, ranks: Ranks) -> list[float]:
+def measure(teacher: Teacher, place: int, batches: Batches, temperature: float, ranks: Ranks) -> list[float]:
     """NLL of the positive within its group, by each readable layer, over the run's first groups; equal on all ranks."""
     layers = teacher.readable
     step = ranks.world * batches.batch_size * batches.accumulation
     sums, count = torch.zeros(len(layers)), 0
     for window in map(batches.window, range(min(-(-MEASURED // step), batches.steps_per_epoch))):
-        view = teacher.window(window.teacher, layers)
+        view = teacher.window(window.teachers[place], layers)
         assert view.layers is not None
         nll_TQ = worth(view.layers.group_relevance(batches.group).logits / temperature)[0]
         sums, count = sums + nll_TQ.sum(1).cpu(), count + nll_TQ.shape[1]

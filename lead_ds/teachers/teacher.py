@@ -19,6 +19,7 @@ from lead_ds.relevance import Features
 from lead_ds.settings.base import Section
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.registry import Registry
+from lead_ds.settings.run import Run
 from lead_ds.settings.train import TrainConfig
 
 Gift = Literal["final", "layers", "features", "attention"]
@@ -26,19 +27,9 @@ Gift = Literal["final", "layers", "features", "attention"]
 
 
 class TeacherSettings(Section):
-    """Settings of a teacher that is not one of our models; what code reads of a model's section has an answer here."""
+    """Settings of a teacher that is not one of our models."""
 
     kind: str
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _OF_MODELS:
-            return _OF_MODELS[name]
-        return super().__getattr__(name)  # type: ignore[misc]
-
-
-# What the section of a model may set, and that of another teacher does not: no folder, nothing to train.
-_OF_MODELS: dict[str, Any] = {"path": "", "weights": "pretrained", "train": False, "lr": None, "lens": "head"}
-_OF_MODELS |= dict.fromkeys(("batch_size", "passes", "lens_path"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,7 @@ class TeacherView:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher is opened for: its own settings, and the sections of the run that it may read."""
+    """What a teacher is opened for: its own settings, the losses that it feeds, and sections of the run that it may read."""
 
     teacher: Any  # the teacher's own Settings
     losses: Any
@@ -64,15 +55,17 @@ class Lesson:
     deepspeed: str | dict[str, Any]  # of a sharded teacher
 
     @classmethod
-    def of(cls, run: Any) -> Lesson:
-        """The lesson of a whole configuration, which has these sections."""
+    def of(cls, run: Run, key: str = "teacher") -> Lesson:
+        """The lesson of one of a run's teachers, at its dotted key."""
+        settings = run.taught[key]
+        named = getattr(settings, "lens_path", None)
         return cls(
-            teacher=run.teacher,
-            losses=run.losses,
+            teacher=settings,
+            losses=run.losses_of(key),
             data=run.data,
             train=run.train,
             seed=run.seed,
-            lens_folder=run.lens_folder,
+            lens_folder=run.lens_folder if named is None else Path(named),
             deepspeed=run.deepspeed.teacher,
         )
 
@@ -97,6 +90,11 @@ class Teacher(ABC):
     def settled(cls, settings: Any) -> Any:
         """The settings, with what the teacher's files say of them filled in. Raises InputError where they contradict."""
         return settings
+
+    @classmethod
+    def given(cls, settings: Any) -> frozenset[Gift]:
+        """What a teacher so set gives: of `gives`, as far as it can be known before it is opened."""
+        return cls.gives
 
     @classmethod
     def files(cls, settings: Any) -> dict[str, Path]:

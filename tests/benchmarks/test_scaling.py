@@ -106,8 +106,9 @@ def test_memory_and_shapes_are_those_of_lead_ds_plan() -> None:
     assert teacher.numel == teacher.layers * teacher.layer + teacher.embeddings + teacher.width
     assert student.numel == 66_362_880
     plan = scaling.memory("7B", WORK, 8, 2, 4, 80.0)
-    share = sum(-(-p.numel // 16) for p in scaling.requirements("7B", WORK).teacher.parameters)
-    second = sum(-(-p.numel // 8) for p in scaling.requirements("7B", WORK).teacher.parameters)
+    parameters = scaling.requirements("7B", WORK).teachers[0].shape.parameters
+    share = sum(-(-p.numel // 16) for p in parameters)
+    second = sum(-(-p.numel // 8) for p in parameters)
     assert plan["replicate"].parts["teacher shard"] == ELEMENT * teacher.numel
     assert plan["zero3"].parts["teacher shard"] == ELEMENT * share
     assert plan["zero3+hpz"].parts["teacher shard"] == ELEMENT * (share + second)

@@ -79,6 +79,18 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "a teacher of kind scores has no layers to read",
         {"losses": {"layer": {"weight": 0}}},
     ),
+    "several_teachers_share": (
+        {"teacher": None, "teachers": [{"kind": "scores", "losses": ["contrastive"]}]},
+        "teachers.0.losses",
+        "names contrastive, which is no loss with a weight that reads a teacher",
+        {"teachers": [{"kind": "scores", "losses": ["response"]}]},
+    ),
+    "mixtures_are_of_several": (
+        {"mix": {"relevance": "nll"}},
+        "mix.relevance",
+        "nll is ignored: no loss of final relevance is fed by several teachers",
+        {"mix": {"relevance": "weight"}},
+    ),
     "overlap_has_a_teacher_to_run_ahead": (
         {"teacher": {"train": True}, "train": {"overlap": True}},
         "train.overlap",
@@ -136,6 +148,9 @@ def tree(*changes: dict[str, Any]) -> dict[str, Any]:
         for name, section in change.items():
             if section is None:
                 whole.pop(name, None)
+                continue
+            if isinstance(section, list):
+                whole[name] = section
                 continue
             merged = whole.setdefault(name, {})
             for key, value in section.items():

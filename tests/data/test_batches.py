@@ -22,7 +22,7 @@ def batches(config: Config, rank: int = 0, world: int = 1, groups: Any = None) -
 
 
 def tensors(window: Window) -> Iterator[torch.Tensor]:
-    for batch in [*window.student, *window.teacher]:
+    for batch in [*window.student, *window.teachers[0]]:
         for tokens in (batch.queries, batch.passages, batch.pairs):
             if tokens is not None:
                 yield from tokens.values()
@@ -63,11 +63,11 @@ def test_a_window_is_what_its_groups_say(config: Callable[..., Config]) -> None:
             assert torch.equal(batch.queries["input_ids"], expected["input_ids"])
             expected = read.student.encoder.passages([text for group in own for text in group.passages])
             assert torch.equal(batch.passages["input_ids"], expected["input_ids"])
-        [teacher] = window.teacher  # null batch_size: the whole window at once
+        [teacher] = window.teachers[0]  # null batch_size: the whole window at once
         assert teacher.queries is None
         assert teacher.pairs is not None
         assert len(teacher.pairs["input_ids"]) == 16
-        first = words(read.teacher.encoder, teacher.pairs)[5]
+        first = words(read.teachers["teacher"].encoder, teacher.pairs)[5]
         assert first.startswith(drawn[1].query)
 
 
@@ -133,8 +133,8 @@ def test_seeds_give_other_windows(config: Callable[..., Config]) -> None:
 def test_the_teacher_reads_whole_groups_in_chunks(config: Callable[..., Config], size: int | None, chunks: int) -> None:
     read = batches(config(teacher={"batch_size": size}, batch_size=3))
     window = read.window(0)
-    assert len(window.teacher) == chunks
-    rows = [len(chunk.pairs["input_ids"]) for chunk in window.teacher if chunk.pairs]
+    assert len(window.teachers[0]) == chunks
+    rows = [len(chunk.pairs["input_ids"]) for chunk in window.teachers[0] if chunk.pairs]
     assert sum(rows) == 24
     assert all(count % 4 == 0 and count <= max(size or 24, 4) for count in rows)
 
@@ -145,7 +145,7 @@ def test_each_kind_of_teacher_reads_its_own_tokens(
 ) -> None:
     teacher = {"kind": kind, "path": tokenizer("bpe")} | ({"max_length": 200} if kind == "llm_reranker" else {})
     read = batches(config(teacher=teacher))
-    [chunk] = read.window(0).teacher
+    [chunk] = read.window(0).teachers[0]
     assert (chunk.pairs is None) == (kind != "llm_reranker")
     if chunk.queries is not None and chunk.passages is not None:
         assert (len(chunk.queries["input_ids"]), len(chunk.passages["input_ids"])) == (4, 16)
@@ -154,7 +154,7 @@ def test_each_kind_of_teacher_reads_its_own_tokens(
 
 def test_without_a_teacher(config: Callable[..., Config]) -> None:
     read = batches(config().model_copy(update={"teacher": None}))
-    assert read.window(0).teacher == []
+    assert read.window(0).teachers == []
 
 
 def test_batches_move_to_a_device(config: Callable[..., Config]) -> None:

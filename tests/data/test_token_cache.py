@@ -79,12 +79,12 @@ def test_windows_are_the_tokenizers(tokenizers: Path, tmp_path: Path, kind: str)
     for teacher in teachers:
         kept = batches_of(config_of(data, str(tmp_path / "kept"), teacher, student))
         plain = batches_of(config_of(data, False, teacher, student))
-        assert (kept.teacher.tokens is not None) == (teacher["kind"] != "llm_reranker")
+        assert (kept.teachers["teacher"].tokens is not None) == (teacher["kind"] != "llm_reranker")
         kept = pickle.loads(pickle.dumps(kept))  # as a data-loader worker gets it
         for step in range(plain.steps_per_epoch):
             ours, theirs = kept.window(step), plain.window(step)
             assert_equal(ours.student, theirs.student)
-            assert_equal(ours.teacher, theirs.teacher)
+            assert_equal(ours.teachers[0], theirs.teachers[0])
             assert ours.query_ids == theirs.query_ids
 
 
@@ -112,7 +112,7 @@ def test_what_is_there_is_kept_and_what_is_not_is_made(
     corpus = [json.loads(line) for line in (data / "corpus.jsonl").read_text().splitlines()]
     write_jsonl(data / "corpus.jsonl", [record | {"text": "another text " + record["text"]} for record in corpus])
     ours, theirs = (batches_of(config_of(data, c, teacher, {"path": path})) for c in (str(tmp_path / "kept"), False))
-    assert_equal(ours.window(0).teacher, theirs.window(0).teacher)
+    assert_equal(ours.window(0).teachers[0], theirs.window(0).teachers[0])
 
 
 def test_what_cannot_be_kept_is_told(tokenizers: Path, tmp_path: Path) -> None:

@@ -77,12 +77,12 @@ def sharded_teachers(configs: list[str], forwards: int) -> list[dict[str, Any]]:
                 )
                 teacher = build_teacher(Lesson.of(placed), here)
                 layers = list(range(teacher.scorer.num_layers))
-                view = teacher.window(window.teacher, layers)
+                view = teacher.window(window.teachers[0], layers)
                 answers[placement] = [*tensors(view.final), *tensors(view.layers)]
             held, whole = teacher.parameter_bytes()
             memory = []
             for _ in range(forwards):
-                teacher.window(window.teacher, layers)
+                teacher.window(window.teachers[0], layers)
                 memory.append(resident_bytes())
             resident, persistent = resident_parameters(teacher.scorer)
             found.append(
@@ -150,8 +150,8 @@ def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
             ratio = 0.0
             for step in range(theirs.steps_per_epoch):
                 views = (
-                    online.window(theirs.window(step).teacher, layers),
-                    teacher.window(ours.window(step).teacher, layers),
+                    online.window(theirs.window(step).teachers[0], layers),
+                    teacher.window(ours.window(step).teachers[0], layers),
                 )
                 for name in ("final", "layers"):
                     a, b = (unscaled(getattr(view, name)).group_relevance(theirs.group).logits for view in views)
@@ -208,7 +208,7 @@ def first_window(config: Config, here: Ranks, **settings: Any) -> list[torch.Ten
     placed = config.model_copy(update={"teacher": config.teacher.model_copy(update=settings)})
     window = windows_of(config, here).window(0)
     teacher = build_teacher(Lesson.of(placed), here)
-    view = teacher.window(window.teacher, list(range(teacher.num_layers)))
+    view = teacher.window(window.teachers[0], list(range(teacher.num_layers)))
     return [*tensors(view.final), *tensors(view.layers)]
 
 

@@ -68,7 +68,7 @@ def packed_shapes(path: Path, rank: int) -> list[tuple[int, ...]]:
     config = load_config(path)
     assert config.teacher is not None
     batches = windows_of(config, Ranks(rank, rank, 2, torch.device("cpu")))
-    passes = [batches.window(step).teacher[0].passes for step in range(config.train.steps)]
+    passes = [batches.window(step).teachers[0][0].passes for step in range(config.train.steps)]
     return [tuple(one.tokens[0]["input_ids"].shape) for one in passes if one is not None]
 
 

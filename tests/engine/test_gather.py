@@ -11,7 +11,7 @@ from lead_ds.config import Config
 from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.records.parts import Parts
 from lead_ds.engine.training.step import RankScope
-from lead_ds.losses import Asked, LossShape, ModelFacts, Objective, Side, Views
+from lead_ds.losses import LossShape, ModelFacts, Objective, Side, Views
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures
 from tests.helpers.launch import launch
 
@@ -75,7 +75,7 @@ def case(here: Ranks, kind: str, in_batch: str, batches: int) -> dict[str, Any]:
     scope = RankScope.of(in_batch, here, GROUP, "torch", Parts())
     facts, selected = ModelFacts(kind, LAYERS), list(range(LAYERS))
     objective = Objective(config.losses, LossShape(facts, facts, "torch"))
-    asked = Asked({"layer": (selected, selected)}, layers=(selected, selected))
+    asked = objective.asked([{"layer": (selected, selected)}])
     result: dict[str, Any] = {"loss": 0.0, "weights": [], "grads": []}
     for index in range(batches):
         part = slice((here.rank + index) * size, (here.rank + index + 1) * size)
@@ -89,7 +89,7 @@ def case(here: Ranks, kind: str, in_batch: str, batches: int) -> dict[str, Any]:
         keys[4 * GROUP] = keys[0]
         positives = keys[::GROUP, None]
         own = keys[part.start * GROUP : part.stop * GROUP], positives[part]
-        output = objective(Views(Side(final, layers), Side(*teacher), scope, own), asked)
+        output = objective([Views(Side(final, layers), Side(*teacher), scope, own)], asked)
         # What data parallelism does with a rank's loss, and accumulation with a micro-batch's: the mean.
         (output.loss / total).backward()
         result["loss"] += output.loss.item() / batches

@@ -15,7 +15,7 @@ from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.records.parts import Parts
 from lead_ds.engine.training.step import Micro, RankScope
 from lead_ds.engine.training.trainee import Trainee, build_engine
-from lead_ds.losses import Asked, LossShape, ModelFacts, Objective, Side
+from lead_ds.losses import LossShape, ModelFacts, Objective, Side
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.models.scorer import Scorer
 from lead_ds.plan.activations import Ledger
@@ -44,13 +44,13 @@ def gradient(config: Config, here: Ranks, *, recompute: bool | None = None) -> d
     if recompute is not None:
         student.recompute = recompute
     window, scope = batches.window(0), RankScope.of("global", here, batches.group, "torch", Parts())
-    view = None if isinstance(taught, Scorer) else taught.window(window.teacher, LAYERS[0])
+    view = None if isinstance(taught, Scorer) else taught.window(window.teachers[0], LAYERS[0])
     micro = Micro(
         window.student[0],
         scope,
-        Asked({"layer": LAYERS}, layers=LAYERS),
-        None if view is None else Side(view.final, view.layers),
-        window.teacher[0] if cotrained else None,
+        losses.asked([{"layer": LAYERS}]),
+        [] if view is None else [Side(view.final, view.layers)],
+        window.teachers[0][0] if cotrained else None,
         (window.passage_keys, window.positive_keys),
     )
     torch.manual_seed(5)

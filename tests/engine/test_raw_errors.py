@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_its_own_tokenizer_and_optimizer(configure: Configure
     def check(state: dict[str, Any], **sections: Any) -> None:
         config = load_config(configure(student={"path": str(student)}, **sections))
         reads = Reads(load_text(config.student))
-        batches = Batches(open_groups(config.data), reads, None, config.data, config.train, seed=0, ranks=ALONE)
+        batches = Batches(open_groups(config.data), reads, {}, config.data, config.train, seed=0, ranks=ALONE)
         check_inputs(config, state, batches, ALONE)
 
     optimizer = {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}

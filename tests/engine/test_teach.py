@@ -301,5 +301,5 @@ def test_what_no_cache_can_give_is_refused_at_once(taught: Taught) -> None:
 def test_plan_counts_no_teacher(taught: Taught) -> None:
     from lead_ds.plan.requirements import requirements
 
-    assert requirements(load_config(taught.config("cross_encoder"))).teacher is None
-    assert requirements(load_config(taught.folder / "cross_encoder-online.yaml")).teacher is not None
+    assert not requirements(load_config(taught.config("cross_encoder"))).teachers
+    assert requirements(load_config(taught.folder / "cross_encoder-online.yaml")).teachers

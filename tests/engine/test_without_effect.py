@@ -45,7 +45,7 @@ def test_a_length_that_leaves_nothing_of_the_texts(
     config = load_config(configure())
     student = Reads(load_text(config.student.model_copy(update=changed)))
     groups = open_groups(config.data)
-    batches = Batches(groups, student, None, config.data, config.train, seed=0, ranks=ALONE)
+    batches = Batches(groups, student, {}, config.data, config.train, seed=0, ranks=ALONE)
     if told is None:
         batches.check(1)
     else:
@@ -56,7 +56,7 @@ def test_a_length_that_leaves_nothing_of_the_texts(
 def test_a_passage_compared_with_nothing_is_told(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(configure(data={"negatives": 0}, train={"batch_size": 1}))
     student = Reads(load_text(config.student))
-    batches = Batches(open_groups(config.data), student, None, config.data, config.train, seed=0, ranks=ALONE)
+    batches = Batches(open_groups(config.data), student, {}, config.data, config.train, seed=0, ranks=ALONE)
     batches.check(1)
     assert "every query is compared with its positive alone" in capsys.readouterr().err
     batches.check(2)

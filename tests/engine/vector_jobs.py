@@ -86,8 +86,8 @@ def distance(online: str, folder: Path, here: Ranks) -> dict[str, Any]:
     found: dict[str, Any] = {"roundings": 0.0, "relative": 0.0, "cosine": 0.0, "deviation": 0.0}
     for step in range(theirs.steps_per_epoch):
         views = (
-            own.window(theirs.window(step).teacher, cache.layers),
-            ours.window(mine.window(step).teacher, cache.layers),
+            own.window(theirs.window(step).teachers[0], cache.layers),
+            ours.window(mine.window(step).teachers[0], cache.layers),
         )
         for part in ("layers", "final"):
             a, b = (getattr(view, part) for view in views)

@@ -19,4 +19,4 @@ ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 def windows_of(config: Config, ranks: Ranks, groups: Any = None) -> Batches:
     """The windows of one of `ranks`, of the configuration's groups or of others."""
     groups = open_groups(config.data) if groups is None else groups
-    return open_batches(config, groups, load_text(config.student), True, ranks)
+    return open_batches(config, groups, load_text(config.student), ranks)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.config import losses_section
-from lead_ds.losses import Asked, LossShape, ModelFacts, Objective, Scope, Side, Views
+from lead_ds.losses import LossShape, ModelFacts, Objective, Scope, Side, Views
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures
 
 SHARED = Path(os.environ.get("LEAD_DS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -93,7 +93,6 @@ def test_golden(name: str) -> None:
         Scope(group),
         cotrained=meta["train_teacher"],
     )
-    asked = Asked({"layer": pairs, "attention": pairs}, layers=pairs, taps=pairs)
     losses = losses_section().model_validate(
         {
             "contrastive": {"temperature": 1.0, "scope": "group" if kind == "ce" else "batch"},
@@ -106,7 +105,8 @@ def test_golden(name: str) -> None:
             "attention": {"weight": float(attention), "form": "interaction", "divergence": "mse"},
         }
     )
-    output = Objective(losses, LossShape(ModelFacts("dual_encoder", 6), ModelFacts(kind, 12)))(views, asked)
+    objective = Objective(losses, LossShape(ModelFacts("dual_encoder", 6), ModelFacts(kind, 12)))
+    output = objective([views], objective.asked([{"layer": pairs, "attention": pairs}]))
     output.loss.backward()
 
     def close(value: Tensor | float, expected: Tensor | float, what: str) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from lead_ds.config import losses_section
 from lead_ds.errors import InputError
 from lead_ds.losses import (
-    Asked,
     Losses,
     LossShape,
     ModelFacts,
@@ -55,7 +54,8 @@ def losses(**weights: float) -> Losses:
 
 def objective(settings: Losses, views: Views) -> ObjectiveOutput:
     facts = ModelFacts("dual_encoder", layers=12)
-    return Objective(settings, LossShape(facts, facts))(views, Asked({"layer": LAYERS}, layers=LAYERS))
+    made = Objective(settings, LossShape(facts, facts))
+    return made([views], made.asked([{"layer": LAYERS}]))
 
 
 def test_loss_is_the_weighted_sum_of_parts() -> None:

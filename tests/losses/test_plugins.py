@@ -12,6 +12,7 @@ import pytest
 from lead_ds.config import Config
 from lead_ds.errors import InputError
 from lead_ds.losses import LOSSES, Loss, LossSettings, LossShape, ModelFacts, register
+from lead_ds.losses.objective import Objective
 from tests.helpers.launch import ROOT
 
 LOSS = """
@@ -80,7 +81,7 @@ def test_a_file_that_the_configuration_names(tmp_path: Path) -> None:
         assert again == config
         assert not config.losses.needs_teacher
         facts = ModelFacts("dual_encoder", layers=3)
-        assert set(config.losses.build(LossShape(facts))) == {"sprawl_of_file", "contrastive"}
+        assert set(Objective(config.losses, LossShape(facts))) == {"sprawl_of_file", "contrastive"}
     finally:
         LOSSES._parts.pop("sprawl_of_file", None)
 

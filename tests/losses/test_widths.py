@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from lead_ds.config import losses_section
 from lead_ds.errors import InputError
-from lead_ds.losses import Asked, LossShape, ModelFacts, Objective, Scope, Side, Views
+from lead_ds.losses import LossShape, ModelFacts, Objective, Scope, Side, Views
 from lead_ds.relevance import VectorFeatures
 
 Q, N, D, T = 3, 2, 8, 6
@@ -43,7 +43,6 @@ def test_each_loss_is_its_mean_over_widths(name: str) -> None:
     section = losses_section().model_validate(weights)
     facts = ModelFacts("dual_encoder", layers=2, width=D, unit=True), ModelFacts("dual_encoder", layers=2, width=T)
     student, teacher = cut(features(D, 3, 1), D), features(T, 3, 2)
-    asked = Asked({name: LAYERS} if name == "layer" else {}, LAYERS if name == "layer" else ([], []))
 
     def views(dim: int) -> Views:
         sides = [Side(x.at([2]), x.at([0, 1])) for x in (cut(student, dim), teacher)]
@@ -52,11 +51,12 @@ def test_each_loss_is_its_mean_over_widths(name: str) -> None:
     whole = Objective(section, LossShape(*facts, "torch", DIMS))
     plain = Objective(section, LossShape(*facts, "torch"))
     plain.load_state_dict(whole.state_dict())
-    found = whole(views(D), asked)
+    asked = whole.asked([{name: LAYERS} if name == "layer" else {}])
+    found = whole([views(D)], asked)
     if name == "embedding":  # of a narrower student the map's first columns
         expected = torch.stack([distance(cut(student, dim), teacher, whole["embedding"].map[:, :dim]) for dim in DIMS])
     else:
-        expected = torch.stack([plain(views(dim), asked).loss for dim in DIMS])
+        expected = torch.stack([plain([views(dim)], asked).loss for dim in DIMS])
     torch.testing.assert_close(found.loss, expected.mean())
     torch.testing.assert_close(found.parts[f"{name}@2"], expected[0].detach())
 

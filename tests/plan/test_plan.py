@@ -232,7 +232,7 @@ def test_passes_are_counted_as_they_run(bert: str, monkeypatch: pytest.MonkeyPat
 
     def planned(passes: int | str | None) -> int:
         config = Config.model_validate({**tree, "teacher": {**tree["teacher"], "passes": passes}})
-        return found.requirements(config).teacher_activations(64)
+        return found.requirements(config).teachers[0].activations(64)
 
     apart, packed, four = planned(None), planned("packed"), planned(4)
     # 64 queries of 16 tokens and 512 passages of 32: as many tokens as 544 rows of 32.
@@ -256,7 +256,7 @@ def test_a_teacher_is_counted_as_deep_as_it_is_loaded(tmp_path: Path, bert: str,
     def planned(**teacher: Any) -> tuple[Any, int, list[str]]:
         r = found.requirements(Config.model_validate({**tree, "teacher": {**tree["teacher"], **teacher}}))
         made = make_plan(r, Cluster(8, 1, 80 * 10**9))
-        return r.teacher, r.teacher_activations(4), describe(made)
+        return r.teachers[0].shape, r.teachers[0].activations(4), describe(made)
 
     whole, more, told = planned(truncate=False)
     assert (whole.layers, whole.published_layers) == (12, 12)

@@ -88,15 +88,17 @@ def facts(config: Any) -> dict[str, str]:
     for name, path in files.items():
         if (content := summary(path)) is not None:
             found[name] = content
-    for model in ("student", "teacher"):
-        section = getattr(config, model)
-        if section is not None and os.path.isdir(section.path):
+    for model, section in {"student": config.student, **config.taught}.items():
+        if os.path.isdir(getattr(section, "path", "")):
             for file_name, file in model_files(Path(section.path)).items():
                 content = summary(file)
                 if content is not None:
                     found[f"{model}: {file_name}"] = content
-    lens = summary(config.lens_folder / "lens.json")  # which holds the checksum of all of it
-    return found if lens is None else {**found, "tuned lens": lens}
+    for key, teacher in config.taught.items():
+        folder = Path(getattr(teacher, "lens_path", None) or config.lens_folder)
+        if (lens := summary(folder / "lens.json")) is not None:  # which holds the checksum of all of it
+            found[f"tuned lens of {key}"] = lens
+    return found
 
 
 def summary(path: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,21 +15,18 @@ from lead_ds.models.kinds.kind import KINDS
 
 def model_card(config: Config, run: Path) -> str:
     """README.md of a model's directory, from the run's folder (run.json, metrics.jsonl as far as they are there)."""
-    student, teacher = config.student, config.teacher
-    distilled = teacher is not None and config.losses.needs_teacher
+    student, teachers = config.student, list(config.taught.values())
+    distilled = bool(teachers) and config.losses.needs_teacher
     kind, base = KINDS[student.kind], Path(student.path).name
     use = kind.use
     title = f"A dense-retrieval student of `{base}`" if kind.gives_vectors else f"`{base}` as a {use.name}"
     if not distilled:
         title = f"`{base}`, a {use.name} trained on labels"
     lines = [*front_matter(use, *(["knowledge-distillation"] if distilled else [])), f"# {title}", ""]
-    if teacher is not None and distilled:
-        path, read_as = teacher.path, teacher.kind
-        if read_as in ("cached", "scores"):  # the run knows whose relevance that is
-            found = json.loads((run / "run.json").read_text("utf-8"))["teacher"]
-            path, read_as = found["path"], found["kind"]
+    if distilled:
         how = ", layer by layer" if config.losses.needs & {"layers", "attention"} else ""
-        lines += [f"Distilled by lead-ds from `{Path(path).name}` ({read_as.replace('_', ' ')}){how}.", ""]
+        sources = [read_as(teacher, place, run) for place, teacher in enumerate(teachers)]
+        lines += [f"Distilled by lead-ds from {' and '.join(sources)}{how}.", ""]
     else:
         over = "its own passages" if in_group(config) else "every passage of the batch"
         temperature = config.losses.contrastive.temperature
@@ -84,6 +82,16 @@ def widths(config: Config, evaluations: list[dict]) -> list[str]:
         values = " | ".join(f"{found.get(name, float('nan')):.4f}" for name in names)
         lines.append(f"| {dim} | {values} |")
     return [*lines, ""]
+
+
+def read_as(teacher: Any, place: int, run: Path) -> str:
+    """What a model was distilled from: the name of a teacher, and how it was read."""
+    path, kind = getattr(teacher, "path", ""), teacher.kind
+    if kind in ("cached", "scores"):  # the run knows whose relevance that is
+        facts = json.loads((run / "run.json").read_text("utf-8"))
+        found = facts["teacher"] if "teacher" in facts else facts["teachers"][place]
+        path, kind = found["path"], found["kind"]
+    return f"`{Path(path).name}` ({kind.replace('_', ' ')})"
 
 
 def in_group(config: Config) -> bool:

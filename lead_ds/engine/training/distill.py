@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lead_ds.config import Config, save_config
+from lead_ds.config.rules import fed
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.groups.open import open_groups
@@ -28,10 +30,10 @@ from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.card import model_card
 from lead_ds.engine.training.evaluation import Evaluator
-from lead_ds.engine.training.fitting import fit, keep_map, save_fitted, taught_by
+from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Bookkeeping, Training
-from lead_ds.engine.training.objective import build_objective, depths_of
+from lead_ds.engine.training.objective import Selected, build_objective
 from lead_ds.engine.training.resume import check_inputs, check_lens, compared, find_state
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.errors import InputError, RunError
@@ -94,30 +96,26 @@ def train(
         config = agreed(ranks, lambda: settled(config, given))
 
         # Everything that can be wrong with the input is found out before anything is written.
-        uses_teacher = config.teacher is not None and config.losses.needs_teacher
-        groups, student_text, batches, evaluator = agreed(
-            ranks, lambda: open_inputs(config, uses_teacher, ranks, given)
-        )
+        groups, student_text, batches, evaluator = agreed(ranks, lambda: open_inputs(config, ranks, given))
         check_given(groups, given, ranks)
         torch.manual_seed(config.seed)  # the same new layers on every rank
         dtype = student_dtype(config.student, ranks.device)
         student = agreed(ranks, lambda: given.load_student(config.student, dtype))
-        cotrained = None
-        if uses_teacher and config.teacher and config.teacher.train:
-            teacher_settings = config.teacher
-            cotrained = agreed(ranks, lambda: load_teacher(teacher_settings, dtype))
-        for scorer, reads in ((student, batches.student), (cotrained, batches.teacher)):
-            tokenizer = None if reads is None or reads.encoder is None else reads.encoder.tokenizer
+        cotrained, trained_along = None, config.cotrained
+        if trained_along is not None and batches.teachers:
+            cotrained = agreed(ranks, lambda: load_teacher(trained_along, dtype))
+        for scorer, reads in zip((student, cotrained), (batches.student, *batches.teachers.values()), strict=False):
+            tokenizer = None if reads.encoder is None else reads.encoder.tokenizer
             if scorer is not None and tokenizer is not None:
                 check_vocabulary(scorer, tokenizer, scorer.config.path)
         if (lora := config.train.lora) is not None:
             agreed(ranks, lambda: add_lora(student, lora))
         trainee = Trainee(student, cotrained).to(ranks.device)
         fit_attention(trainee, config, batches, dtype, ranks)
-        teacher = open_teacher(config, batches, ranks, given) if uses_teacher and cotrained is None else None
-        taught = taught_by(cotrained, teacher, ranks)
+        teachers = open_teachers(config, batches, ranks, given) if cotrained is None else {}
+        taught = [*teachers.values()] if cotrained is None else [cotrained]
         keep_map(config, student, taught, batches, ranks)
-        trainee.losses = build_objective(config, student, cotrained, teacher, batches, ranks).to(ranks.device)
+        trainee.losses = build_objective(config, student, taught, batches, ranks).to(ranks.device)
         fits = fit(trainee.losses, student, taught, batches, ranks, output if resume else None)
         for key, scorer in (("student", student), ("teacher", cotrained)):
             if scorer is not None and scorer.config.passes == "packed":
@@ -128,12 +126,11 @@ def train(
 
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
-        check_lens(config, state, teacher)
+        check_lens(config, state, teachers)
         check_inputs(config, state, batches, ranks, fits)
-        if "informative" not in state:
-            state["informative"] = informative(config.losses, teacher, batches, ranks)
+        state["informative"] = layers_that_know(config, state, teachers, batches, ranks)
         # Drawn once, so that a layer that does not exist is reported at start.
-        config.losses.pairs(depths_of(config, student, teacher or cotrained, state["informative"]), step=0)
+        Selected.of(config, student, taught, state["informative"]).pairs(step=0)
         recorder = Recorder(
             output,
             ranks,
@@ -144,17 +141,19 @@ def train(
             quiet=quiet,
             callbacks=given.callbacks,
         )
-        recorder.say(describe(config, ranks, student, teacher, len(groups)))
+        recorder.say(describe(config, ranks, student, teachers, len(groups)))
         if ranks.main:
-            for line in readings(groups, batches, student, cotrained or getattr(teacher, "scorer", None)):
+            scorers = [cotrained] if cotrained is not None else [getattr(one, "scorer", None) for one in teachers.values()]
+            for line in readings(groups, batches, student, scorers):
                 recorder.say(line)
-        if state["informative"]:
-            recorder.say(f"informative layers of the teacher: {', '.join(map(str, state['informative']))}")
+        for key, layers in zip(teachers, state["informative"], strict=False):
+            if layers:
+                recorder.say(f"informative layers of the {key}: {', '.join(map(str, layers))}")
         training = Training(
             config=config,
             ranks=ranks,
             engine=engine,
-            teacher=teacher,
+            teachers=teachers,
             batches=batches,
             evaluator=evaluator,
             books=Bookkeeping(checkpoints, recorder, watchdog, profile_of(config, ranks, recorder, state)),
@@ -162,7 +161,7 @@ def train(
         )
         # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
         agreed(
-            ranks, lambda: write_facts(output, config, command, ranks, teacher, trainee.losses) if ranks.main else None
+            ranks, lambda: write_facts(output, config, command, ranks, teachers, trainee.losses) if ranks.main else None
         )
         with signals:
             try:
@@ -181,57 +180,74 @@ def train(
 def settled(config: Config, given: Given = NOTHING) -> Config:
     """The configuration with what its models' files say of them: lengths, and what a cache was made with.
 
-    Raises InputError for a loss that the teacher cannot serve, and as `load_text`.
+    Raises InputError for a loss that a teacher cannot serve, and as `load_text`.
     """
     models: dict[str, Any] = {"student": with_lengths(config.student, given.student_text)}
-    if config.teacher is not None and config.losses.needs_teacher:
-        kind = teacher_class(config.teacher.kind)
-        teacher = kind.settled(config.teacher)
-        read = load_text if given.teacher is None else given.teacher_text
-        models["teacher"] = with_lengths(teacher, read) if kind.computes else teacher
+    found: list[Any] = []
+    for key, settings in config.taught.items() if config.losses.needs_teacher else ():
+        kind = teacher_class(settings.kind)
+        teacher = kind.settled(settings)
+        read = partial(given.teacher_text, key) if key in given.teachers else load_text
+        found.append(with_lengths(teacher, read) if kind.computes else teacher)
+    if found:
+        models |= {"teachers": found} if config.teacher is None else {"teacher": found[0]}
     return config.model_copy(update=models)
 
 
 def open_inputs(
-    config: Config, uses_teacher: bool, ranks: Ranks, given: Given = NOTHING
+    config: Config, ranks: Ranks, given: Given = NOTHING
 ) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
     """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
     groups = given.groups or open_groups(config.data)
-    if uses_teacher and config.teacher:
-        groups = teacher_class(config.teacher.kind).drawn(groups)
+    for teacher in config.taught.values() if config.losses.needs_teacher else ():
+        groups = teacher_class(teacher.kind).drawn(groups)
     student_text = given.student_text(config.student)
     check_room(student_text, "student")
-    batches = open_batches(config, groups, student_text, uses_teacher, ranks, given)
-    if batches.teacher is not None and batches.teacher.encoder is not None:
-        check_room(batches.teacher.encoder, "teacher")
+    batches = open_batches(config, groups, student_text, ranks, given)
+    for key, reads in batches.teachers.items():
+        if reads.encoder is not None:
+            check_room(reads.encoder, key)
     batches.check(compared(config, ranks.world))
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
 
 
-def open_batches(
-    config: Config, groups: Groups, encoder: TextEncoder, uses_teacher: bool, ranks: Ranks, given: Given = NOTHING
-) -> Batches:
-    """The windows of a run: its groups, as the student and the teacher are given them."""
+def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ranks, given: Given = NOTHING) -> Batches:
+    """The windows of a run: its groups, as the student and the teachers that its losses read are given them."""
     student = Reads(encoder, passes=config.student.passes, queries_at_once=config.train.grad_cache)
-    teacher = None
-    if uses_teacher and config.teacher:
-        text = given.teacher_text(config.teacher)
+    teachers: dict[str, Reads] = {}
+    for key, settings in config.taught.items() if config.losses.needs_teacher else ():
+        text = given.teacher_text(key, settings)
         if text is not None:
-            teacher = Reads(text, at_once=at_once(config.teacher, config.data))
+            teachers[key] = Reads(text, at_once=at_once(settings, config.data))
         else:
-            teacher = teacher_class(config.teacher.kind).reads(Lesson.of(config), groups, ranks)
-    return Batches(groups, student, teacher, config.data, config.train, seed=config.seed, ranks=ranks)
+            teachers[key] = teacher_class(settings.kind).reads(Lesson.of(config, key), groups, ranks)
+    return Batches(groups, student, teachers, config.data, config.train, seed=config.seed, ranks=ranks)
 
 
-def open_teacher(config: Config, batches: Batches, ranks: Ranks, given: Given = NOTHING) -> Teacher:
-    """The teacher that is not trained."""
-    assert config.teacher is not None
-    assert batches.teacher is not None
-    if given.teacher is not None:
-        module, settings = given.teacher, config.teacher
+def open_teachers(config: Config, batches: Batches, ranks: Ranks, given: Given = NOTHING) -> dict[str, Teacher]:
+    """The teachers that are not trained, by their keys in the configuration."""
+    return {key: open_teacher(config, key, place, batches, ranks, given) for place, key in enumerate(batches.teachers)}
+
+
+def open_teacher(config: Config, key: str, place: int, batches: Batches, ranks: Ranks, given: Given) -> Teacher:
+    """One of them. place: of those that `batches` serve."""
+    settings = config.taught[key]
+    if key in given.teachers:
+        module = given.teachers[key]
         return OwnTeacher(agreed(ranks, lambda: OwnEncoder(module, settings)), ranks.device)
-    kind = teacher_class(config.teacher.kind)
-    return kind.open(Lesson.of(config), batches.teacher, lambda: batches.window(0).teacher, ranks)
+    kind = teacher_class(settings.kind)
+    return kind.open(Lesson.of(config, key), batches.teachers[key], lambda: batches.window(0).teachers[place], ranks)
+
+
+def layers_that_know(
+    config: Config, state: dict[str, Any], teachers: Mapping[str, Teacher], batches: Batches, ranks: Ranks
+) -> list[list[int]]:
+    """The informative layers of each teacher: those of the checkpoint, or measured."""
+    known = state.get("informative")
+    if known is not None:
+        return known if known and isinstance(known[0], list) else [known]  # an earlier version had one teacher
+    measured = enumerate(teachers.items())
+    return [informative(config.losses_of(key), one, place, batches, ranks) for place, (key, one) in measured] or [[]]
 
 
 def fit_attention(trainee: Trainee, config: Config, batches: Batches, dtype: torch.dtype, ranks: Ranks) -> None:
@@ -277,7 +293,7 @@ def write_facts(
     config: Config,
     command: Sequence[str],
     ranks: Ranks,
-    teacher: Teacher | None,
+    teachers: Mapping[str, Teacher],
     losses: Objective | None,
 ) -> None:
     """The resolved configuration, and where this run came from. Raises InputError where the folder cannot be made."""
@@ -286,8 +302,9 @@ def write_facts(
     except OSError as error:
         raise InputError(output, f"cannot be made: {error.strerror}", "set output= to another folder") from None
     facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
-    if teacher is not None:
-        facts["teacher"] = teacher.facts()
+    told = [teacher.facts() for teacher in teachers.values()]
+    if told:
+        facts |= {"teacher": told[0]} if config.teacher is not None else {"teachers": told}
     write_json(output / "run.json", provenance(command, ranks.world, **facts))
     if losses is not None:
         save_fitted(losses, output)
@@ -305,22 +322,25 @@ def kernels_used(config: Config, ranks: Ranks) -> str:
         raise InputError("kernels", str(error), "set kernels=auto, or torch") from None
 
 
-def readings(groups: Groups, batches: Batches, student: Any, teacher: Any) -> Iterator[str]:
-    """How student and teacher read texts, a line each, with what is cut of a sample of the training groups'."""
+def readings(groups: Groups, batches: Batches, student: Any, teachers: Sequence[Any]) -> Iterator[str]:
+    """How student and teachers read texts, a line each, with what is cut of a sample of the training groups'."""
     texts = sample(groups)
-    for role, scorer, reads in (("student", student, batches.student), ("teacher", teacher, batches.teacher)):
-        if scorer is not None and reads is not None and reads.encoder is not None:
+    taught = zip(batches.teachers.items(), teachers, strict=True)
+    for role, scorer, reads in (("student", student, batches.student), *((key, one, reads) for (key, reads), one in taught)):
+        if scorer is not None and reads.encoder is not None:
             yield f"{role} {reading_line(scorer, reads.encoder, *texts)}"
 
 
-def describe(config: Config, ranks: Ranks, student: Any, teacher: Teacher | None, groups: int) -> str:
+def describe(config: Config, ranks: Ranks, student: Any, teachers: Mapping[str, Teacher], groups: int) -> str:
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
     run = f"{groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
-    role = "student" if config.teacher else config.student.kind.replace("_", " ")
+    role = "student" if config.taught else config.student.kind.replace("_", " ")
     lines = [f"{role} {config.student.path}: {depth}; {run}"]
-    if teacher is not None:
-        lines.append(teacher.describe())
+    several = config.teacher is None
+    for key, teacher in teachers.items():
+        feeds = f"; feeds {', '.join(sorted(fed(config, config.taught[key])))}" if several else ""
+        lines.append(teacher.describe() + feeds)
     return "\n".join(lines)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lead_ds.config import Config
+from lead_ds.config import Config, rules
 from lead_ds.data.batches import Batches, Window
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
@@ -18,7 +18,9 @@ from lead_ds.engine.training.objective import said
 from lead_ds.errors import InputError
 from lead_ds.io.files import atomic
 from lead_ds.losses.embedding import begin_map
-from lead_ds.losses.objective import Objective
+from lead_ds.losses.loss import ModelFacts
+from lead_ds.losses.mixture import concatenated
+from lead_ds.losses.objective import Objective, Taught, Term, terms_of
 from lead_ds.losses.vectors import Moments
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.scorer import Scorer
@@ -27,54 +29,82 @@ from lead_ds.teachers.teacher import Teacher
 
 FITTED = "fitted.safetensors"
 
-Taught = Callable[[Window], Features]
-"""What the teacher gives for a window's texts."""
+Reads = Callable[[Window], Features]
+"""What a term's teacher gives for a window's texts."""
 
 
-def taught_by(cotrained: Scorer | None, teacher: Teacher | None, ranks: Ranks) -> Taught | None:
-    """The final features of the model that is learned from, trained or not; None without one."""
-    if cotrained is not None:
-        return lambda window: _merged(said(cotrained, batch.to(ranks.device)) for batch in window.teacher)
-    return None if teacher is None else lambda window: teacher.window(window.teacher, []).final
+def read_by(term: Term, taught: Sequence[Teacher | Scorer], ranks: Ranks) -> Reads:
+    """The final features that a term compares the student's with: of a teacher, trained or not, or of several as one."""
+
+    def of(place: int, window: Window) -> Features:
+        teacher, chunks = taught[place], window.teachers[place]
+        if isinstance(teacher, Teacher):
+            return teacher.window(chunks, []).final
+        return _merged(said(teacher, batch.to(ranks.device)) for batch in chunks)
+
+    if term.how == "alone":
+        return lambda window: of(term.teachers[0], window)
+    return lambda window: concatenated([of(place, window) for place in term.teachers], term.shares)
 
 
-def keep_map(config: Config, student: Kind, taught: Taught | None, batches: Batches, ranks: Ranks) -> None:
+def keep_map(
+    config: Config, student: Kind, taught: Sequence[Teacher | Scorer], batches: Batches, ranks: Ranks
+) -> None:
     """Give the student the linear map into the teacher's space as its last layer, where a loss keeps one. Every rank calls this.
 
-    Raises InputError where there are no vectors to map.
+    Raises InputError where there are no vectors to map, and for several teachers whose vectors are not concatenated.
     """
     section = config.losses.kept
-    if section is None or taught is None:
+    if section is None or not taught:
         return
+    facts = [
+        Taught(ModelFacts(one.kind, 0), rules.fed(config, one), getattr(one, "weight", 1.0))
+        for one in config.taught.values()
+    ]
+    terms = terms_of(config.losses, facts, config.mix.relevance, config.mix.vectors)
+    term, *others = (term for term in terms if term.loss == "embedding")
+    if others:
+        what, remedy = "keeps one map, and several teachers feed the loss", "set mix.vectors: concatenate, or keep: false"
+        raise InputError("losses.embedding.keep", what, remedy)
+    reads = read_by(term, taught, ranks)
     window = batches.window(0)
-    widths = said(student, window.student[0].to(ranks.device)).width, taught(window).width
+    widths = said(student, window.student[0].to(ranks.device)).width, reads(window).width
     if widths[0] is None or widths[1] is None:
         who = "student" if widths[0] is None else "teacher"
         raise InputError("losses.embedding.keep", f"maps vectors, and the {who} gives scores", "set it to false")
     torch.manual_seed(config.seed + 2)
     weight_TS = begin_map(widths[0], widths[1])
     if section.start == "ridge":
-        weight_TS = moments(student, taught, batches, ranks, section.sample).ridge()
+        weight_TS = moments(student, reads, batches, ranks, section.sample).ridge()
     agreed(ranks, lambda: student.project(weight_TS))
 
 
 def fit(
-    objective: Objective, student: Kind, taught: Taught | None, batches: Batches, ranks: Ranks, resumed: Path | None
+    objective: Objective,
+    student: Kind,
+    taught: Sequence[Teacher | Scorer],
+    batches: Batches,
+    ranks: Ranks,
+    resumed: Path | None,
 ) -> dict[str, str]:
     """Fit the losses that begin from a sample; what they keep, by name, with its checksum. Every rank calls this.
 
     resumed: the folder of a run that goes on, whose own fit is read. Raises InputError where that is damaged.
     """
-    wanted = {name: loss.sample for name, loss in objective.losses() if loss.sample}
-    if not wanted or taught is None:
+    wanted = {term.key: loss.sample for term, loss in objective.losses() if loss.sample}
+    if not wanted or not taught:
         return {}
     if resumed is not None and ranks.from_main((resumed / FITTED).exists()):
         agreed(ranks, lambda: load_fitted(objective, resumed / FITTED))
     else:
-        found = moments(student, taught, batches, ranks, max(wanted.values()))
-        for name, loss in objective.losses():
-            if name in wanted:
-                loss.fit(found)
+        known: dict[tuple[int, ...], Moments] = {}  # by the teachers that a term reads
+        for term, loss in objective.losses():
+            if term.key in wanted:
+                of = tuple(term.teachers)
+                if of not in known:
+                    reads = read_by(term, taught, ranks)
+                    known[of] = moments(student, reads, batches, ranks, max(wanted.values()))
+                loss.fit(known[of])
     return {f"fitted: {name}": _checksum(x) for name, x in fitted(objective).items()}
 
 
@@ -113,7 +143,7 @@ def load_fitted(objective: Objective, path: Path) -> None:
         buffer.copy_(found)
 
 
-def moments(student: Kind, taught: Taught, batches: Batches, ranks: Ranks, texts: int) -> Moments:
+def moments(student: Kind, reads: Reads, batches: Batches, ranks: Ranks, texts: int) -> Moments:
     """Of the vectors that both models give for at least `texts` texts of the run's first windows, or one epoch's.
 
     Equal on every process, and but for rounding whatever their number: all of them read the same windows' shares.
@@ -123,7 +153,7 @@ def moments(student: Kind, taught: Taught, batches: Batches, ranks: Ranks, texts
     total: Moments | None = None
     for window in windows:
         own = _merged(said(student, batch.to(ranks.device)) for batch in window.student)
-        part = Moments.of(_texts(own, "student"), _texts(taught(window), "teacher"))
+        part = Moments.of(_texts(own, "student"), _texts(reads(window), "teacher"))
         total = part if total is None else total + part
     assert total is not None
     parts = ranks.all((total.tt.numpy(), total.ts.numpy(), total.ss.numpy()))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,21 +22,22 @@ from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, checksum_of, copied
 
 @dataclass(frozen=True)
 class Given:
-    """groups: instead of those of the section `data`; student, teacher: modules instead of what their sections name;
-    callbacks: called as the run goes on."""
+    """groups: instead of those of the section `data`; student, and teachers by key: modules instead of what their sections
+    name; callbacks: called as the run goes on."""
 
     groups: Groups | None = None
     student: nn.Module | None = None
-    teacher: nn.Module | None = None
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
 
     def student_text(self, config: StudentConfig) -> TextEncoder:
         """How the student reads text."""
         return load_text(config) if self.student is None else _text(self.student, config.path)
 
-    def teacher_text(self, config: TeacherConfig) -> TextEncoder | None:
+    def teacher_text(self, key: str, config: TeacherConfig) -> TextEncoder | None:
         """How a teacher that was given reads text; None where its section names it."""
-        return None if self.teacher is None else _text(self.teacher, config.path, checksum_of(self.teacher))
+        module = self.teachers.get(key)
+        return None if module is None else _text(module, config.path, checksum_of(module))
 
     def load_student(self, config: StudentConfig, dtype: torch.dtype) -> Kind:
         """The student, a module's in a copy of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +16,13 @@ from lead_ds.engine.distributed.watchdog import Watchdog
 from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.engine.records.parts import Part, Parts
 from lead_ds.engine.records.recorder import Recorder, StepSums
-from lead_ds.engine.training.ahead import AheadTeacher, with_next
+from lead_ds.engine.training.ahead import AheadTeachers, answers, with_next
 from lead_ds.engine.training.evaluation import Evaluator
-from lead_ds.engine.training.objective import depths_of
+from lead_ds.engine.training.objective import Selected
+from lead_ds.engine.training.resume import lens_checksums
 from lead_ds.engine.training.schedule import learning_rate
-from lead_ds.engine.training.step import Micro, RankScope, word_groups
-from lead_ds.engine.training.trainee import side
+from lead_ds.engine.training.step import Micro, RankScope, side_of, word_groups
 from lead_ds.losses.objective import Asked
-from lead_ds.losses.views import Side
 from lead_ds.teachers.teacher import Teacher, TeacherView
 
 
@@ -47,13 +46,13 @@ class Training:
         config: Config,
         ranks: Ranks,
         engine: Any,
-        teacher: Teacher | None,
+        teachers: Mapping[str, Teacher],
         batches: Batches,
         evaluator: Evaluator | None,
         books: Bookkeeping,
         state: dict[str, Any],
     ) -> None:
-        self.config, self.ranks, self.engine, self.teacher = config, ranks, engine, teacher
+        self.config, self.ranks, self.engine, self.teachers = config, ranks, engine, list(teachers.values())
         self.batches, self.evaluator = batches, evaluator
         self.checkpoints, self.recorder = books.checkpoints, books.recorder
         self.watchdog, self.parts = books.watchdog, books.parts
@@ -61,13 +60,14 @@ class Training:
         self.owed: bool = state.get("owed", False)
         self.best: dict[str, Any] | None = state.get("best")
         self.worse: int = state.get("worse", 0)
-        self.informative: list[int] = state.get("informative", [])
+        self.informative: list[list[int]] = state.get("informative", [])
         self.inputs: dict[str, str] = state.get("inputs", {})
         self.scope = RankScope.of(config.train.in_batch, ranks, batches.group, config.kernels, self.parts)
         self.trainee = engine.module
-        early = config.train.overlap and teacher is not None and teacher.computes
-        self.ahead = AheadTeacher(teacher, ranks.device) if early and teacher is not None else None
-        self.depths = depths_of(config, self.trainee.student, teacher or self.trainee.teacher, self.informative)
+        early = config.train.overlap and any(teacher.computes for teacher in self.teachers)
+        self.ahead = AheadTeachers(teachers, ranks.device) if early else None
+        taught = self.teachers or ([] if self.trainee.teacher is None else [self.trainee.teacher])
+        self.selection = Selected.of(config, self.trainee.student, taught, self.informative)
 
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, or until early stopping or a callback ends it; the best evaluation, if there was any.
@@ -125,7 +125,7 @@ class Training:
                 windows.close()
 
     def optimize(self, window: Window, following: Window | None = None) -> None:
-        """One optimizer step: the teacher's one forward for the window, then the student's micro-batches.
+        """One optimizer step: the teachers' one forward for the window, then the student's micro-batches.
 
         following: the next step's window, where the teacher runs ahead.
         """
@@ -136,15 +136,15 @@ class Training:
         asked = self._asked(step)
         self._at("teacher forward")
         if self.ahead is not None:
-            view: TeacherView | None = self.ahead.take(window, asked.layers[0])
+            views = self.ahead.take(window, asked)
             if following is not None:
-                self.ahead.begin(following, self._asked(step + 1).layers[0])
+                self.ahead.begin(following, self._asked(step + 1))
         else:
-            view = self.teacher.window(window.teacher, asked.layers[0], asked.taps[0]) if self.teacher else None
+            views = answers(self.teachers, window, asked)
         sums = StepSums(self.trainee.losses.rows(asked))
         for index in range(len(window.student)):
             self._at("student forward")
-            output = self.engine(self.micro(window, index, asked, view))
+            output = self.engine(self.micro(window, index, asked, views))
             self._at("backward")
             self.engine.backward(output.loss)
             self._at("optimizer")
@@ -153,8 +153,8 @@ class Training:
         self._at("statistics")
         self.recorder.step(step + 1, sums, lr, window.query_ids)
 
-    def micro(self, window: Window, index: int, asked: Asked, view: TeacherView | None) -> Micro:
-        """A window's micro-batch as the trained module takes it, with the frozen teacher's output for it."""
+    def micro(self, window: Window, index: int, asked: Asked, views: Sequence[TeacherView]) -> Micro:
+        """A window's micro-batch as the trained module takes it, with the frozen teachers' output for it."""
         device, batch, group = self.ranks.device, window.student[index], self.batches.group
         queries = len(window.query_ids) // len(window.student)
         first, last = index * queries, (index + 1) * queries
@@ -162,24 +162,18 @@ class Training:
         if self.config.data.mask_duplicates:
             passages, positives = window.passage_keys[first * group : last * group], window.positive_keys[first:last]
             keys = passages.to(device, non_blocking=True), positives.to(device, non_blocking=True)
-        taught: Side | None = None
-        if view is not None:
-            final, layers = view.final.micro(first, last, group), view.layers
-            taps = side(view.outputs[index]) if view.outputs else None
-            taught = Side(
-                final,
-                None if layers is None else layers.micro(first, last, group),
-                None if taps is None else taps.taps_queries,
-                None if taps is None else taps.taps_passages,
-            )
+        groups = [
+            word_groups(batches[index], batch, device) if captured.taps else (None, None)
+            for batches, captured in zip(window.teachers, asked.teachers, strict=False)  # without a teacher, of none
+        ]
         return Micro(
             batch.to(device),
             self.scope,
             asked,
-            taught,
-            window.teacher[index].to(device) if self.trainee.teacher is not None else None,
+            [side_of(view, index, slice(first, last), group) for view in views],
+            window.teachers[0][index].to(device) if self.trainee.teacher is not None else None,
             keys,
-            word_groups(window.teacher[index], batch, device) if asked.taps[0] else (None, None),
+            groups or [(None, None)],
         )
 
     def evaluate(self) -> bool:
@@ -204,7 +198,6 @@ class Training:
         self.recorder.flush()
         self.watchdog.at(f"step {self.step}, checkpoint")
         self.parts.at("checkpoint")
-        lens = self.teacher.lens_facts if self.teacher is not None else None
         state = {
             "step": self.step,
             "owed": self.owed,
@@ -212,7 +205,7 @@ class Training:
             "worse": self.worse,
             "informative": self.informative,
             "inputs": self.inputs,
-            "lens": lens["checksum"] if lens else None,
+            "lens": lens_checksums(self.teachers),
             "processes": self.ranks.world,
             "config": self.config.model_dump(mode="json"),
         }
@@ -230,4 +223,4 @@ class Training:
         return self.config.train.lr * factor
 
     def _asked(self, step: int) -> Asked:
-        return self.trainee.losses.asked(self.config.losses.pairs(self.depths, step))
+        return self.trainee.losses.asked(self.selection.pairs(step))

@@ -1,20 +1,22 @@
-"""The losses of a run, made for the models that they will compare."""
+"""The losses of a run, made for the models that they will compare, and the layers that they select."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lead_ds.config import Config
+from lead_ds.config.rules import fed
 from lead_ds.data.batches import Batches
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
-from lead_ds.losses.loss import LossShape, ModelFacts
-from lead_ds.losses.objective import Objective
-from lead_ds.losses.selection import Depths
+from lead_ds.losses.loss import Losses, LossShape, ModelFacts
+from lead_ds.losses.objective import Objective, Taught
+from lead_ds.losses.selection import Depths, Layers
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.scorer import Scorer
 from lead_ds.relevance import Features
@@ -22,43 +24,74 @@ from lead_ds.teachers.teacher import Teacher
 
 
 def build_objective(
-    config: Config, student: Kind, cotrained: Scorer | None, teacher: Teacher | None, batches: Batches, ranks: Ranks
+    config: Config, student: Kind, taught: Sequence[Teacher | Scorer], batches: Batches, ranks: Ranks
 ) -> Objective:
     """The modules of a configuration's losses, with equal weights on every rank. Every rank calls this.
 
-    Where a loss compares vectors, both models read a micro-batch first, for their width: whatever they are made of.
+    taught: the models that are learned from: frozen teachers, or the one that is trained, or none. Where a loss compares
+    vectors, the models read a micro-batch first, for their width: whatever they are made of.
     Raises InputError where there are no vectors to compare, and where every weight is 0.
     """
     compares, dims = config.losses.needing("features"), config.student.dims or ()
-    widths: dict[str, int | None] = {"student": None, "teacher": None}
-    if dims:
-        widths["student"] = student.features_width
-    if compares:
-        window = batches.window(0)
-        widths["student"] = said(student, window.student[0].to(ranks.device)).width
-        if cotrained is not None:
-            widths["teacher"] = said(cotrained, window.teacher[0].to(ranks.device)).width
-        elif teacher is not None:
-            widths["teacher"] = teacher.window(window.teacher, []).final.width
-        for who, width in widths.items():
-            if width is None:
-                what = f"compares vectors, and the {who} gives scores"
-                raise InputError(f"losses.{compares[0]}", what, "set its weight to 0, or name a model of vectors")
-    taught = cotrained if cotrained is not None else teacher
-    facts = None
-    if taught is not None and config.teacher is not None:
-        facts = ModelFacts(config.teacher.kind, taught.num_layers, widths["teacher"])
-    learner = ModelFacts(config.student.kind, student.num_layers, widths["student"], student.unit)
-    shape = LossShape(learner, facts, config.kernels, dims)
+    window = batches.window(0) if compares else None
+    width = student.features_width if dims else None
+    if window is not None:
+        width = said(student, window.student[0].to(ranks.device)).width
+        check_width(compares[0], "student", width)
+    teachers: list[Taught] = []
+    for place, (teacher, settings) in enumerate(zip(taught, config.taught.values(), strict=bool(taught))):
+        losses, of_vectors = fed(config, settings), None
+        if window is not None and not losses.isdisjoint(compares):
+            chunks = window.teachers[place]
+            if isinstance(teacher, Teacher):
+                of_vectors = teacher.window(chunks, []).final.width
+            else:
+                of_vectors = said(teacher, chunks[0].to(ranks.device)).width
+            check_width(compares[0], "teacher", of_vectors)
+        facts = ModelFacts(settings.kind, teacher.num_layers, of_vectors)
+        teachers.append(Taught(facts, losses, getattr(settings, "weight", 1.0)))
+    learner = ModelFacts(config.student.kind, student.num_layers, width, student.unit)
+    shape = LossShape(learner, None, config.kernels, dims)
     torch.manual_seed(config.seed + 1)  # whatever weights were drawn before
-    return agreed(ranks, lambda: Objective(config.losses, shape))
+    return agreed(ranks, lambda: Objective(config.losses, shape, teachers, config.mix.relevance, config.mix.vectors))
 
 
-def depths_of(config: Config, student: Scorer, taught: Teacher | Scorer | None, informative: Sequence[int]) -> Depths:
-    """The layers of both models that can be selected; taught: the model that is learned from, trained or not."""
-    depth = taught.num_layers if taught is not None else 0
-    readable = taught.readable if isinstance(taught, Teacher) else list(range(depth))
-    return Depths(depth, student.num_layers, config.seed, informative, readable)
+def check_width(loss: str, who: str, width: int | None) -> None:
+    """Raise InputError where a loss compares vectors of a model that has none."""
+    if width is None:
+        what = f"compares vectors, and the {who} gives scores"
+        raise InputError(f"losses.{loss}", what, "set its weight to 0, or name a model of vectors")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The layers that are compared: of each teacher, the losses that it feeds and the layers that can be selected."""
+
+    of_teachers: Sequence[tuple[Losses, Depths]]
+
+    @classmethod
+    def of(
+        cls, config: Config, student: Scorer, taught: Sequence[Teacher | Scorer], informative: Sequence[Sequence[int]]
+    ) -> Selected:
+        """taught: the models that are learned from, trained or not. informative: see `Depths`, of each."""
+        return cls(
+            [
+                (config.losses_of(key), depths_of(config, student, teacher, layers))
+                for key, teacher, layers in zip(
+                    config.taught, taught, informative, strict=False
+                )  # none, without losses
+            ]
+        )
+
+    def pairs(self, step: int) -> list[dict[str, Layers]]:
+        """Of each teacher, the layers that each loss compares at a step. Raises InputError for one that does not exist."""
+        return [losses.pairs(depths, step) for losses, depths in self.of_teachers]
+
+
+def depths_of(config: Config, student: Scorer, taught: Teacher | Scorer, informative: Sequence[int]) -> Depths:
+    """The layers of a teacher, trained or not, and of the student that can be selected."""
+    readable = taught.readable if isinstance(taught, Teacher) else list(range(taught.num_layers))
+    return Depths(taught.num_layers, student.num_layers, config.seed, informative, readable)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ran
 
 def reading_facts(batches: Batches) -> dict[str, str]:
     """What the tokenizers do that make tokens of the texts; the weights of a teacher that is a module from Python."""
-    models = {"student": batches.student, "teacher": batches.teacher}
-    encoders = {name: model.encoder for name, model in models.items() if model is not None}
+    models = {"student": batches.student, **batches.teachers}
+    encoders = {name: model.encoder for name, model in models.items()}
     found: dict[str, str] = {}
     for name, encoder in encoders.items():
         if isinstance(encoder, OwnText):
@@ -105,11 +106,19 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
 
 
-def check_lens(config: Config, state: dict[str, Any], teacher: Teacher | None) -> None:
+def lens_checksums(teachers: Iterable[Teacher]) -> list[str | None]:
+    """The checksum of each teacher's tuned lens; None where its layers are read through its own head."""
+    return [None if teacher.lens_facts is None else teacher.lens_facts["checksum"] for teacher in teachers]
+
+
+def check_lens(config: Config, state: dict[str, Any], teachers: Mapping[str, Teacher]) -> None:
     """Refuse to go on through another lens than a checkpoint was trained through."""
-    now = None if teacher is None or teacher.lens_facts is None else teacher.lens_facts["checksum"]
-    if state and state.get("lens") != now:
-        raise InputError(config.lens_folder, "is not the lens that this run began with", "bring that one back")
+    before = state.get("lens")
+    before = before if isinstance(before, list) else [before]  # as an earlier version wrote it, of one teacher
+    for (key, teacher), checksum in zip(teachers.items(), before, strict=False):
+        if state and [checksum] != lens_checksums([teacher]):
+            folder = config.taught[key].lens_path or config.lens_folder
+            raise InputError(folder, "is not the lens that this run began with", "bring that one back")
 
 
 def check_inputs(
@@ -120,8 +129,12 @@ def check_inputs(
     fits: what was fitted before the first step, by its checksum. `state` keeps what they are; one of before some of them
     were kept does not have those.
     """
-    settings = config.teacher if config.losses.needs_teacher else None
-    files = {} if settings is None else teacher_class(settings.kind).files(settings)
+    taught = config.taught if config.losses.needs_teacher else {}
+    files = {
+        f"{key}: {name}": path
+        for key, settings in taught.items()
+        for name, path in teacher_class(settings.kind).files(settings).items()
+    }
 
     def facts() -> dict[str, str]:
         known = input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config) | (fits or {})

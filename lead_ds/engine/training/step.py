@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,11 @@ from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.gather import AllRanks, gather_dim
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.parts import Parts
-from lead_ds.losses.objective import Asked
+from lead_ds.losses.objective import NOTHING_ASKED, Asked
 from lead_ds.losses.views import Groups, Scope, Side
+from lead_ds.models.scorer import Output
 from lead_ds.relevance import Features, Impl
+from lead_ds.teachers.teacher import TeacherView
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,34 @@ class RankScope(Scope):
 class Micro:
     """One micro-batch, on the device, as the trained module takes it.
 
-    taught: the output for it of a teacher that is not trained. teacher: the texts of one that is. keys: where
-    duplicates are masked. groups: see `Views`.
+    taught: the output for it of each teacher that is not trained. teacher: the texts of one that is. keys: where
+    duplicates are masked. groups: of each teacher, see `Views`.
     """
 
     student: ModelBatch
     scope: Scope
-    asked: Asked = Asked()  # noqa: RUF009  # immutable
-    taught: Side | None = None
+    asked: Asked = NOTHING_ASKED
+    taught: Sequence[Side] = ()
     teacher: ModelBatch | None = None
     keys: tuple[Tensor, Tensor] | None = None
-    groups: tuple[Groups | None, ...] = (None, None)
+    groups: Sequence[tuple[Groups | None, ...]] = ((None, None),)
+
+
+def side(output: Output) -> Side:
+    """A model's answer as losses see it."""
+    return Side(output.final, output.layers, output.taps_queries, output.taps_passages)
+
+
+def side_of(view: TeacherView, micro: int, queries: slice, group: int) -> Side:
+    """A frozen teacher's answer for a window, of its micro-batch number `micro`, which has these queries."""
+    first, last, layers = queries.start, queries.stop, view.layers
+    taps = side(view.outputs[micro]) if view.outputs else None
+    return Side(
+        view.final.micro(first, last, group),
+        None if layers is None else layers.micro(first, last, group),
+        None if taps is None else taps.taps_queries,
+        None if taps is None else taps.taps_passages,
+    )
 
 
 def word_groups(teacher: ModelBatch, student: ModelBatch, device: torch.device) -> tuple[Groups | None, ...]:

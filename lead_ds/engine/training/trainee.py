@@ -12,12 +12,12 @@ from torch import nn
 from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.engine.training.step import Micro
+from lead_ds.engine.training.step import Micro, side
 from lead_ds.errors import InputError
-from lead_ds.losses.objective import Objective, ObjectiveOutput
+from lead_ds.losses.objective import Captured, Objective, ObjectiveOutput
 from lead_ds.losses.views import Side, Views
 from lead_ds.models.load import DTYPES
-from lead_ds.models.scorer import Output, Scorer
+from lead_ds.models.scorer import Scorer
 from lead_ds.settings.model import ModelConfig
 
 
@@ -36,19 +36,19 @@ class Trainee(nn.Module):
     def forward(self, micro: Micro) -> ObjectiveOutput:
         """The objective of one micro-batch."""
         assert self.losses is not None
-        (teacher_layers, layers), (teacher_taps, taps) = micro.asked.layers, micro.asked.taps
-        student, taught = side(self.student(micro.student, layers=layers, tap_layers=taps)), micro.taught
+        student, taught = answer(self.student, micro.student, micro.asked.student), micro.taught
         if self.teacher is not None:
-            taught = side(self.teacher(micro.teacher, layers=teacher_layers, tap_layers=teacher_taps))
+            taught = [answer(self.teacher, micro.teacher, micro.asked.teachers[0])]
         micro.scope.begin()
-        cotrained = self.teacher is not None
-        views = Views(student, taught, micro.scope, micro.keys, cotrained=cotrained, groups=micro.groups)
-        return self.losses(views, micro.asked)
+        cotrained, first = self.teacher is not None, taught[0] if taught else None
+        views = Views(student, first, micro.scope, micro.keys, cotrained=cotrained, groups=micro.groups[0])
+        others = zip(taught[1:], micro.groups[1:], strict=True)
+        return self.losses([views, *(views.beside(teacher, groups) for teacher, groups in others)], micro.asked)
 
 
-def side(output: Output) -> Side:
-    """A model's answer as losses see it."""
-    return Side(output.final, output.layers, output.taps_queries, output.taps_passages)
+def answer(scorer: Scorer, batch: Any, asked: Captured) -> Side:
+    """A model's answer for a micro-batch, as losses see it."""
+    return side(scorer(batch, layers=asked.layers, tap_layers=asked.taps))
 
 
 def student_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
@@ -92,7 +92,7 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
 def parameter_groups(trainee: Trainee, config: Config) -> list[dict[str, Any]]:
     """Optimizer groups: weight decay on matrices only, and a co-trained teacher's own learning rate."""
     train = config.train
-    taught = config.teacher.lr if config.teacher and config.teacher.lr else train.lr
+    taught = config.cotrained.lr if config.cotrained and config.cotrained.lr else train.lr
     groups = []
     for module, lr in ((trainee.student, train.lr), (trainee.teacher, taught), (trainee.losses, train.lr)):
         parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]

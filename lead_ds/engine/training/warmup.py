@@ -34,7 +34,7 @@ def load_warmup(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = load_tree(path, overrides, Config)
     losses = tree.setdefault("losses", {})
-    if tree.get("teacher") is None and isinstance(losses, dict):
+    if tree.get("teacher") is None and not tree.get("teachers") and isinstance(losses, dict):
         for name in losses_section().model_fields:
             loss = losses.setdefault(name, {})
             if name != "contrastive" and isinstance(loss, dict):
@@ -63,7 +63,7 @@ def warmup_config(config: Config, of: str = "student") -> Config:
         if rules.gives_vectors(tree["student"]["kind"]):
             tree["evaluation"] |= EvaluationConfig().model_dump(include={"run", "depth"})
     tree["losses"]["contrastive"]["teacher_temperature"] = None
-    tree["teacher"] = None
+    tree["teacher"], tree["teachers"], tree["mix"] = None, [], {}
     for name, loss in tree["losses"].items():
         # A configuration that distils without labels can be warmed up, too.
         loss["weight"] = (loss["weight"] or 1.0) if name == "contrastive" else 0.0
