@@ -107,7 +107,10 @@ class Reads:
 
 
 def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
-    """What a model of the encoder's kind reads of some groups."""
+    """What a model of the encoder's kind reads of some groups; of texts alone, each as its role says, as passages."""
+    if groups[0].role is not None:
+        texts, asking = [group.passages[0] for group in groups], [group.role == "query" for group in groups]
+        return ModelBatch(1, passages=encoder.alone(texts, asking))
     queries = [group.query for group in groups]
     passages = [passage for group in groups for passage in group.passages]
     size = len(passages) // len(queries)

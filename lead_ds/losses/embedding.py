@@ -212,7 +212,7 @@ class Embedding(Loss):
         distances = [self._distance(s, t, map_TS) for s, t in kinds if len(s)]
         if not distances:
             raise InputError(
-                "losses.embedding.of", "names negatives alone, and there are none", "add queries, or positives"
+                "losses.embedding.of", "names kinds of text that are not there", "add positives: texts alone are such"
             )
         return torch.stack(distances).mean()
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from lead_ds.errors import InputError
 from lead_ds.losses.loss import Loss, LossSettings, register
 from lead_ds.losses.vectors import Vectors, cosines, final_vectors
 from lead_ds.losses.views import Views
@@ -63,7 +64,11 @@ class Similarity(Loss):
         """A scalar."""
         student = self._matrices(final_vectors(views.student, "student", self.name))
         teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
-        return torch.stack([similarity_mse(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
+        some = [similarity_mse(s, t) for s, t in zip(student, teacher, strict=True) if s.numel()]
+        if not some:
+            what = "compares queries, and texts alone stand among passages"
+            raise InputError("losses.similarity.of", what, "add passage_passage")
+        return torch.stack(some).mean()
 
     def _matrices(self, vectors: Vectors) -> list[Tensor]:
         q, p = vectors

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from lead_ds.errors import InputError
 from lead_ds.losses.loss import Loss, LossSettings, register
 from lead_ds.losses.vectors import cosines, final_vectors
 from lead_ds.losses.views import Views
@@ -73,4 +74,7 @@ class Spread(Loss):
         keys_P = None if views.keys is None else views.keys[0]
         different_PP = None if keys_P is None else keys_P[:, None] != keys_P[None, :]
         of = {"queries": (vectors.queries, None), "passages": (vectors.passages, different_PP)}
-        return torch.stack([spread_out(*of[kind]) for kind in self.settings.of]).mean()
+        some = [spread_out(*of[kind]) for kind in self.settings.of if len(of[kind][0])]
+        if not some:
+            raise InputError("losses.spread.of", "is of queries, and texts alone stand among passages", "add passages")
+        return torch.stack(some).mean()

@@ -60,8 +60,13 @@ def reading_line(scorer: Kind, encoder: TextEncoder, queries: Sequence[str], pas
 
 
 def sample(groups: Groups) -> tuple[list[str], list[str]]:
-    """Queries of training groups, at even distances, and a passage of each."""
-    pools = [groups.pool(int(row)) for row in np.linspace(0, len(groups) - 1, min(SAMPLE, len(groups)))]
+    """Queries of training groups, at even distances, and a passage of each; of texts alone, those of either role."""
+    rows = [int(row) for row in np.linspace(0, len(groups) - 1, min(SAMPLE, len(groups)))]
+    if groups.alone:
+        drawn = [groups.draw(row, seed=0, epoch=0) for row in rows]
+        texts = [[one.passages[0] for one in drawn if one.role == role] for role in ("query", "passage")]
+        return texts[0], texts[1]
+    pools = [groups.pool(row) for row in rows]
     passages = [pool.passages[i % len(pool.passages)] for i, pool in enumerate(pools)]
     return [pool.query for pool in pools], passages
 

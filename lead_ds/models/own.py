@@ -49,6 +49,13 @@ class OwnText:
         """Its tokens of passages."""
         return self._tokenize(list(texts), "passages")
 
+    def alone(self, texts: Sequence[str], asking: Sequence[bool]) -> Tokens:
+        """Its tokens of texts alone, of one role. Raises InputError for a batch of both: who knows how to join them."""
+        if any(asking) and not all(asking):
+            what = "a batch has queries and passages, which a module of your own tokenises apart"
+            raise InputError("data.role", what, "set it, or give texts of one role")
+        return self._tokenize(list(texts), "queries" if asking[0] else "passages")
+
     def rows(self, texts: Sequence[str], kind: Side) -> tuple[list[_Text], None]:
         """Texts, to be put into batches by their number of words."""
         return [_Text(text, kind) for text in texts], None

@@ -379,6 +379,9 @@ class Recipe:
     def _training_files(self, config: Config, groups: str) -> tuple[Path, ...]:
         """What a training command reads of the data, beside the groups that a stage makes."""
         files = self._graph.files("corpus.jsonl", "queries.jsonl")
+        folder = Path(config.data.path) / config.data.train
+        if folder.is_dir():  # of texts alone
+            return (*files, *sorted(folder.iterdir()))
         return files if groups in self.stages else (*files, *self._graph.files(config.data.train))
 
 

@@ -17,7 +17,16 @@ class DataConfig(Section):
         "train.jsonl", description="training groups, or a qrels .tsv; relative to path"
     )
     format: Literal["auto", "canonical", "qrels", "texts", "tevatron", "flagembedding", "sentence-transformers"] = (
-        "auto"
+        Field(
+            "auto",
+            description="auto: by the file's first record. texts: groups that list their texts; or texts alone, in JSON lines, "
+            "plain lines or parquet, a file or a folder of them",
+        )
+    )
+    role: Literal["query", "passage"] | None = Field(
+        None,
+        description="of texts alone, how every one is read; null: as its field says (role, query, passage), else its file's "
+        "name (queries...)",
     )
     negatives: NonNegative = 7
     mask_duplicates: bool = Field(

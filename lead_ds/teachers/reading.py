@@ -27,6 +27,7 @@ from lead_ds.data.tokens.longest_first import Untokenised, longest_first, once
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
 from lead_ds.engine.distributed.ranks import ranks as joined_ranks
+from lead_ds.errors import InputError
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress
 from lead_ds.io.shards import turns
@@ -53,6 +54,8 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
         check_agreement(config, False, ranks)
         check_shared(out, ranks)
         groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(settings)))
+        if groups.alone:
+            raise InputError(groups.path, "holds texts alone, and no groups", "let the teacher read them in training")
         agreed(ranks, lambda: check_room(encoder, "teacher"))
         teacher = with_lengths(settings, lambda _: encoder)
         yield ranks, config.model_copy(update={"teacher": teacher}), groups, encoder  # type: ignore[attr-defined]

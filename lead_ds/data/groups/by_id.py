@@ -33,6 +33,8 @@ _SHAPE = (
 class IdGroups:
     """Groups of ids over a corpus and queries."""
 
+    alone = False
+
     def __init__(self, config: DataConfig, path: Path, form: str, dataset: Dataset, arrays: Arrays) -> None:
         self.path, self._form, self._config = path, form, config
         self.corpus, self.queries = dataset.corpus, dataset.queries

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Group:
     positive_keys: np.ndarray  # int64; every known positive of the query
     query_key: int = -1  # groups of ids: the query's row; -1: its tokens are kept nowhere
     scores: np.ndarray | None = None  # float32 [N] teacher scores, NaN where absent
+    role: Literal["query", "passage"] | None = None  # of a text alone: how its one "passage" is read
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Groups(Protocol):
     """Training groups, addressed by row. Picklable."""
 
     path: Path
+    alone: bool  # they are texts alone: of one passage and no query each
     has_scores: bool
     identical: int  # groups for which a passage is left out of the negatives, since it is the query itself
     sources: dict[str, Path]  # the files whose content decides the groups: train, and corpus and queries if any

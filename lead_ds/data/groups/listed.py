@@ -26,6 +26,7 @@ class ListedGroups(ABC):
     keep_identical: a passage that is the query itself, by its id or its text, may be its negative.
     """
 
+    alone = False
     sources: dict[str, Path]
     checksums: dict[str, str]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lead_ds.data.groups.alone import TextsAlone, holds_texts_alone
 from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.by_text import TextGroups
 from lead_ds.data.groups.formats import form_of
@@ -22,7 +23,14 @@ def open_groups(config: DataConfig) -> Groups:
     folder = Path(config.path)
     if not folder.is_dir():
         raise InputError(folder, "no such folder", "data.path is the folder of the training data")
-    path = require_file(folder / config.train, "data.train names the training groups, relative to data.path").absolute()
+    path = folder / config.train
+    if not (config.format == "texts" and path.is_dir()):
+        path = require_file(path, "data.train names the training groups, relative to data.path")
+    path = path.absolute()
+    if config.format == "texts" and holds_texts_alone(path):
+        return TextsAlone.open(config, path)
+    if config.role is not None:
+        raise InputError("data.role", f"is ignored: {path.name} holds groups, not texts alone", "take it out")
     form = config.format if config.format != "auto" else recognise(path)
     if form in ("canonical", "qrels"):
         return IdGroups.open(config, path, form)

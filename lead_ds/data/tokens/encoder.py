@@ -124,6 +124,20 @@ class TextEncoder:
         length = self.query_length if kind == "queries" else self.passage_length
         return self._encode([prompt + text for text in texts], None, length)
 
+    def alone(self, texts: Sequence[str], asking: Sequence[bool]) -> Tokens:
+        """Texts in one table: those that are asking as `queries`, the others as `passages` reads them. Not late interaction."""
+        rows: list[Any] = [()] * len(texts)
+        types: list[Any] = [()] * len(texts)
+        kinds: tuple[tuple[Literal["queries", "passages"], bool], ...] = (("queries", True), ("passages", False))
+        for kind, wanted in kinds:
+            places = [place for place, asks in enumerate(asking) if asks == wanted]
+            if places:
+                found, kinds_of = self.rows([texts[place] for place in places], kind)
+                for at, place in enumerate(places):
+                    rows[place] = found[at]
+                    types[place] = () if kinds_of is None else kinds_of[at]
+        return self.padded(rows, types if self.token_types else None)
+
     def spans(
         self, texts: Sequence[str], kind: Literal["queries", "passages"]
     ) -> tuple[list[list[tuple[int, int]]], int]:

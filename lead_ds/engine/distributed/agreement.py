@@ -82,7 +82,9 @@ def facts(config: Any) -> dict[str, str]:
         found |= {f"deepspeed.{key}": json.dumps(value) for key, value in flat(source, name)}
     found |= {f"version of {name}": version for name, version in versions().items()}
     folder, names = Path(config.data.path), ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz")
-    files = {"data.train": folder / config.data.train, **{name: folder / name for name in names}}
+    train = folder / config.data.train
+    files = {"data.train": train, **{name: folder / name for name in names}}
+    files |= {f"data.train: {file.name}": file for file in (sorted(train.iterdir()) if train.is_dir() else ())}
     if config.evaluation.run is not None:
         files["evaluation.run"] = Path(config.evaluation.run)
     for name, path in files.items():

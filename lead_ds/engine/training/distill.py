@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from lead_ds.config import Config, save_config
-from lead_ds.config.rules import fed
+from lead_ds.config import Config, rules, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.groups.open import open_groups
@@ -199,6 +198,8 @@ def open_inputs(
 ) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
     """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
     groups = given.groups or open_groups(config.data)
+    if groups.alone:
+        refuse_what_needs_groups(config)
     for teacher in config.taught.values() if config.losses.needs_teacher else ():
         groups = teacher_class(teacher.kind).drawn(groups)
     student_text = given.student_text(config.student)
@@ -209,6 +210,21 @@ def open_inputs(
             check_room(reads.encoder, key)
     batches.check(compared(config, ranks.world))
     return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
+
+
+def refuse_what_needs_groups(config: Config) -> None:
+    """Raise InputError for what texts alone cannot serve: there is no judgement, no negative, no text to compare with."""
+    for name in config.losses.needing("labels", "final", "layers", "attention"):
+        what = "compares a query with its passages, and texts alone have none"
+        raise InputError(f"losses.{name}.weight", what, "set it to 0, or bring training groups")
+    for key, model in (("student", config.student), *config.taught.items()):
+        if not rules.gives_vectors(model.kind):
+            what = f"a {model.kind} gives no vector of a text alone"
+            raise InputError(f"{key}.kind", what, "name a dual_encoder, or bring training groups")
+    if config.data.negatives:
+        raise InputError("data.negatives", "is ignored: texts alone have no negatives", "set it to 0")
+    if config.data.keep_identical:
+        raise InputError("data.keep_identical", "is ignored: texts alone have no negatives", "take it out")
 
 
 def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ranks, given: Given = NOTHING) -> Batches:
@@ -339,7 +355,7 @@ def describe(config: Config, ranks: Ranks, student: Any, teachers: Mapping[str, 
     lines = [f"{role} {config.student.path}: {depth}; {run}"]
     several = config.teacher is None
     for key, teacher in teachers.items():
-        feeds = f"; feeds {', '.join(sorted(fed(config, config.taught[key])))}" if several else ""
+        feeds = f"; feeds {', '.join(sorted(rules.fed(config, config.taught[key])))}" if several else ""
         lines.append(teacher.describe() + feeds)
     return "\n".join(lines)
 

@@ -182,24 +182,26 @@ print(model.similarity(queries, passages))""",
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Output with VectorFeatures of a batch's queries and passages. With `tokens`, their final vectors [B, D]; with
-        `layers` those of the layers and then the final ones [K + 1, B, D]."""
+        """Output with VectorFeatures of a batch's queries, none of texts alone, and passages. With `tokens`, their final
+        vectors [B, D]; with `layers` those of the layers and then the final ones [K + 1, B, D]."""
         if tokens is not None:
             vectors_KBD = self._vectors(tokens, layers)
             return vectors_KBD if layers else vectors_KBD[-1]
         assert batch is not None
-        assert batch.queries is not None
         assert batch.passages is not None
         taps_queries = taps_passages = None
         if batch.passes is not None:
             vectors = self.in_passes(batch.passes, lambda tokens: self._vectors(tokens, layers))
-            count = len(batch.queries["input_ids"])
+            count = 0 if batch.queries is None else len(batch.queries["input_ids"])
             queries, passages = vectors[:, :count], vectors[:, count:]
         else:
-            with self.tapping(tap_layers) as taps_queries:
-                queries = self._vectors(batch.queries, layers)
+            if batch.queries is not None:
+                with self.tapping(tap_layers) as taps_queries:
+                    queries = self._vectors(batch.queries, layers)
             with self.tapping(tap_layers) as taps_passages:
                 passages = self._vectors(batch.passages, layers)
+            if batch.queries is None:
+                queries = passages[:, :0]
         scale = self.config.scale
         return Output(
             final=VectorFeatures(queries[-1:], passages[-1:], self.final_scale),
