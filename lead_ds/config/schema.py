@@ -66,6 +66,11 @@ class Config(Section):
             load_plugins(name for name in names if isinstance(name, str))
         return tree
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data(cls, value: Any) -> Any:
+        return {"sets": value} if isinstance(value, list) else value
+
     @field_validator("profile", mode="before")
     @classmethod
     def _profile(cls, value: Any) -> Any:

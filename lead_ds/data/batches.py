@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.group import Group, Groups
+from lead_ds.data.groups.mixture import Drawn, MixedGroups
+from lead_ds.data.groups.shuffle import shuffled
 from lead_ds.data.reads import ModelBatch, Reads, in_parts, refuse_voided
 from lead_ds.data.tokens.alignment import UNGROUPED, token_groups
 from lead_ds.data.tokens.cache import TokenCache
@@ -72,9 +74,9 @@ class Window:
 class Batches:
     """The windows of a run. Stateless: window s depends on the seed and s, not on what was read before.
 
-    Each epoch is a permutation of the groups; step s takes its next W*A*B (an incomplete rest is dropped). Within a step,
-    micro-batch a of rank r holds groups a*W*B + r*B and the next B-1. So one process with batch W*B sees the
-    micro-batches that W processes with batch B see.
+    Each epoch is a permutation of the groups; step s takes its next W*A*B (an incomplete rest is dropped). Of a mixture,
+    each set has epochs of its own: see `lead_ds.data.groups.mixture`. Within a step, micro-batch a of rank r holds groups
+    a*W*B + r*B and the next B-1. So one process with batch W*B sees the micro-batches that W processes with batch B see.
     """
 
     def __init__(
@@ -147,16 +149,28 @@ class Batches:
 
     def rows(self, step: int) -> np.ndarray:
         """The groups of this rank's window of a step, micro-batch after micro-batch. int64 [A*B]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        return np.array([row for row, _ in self._drawn(step)], np.int64)
+
+    def _drawn(self, step: int) -> list[Drawn]:
+        """`rows`, each with its epoch: of a mixture, that of its set."""
         taken = self.world * self.accumulation * self.batch_size
-        everyone = _permutation(self.seed, epoch, len(self.groups))[position * taken : (position + 1) * taken]
-        return everyone.reshape(self.accumulation, self.world, self.batch_size)[:, self.rank].reshape(-1)
+        mixed = isinstance(self.groups, MixedGroups)
+        epoch, position = (0, step) if mixed else divmod(step, self.steps_per_epoch)
+        everyone = np.arange(position * taken, (position + 1) * taken)
+        slots = everyone.reshape(self.accumulation, self.world, self.batch_size)[:, self.rank].reshape(-1).tolist()
+        if isinstance(self.groups, MixedGroups):
+            return self.groups.drawn(slots, self.seed, self.world * self.batch_size)
+        if self.groups.alone:  # they may be too many for a permutation in memory
+            return [Drawn(shuffled(slot, len(self.groups), self.seed, epoch), epoch) for slot in slots]
+        order = _permutation(self.seed, epoch, len(self.groups))
+        return [Drawn(int(order[slot]), epoch) for slot in slots]
 
     def window(self, step: int) -> Window:
         """Draw and tokenise one window."""
         epoch = step // self.steps_per_epoch
-        rows = self.rows(step)
-        groups = [self._draw(int(row), self.seed, epoch) for row in rows]
+        drawn = self._drawn(step)
+        rows = np.array([row for row, _ in drawn], np.int64)
+        groups = [self._draw(row, self.seed, at) for row, at in drawn]
         width = max(len(group.positive_keys) for group in groups)
         positive_keys = np.full((len(groups), width), -1, np.int64)
         for row, group in enumerate(groups):

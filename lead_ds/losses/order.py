@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lead_ds.losses.loss import Loss, LossSettings, register
 from lead_ds.losses.similarity import Pairs
-from lead_ds.losses.vectors import Vectors, cosines, final_vectors
+from lead_ds.losses.vectors import Vectors, cosines, final_vectors, matrices
 from lead_ds.losses.views import Views
 
 _AT_ONCE = 1 << 24  # triplets held at once
@@ -88,7 +88,7 @@ class Order(Loss):
         student = self._matrices(final_vectors(views.student, "student", self.name))
         teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
         margin = self.settings.margin
-        return torch.stack([triplet_order(s, t, margin) for s, t in zip(student, teacher, strict=True)]).mean()
+        return torch.stack([triplet_order(s, t, margin) for s, t in matrices(student, teacher, self.name)]).mean()
 
     def _matrices(self, vectors: Vectors) -> list[Tensor]:
         q, p = vectors

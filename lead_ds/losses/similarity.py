@@ -8,9 +8,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from lead_ds.errors import InputError
 from lead_ds.losses.loss import Loss, LossSettings, register
-from lead_ds.losses.vectors import Vectors, cosines, final_vectors
+from lead_ds.losses.vectors import Vectors, cosines, final_vectors, matrices
 from lead_ds.losses.views import Views
 
 Pairs = Literal["query_query", "passage_passage", "query_passage"]
@@ -64,11 +63,7 @@ class Similarity(Loss):
         """A scalar."""
         student = self._matrices(final_vectors(views.student, "student", self.name))
         teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
-        some = [similarity_mse(s, t) for s, t in zip(student, teacher, strict=True) if s.numel()]
-        if not some:
-            what = "compares queries, and texts alone stand among passages"
-            raise InputError("losses.similarity.of", what, "add passage_passage")
-        return torch.stack(some).mean()
+        return torch.stack([similarity_mse(s, t) for s, t in matrices(student, teacher, self.name)]).mean()
 
     def _matrices(self, vectors: Vectors) -> list[Tensor]:
         q, p = vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -85,6 +86,18 @@ class Moments:
         width = len(self.ss)
         damped_SS = self.ss + strength * self.ss.trace() / width * torch.eye(width, dtype=self.ss.dtype)
         return torch.linalg.solve(damped_SS, self.ts.T).T.float()
+
+
+def matrices(student: Sequence[Tensor], teacher: Sequence[Tensor], loss: str) -> list[tuple[Tensor, Tensor]]:
+    """Both models' similarity matrices, those without texts left out: texts alone are passages, and there are no queries.
+
+    Raises InputError where none is left.
+    """
+    some = [(s, t) for s, t in zip(student, teacher, strict=True) if s.numel()]
+    if not some:
+        what = "is of queries, and texts alone stand among the passages"
+        raise InputError(f"losses.{loss}.of", what, "add passage_passage")
+    return some
 
 
 def precise(x: Tensor) -> Tensor:

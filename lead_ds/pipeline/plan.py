@@ -378,11 +378,15 @@ class Recipe:
 
     def _training_files(self, config: Config, groups: str) -> tuple[Path, ...]:
         """What a training command reads of the data, beside the groups that a stage makes."""
-        files = self._graph.files("corpus.jsonl", "queries.jsonl")
-        folder = Path(config.data.path) / config.data.train
-        if folder.is_dir():  # of texts alone
-            return (*files, *sorted(folder.iterdir()))
-        return files if groups in self.stages else (*files, *self._graph.files(config.data.train))
+        files: list[Path] = []
+        for part in config.data.parts.values():
+            folder = Path(part.path)
+            files += self._graph.files("corpus.jsonl", "queries.jsonl", data=folder)
+            if (folder / part.train).is_dir():  # of texts alone
+                files += sorted((folder / part.train).iterdir())
+            elif groups not in self.stages:
+                files += self._graph.files(part.train, data=folder)
+        return tuple(files)
 
 
 def _trainable(kind: str) -> bool:

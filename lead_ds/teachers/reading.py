@@ -56,6 +56,8 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
         groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(settings)))
         if groups.alone:
             raise InputError(groups.path, "holds texts alone, and no groups", "let the teacher read them in training")
+        if config.data.sets:
+            raise InputError("data.sets", "are several, and one is read here", "name the path of one of them")
         agreed(ranks, lambda: check_room(encoder, "teacher"))
         teacher = with_lengths(settings, lambda _: encoder)
         yield ranks, config.model_copy(update={"teacher": teacher}), groups, encoder  # type: ignore[attr-defined]

@@ -143,7 +143,7 @@ def test_the_teacher_reads_whole_groups_in_chunks(config: Callable[..., Config],
 def test_each_kind_of_teacher_reads_its_own_tokens(
     config: Callable[..., Config], tokenizer: Callable[..., str], kind: str
 ) -> None:
-    teacher = {"kind": kind, "path": tokenizer("bpe")} | ({"max_length": 200} if kind == "llm_reranker" else {})
+    teacher = {"kind": kind, "path": tokenizer("bpe")} | ({"max_length": 200, "template": "plain"} if kind == "llm_reranker" else {})
     read = batches(config(teacher=teacher))
     [chunk] = read.window(0).teachers[0]
     assert (chunk.pairs is None) == (kind != "llm_reranker")
@@ -177,7 +177,7 @@ class Breaking:
 
     def __init__(self, groups: Any, action: str) -> None:
         self.groups, self.action = groups, action
-        self.path, self.has_scores, self.identical = groups.path, True, 0
+        self.path, self.has_scores, self.identical, self.alone = groups.path, True, 0, False
         self.drawn = 0
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ def test_what_needs_groups_is_refused(rooms: Path, tmp_path: Path, override: str
 
 
 def test_losses_of_vectors_train(rooms: Path, tmp_path: Path) -> None:
-    losses = {**LOSSES, "similarity": {"weight": 1.0}, "spread": {"weight": 1.0}}
+    losses = {**LOSSES, "similarity": {"weight": 1.0}, "order": {"weight": 1.0}, "spread": {"weight": 1.0}}
     path = write(rooms, tmp_path, "run", losses=losses, train={"steps": 1})
     distill(load_config(path), quiet=True)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])

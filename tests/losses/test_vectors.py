@@ -206,7 +206,7 @@ def test_models_without_vectors_of_texts(name: str) -> None:
 def test_negatives_that_are_not_there() -> None:
     sides = [Side(VectorFeatures(*(x[:, :Q] for x in (f.q_KQD, f.p_KPD)))) for f in (vectors(5, 1), vectors(7, 2))]
     alone = Views(*sides, Scope(1))
-    with pytest.raises(InputError, match=r"losses\.embedding\.of: names negatives alone"):
+    with pytest.raises(InputError, match=r"losses\.embedding\.of: names kinds of text"):
         made("embedding", of=["negatives"])(alone)
     both = made("embedding")
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.by_text import TextGroups
 from lead_ds.data.groups.formats import form_of
 from lead_ds.data.groups.group import Groups
+from lead_ds.data.groups.mixture import MixedGroups
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import read_jsonl, require_file
 from lead_ds.settings.data import DataConfig
@@ -20,6 +21,14 @@ def open_groups(config: DataConfig) -> Groups:
 
     Raises InputError naming file and line for a group that cannot be used, and for too few passages to draw negatives from.
     """
+    if not config.sets:
+        return open_set(config)
+    groups = [open_set(part) for part in config.parts.values()]
+    return MixedGroups(config.sets, groups, alpha=config.alpha, apart=config.batches == "apart")
+
+
+def open_set(config: DataConfig) -> Groups:
+    """The groups, or texts alone, of one folder. Raises as `open_groups`."""
     folder = Path(config.path)
     if not folder.is_dir():
         raise InputError(folder, "no such folder", "data.path is the folder of the training data")

@@ -81,10 +81,12 @@ def facts(config: Any) -> dict[str, str]:
         source = read_deepspeed_config(getattr(config.deepspeed, name))
         found |= {f"deepspeed.{key}": json.dumps(value) for key, value in flat(source, name)}
     found |= {f"version of {name}": version for name, version in versions().items()}
-    folder, names = Path(config.data.path), ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz")
-    train = folder / config.data.train
-    files = {"data.train": train, **{name: folder / name for name in names}}
-    files |= {f"data.train: {file.name}": file for file in (sorted(train.iterdir()) if train.is_dir() else ())}
+    names, files = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"), dict[str, Path]()
+    for label, part in config.data.parts.items():
+        at, folder = f"{label}: " if config.data.sets else "", Path(part.path)
+        train = folder / part.train
+        files |= {f"{at}data.train": train, **{at + name: folder / name for name in names}}
+        files |= {f"{at}data.train: {file.name}": file for file in (sorted(train.iterdir()) if train.is_dir() else ())}
     if config.evaluation.run is not None:
         files["evaluation.run"] = Path(config.evaluation.run)
     for name, path in files.items():

@@ -28,7 +28,7 @@ from lead_ds.engine.records.parts import Parts
 from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.card import model_card
-from lead_ds.engine.training.evaluation import Evaluator
+from lead_ds.engine.training.evaluation import Evaluator, Evaluators, open_evaluator
 from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Bookkeeping, Training
@@ -142,7 +142,9 @@ def train(
         )
         recorder.say(describe(config, ranks, student, teachers, len(groups)))
         if ranks.main:
-            scorers = [cotrained] if cotrained is not None else [getattr(one, "scorer", None) for one in teachers.values()]
+            scorers = (
+                [cotrained] if cotrained is not None else [getattr(one, "scorer", None) for one in teachers.values()]
+            )
             for line in readings(groups, batches, student, scorers):
                 recorder.say(line)
         for key, layers in zip(teachers, state["informative"], strict=False):
@@ -195,7 +197,7 @@ def settled(config: Config, given: Given = NOTHING) -> Config:
 
 def open_inputs(
     config: Config, ranks: Ranks, given: Given = NOTHING
-) -> tuple[Groups, TextEncoder, Batches, Evaluator | None]:
+) -> tuple[Groups, TextEncoder, Batches, Evaluator | Evaluators | None]:
     """The training groups, the student's tokenisation, the batches and the evaluation of a run."""
     groups = given.groups or open_groups(config.data)
     if groups.alone:
@@ -209,7 +211,7 @@ def open_inputs(
         if reads.encoder is not None:
             check_room(reads.encoder, key)
     batches.check(compared(config, ranks.world))
-    return groups, student_text, batches, Evaluator.open(config, student_text, ranks)
+    return groups, student_text, batches, open_evaluator(config, student_text, ranks)
 
 
 def refuse_what_needs_groups(config: Config) -> None:
@@ -342,7 +344,10 @@ def readings(groups: Groups, batches: Batches, student: Any, teachers: Sequence[
     """How student and teachers read texts, a line each, with what is cut of a sample of the training groups'."""
     texts = sample(groups)
     taught = zip(batches.teachers.items(), teachers, strict=True)
-    for role, scorer, reads in (("student", student, batches.student), *((key, one, reads) for (key, reads), one in taught)):
+    for role, scorer, reads in (
+        ("student", student, batches.student),
+        *((key, one, reads) for (key, reads), one in taught),
+    ):
         if scorer is not None and reads.encoder is not None:
             yield f"{role} {reading_line(scorer, reads.encoder, *texts)}"
 

@@ -3,8 +3,9 @@ model that gives no vector per text reranks what BM25 or a TREC run found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lead_ds.config import Config
@@ -114,3 +115,44 @@ class Evaluator:
         queries = draw_queries(self.dataset.qrels(self.settings.split), self.settings.queries, self.seed)
         options: dict[str, Any] = {"quiet": True, "keep_identical": self.keep_identical}
         return find_candidates(self.dataset, queries, self.settings.depth, self.settings.run, self.folder, **options)
+
+
+class Evaluators:
+    """Evaluates the student on each set of a mixture; the measures are their means, and those of each by its name."""
+
+    def __init__(self, each: Mapping[str, Evaluator]) -> None:
+        self.each = each
+
+    def __call__(self, scorer: Kind) -> dict[str, float]:
+        """Means over the sets, then `SET/MEASURE` of each, equal on every rank."""
+        return together({name: evaluator(scorer) for name, evaluator in self.each.items()})
+
+    @property
+    def by_width(self) -> dict[int, dict[str, float]]:
+        """See `Evaluator`."""
+        dims = next(iter(self.each.values())).by_width
+        return {dim: together({name: one.by_width[dim] for name, one in self.each.items()}) for dim in dims}
+
+
+def together(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each measure over sets, and that of each set.
+
+    >>> together({"a": {"RR@10": 0.5}, "b": {"RR@10": 0.75}})
+    {'RR@10': 0.625, 'a/RR@10': 0.5, 'b/RR@10': 0.75}
+    """
+    measures = next(iter(found.values()))
+    means = {measure: fmean(values[measure] for values in found.values()) for measure in measures}
+    return means | {f"{name}/{measure}": value for name, values in found.items() for measure, value in values.items()}
+
+
+def open_evaluator(config: Config, encoder: TextEncoder, ranks: Ranks) -> Evaluator | Evaluators | None:
+    """The evaluation of a run: of its data, or of each set of a mixture that has the split. Raises as `Evaluator.open`."""
+    if not config.data.sets or config.evaluation.path is not None:
+        return Evaluator.open(config, encoder, ranks)
+    output = Path(config.output)
+    opened = {
+        name: Evaluator.open(config.model_copy(update={"data": part, "output": str(output / name)}), encoder, ranks)
+        for name, part in config.data.parts.items()
+    }
+    each = {name: evaluator for name, evaluator in opened.items() if evaluator is not None}
+    return Evaluators(each) if each else None

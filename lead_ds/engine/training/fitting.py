@@ -47,9 +47,7 @@ def read_by(term: Term, taught: Sequence[Teacher | Scorer], ranks: Ranks) -> Rea
     return lambda window: concatenated([of(place, window) for place in term.teachers], term.shares)
 
 
-def keep_map(
-    config: Config, student: Kind, taught: Sequence[Teacher | Scorer], batches: Batches, ranks: Ranks
-) -> None:
+def keep_map(config: Config, student: Kind, taught: Sequence[Teacher | Scorer], batches: Batches, ranks: Ranks) -> None:
     """Give the student the linear map into the teacher's space as its last layer, where a loss keeps one. Every rank calls this.
 
     Raises InputError where there are no vectors to map, and for several teachers whose vectors are not concatenated.
@@ -64,7 +62,10 @@ def keep_map(
     terms = terms_of(config.losses, facts, config.mix.relevance, config.mix.vectors)
     term, *others = (term for term in terms if term.loss == "embedding")
     if others:
-        what, remedy = "keeps one map, and several teachers feed the loss", "set mix.vectors: concatenate, or keep: false"
+        what, remedy = (
+            "keeps one map, and several teachers feed the loss",
+            "set mix.vectors: concatenate, or keep: false",
+        )
         raise InputError("losses.embedding.keep", what, remedy)
     reads = read_by(term, taught, ranks)
     window = batches.window(0)

@@ -17,7 +17,7 @@ from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.engine.records.parts import Part, Parts
 from lead_ds.engine.records.recorder import Recorder, StepSums
 from lead_ds.engine.training.ahead import AheadTeachers, answers, with_next
-from lead_ds.engine.training.evaluation import Evaluator
+from lead_ds.engine.training.evaluation import Evaluator, Evaluators
 from lead_ds.engine.training.objective import Selected
 from lead_ds.engine.training.resume import lens_checksums
 from lead_ds.engine.training.schedule import learning_rate
@@ -48,7 +48,7 @@ class Training:
         engine: Any,
         teachers: Mapping[str, Teacher],
         batches: Batches,
-        evaluator: Evaluator | None,
+        evaluator: Evaluator | Evaluators | None,
         books: Bookkeeping,
         state: dict[str, Any],
     ) -> None:
