@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,8 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     groups = parameter_groups(trainee, config)
     # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's is as good there.
     optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=ranks.device.type == "cuda")
+    if (tree.get("optimizer") or {}).get("type", "").lower() != "muon":
+        _import_muon()
     try:
         engine = deepspeed.initialize(
             model=trainee,
@@ -87,6 +91,21 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
         raise InputError("deepspeed.student", what, "see ds_configs/README.md for what goes there") from error
     engine.train()
     return engine
+
+
+def _import_muon() -> None:
+    """What DeepSpeed imports to see that an optimizer is none of its Muons, without the compiler that Muon would use: it
+    takes longer to import than the rest of DeepSpeed."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    except ImportError:  # another version of DeepSpeed
+        pass
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def parameter_groups(trainee: Trainee, config: Config) -> list[dict[str, Any]]:
