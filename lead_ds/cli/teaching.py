@@ -75,12 +75,24 @@ def teach(
     lead-ds distill run.yaml teacher.kind=cached teacher.path=vectors losses.layer.select=last losses.layer.k=3
 
     Of several teachers, each has a cache of its own: --teacher 0, and teachers.0.kind=cached teachers.0.path=cache.
+
+    Of a served teacher, every answer that training may need is asked for and kept; `distill` then asks nothing.
     """
     from lead_ds.config import load_config
     from lead_ds.report.lens import layer_table
     from lead_ds.teachers.teach import teach as run
 
     settings, key = one_of(load_config(config, overrides or []), teacher)
+    if settings.teacher is not None and settings.teacher.kind == "served":
+        from lead_ds.teachers.served_ahead import ask_ahead
+
+        if any(given is not None for given in (out, vectors, shard_groups, shard_texts)):
+            raise typer.BadParameter(
+                "a served teacher's answers go to teacher.answers as they are: --epochs alone is read"
+            )
+        count, place = ask_ahead(settings, epochs, quiet)
+        say(f"{count} answers are kept in {place}: distil with the same configuration")
+        return
     if (shard_groups if vectors is not None else shard_texts) is not None:
         raise typer.BadParameter("--shard-texts goes with --vectors, --shard-groups without")
     name = "teacher_cache" if vectors is None else "teacher_vectors"

@@ -121,6 +121,8 @@ def teachable(config: Run, vectors: bool = False) -> TeacherRole:
         raise InputError("teacher", "is missing", "name the model to learn from")
     if teacher.kind == "cached":
         raise InputError("teacher.kind", "is cached already", "name the teacher itself, with its kind")
+    if teacher.kind not in KINDS:
+        raise InputError("teacher.kind", f"{teacher.kind} is no model to run here", "name the model with its kind")
     if teacher.train:
         raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
     if vectors and not KINDS[teacher.kind].gives_vectors:

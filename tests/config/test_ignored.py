@@ -19,6 +19,8 @@ from lead_ds.settings.typed import is_section, kinds_of
 from lead_ds.teachers.open import TEACHERS
 
 ROLES = {"teacher": TeacherConfig, "student": StudentConfig}
+REQUIRED = {"path": "x", "url": "http://host/rerank", "api": "tei"}
+VALUES = {"template": "{query} {passage}", "path": "z", "offload": "cpu", "url": "http://other/rerank"}
 
 
 def pairs() -> Iterator[tuple[str, str, str]]:
@@ -39,13 +41,15 @@ def other_value(field: Any) -> Any:
             return next(value for value in get_args(kind) if value != field.default)
         if get_origin(kind) is list:
             return [0, 1]
+        if get_origin(kind) is dict:
+            return {"other": 1}
     raise AssertionError(field)
 
 
 def run_with(role: str, kind: str, **settings: Any) -> dict[str, Any]:
     """A tree whose other role is of a kind that goes with any."""
-    path = {"path": "x"} if "path" in ROLES[role].of(kind).model_fields else {}
-    section = {"kind": kind, **path, **settings}
+    needed = {name: x for name, x in REQUIRED.items() if name in ROLES[role].of(kind).model_fields}
+    section = {"kind": kind, **needed, **settings}
     other = {"kind": "dual_encoder", "path": "y"}
     tree = {"data": {"path": "d"}, "teacher": other, "student": other, role: section}
     given = kind not in TEACHERS or "layers" in TEACHERS[kind].gives
@@ -67,7 +71,7 @@ def test_a_setting_is_read_or_refused(role: str, kind: str, name: str) -> None:
     field = ROLES[role].known_fields()[name]
     if name == "kind":
         return
-    value = {"template": "{query} {passage}", "path": "z", "offload": "cpu"}.get(name) or other_value(field)
+    value = VALUES.get(name) or other_value(field)
     tree = run_with(role, kind, **{name: value})
     config, refused = parsed(tree)
     if not own:
@@ -82,7 +86,7 @@ def test_a_setting_is_read_or_refused(role: str, kind: str, name: str) -> None:
         assert getattr(getattr(config, role), name) == value
 
 
-@pytest.mark.parametrize(("role", "kind", "name"), [pair for pair in pairs() if pair[2] not in ("path", "kind")])
+@pytest.mark.parametrize(("role", "kind", "name"), [pair for pair in pairs() if pair[2] not in ("kind", *REQUIRED)])
 def test_at_its_default_it_says_nothing(role: str, kind: str, name: str) -> None:
     """As earlier versions wrote a run's settings: those of all kinds."""
     default = ROLES[role].known_fields()[name].default

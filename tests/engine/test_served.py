@@ -1,0 +1,193 @@
+"""A served teacher: the model's own numbers through every interface, from a server that misbehaves, asked once for each text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from lead_ds.config import TeacherConfig, load_config
+from lead_ds.data.groups.open import open_groups
+from lead_ds.engine.training.distill import distill
+from lead_ds.errors import InputError, RunError
+from lead_ds.models.load import load_teacher, load_text
+from lead_ds.teachers.served import ServedLookup, ServedSettings
+from lead_ds.teachers.served_ahead import ask_ahead
+from tests.helpers.launch import launch
+from tests.helpers.rooms import settings
+from tests.helpers.server import ModelServer, serving
+
+SECRET = "sk-never-to-be-seen"
+TEXTS = [(f"text {i}",) for i in range(10)]
+
+
+def plain(texts: list[str]) -> list[list[float]]:
+    """Vectors that are known without a model."""
+    return [[float(len(text)), float(sum(map(ord, text)) % 97), 1.0, 0.5] for text in texts]
+
+
+@pytest.fixture
+def server() -> Iterator[ModelServer]:
+    with serving(plain) as one:
+        yield one
+
+
+def served(server: ModelServer, folder: Path, **more: Any) -> ServedLookup:
+    """A lookup, ready to ask."""
+    given = {"url": server.url(), "api": "embeddings", "model": "tiny", "pause": 0.01, "tries": 3, "request_size": 4}
+    lookup = ServedLookup(ServedSettings(kind="served", answers=str(folder), **(given | more)))
+    lookup.answers.begin()
+    return lookup
+
+
+def test_what_went_wrong_is_asked_again(server: ModelServer, tmp_path: Path) -> None:
+    for fault in ("500", "503", "429", "cut", "garbage", "count", "twice", "nan", "width", "slow"):
+        lookup = served(server, tmp_path / fault, timeout=0.5, request_size=10)
+        server.faults, before = [fault, fault], len(server.asked)
+        begun = time.monotonic()
+        found = lookup.asked(TEXTS)
+        assert len(server.asked) == before + 3, fault
+        assert fault != "429" or time.monotonic() - begun > 0.8, "Retry-After is honoured"
+        assert [found[text].tolist() for text in TEXTS] == plain([text for (text,) in TEXTS]), fault
+
+
+def test_every_answer_is_kept_and_nothing_is_asked_twice(server: ModelServer, tmp_path: Path) -> None:
+    lookup = served(server, tmp_path / "answers", concurrent=1, request_size=2)
+    server.always, server.good = "500", 3
+    with pytest.raises(RunError, match="no good answer in 3 tries: status 500"):
+        lookup.asked(TEXTS)
+    assert len(lookup.answers) == 6
+    server.always = ""
+    server.asked.clear()
+    server.faults = ["slow"] * 4
+    again = served(server, tmp_path / "answers", request_size=1)  # as a run that was killed and started again
+    again.asked([*TEXTS, TEXTS[0]])
+    assert sorted(server.texts) == [text for (text,) in TEXTS[6:]]
+    assert server.busiest > 1
+    again.asked(TEXTS)
+    assert len(server.asked) == 4
+    server.faults = ["wider"]
+    with pytest.raises(RunError, match="gives vectors 5 wide, and gave 4 before"):
+        again.asked([("new",)])
+    with pytest.raises(InputError, match="holds answers of another model"):
+        served(server, tmp_path / "answers", model="other")
+
+
+@pytest.mark.parametrize("api", ["tei", "cohere", "jina", "vllm"])
+def test_scores_through_every_interface(server: ModelServer, tmp_path: Path, api: str) -> None:
+    lookup = served(server, tmp_path, url=server.url(f"/{api}"), api=api, model=None if api == "tei" else "tiny")
+    pairs = [(query, passage) for query in ("one", "another") for passage in ("a", "bcd", "ef")]
+    found = lookup.asked(pairs)
+    for query, passage in pairs:
+        one, other = plain([query, passage])
+        np.testing.assert_allclose(found[query, passage], [np.dot(one, other)], rtol=1e-6)
+    assert len(server.asked) == 2, "the passages of a query together"
+
+
+def test_a_key_is_nowhere_but_in_the_request(
+    server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lookup = served(server, tmp_path / "answers", key_variable="LEAD_TEST_KEY")
+    with pytest.raises(InputError, match="LEAD_TEST_KEY is not set"):
+        lookup.asked(TEXTS)
+    monkeypatch.setenv("LEAD_TEST_KEY", SECRET)
+    seen = []
+    for status, what in (("401", "check the key"), ("404", "the whole address"), ("413", "request_size")):
+        server.faults = [status] * 9
+        with pytest.raises(InputError, match=what) as caught:
+            lookup.asked(TEXTS)
+        assert f"status {status} for Bearer ***" in caught.value.what
+        seen.append(str(caught.value))
+    server.faults = []
+    lookup.asked(TEXTS)
+    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {SECRET}"}
+    seen += [*capfd.readouterr(), lookup.settings.model_dump_json(), str(lookup.answers.facts), repr(lookup)]
+    assert not any(SECRET in text for text in seen)
+    assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"url": "localhost:80"}, "is not an address"),
+        ({"url": "http://me:secret@host/v1"}, "holds a key"),
+        ({"url": "http://host/v1?api_key=x"}, "holds a key"),
+        ({"extra": {"api_key": "x"}}, "looks like a key"),
+        ({"model": None}, "model is missing"),
+        ({"api": "tei"}, "model is ignored by tei"),
+        ({"api": "jina", "scale": "cosine"}, "is of vectors"),
+    ],
+)
+def test_settings_that_cannot_work(change: dict[str, Any], what: str) -> None:
+    given = {"kind": "served", "url": "http://host/v1", "api": "embeddings", "model": "m"}
+    with pytest.raises(ValidationError, match=what):
+        ServedSettings(**(given | change))
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    with serving(plain) as server:
+        gone = served(server, tmp_path, tries=2)
+    with pytest.raises(RunError, match="no good answer in 2 tries: ConnectError"):
+        gone.asked(TEXTS)
+
+
+def test_a_run_gives_the_losses_of_the_model_that_is_served(rooms: Path, tmp_path: Path) -> None:
+    """Of its vectors, compared over the batch; from the kept answers where it is repeated."""
+    losses = {"layer": {"weight": 0.0}, "response": {"weight": 1.0}, "embedding": {"weight": 0.0}}
+    own = settings(rooms, tmp_path / "own", losses=losses)
+    config = TeacherConfig(**own["teacher"])
+    scorer, text = load_teacher(config, torch.float32), load_text(config)
+
+    def vectors(texts: list[str]) -> list[list[float]]:
+        rows = []
+        for one in texts:
+            side = text.queries if one.startswith("Q: ") else text.passages
+            with torch.no_grad():
+                rows += scorer.embed(side([one.removeprefix("Q: ")])).tolist()
+        return rows
+
+    with serving(vectors) as server:
+        teacher = {"kind": "served", "api": "embeddings", "url": server.url(), "model": "llama", "query_prompt": "Q: "}
+        teacher |= {"scale": "cosine", "answers": str(tmp_path / "answers"), "pause": 0.01, "tries": 3}
+        trees = [own, *({**own, "teacher": teacher, "output": str(tmp_path / name)} for name in ("served", "again"))]
+        server.faults = ["500", "cut"]
+        paths = [write(tmp_path / f"{i}.yaml", tree) for i, tree in enumerate(trees)]
+        [[first, second, third]] = launch("tests.engine.jobs:distil_each", 1, configs=paths)
+        spoiled = sum(len(body["input"]) for body in server.asked[:2])
+        assert len(server.texts) == len(set(server.texts)) + spoiled, "nothing is asked twice, by another run neither"
+    np.testing.assert_allclose(second, first, rtol=1e-5)
+    assert third == second
+
+
+def test_teach_asks_for_everything_before(rooms: Path, tmp_path: Path, server: ModelServer) -> None:
+    teacher = {"kind": "served", "api": "tei", "url": server.url("/tei"), "answers": str(tmp_path / "answers")}
+    tree = {**settings(rooms, tmp_path / "run", losses={"layer": {"weight": 0.0}}), "teacher": teacher}
+    config = load_config(write(tmp_path / "run.yaml", tree))
+    groups = open_groups(config.data)
+    count, folder = ask_ahead(config, quiet=True)
+    assert (count, folder) == (sum(len(groups.pool(row).keys) for row in range(len(groups))), tmp_path / "answers")
+    server.always, server.good = "500", 0
+    lookup = ServedLookup(config.teacher)
+    drawn = [groups.draw(row, 7, 3) for row in range(len(groups))]
+    assert lookup.read(np.arange(len(groups)), drawn)["scores"].shape == (len(groups), 3)
+
+
+def test_a_served_reranker_has_no_vectors(rooms: Path, tmp_path: Path, server: ModelServer) -> None:
+    teacher = {"kind": "served", "api": "tei", "url": server.url("/tei"), "answers": str(tmp_path / "answers")}
+    losses = {"layer": {"weight": 0.0}, "embedding": {"weight": 1.0}}
+    tree = {**settings(rooms, tmp_path / "run", losses=losses), "teacher": teacher}
+    with pytest.raises(InputError, match="tei serves scores, and a loss reads vectors"):
+        distill(load_config(write(tmp_path / "run.yaml", tree)), quiet=True)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def write(path: Path, tree: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
