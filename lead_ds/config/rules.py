@@ -230,7 +230,7 @@ def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
 
 def lora_is_of_the_student(config: Run) -> Iterator[Broken]:
     """A teacher that learns along is trained whole."""
-    if config.train.lora is not None and getattr(config.teacher, "train", False):
+    if config.train.lora is not None and config.cotrained is not None:
         what = "is of the student alone, and the teacher that learns along would be trained whole"
         yield Broken("train.lora", what, "set it to null, or teacher.train: false")
 
