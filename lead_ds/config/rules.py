@@ -237,7 +237,12 @@ def lora_is_of_the_student(config: Run) -> Iterator[Broken]:
 
 def widths_are_of_vectors(config: Run) -> Iterator[Broken]:
     """Only a vector has first dimensions."""
-    if config.student.dims is not None and not gives_vectors(config.student.kind):
+    if gives_vectors(config.student.kind):
+        return
+    if config.student.quantize is not None:
+        what = f"is ignored by a {config.student.kind}, which gives no vector per text"
+        yield Broken("student.quantize", what, "take it out")
+    if config.student.dims is not None:
         yield Broken(
             "student.dims", f"is ignored by a {config.student.kind}, which gives no vector per text", "take it out"
         )

@@ -17,6 +17,7 @@ from lead_ds.losses.views import Views
 from lead_ds.relevance import Impl
 from lead_ds.settings.base import Section, Weight
 from lead_ds.settings.registry import Registry
+from lead_ds.settings.roles import Quantize
 
 Need = Literal["labels", "final", "layers", "features", "attention"]
 Output = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -45,13 +46,15 @@ class ModelFacts:
 class LossShape:
     """The models that a loss is made for. teacher: None without one. impl: of the kernels.
 
-    dims: the widths that the student's vectors are trained at, ascending; none: as they are.
+    dims: the widths that the student's vectors are trained at, ascending; none: as they are. quantize: the bits that they are
+    trained to be held in.
     """
 
     student: ModelFacts
     teacher: ModelFacts | None = None
     impl: Impl = "auto"
     dims: Sequence[int] = ()
+    quantize: Quantize | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Kusupati et al., Matryoshka Representation Learning, arXiv 2205.13147.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from lead_ds.errors import InputError
 from lead_ds.losses.views import Views
 from lead_ds.relevance import Features
 
+Change = Callable[[Features], Features]
 Said = tuple[Tensor, Mapping[str, Tensor]]
 """A loss, and its statistics by name."""
 
@@ -31,30 +31,27 @@ def check_widths(dims: Sequence[int], width: int | None) -> None:
         raise InputError(where, what, f"add {width}, or set student.projection: {dims[-1]}")
 
 
-def at_widths(
-    loss: Callable[[Views], Said], name: str, views: Views, dims: Sequence[int], *, unit: bool
+def mean_over(
+    loss: Callable[[Views], Said], name: str, views: Views, changes: Mapping[str, Change]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of a loss over widths of the student's vectors, each counting alike; statistics are those of the last.
+    """The mean of a loss over the student's vectors as they are and after each of `changes`, each counting alike.
 
-    dims: ascending, whole vectors last. unit: the student's vectors have length 1, and so have their first dimensions.
-    The loss of each narrower width is among the statistics, under `name@width`.
+    Statistics are those of the vectors as they are; each changed one's loss is among them, under the loss's name and its own.
 
     >>> from lead_ds.losses import Scope, Side
     >>> from lead_ds.relevance import VectorFeatures
     >>> student = Side(VectorFeatures(torch.ones(1, 1, 4), torch.ones(1, 1, 4)))
     >>> def width(views): return torch.tensor(float(views.student.final.width)), {}
-    >>> value, statistics = at_widths(width, "x", Views(student, None, Scope(group=1)), [2, 4], unit=False)
+    >>> value, statistics = mean_over(width, "x", Views(student, None, Scope(group=1)), {"@2": first(2, unit=False)})
     >>> value.item(), statistics["x@2"].item()
     (3.0, 2.0)
     """
-    values, more = list[Tensor](), dict[str, Tensor]()
-    for dim in dims[:-1]:
-        value, _ = loss(views.mapped(partial(_narrowed, dim=dim, unit=unit)))
-        values.append(value)
-        more[f"{name}@{dim}"] = value.detach()
+    found = {f"{name}{label}": loss(views.mapped(change))[0] for label, change in changes.items()}
     value, statistics = loss(views)
-    return torch.stack([*values, value]).mean(), {**statistics, **more}
+    more = {label: x.detach() for label, x in found.items()}
+    return torch.stack([*found.values(), value]).mean(), {**statistics, **more}
 
 
-def _narrowed(features: Features, dim: int, unit: bool) -> Features:
-    return features.truncated(dim, unit=unit)
+def first(dim: int, *, unit: bool) -> Change:
+    """The first `dim` dimensions of vectors, at length 1 where `unit`."""
+    return lambda features: features.truncated(dim, unit=unit)

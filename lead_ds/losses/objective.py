@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from lead_ds.errors import InputError
 from lead_ds.losses.loss import LOSSES, Loss, Losses, LossShape, ModelFacts
-from lead_ds.losses.matryoshka import at_widths, check_widths
+from lead_ds.losses.matryoshka import Change, check_widths, first, mean_over
 from lead_ds.losses.mixture import together
+from lead_ds.losses.quantised import held_in
 from lead_ds.losses.selection import NO_LAYERS, Layers
 from lead_ds.losses.views import Views
+from lead_ds.relevance import Features
 
 
 class Captured(NamedTuple):
@@ -117,7 +120,7 @@ class Objective(nn.ModuleDict):
     """sum of weight * share * loss over the terms of the losses whose weight is not 0. The modules live here, by key.
 
     shape: of the models, with the only teacher. taught: the teachers, where they are known; see `terms_of`. Where the
-    student's vectors are trained at several widths, each loss that reads them is its mean over these.
+    student's vectors are trained at several widths, or to be quantised, each loss that reads them is its mean over these.
     Raises InputError when every weight is 0, and for widths that the student's vectors do not have.
     """
 
@@ -134,6 +137,7 @@ class Objective(nn.ModuleDict):
         self.terms, self.taught, self.shape = terms, max(1, len(taught)), shape
         if shape.dims:
             check_widths(shape.dims, shape.student.width)
+        self.changes = changes_of(shape)
         if not len(self):
             raise InputError("losses", "every weight is 0, there is nothing to learn", "give one loss a weight")
 
@@ -189,8 +193,8 @@ class Objective(nn.ModuleDict):
             found = loss(views)
             return found if isinstance(found, tuple) else (found, {})
 
-        if len(self.shape.dims) > 1 and loss.needs != {"attention"}:  # which reads tokens' maps, not vectors
-            return at_widths(said, term.loss, views, self.shape.dims, unit=self.shape.student.unit)
+        if self.changes and loss.needs != {"attention"}:  # which reads tokens' maps, not vectors
+            return mean_over(said, term.loss, views, self.changes)
         return said(views)
 
     def _views(self, term: Term, views: Sequence[Views], asked: Asked) -> Views:
@@ -217,3 +221,18 @@ def _made(losses: Losses, term: Term, shape: LossShape, taught: Sequence[Taught]
             facts = replace(facts, width=sum(one.width or 0 for one in read))
         shape = replace(shape, teacher=facts)
     return LOSSES[term.loss](getattr(losses, term.loss), shape)
+
+
+def changes_of(shape: LossShape) -> dict[str, Change]:
+    """What the student's vectors are trained as, beside as they are: narrower, in fewer bits, or both."""
+    unit, how = shape.student.unit, shape.quantize
+    found = {f"@{dim}": first(dim, unit=unit) for dim in shape.dims[:-1]}
+    if how is None:
+        return found
+    held = held_in(how)
+    both = {f"{label}@{how}": partial(_in_turn, change, held) for label, change in found.items()}
+    return {**found, **both, f"@{how}": held}
+
+
+def _in_turn(change: Change, then: Change, features: Features) -> Features:
+    return then(change(features))

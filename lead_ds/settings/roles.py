@@ -110,6 +110,9 @@ class CachedRole(TeacherRole):
         return self
 
 
+Quantize = Literal["int8", "binary"]
+
+
 class StudentRole(ModelConfig):
     """Of the model to train."""
 
@@ -122,6 +125,12 @@ class StudentRole(ModelConfig):
         min_length=1,
         description="widths that its vectors are trained at, such as [64, 128, 256, 384]: every loss that reads them is its "
         "mean over these, their first dimensions alone (Matryoshka). The largest is the width of its vectors",
+    )
+
+    quantize: Quantize | None = Field(
+        None,
+        description="train it to be quantised: every loss that reads its vectors is the mean of that and of the same with "
+        "vectors as int8, or signs alone, would hold them (straight-through)",
     )
 
     @field_validator("dims")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -9,6 +11,7 @@ from torch.nn.functional import normalize
 from lead_ds.config import losses_section
 from lead_ds.errors import InputError
 from lead_ds.losses import LossShape, ModelFacts, Objective, Scope, Side, Views
+from lead_ds.losses.quantised import rounded
 from lead_ds.relevance import VectorFeatures
 
 Q, N, D, T = 3, 2, 8, 6
@@ -59,6 +62,29 @@ def test_each_loss_is_its_mean_over_widths(name: str) -> None:
         expected = torch.stack([plain([views(dim)], asked).loss for dim in DIMS])
     torch.testing.assert_close(found.loss, expected.mean())
     torch.testing.assert_close(found.parts[f"{name}@2"], expected[0].detach())
+
+
+@pytest.mark.parametrize("how", ["int8", "binary"])
+def test_quantised_training_sees_what_bits_hold_and_passes_the_gradient(how: Any) -> None:
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    held = rounded(x, how)
+    levels = {len(row.unique()) for row in held.detach()}
+    assert levels <= ({2} if how == "binary" else set(range(2, D + 1)))
+    assert torch.cosine_similarity(held, x, dim=-1).min() > (0.6 if how == "binary" else 0.9999)
+    [gradient] = torch.autograd.grad((held * torch.arange(D)).sum(), x)
+    torch.testing.assert_close(gradient, torch.arange(D).float().expand(5, D))
+    weights = {
+        "contrastive": {"weight": 0},
+        "response": {"weight": 0},
+        "layer": {"weight": 0},
+        "similarity": {"weight": 1},
+    }
+    section, facts = losses_section().model_validate(weights), ModelFacts("dual_encoder", layers=2, width=D, unit=True)
+    views = Views(Side(cut(features(D, 1, 1), D)), Side(features(T, 1, 2)), Scope(N))
+    objective = Objective(section, LossShape(facts, facts, "torch", (4, D), how))
+    found = objective([views], objective.asked([{}]))
+    assert found.parts.keys() == {"similarity", "similarity@4", f"similarity@4@{how}", f"similarity@{how}"}
+    assert (found.parts[f"similarity@{how}"] != found.parts["similarity@4"]).item()
 
 
 @pytest.mark.parametrize(("dims", "says"), [((4, 16), "16 requested, its vectors have 8"), ((2, 4), "add 8")])

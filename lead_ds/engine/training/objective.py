@@ -51,7 +51,7 @@ def build_objective(
         facts = ModelFacts(settings.kind, teacher.num_layers, of_vectors)
         teachers.append(Taught(facts, losses, getattr(settings, "weight", 1.0)))
     learner = ModelFacts(config.student.kind, student.num_layers, width, student.unit)
-    shape = LossShape(learner, None, config.kernels, dims)
+    shape = LossShape(learner, None, config.kernels, dims, config.student.quantize)
     torch.manual_seed(config.seed + 1)  # whatever weights were drawn before
     return agreed(ranks, lambda: Objective(config.losses, shape, teachers, config.mix.relevance, config.mix.vectors))
 

@@ -247,8 +247,8 @@ print(model.similarity(queries, passages))""",
         with reading_at_most(encoder.tokenizer, max(encoder.query_length, encoder.passage_length)):
             record = super().save(folder, encoder, state)
         lengths = {"query_length": encoder.query_length, "passage_length": encoder.passage_length}
-        dims = getattr(self.config, "dims", None)  # of a student that was trained at several widths
-        return record | lengths | {"normalize": self.normalize} | ({"dims": dims} if dims else {})
+        trained = {name: getattr(self.config, name, None) for name in ("dims", "quantize")}  # of a student
+        return record | lengths | {"normalize": self.normalize} | {name: x for name, x in trained.items() if x}
 
     def facts(self, encoder: TextEncoder) -> list[str]:
         return [
