@@ -18,6 +18,7 @@ from lead_ds.cli.options import (
     LAYOUT,
     NPROBE,
     QUERY_MODEL,
+    RESCORED,
     SETTINGS,
     batch_of,
     check_settings,
@@ -57,6 +58,12 @@ def evaluate(
         help="With --model, a dual encoder: what `lead-ds index` wrote, searched instead of the corpus.",
     ),
     dim: int | None = DIM,
+    precision: str | None = typer.Option(
+        None,
+        "--precision",
+        help="Hold the corpus' vectors so, each in turn, and tell bytes beside quality: float32,int8,binary.",
+    ),
+    rescored: int | None = RESCORED,
     gpus: int = GPUS,
     layout: str = LAYOUT,
     nprobe: int | None = NPROBE,
@@ -81,6 +88,8 @@ def evaluate(
     lead-ds evaluate --model runs/teacher/model --data data/scifact --run bm25.trec --depth 100 --out reranked.trec
 
     lead-ds evaluate --model qwen3-reranker --kind llm_reranker --data data/scifact max_length=512 yes_token=yes no_token=no
+
+    lead-ds evaluate --model runs/x/student --data data/scifact --precision float32,int8,binary
 
     lead-ds evaluate --query-model runs/x/student --document-model models/teacher --data data/scifact
 
@@ -110,8 +119,14 @@ def evaluate(
     if index is not None and (kind or depth or run):
         what = "is searched by a dual encoder: --kind, --run and --depth are for reranking"
         raise InputError("--index", what, "give one or the other")
-    if index is None and (gpus or nprobe or ef_search):
-        raise InputError("evaluate", "--gpus, --nprobe and --ef-search are of an index", "add --index")
+    if index is None and (gpus or nprobe or ef_search or rescored is not None):
+        raise InputError("evaluate", "--gpus, --nprobe, --ef-search and --rescored are of an index", "add --index")
+    precisions = (precision or "").replace(",", " ").split()
+    if precisions and (model is None or index or documents or kind or depth or run or out or per_query):
+        what = "is of a dual encoder that searches the corpus: --index, --kind, --depth, --run, --out and --per-query are not"
+        raise InputError("--precision", what, "give --model and --data alone")
+    for one in precisions:
+        choice("--precision", one, "float32", "int8", "binary", "ubinary")
     choice("--layout", layout, "shard", "replicate")
     if kind is not None:
         from lead_ds.models.kinds.kind import KINDS
@@ -136,6 +151,7 @@ def evaluate(
             "document_model": documents,
             "gpus": gpus,
             "layout": layout,
+            "rescored": rescored,
             "nprobe": nprobe,
             "ef_search": ef_search,
         }
@@ -172,6 +188,14 @@ def evaluate(
         given = [*check_settings(settings), *([] if dim is None else [f"dim={dim}"])]
         opened = agreed(here, lambda: Reranker.open(model, kind, given, here.device))
         agreed(here, lambda: tell_reading((opened.scorer, opened.encoder), dataset, here))
+        if precisions:
+            from lead_ds.retrieval.evaluate_small import evaluate_small
+
+            size = batch_of(batch_size, here.device)
+            rows = evaluate_small(opened.scorer, opened.encoder, task, precisions, batch_size=size, peers=here)
+            if here.main:
+                tell_rows(rows, len(dataset.corpus), json_file)
+            return
         options: dict[str, Any] = {"batch_size": batch_of(batch_size, here.device), "peers": here, "out": out}
         if opened.scorer.gives_vectors and run is None and depth is None:
             scores = evaluate_model(opened.scorer, opened.encoder, task, **options)
@@ -232,6 +256,21 @@ def tell(scores: Any, json_file: Path | None, per_query: bool) -> None:
     width = max(len(name) for name in scores.mean)
     for name, value in scores.mean.items():
         print(f"{name:<{width}}  {value:.4f}")
+
+
+def tell_rows(rows: list[Any], passages: int, json_file: Path | None) -> None:
+    """Quality and bytes of each precision: a table, or JSON."""
+    tree = [
+        {"precision": row.precision, "rescored_by": row.rescored_by, "bytes": row.bytes, "mean": row.scores.mean}
+        for row in rows
+    ]
+    if told_as_json({"passages": passages, "rows": tree}, json_file):
+        return
+    names = list(rows[0].scores.mean)
+    print(f"{'vectors':<10}{'rescored by':<13}{'bytes':>6}{'MB':>10}  " + "  ".join(f"{name:>9}" for name in names))
+    for row in rows:
+        values = "  ".join(f"{row.scores.mean[name]:>9.4f}" for name in names)
+        print(f"{row.precision:<10}{row.rescored_by:<13}{row.bytes:>6}{row.bytes * passages / 1e6:>10.2f}  {values}")
 
 
 def told_as_json(tree: dict[str, Any], json_file: Path | None) -> bool:

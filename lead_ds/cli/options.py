@@ -42,6 +42,12 @@ DOCUMENT_MODEL = typer.Option(
     "--document-model",
     help="What encodes passages, in the same space as --query-model: a teacher's index serves both.",
 )
+RESCORED = typer.Option(
+    None,
+    "--rescored",
+    min=0,
+    help="Times k candidates that an index of small vectors scores again; default 4; 0: none.",
+)
 NPROBE = typer.Option(None, "--nprobe", min=1, help="Cells searched of an IVF index.")
 EF_SEARCH = typer.Option(None, "--ef-search", min=1, help="Breadth of the search in an HNSW index.")
 

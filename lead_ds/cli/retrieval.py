@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import typer
 
@@ -18,6 +18,7 @@ from lead_ds.cli.options import (
     LAYOUT,
     NPROBE,
     QUERY_MODEL,
+    RESCORED,
     SETTINGS,
     batch_of,
     check_settings,
@@ -37,11 +38,14 @@ def encode(
     data: Path = DATA,
     out: Path = typer.Option(..., "--out", help="Where the vectors go: memory-mapped .npy shards, ids, a manifest."),
     kind: str = typer.Option("corpus", "--kind", help="corpus or queries."),
-    dtype: str = typer.Option("float32", "--dtype", help="float32 or float16, of the stored vectors."),
+    dtype: str = typer.Option(
+        "float32", "--dtype", help="float32, float16, int8, binary or ubinary, of the stored vectors."
+    ),
     precision: str = typer.Option(
         "fp32",
         "--precision",
-        help="fp32, bf16 or fp16 (GPU), of the model's matrix products. bf16: near three times as fast on a CPU with AMX.",
+        help="fp32, bf16 or fp16 (GPU), of the model's matrix products. bf16: near three times as fast on a CPU with AMX. int8, "
+        "binary or ubinary: as --dtype.",
     ),
     dim: int | None = DIM,
     batch_size: int | None = BATCH,
@@ -55,12 +59,18 @@ def encode(
     deepspeed --module lead_ds encode --model runs/x/student --data data/msmarco --out vectors
     """
     choice("--kind", kind, "corpus", "queries")
-    choice("--dtype", dtype, "float32", "float16")
-    choice("--precision", precision, "fp32", "bf16", "fp16")
+    from lead_ds.retrieval.small import SMALL
+
+    choice("--dtype", dtype, "float32", "float16", *SMALL)
+    choice("--precision", precision, "fp32", "bf16", "fp16", *SMALL)
+    if precision in SMALL:
+        if dtype not in ("float32", precision):
+            raise InputError("--dtype", f"{dtype} and --precision {precision} were both given", "give one of them")
+        dtype, precision = precision, "fp32"
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
-    from lead_ds.retrieval.encode import Encoding, Precision, Stored, encode_to
+    from lead_ds.retrieval.encode import Encoding, Stored, encode_to
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import model_facts
 
@@ -72,8 +82,8 @@ def encode(
         scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, check_settings(settings)))
         agreed(here, lambda: tell_reading(opened, dataset, here))
         facts = model_facts(model, scorer)
-        how = Encoding(batch_of(batch_size, here.device), here.device, cast(Precision, precision))
-        stored = Stored(cast(Literal["float32", "float16"], dtype))
+        how = Encoding(batch_of(batch_size, here.device), here.device, cast(Any, precision))
+        stored = Stored(cast(Any, dtype))
         vectors = encode_to(out, scorer.embed, encoder, texts, facts, how, stored, peers=here)
         if here.main:
             print(f"{len(vectors)} vectors of {vectors.dimension} in {vectors.shards} shards: {out}")
@@ -84,6 +94,11 @@ def index(
     out: Path = typer.Option(..., "--out", help="Where the index goes."),
     factory: str = typer.Option(
         "Flat", "--factory", help="FAISS's index string: Flat (exact), IVF4096,Flat, HNSW32, PQ64 ..."
+    ),
+    rescore: Path | None = typer.Option(
+        None,
+        "--rescore",
+        help="Finer vectors of the same texts, to score candidates again by. Default for signs: themselves.",
     ),
     gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs to train and fill it on."),
     layout: str = LAYOUT,
@@ -109,13 +124,14 @@ def index(
         check_texts(
             opened.manifest, dataset.corpus if opened.manifest["kind"] == "corpus" else dataset.queries, vectors
         )
+    finer = None if rescore is None else Vectors.open(rescore)
     asks: dict[str, Any] | None = None
     if query_model is not None:
         from lead_ds.retrieval.evaluate import open_encoder
         from lead_ds.retrieval.search import model_facts
 
         asks = model_facts(query_model, open_encoder(query_model, "cpu")[0])
-    built: Any = build_index(opened, out, factory, gpus=gpus, layout=layout, queries=asks)  # type: ignore[arg-type]
+    built: Any = build_index(opened, out, factory, gpus=gpus, layout=layout, queries=asks, rescore=finer)  # type: ignore[arg-type]
     print(f"{factory}: {len(opened)} vectors: {built or out}")
 
 
@@ -149,6 +165,7 @@ def search(
     layout: str = LAYOUT,
     nprobe: int | None = NPROBE,
     ef_search: int | None = EF_SEARCH,
+    rescored: int | None = RESCORED,
     keep_identical: bool = KEEP_IDENTICAL,
     as_json: bool = typer.Option(False, "--json", help="Print hits as JSON lines."),
 ) -> None:
@@ -169,6 +186,7 @@ def search(
     settings: dict[str, Any] = {}
     if index is not None:
         settings = {"index": index, "gpus": gpus, "layout": layout, "nprobe": nprobe, "ef_search": ef_search}
+        settings["rescored"] = rescored
     if not query and data is None:
         raise InputError(
             "search", "no query was given", 'add one, such as "read a json file", or --data with queries.jsonl'

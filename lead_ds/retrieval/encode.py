@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.collections.texts import Texts
-from lead_ds.data.tokens.encoder import TextEncoder, Tokens
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.longest_first import Tokenised, longest_first
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.facts import check_facts
@@ -23,14 +23,12 @@ from lead_ds.io.files import atomic, data_checksum, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import Progress, progress
 from lead_ds.io.shards import MANIFEST, refuse_strangers, turns, unfinished
-from lead_ds.retrieval.peers import ALONE, Peers
-
-Embed = Callable[[Tokens], Tensor]
-"""Tokens on the model's device -> final vectors [B, D]: `DualEncoder.embed`, or a sharded engine called with `tokens=`."""
+from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
+from lead_ds.retrieval.precision import Embed, Precision, in_precision
+from lead_ds.retrieval.small import CALIBRATED_ON, SMALL, quantise, ranges_of, restored
 
 STRETCH = 8192  # texts tokenised at once and sorted by length together: little padding, little memory
 SHARD_ROWS = 65_536
-Precision = Literal["fp32", "bf16", "fp16"]
 IDS = "ids.txt"
 AGAIN = "delete the folder, and run lead-ds encode again"
 _ANOTHER = "delete it, or choose another folder"
@@ -68,9 +66,12 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Stored:
-    """How vectors are stored: their dtype, and how many are in a shard (None: as many as give every process some)."""
+    """How vectors are stored: their dtype, and how many are in a shard (None: as many as give every process some).
 
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: int8 is calibrated on a sample of the texts; binary and ubinary are packed signs.
+    """
+
+    dtype: Literal["float32", "float16", "int8", "binary", "ubinary"] = "float32"
     shard_rows: int | None = None
 
 
@@ -151,26 +152,6 @@ def encode_share(
     return torch.empty(0, 0, device=how.device) if out is None else out
 
 
-def in_precision(embed: Embed, precision: Precision, device: torch.device | str) -> Embed:
-    """`embed` with its matrix products in `precision`; norms and softmax stay in float32 (torch.autocast).
-
-    Raises InputError where the device cannot.
-    """
-    if precision == "fp32":
-        return embed
-    kind, dtype = torch.device(device).type, torch.bfloat16 if precision == "bf16" else torch.float16
-    if kind == "cpu" and precision == "fp16":
-        raise InputError("precision", "fp16 is for GPUs", "use bf16 or fp32")
-    if kind == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError("precision", "this GPU has no bf16", "use fp16 or fp32")
-
-    def embed_mixed(tokens: Tokens) -> Tensor:
-        with torch.autocast(kind, dtype):
-            return embed(tokens)
-
-    return embed_mixed
-
-
 class Vectors:
     """Vectors on disk: shards [n, D] as .npy files, memory-mapped, with their ids and a manifest of where they came from."""
 
@@ -192,9 +173,9 @@ class Vectors:
             raise InputError(folder, what, "run lead-ds encode again to finish it")
         if not (folder / IDS).is_file():
             raise InputError(folder / IDS, "no such file", AGAIN)
-        width = vectors.dimension
+        width = -(-vectors.dimension // 8) if vectors.dtype.endswith("binary") else vectors.dimension
         for shard in range(vectors.shards):
-            if vectors.block(shard).dtype.kind != "f":
+            if vectors.block(shard).dtype.kind != {"ubinary": "u", "int8": "i", "binary": "i"}.get(vectors.dtype, "f"):
                 raise InputError(vectors.path(shard), f"holds {vectors.block(shard).dtype}, not vectors", AGAIN)
             if vectors.block(shard).shape != (len(vectors.rows(shard)), width):
                 raise InputError(vectors.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
@@ -206,7 +187,30 @@ class Vectors:
     @property
     def dimension(self) -> int:
         """D."""
+        if self.dtype in SMALL:
+            return int(self.manifest["dimension"])
         return int(self.block(0).shape[-1]) if self.block(0).ndim else 0
+
+    @property
+    def dtype(self) -> str:
+        """As what they are stored."""
+        return str(self.manifest.get("dtype", "float32"))
+
+    def floats(self, block: np.ndarray) -> np.ndarray:
+        """Some of the stored vectors as float32 [n, D]: quantised ones as what they stand for."""
+        if self.dtype not in SMALL:
+            return np.ascontiguousarray(block, np.float32)
+        ranges = self.manifest.get("ranges")
+        return restored(block, self.dtype, self.dimension, None if ranges is None else np.array(ranges, np.float32))
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of `rows`, as float32 [n, D]."""
+        size = int(self.manifest["shard_rows"])
+        out = np.empty((len(rows), self.dimension), np.float32)
+        for shard in np.unique(rows // size):
+            here = np.flatnonzero(rows // size == shard)
+            out[here] = self.floats(self.block(int(shard))[rows[here] - shard * size])
+        return out
 
     @property
     def shards(self) -> int:
@@ -280,6 +284,7 @@ def encode_to(
     in_precision(embed, how.precision, how.device)  # refused before anything is written
     with owned(folder, "another lead-ds encode", peers):
         agreed: dict[str, Any] | LeadError = {}
+        small = _calibrated(folder, embed, encoder, texts, how, stored, peers) if stored.dtype in SMALL else {}
         if peers.rank == 0:
             shard_rows = stored.shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
             facts = {
@@ -290,6 +295,7 @@ def encode_to(
                 "precision": how.precision,
                 "count": len(texts),
                 "shard_rows": shard_rows,
+                **small,
             }
             try:
                 agreed = _agree(folder, {**facts, "data": data_checksum(texts.path)}, texts)
@@ -321,9 +327,31 @@ def encode_to(
                     meter=meter,
                 )
                 if shard is not None:
-                    _write_shard(vectors.path(shard), encoded.cpu().numpy(), stored.dtype)
+                    _write_shard(vectors.path(shard), encoded.cpu().numpy(), stored.dtype, small.get("ranges"))
         peers.barrier()
         return Vectors.open(folder)
+
+
+def _calibrated(
+    folder: Path, embed: Embed, encoder: TextEncoder, texts: Texts, how: Encoding, stored: Stored, peers: Peers
+) -> dict[str, Any]:
+    """What quantised vectors need to be read: their width, and of int8 each dimension's range over a sample of the texts.
+
+    Of vectors that an earlier call began, its own. Every process calls this, and encodes its share of the sample.
+    """
+    known = read_json(folder / MANIFEST, AGAIN) if peers.rank == 0 and (folder / MANIFEST).exists() else {}
+    known = peers.from_main({key: known[key] for key in ("dimension", "ranges") if key in known})
+    if known:
+        return known
+    count = CALIBRATED_ON if stored.dtype == "int8" else peers.world
+    sample = np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int).tolist()
+    own = share(len(sample), peers)
+    forwards = -(-largest_share(len(sample), peers) // how.batch_size) if how.lockstep else 0
+    rows = [sample[i] for i in own]
+    parts = peers.all(encode_share(embed, encoder, texts.kind, texts.texts, rows, how, forwards=forwards).cpu().numpy())
+    vectors = np.concatenate([part for part in parts if len(part)])
+    found: dict[str, Any] = {"dimension": vectors.shape[1]}
+    return found | ({"ranges": ranges_of(vectors).tolist()} if stored.dtype == "int8" else {})
 
 
 def _agree(folder: Path, facts: dict[str, Any], texts: Texts) -> dict[str, Any]:
@@ -345,9 +373,12 @@ def _agree(folder: Path, facts: dict[str, Any], texts: Texts) -> dict[str, Any]:
     return facts
 
 
-def _write_shard(path: Path, vectors: np.ndarray, dtype: str) -> None:
+def _write_shard(path: Path, vectors: np.ndarray, dtype: str, ranges: list[list[float]] | None) -> None:
     with np.errstate(over="ignore"):
-        vectors = vectors.astype(dtype)
+        if dtype in SMALL:
+            vectors = quantise(vectors, dtype, None if ranges is None else np.array(ranges, np.float32))
+        else:
+            vectors = vectors.astype(dtype)
     if not np.isfinite(vectors).all():
         raise RunError(path, f"the model gave vectors that {dtype} cannot hold", "encode as float32; check the model")
     with atomic(path) as temporary, temporary.open("wb") as file:

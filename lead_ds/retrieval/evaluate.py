@@ -24,11 +24,12 @@ from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind, kinds_that
 from lead_ds.models.router import Reader, check_space
 from lead_ds.models.vocabulary import check_vocabulary
-from lead_ds.retrieval.encode import PLAIN, Embed, Encoding, encode_share
+from lead_ds.retrieval.encode import PLAIN, Encoding, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
 from lead_ds.retrieval.identical import with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
+from lead_ds.retrieval.precision import Embed
 from lead_ds.settings.model import ModelConfig
 
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
@@ -140,9 +141,9 @@ def evaluate_model(
     """
     scorer, qrels = dual_encoder(scorer), task.qrels(out)
     how = Encoding(batch_size, next(scorer.parameters()).device)
-    with _evaluating(scorer):
+    with evaluating(scorer):
         encoded = encode_both(embed or scorer.embed, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
-    run = _found(encoded, task, qrels)
+    run = find(encoded, task, qrels)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
     return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
@@ -161,11 +162,11 @@ def evaluate_widths(
     """As `evaluate_model`, by the first dimensions of its vectors alone: each of `dims`. Every text is encoded once."""
     scorer, qrels = dual_encoder(scorer), task.qrels()
     how = Encoding(batch_size, next(scorer.parameters()).device)
-    with _evaluating(scorer):
+    with evaluating(scorer):
         encoded = encode_both(scorer.embed, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
     scores: dict[int, Scores] = {}
     for dim in dims:
-        run = _found(encoded.truncated(dim, unit=scorer.unit), task, qrels)
+        run = find(encoded.truncated(dim, unit=scorer.unit), task, qrels)
         scores[dim] = peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
     return scores
 
@@ -187,18 +188,18 @@ def evaluate_two(
     check_space(query, document)
     (scorer, encoder), (other, other_encoder), qrels = query, document, task.qrels(out)
     how, dataset = Encoding(batch_size, next(scorer.parameters()).device), task.dataset
-    with _evaluating(scorer), _evaluating(other):
-        documents = other.embed, other_encoder
-        reading: dict[str, Any] = {"peers": peers, "quiet": quiet, "documents": documents}
+    with evaluating(scorer), evaluating(other):
+        reading: dict[str, Any] = {"peers": peers, "quiet": quiet, "documents": (other.embed, other_encoder)}
         encoded = encode_both(scorer.embed, encoder, dataset, list(qrels), how, **reading)
-    run = _found(encoded, task, qrels)
+    run = find(encoded, task, qrels)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
     return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
 
 
 @contextmanager
-def _evaluating(scorer: Kind) -> Iterator[None]:
+def evaluating(scorer: Kind) -> Iterator[None]:
+    """A model in evaluation mode, and then as it was."""
     training = scorer.training
     scorer.eval()
     try:
@@ -238,7 +239,7 @@ class Encoded:
         return make_run(self.query_ids, scores_Qk.tolist(), rows_Qk.tolist(), self.passage_ids)
 
 
-def _found(encoded: Encoded, task: Task, qrels: Qrels) -> Run:
+def find(encoded: Encoded, task: Task, qrels: Qrels) -> Run:
     """What is found for a task's queries, as deep as its measures look."""
     deep, corpus = depth(task.measures), task.dataset.corpus
     if task.keep_identical:

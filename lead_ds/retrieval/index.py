@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
+from lead_ds.io.shards import MANIFEST
 from lead_ds.retrieval.encode import IDS, Side, Vectors, read_ids
+from lead_ds.retrieval.small import RESCORED, SMALL, quantise, rescore, unsigned
 
-INDEX, META = "index.faiss", "index.json"
+INDEX, META, RESCORE = "index.faiss", "index.json", "rescore"
 CHUNK = 65_536  # vectors added at once
 PQ_CENTROIDS = 256
 # Training vectors per centroid: what FAISS uses at most, and does well with.
@@ -38,12 +41,16 @@ def build_index(
     seed: int = 0,
     quiet: bool = False,
     queries: dict[str, Any] | None = None,
+    rescore: Vectors | None = None,
 ) -> Path:
     """Build an inner-product index of `vectors` and write it to the folder `out`.
 
     factory: FAISS's index string: Flat (exact), IVF4096,Flat, HNSW32, PQ64, IVF4096,PQ64, OPQ64,IVF4096,PQ64x4fs, ... Vectors
     are read from disk a chunk at a time. gpus: train and add on so many, the index sharded over them or replicated; an index
     that is not trained is filled on the CPU, where that is a copy. queries: facts of another model that may ask it.
+    Vectors of signs become a binary index, searched by Hamming distance (Flat, IVF4096, HNSW32); int8 ones a Flat of 8 bits.
+    rescore: finer vectors of the same texts, by which candidates are scored again; copied into `out`, and mapped when
+    searched. Default: of signs, these themselves.
     `out` holds the index, the ids, and what the vectors were made of. Raises InputError for a factory string that FAISS
     does not know, or too few vectors for it; RunError when FAISS or the disk fails.
     """
@@ -56,8 +63,16 @@ def build_index(
     with owned(out, "another lead-ds index"):
         if (out / META).exists():
             raise InputError(out, "already holds an index", "choose another folder, or delete it")
+        signs = vectors.dtype.endswith("binary")
+        factory = small_factory(factory, vectors.dtype, gpus)
+        finer = rescore if rescore is not None else vectors if signs else None
+        check_rescore(vectors, finer)
+        index: Any
         try:
-            index = faiss.index_factory(vectors.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+            if signs:
+                index = faiss.index_binary_factory(8 * -(-vectors.dimension // 8), factory)
+            else:
+                index = faiss.index_factory(vectors.dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             what = f"cannot make {factory!r} of vectors {vectors.dimension} wide: {_reason(error)}"
             raise InputError(
@@ -69,14 +84,14 @@ def build_index(
             index = _to_gpus(index, gpus, layout, half=False)
             cells = _cells(factory)
             wanted = min(PER_CENTROID * max(cells, PQ_CENTROIDS), max(TRAIN_MAX, PER_CENTROID_AT_LEAST * cells))
-            sample = _sample(vectors, min(len(vectors), wanted), seed)
+            sample = _sample(vectors, min(len(vectors), wanted), seed, signs=signs)
             try:
                 index.train(sample)
             except RuntimeError as error:
                 what = f"{len(vectors)} vectors cannot train {factory!r}: {_reason(error)}"
                 raise InputError("factory", what, "use Flat, or fewer cells") from None
         with progress(f"indexing {factory}", len(vectors), "vectors", shown=not quiet) as meter:
-            for chunk in _chunks(vectors):
+            for chunk in _chunks(vectors, signs=signs):
                 if not np.isfinite(chunk).all():
                     what = "holds a vector that is not finite, which would be found first, or never"
                     raise InputError(
@@ -92,12 +107,16 @@ def build_index(
             index = faiss.index_gpu_to_cpu(index)
         with atomic(out / INDEX) as temporary:
             try:
-                faiss.write_index(index, str(temporary))
+                write: Any = faiss.write_index_binary if signs else faiss.write_index
+                write(index, str(temporary))
             except RuntimeError as error:
                 raise RunError(out / INDEX, f"cannot be written: {_reason(error)}", "check the free space") from None
         with atomic(out / IDS) as temporary:
             shutil.copyfile(vectors.folder / IDS, temporary)
-        asks = {} if queries is None else {"queries": queries}
+        asks: dict[str, Any] = {} if queries is None else {"queries": queries}
+        if finer is not None:
+            _copy(finer, out / RESCORE)
+        asks |= {} if vectors.dtype not in SMALL else {"dtype": vectors.dtype}
         facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
         # Last: its presence is what marks the folder as holding an index.
         write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts, **asks})
@@ -109,6 +128,8 @@ class Index:
 
     def __init__(self, folder: Path, meta: dict[str, Any], index: Any, ids: list[str], gpus: int) -> None:
         self.folder, self.meta, self.ids, self._index, self._gpus = folder, meta, ids, index, gpus
+        self._finer: Vectors | None = None
+        self._rescored = 0
 
     @classmethod
     def open(
@@ -119,10 +140,12 @@ class Index:
         layout: GpuLayout = "shard",
         nprobe: int | None = None,
         ef_search: int | None = None,
+        rescored: int | None = None,
     ) -> Index:
         """Map an index into memory, or load it onto `gpus`, in float16, sharded (each holds a part) or replicated.
 
-        nprobe: cells that an IVF index looks into; ef_search: candidates that HNSW keeps. Raises InputError when the folder
+        nprobe: cells that an IVF index looks into; ef_search: candidates that HNSW keeps. rescored: times k candidates that are
+        scored again by finer vectors, where the index has such (default: RESCORED); 0: none. Raises InputError when the folder
         holds no index, or the index has no such parameter.
         """
         import faiss
@@ -133,19 +156,31 @@ class Index:
             # Mapped, not read: an index larger than memory can be searched, its pages come when they are looked at.
             # Older versions of FAISS map IVF lists only.
             mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-            index = faiss.read_index(str(folder / INDEX), 0 if gpus else mapped)
+            signs = str(meta.get("dtype", "")).endswith("binary")
+            read: Any = faiss.read_index_binary if signs else faiss.read_index
+            index: Any = read(str(folder / INDEX), 0 if gpus or signs else mapped)
         except (RuntimeError, OSError) as error:
             raise InputError(folder, f"its index cannot be read: {_reason(error)}", "build it again") from None
         ids = read_ids(folder / IDS, "build the index again")
-        if not index.ntotal == len(ids) == meta.get("count") or index.d != meta.get("dimension"):
+        width = int(meta.get("dimension", 0))
+        if not index.ntotal == len(ids) == meta.get("count") or index.d != (8 * -(-width // 8) if signs else width):
             raise InputError(folder, "its index, ids and index.json do not belong together", "build it again")
         for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):
-            if value is not None:
+            if value is not None and signs and (field := _find(index, name)) is not None:
+                setattr(field, name, value)
+            elif value is not None:
                 try:
+                    if signs:
+                        raise RuntimeError
                     faiss.ParameterSpace().set_index_parameter(index, name, value)
                 except RuntimeError:
                     raise InputError(folder, f"a {meta['factory']} index has no {name}", "leave it out") from None
-        return cls(folder, meta, _to_gpus(index, gpus, layout, half=True), ids, gpus)
+        finer = Vectors.open(folder / RESCORE) if (folder / RESCORE / MANIFEST).exists() else None
+        if rescored and finer is None:
+            raise InputError(folder, "has no finer vectors to rescore by", "build it with --rescore, or leave it out")
+        opened = cls(folder, meta, index if signs else _to_gpus(index, gpus, layout, half=True), ids, gpus)
+        opened._finer, opened._rescored = finer, RESCORED if rescored is None else rescored
+        return opened
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -175,19 +210,60 @@ class Index:
     def search(self, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 [Q, k] and rows int64 [Q, k], best first; row -1 where the index found fewer.
 
+        Where the index has finer vectors, more candidates are scored again by these; of signs alone, scores are how many agree
+        less how many do not.
+
         Raises InputError for a k beyond the index, or that FAISS cannot return.
         """
         check_k(k, len(self))
         if k < 1 or (self._gpus and k > GPU_K):
             limit = f"at most {GPU_K} on GPUs" if k > 0 else "at least 1"
             raise InputError("k", f"{k} results cannot be searched for", f"use {limit}")
-        return self._index.search(np.ascontiguousarray(queries_QD, np.float32), k)
+        again = self._rescored if self._finer is not None else 0
+        deep, signs = min(max(1, again) * k, len(self)), str(self.meta.get("dtype", "")).endswith("binary")
+        if signs:
+            apart_Qk, rows_Qk = self._index.search(quantise(queries_QD, "ubinary"), deep)
+            scores_Qk = (self.meta["dimension"] - 2 * apart_Qk).astype(np.float32)
+        else:
+            scores_Qk, rows_Qk = self._index.search(np.ascontiguousarray(queries_QD, np.float32), deep)
+        finer = self._finer
+        if not again or finer is None:
+            return scores_Qk, rows_Qk
+        queries = torch.from_numpy(np.ascontiguousarray(queries_QD, np.float32))
+        best = rescore(queries, torch.from_numpy(rows_Qk), lambda rows: torch.from_numpy(finer.at(rows.numpy())), k)
+        return best[0].numpy(), best[1].numpy()
+
+
+def small_factory(factory: str, dtype: str, gpus: int) -> str:
+    """FAISS's string for vectors of a dtype: what is given where they are floats. Raises InputError for signs on GPUs."""
+    if dtype == "int8" and factory == "Flat":
+        return "SQ8"
+    if not dtype.endswith("binary"):
+        return factory
+    if gpus:
+        raise InputError("gpus", "an index of signs is searched on the CPU", "use gpus 0")
+    return factory if factory.startswith("B") else "B" + factory.removesuffix(",Flat")
+
+
+def check_rescore(vectors: Vectors, finer: Vectors | None) -> None:
+    """Raise InputError unless both are vectors of the same texts by the same model."""
+    same = ("model", "kind", "data", "count", "prompt", "length")
+    changed = [] if finer is None else [key for key in same if finer.manifest[key] != vectors.manifest[key]]
+    if finer is not None and (changed or finer.dimension != vectors.dimension):
+        what = f"other vectors than those that are indexed: {', '.join(changed) or 'dimension'} differs"
+        raise InputError(finer.folder, what, "encode the same texts with the same model")
 
 
 def check_k(k: int, passages: int, where: str = "k") -> None:
     """Raise InputError when more results are requested than there are passages."""
     if k > passages:
         raise InputError(where, f"{k} results requested of {passages} passages", f"use at most {passages}")
+
+
+def _find(index: Any, name: str) -> Any:
+    """The part of a binary index that has a search parameter, which FAISS's parameter space does not reach; None: none."""
+    parts = (index, getattr(index, "hnsw", None))
+    return next((part for part in parts if part is not None and hasattr(part, name)), None)
 
 
 def _to_gpus(index: Any, gpus: int, layout: GpuLayout, *, half: bool) -> Any:
@@ -207,19 +283,30 @@ def _to_gpus(index: Any, gpus: int, layout: GpuLayout, *, half: bool) -> Any:
         raise InputError("gpus", f"FAISS cannot hold this index on a GPU: {_reason(error)}", "use gpus 0") from None
 
 
-def _chunks(vectors: Vectors) -> Iterator[np.ndarray]:
+def _chunks(vectors: Vectors, *, signs: bool = False) -> Iterator[np.ndarray]:
     for block in vectors.blocks():
         for start in range(0, len(block), CHUNK):
-            yield np.ascontiguousarray(block[start : start + CHUNK], np.float32)
+            chunk = block[start : start + CHUNK]
+            yield np.ascontiguousarray(unsigned(chunk)) if signs else vectors.floats(chunk)
 
 
-def _sample(vectors: Vectors, count: int, seed: int) -> np.ndarray:
-    """`count` vectors drawn without replacement, float32."""
+def _copy(vectors: Vectors, folder: Path) -> None:
+    """Vectors as they are stored, in a folder of the index."""
+    folder.mkdir(exist_ok=True)
+    names = [IDS, *(vectors.path(shard).name for shard in range(vectors.shards)), MANIFEST]  # the manifest last
+    for name in names:
+        with atomic(folder / name) as temporary:
+            shutil.copyfile(vectors.folder / name, temporary)
+
+
+def _sample(vectors: Vectors, count: int, seed: int, *, signs: bool = False) -> np.ndarray:
+    """`count` vectors drawn without replacement, float32; of signs as they are."""
     rows = np.sort(np.random.default_rng(seed).choice(len(vectors), count, replace=False))
     parts = []
     for shard, block in enumerate(vectors.blocks()):
         own = vectors.rows(shard)
-        parts.append(block[rows[(rows >= own.start) & (rows < own.stop)] - own.start].astype(np.float32))
+        some = block[rows[(rows >= own.start) & (rows < own.stop)] - own.start]
+        parts.append(unsigned(some) if signs else vectors.floats(some))
     return np.concatenate(parts)
 
 
