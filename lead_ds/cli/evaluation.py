@@ -125,8 +125,8 @@ def evaluate(
     if precisions and (model is None or index or documents or kind or depth or run or out or per_query):
         what = "is of a dual encoder that searches the corpus: --index, --kind, --depth, --run, --out and --per-query are not"
         raise InputError("--precision", what, "give --model and --data alone")
-    for one in precisions:
-        choice("--precision", one, "float32", "int8", "binary", "ubinary")
+    for held in precisions:
+        choice("--precision", held, "float32", "int8", "binary", "ubinary")
     choice("--layout", layout, "shard", "replicate")
     if kind is not None:
         from lead_ds.models.kinds.kind import KINDS
@@ -164,7 +164,7 @@ def evaluate(
                 tell(scores, json_file, per_query)
         return
     if documents is not None:
-        from lead_ds.retrieval.evaluate import evaluate_two
+        from lead_ds.retrieval.two_models import evaluate_two
 
         check_settings(settings, documents)
         with ranks() as here:

@@ -22,7 +22,6 @@ from lead_ds.io.notes import say_once
 from lead_ds.io.progress import progress
 from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind, kinds_that
-from lead_ds.models.router import Reader, check_space
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.encode import PLAIN, Encoding, encode_share
 from lead_ds.retrieval.exact import exact_search, merge_top_k
@@ -169,32 +168,6 @@ def evaluate_widths(
         run = find(encoded.truncated(dim, unit=scorer.unit), task, qrels)
         scores[dim] = peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
     return scores
-
-
-def evaluate_two(
-    query: Reader,
-    document: Reader,
-    task: Task,
-    *,
-    batch_size: int = 64,
-    peers: Peers = ALONE,
-    quiet: bool = False,
-    out: str | Path | None = None,
-) -> Scores:
-    """As `evaluate_model`, of two models in one space: one reads the queries, the other the passages.
-
-    Raises InputError for vectors of different widths.
-    """
-    check_space(query, document)
-    (scorer, encoder), (other, other_encoder), qrels = query, document, task.qrels(out)
-    how, dataset = Encoding(batch_size, next(scorer.parameters()).device), task.dataset
-    with evaluating(scorer), evaluating(other):
-        reading: dict[str, Any] = {"peers": peers, "quiet": quiet, "documents": (other.embed, other_encoder)}
-        encoded = encode_both(scorer.embed, encoder, dataset, list(qrels), how, **reading)
-    run = find(encoded, task, qrels)
-    if peers.rank == 0 and out is not None:
-        write_run(out, run)
-    return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
 
 
 @contextmanager

@@ -38,7 +38,6 @@ def build_index(
     *,
     gpus: int = 0,
     layout: GpuLayout = "shard",
-    seed: int = 0,
     quiet: bool = False,
     queries: dict[str, Any] | None = None,
     rescore: Vectors | None = None,
@@ -84,7 +83,7 @@ def build_index(
             index = _to_gpus(index, gpus, layout, half=False)
             cells = _cells(factory)
             wanted = min(PER_CENTROID * max(cells, PQ_CENTROIDS), max(TRAIN_MAX, PER_CENTROID_AT_LEAST * cells))
-            sample = _sample(vectors, min(len(vectors), wanted), seed, signs=signs)
+            sample = _sample(vectors, min(len(vectors), wanted), signs=signs)
             try:
                 index.train(sample)
             except RuntimeError as error:
@@ -299,9 +298,9 @@ def _copy(vectors: Vectors, folder: Path) -> None:
             shutil.copyfile(vectors.folder / name, temporary)
 
 
-def _sample(vectors: Vectors, count: int, seed: int, *, signs: bool = False) -> np.ndarray:
+def _sample(vectors: Vectors, count: int, *, signs: bool = False) -> np.ndarray:
     """`count` vectors drawn without replacement, float32; of signs as they are."""
-    rows = np.sort(np.random.default_rng(seed).choice(len(vectors), count, replace=False))
+    rows = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
     parts = []
     for shard, block in enumerate(vectors.blocks()):
         own = vectors.rows(shard)

@@ -15,8 +15,9 @@ from lead_ds.errors import InputError
 from lead_ds.models.load import load_encoder
 from lead_ds.models.router import routes
 from lead_ds.models.student_dir import save_student
-from lead_ds.retrieval.evaluate import Task, encode_both, evaluate_two, open_encoder
+from lead_ds.retrieval.evaluate import Task, encode_both, open_encoder
 from lead_ds.retrieval.search import Searcher
+from lead_ds.retrieval.two_models import evaluate_two
 
 DATA = ("--split", "test", "--json")
 
