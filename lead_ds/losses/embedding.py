@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -157,7 +157,11 @@ class Embedding(Loss):
     name, needs = "embedding", frozenset({"features"})
     Settings = in_modes("into", "teacher", INTO)
 
-    def __init__(self, settings: EmbeddingSettings, shape: LossShape) -> None:
+    @overload
+    def __init__(self, settings: EmbeddingSettings, shape: LossShape) -> None: ...
+    @overload
+    def __init__(self, **values: Any) -> None: ...
+    def __init__(self, settings: Any = None, shape: Any = None, **values: Any) -> None:
         super().__init__(settings, shape)
         student, teacher = shape.student.width, shape.teacher.width if shape.teacher else None
         if student is None or teacher is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, overload
 
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -100,7 +100,11 @@ class Loss(nn.Module, metaclass=_LossType):
     needs: frozenset[Need] = frozenset({"final"})
     row: ClassVar[str | None] = None
 
-    def __init__(self, settings: Any, shape: LossShape) -> None:
+    @overload
+    def __init__(self, settings: Any, shape: LossShape) -> None: ...
+    @overload
+    def __init__(self, **values: Any) -> None: ...  # for type checkers, which do not read a metaclass: see _LossType
+    def __init__(self, settings: Any = None, shape: Any = None, **values: Any) -> None:
         super().__init__()
         self.settings, self.shape = settings, shape
         self.needs = self.reads(settings)

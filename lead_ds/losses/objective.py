@@ -220,7 +220,7 @@ def _made(losses: Losses, term: Term, shape: LossShape, taught: Sequence[Taught]
         if term.how == "concatenated":
             facts = replace(facts, width=sum(one.width or 0 for one in read))
         shape = replace(shape, teacher=facts)
-    return LOSSES[term.loss](getattr(losses, term.loss), shape)
+    return LOSSES[term.loss](getattr(losses, term.loss), shape)  # type: ignore[abstract]
 
 
 def changes_of(shape: LossShape) -> dict[str, Change]:
