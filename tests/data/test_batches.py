@@ -143,7 +143,8 @@ def test_the_teacher_reads_whole_groups_in_chunks(config: Callable[..., Config],
 def test_each_kind_of_teacher_reads_its_own_tokens(
     config: Callable[..., Config], tokenizer: Callable[..., str], kind: str
 ) -> None:
-    teacher = {"kind": kind, "path": tokenizer("bpe")} | ({"max_length": 200, "template": "plain"} if kind == "llm_reranker" else {})
+    more = {"max_length": 200, "template": "plain"} if kind == "llm_reranker" else {}
+    teacher = {"kind": kind, "path": tokenizer("bpe"), **more}
     read = batches(config(teacher=teacher))
     [chunk] = read.window(0).teachers[0]
     assert (chunk.pairs is None) == (kind != "llm_reranker")

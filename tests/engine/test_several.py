@@ -50,7 +50,8 @@ def several(rooms: Path, folder: Path, name: str, **sections: Any) -> Path:
     )
     sharded = {**tree.pop("teacher"), "placement": "zero3", "weight": 2.0}
     bert = {**TEACHERS["dual_encoder"], "path": str(rooms / "bert"), "dtype": "fp32", "passage_length": 48}
-    tree["teachers"] = [sharded, {**bert, "placement": "replicate"}, {"kind": "scores"}]
+    placed = {**bert, "placement": "zero3" if name.startswith("mixed") else "replicate"}
+    tree["teachers"] = [sharded, placed, {"kind": "scores"}]
     tree["data"] |= {"train": scored(rooms)}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
