@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -237,3 +238,15 @@ def test_a_script_under_a_launcher_trains_twice(distiller: Make, rooms: Path, tm
     own = distiller("own-alone", seed=888, student=Words()).train(quiet=True)  # there sharded by ZeRO-3
     assert losses_of(own) == pytest.approx(first["own"]["losses"], rel=1e-5)
     assert own.student.encode(["a text"])[0].tolist() == pytest.approx(first["own"]["vector"], rel=1e-4, abs=1e-6)
+
+
+def test_several_teachers_one_of_them_a_module(distiller: Make, rooms: Path) -> None:
+    cross = {"path": rooms / "cross", "kind": "cross_encoder", "dtype": "fp32", "max_length": 64}
+    own = {"module": Words(seed=1), "scale": "cosine", "weight": 3.0, "losses": ["response", "embedding"]}
+    teachers = [{**cross, "losses": ["response"]}, own]
+    run = distiller(teacher=teachers, losses={"response": {}, "embedding": {}}, steps=1)
+    assert list(run.config.taught) == ["teachers.0", "teachers.1"]
+    run.train(quiet=True)
+    parts = json.loads((run.output / "metrics.jsonl").read_text().splitlines()[0])["parts"]
+    assert set(parts) == {"response", "response:0", "response:1", "embedding"}
+    assert parts["response"] == pytest.approx(0.25 * parts["response:0"] + 0.75 * parts["response:1"])

@@ -53,6 +53,8 @@ def warmup_config(config: Config, of: str = "student") -> Config:
     tree = config.model_dump()
     tree["train"]["overlap"] = False
     if of == "teacher":
+        if config.teachers:
+            raise InputError("teachers", "are several, and one is warmed up", "name that one alone: teacher")
         tree["student"] = trained(config.teacher)
         tree["train"]["lr"] = tree["teacher"]["lr"] or tree["train"]["lr"]
         contrastive = tree["losses"]["contrastive"]
