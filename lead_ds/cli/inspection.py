@@ -113,9 +113,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         lines.append(("vectors", f"{facts['vector_width']} wide, {unit}"))
     similarity = facts["similarity"]
     if similarity is not None:
-        honoured = "honoured" if similarity["honoured"] else "NOT honoured"
         named = f"its files name {similarity['files']}" if similarity["files"] else "its files name none"
-        lines.append(("similarity", f"{similarity['computed']}; {named}: {honoured}"))
+        lines.append(("similarity", f"{similarity['computed']}; {named}"))
     lines += [(f"{side} prompt", repr(prompt)) for side, prompt in facts["prompts"].items()]
     if facts["template"] is not None:
         lines.append(("template", repr(facts["template"])))

@@ -12,7 +12,7 @@ import numpy as np
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
-from lead_ds.models.files import family_of, read_json
+from lead_ds.models.files import read_json
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import LENGTHS
 
@@ -118,16 +118,14 @@ def cut_share(encoder: TextEncoder, queries: Sequence[str], passages: Sequence[s
 
 
 def similarity_of(scorer: Kind) -> dict[str, Any] | None:
-    """Of a kind that gives vectors: what its files name, what is computed here, and whether both order passages alike."""
-    if not scorer.gives_vectors or not hasattr(scorer, "chain"):  # a module of one's own has no files
+    """Of a kind that gives vectors: what its files name, and by what they are compared here."""
+    if not scorer.gives_vectors:
         return None
-    path = scorer.config.path
-    named = read_json(path, "config_sentence_transformers.json").get("similarity_fn_name")
-    unit = bool(getattr(scorer, "normalize", False))
-    theirs = named or ("cosine" if family_of(path) is not None else None)  # null is cosine there
-    # Of unit vectors these rank alike; manhattan's distance does not.
-    honoured = theirs in (None, "dot") or (unit and theirs in ("cosine", "euclidean"))
-    return {"files": named, "computed": "cosine" if unit else "dot", "honoured": honoured}
+    files = hasattr(scorer, "chain")  # a module of one's own has none
+    named = (
+        read_json(scorer.config.path, "config_sentence_transformers.json").get("similarity_fn_name") if files else None
+    )
+    return {"files": named, "computed": getattr(scorer, "similarity", "cosine" if scorer.unit else "dot")}
 
 
 def _cut(rows: Sequence[Any], length: int) -> dict[str, Any]:

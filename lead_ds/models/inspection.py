@@ -166,13 +166,7 @@ def _tokenizer(encoder: TextEncoder) -> dict[str, Any]:
 def _notes(scorer: Kind, encoder: TextEncoder, facts: dict[str, Any]) -> list[str]:
     """What a reader would not expect."""
     notes: list[str] = []
-    similarity, files = facts["similarity"], facts["files_length"]
-    own = read_json(encoder.path, "config_sentence_transformers.json")
-    if similarity is not None and not similarity["honoured"]:
-        theirs = similarity["files"] or "cosine (null)"
-        notes.append(f"similarity: its files name {theirs}, here the dot product ranks; set normalize=true for cosine")
-    if own.get("truncate_dim"):
-        notes.append(f"truncate_dim: {own['truncate_dim']} of its files is ignored: vectors keep their width")
+    files = facts["files_length"]
     for name, length in facts["lengths"].items():
         tokens = length["tokens"]
         if files is not None and tokens < files:

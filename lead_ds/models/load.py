@@ -62,6 +62,14 @@ def with_lengths(config: C, read: Callable[[C], Any] = load_text) -> C:
     return config.model_copy(update={name: getattr(encoder, name) for name in open_ones})
 
 
+def settled_model(config: C) -> C:
+    """A model's settings in a run, with its files' lengths, and how they compare vectors where no module of it says so.
+
+    Raises InputError as `load_text`, and for a distance in place of a similarity.
+    """
+    return with_lengths(KINDS[config.kind].settled(config))
+
+
 def load_encoder(
     path: str | Path, settings: Sequence[str] = (), device: torch.device | str = "cpu"
 ) -> tuple[Any, TextEncoder]:

@@ -94,6 +94,7 @@ class OwnEncoder(DualEncoder):
 
     pooling = "its own"  # type: ignore[assignment]
     normalize = False  # type: ignore[assignment]
+    truncate, similarity = None, "dot"  # type: ignore[assignment]
 
     def __init__(self, module: nn.Module, config: Any, *, student: bool = False) -> None:
         nn.Module.__init__(self)

@@ -14,7 +14,7 @@ from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, zero_stage
 from lead_ds.models.backbone import find_layers, read_model_config
 from lead_ds.models.kinds.kind import KINDS
-from lead_ds.models.load import with_lengths
+from lead_ds.models.load import settled_model
 from lead_ds.models.lora import add_lora
 from lead_ds.plan.activations import forward_bytes
 from lead_ds.plan.placement import PlannedTeacher, Requirements
@@ -29,10 +29,10 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 def requirements(config: Config) -> Any:
     """What the models of a configuration hold: read from their config.json alone, and lengths that are null from their files."""
-    config = config.model_copy(update={"student": with_lengths(config.student)})
+    config = config.model_copy(update={"student": settled_model(config.student)})
     student, student_shape = meta_model(config.student, "student", lora=config.train.lora)
     taught = config.taught.items() if config.losses.needs_teacher or config.cotrained else ()
-    computing = [(key, with_lengths(settings)) for key, settings in taught if teacher_class(settings.kind).computes]
+    computing = [(key, settled_model(settings)) for key, settings in taught if teacher_class(settings.kind).computes]
     group, batch = 1 + config.data.negatives, config.train.batch_size
 
     def texts(model: Any, queries: int, length: int | None = None) -> list[tuple[int, int]]:
@@ -44,7 +44,7 @@ def requirements(config: Config) -> Any:
         rows = texts(config.student, part, length)
         total = forward_bytes(student, rows, training=True, checkpointing=checkpointing)
         if config.cotrained is not None:
-            settings = with_lengths(config.cotrained)
+            settings = settled_model(config.cotrained)
             model = meta_model(settings, "teacher")[0]
             total += forward_bytes(model, texts(settings, part), training=True, checkpointing=checkpointing)
         return total

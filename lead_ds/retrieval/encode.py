@@ -197,11 +197,17 @@ class Vectors:
         return str(self.manifest.get("dtype", "float32"))
 
     def floats(self, block: np.ndarray) -> np.ndarray:
-        """Some of the stored vectors as float32 [n, D]: quantised ones as what they stand for."""
+        """Some of the stored vectors as float32 [n, D] whose inner products rank: quantised ones as what they stand for, and all
+        at length 1 where the model that made them compares by cosine."""
         if self.dtype not in SMALL:
-            return np.ascontiguousarray(block, np.float32)
-        ranges = self.manifest.get("ranges")
-        return restored(block, self.dtype, self.dimension, None if ranges is None else np.array(ranges, np.float32))
+            floats = np.ascontiguousarray(block, np.float32)
+        else:
+            ranges = self.manifest.get("ranges")
+            ranges = None if ranges is None else np.array(ranges, np.float32)
+            floats = restored(block, self.dtype, self.dimension, ranges)
+        if self.manifest["model"].get("similarity") != "cosine":
+            return floats
+        return floats / np.maximum(np.linalg.norm(floats, axis=1, keepdims=True), 1e-12)
 
     def at(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of `rows`, as float32 [n, D]."""

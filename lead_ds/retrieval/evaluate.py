@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset, check_run_names
 from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, write_run
-from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.notes import say_once
 from lead_ds.io.progress import progress
@@ -140,8 +140,12 @@ def evaluate_model(
     """
     scorer, qrels = dual_encoder(scorer), task.qrels(out)
     how = Encoding(batch_size, next(scorer.parameters()).device)
+
+    def read(tokens: Tokens) -> Tensor:
+        return scorer.comparable((embed or scorer.embed)(tokens))
+
     with evaluating(scorer):
-        encoded = encode_both(embed or scorer.embed, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
+        encoded = encode_both(read, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
     run = find(encoded, task, qrels)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
@@ -162,10 +166,10 @@ def evaluate_widths(
     scorer, qrels = dual_encoder(scorer), task.qrels()
     how = Encoding(batch_size, next(scorer.parameters()).device)
     with evaluating(scorer):
-        encoded = encode_both(scorer.embed, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
+        encoded = encode_both(scorer.ranked, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
     scores: dict[int, Scores] = {}
     for dim in dims:
-        run = find(encoded.truncated(dim, unit=scorer.unit), task, qrels)
+        run = find(encoded.truncated(dim, unit=scorer.unit or scorer.by_cosine), task, qrels)
         scores[dim] = peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
     return scores
 

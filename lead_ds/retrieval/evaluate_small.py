@@ -51,7 +51,7 @@ def evaluate_small(
     scorer, qrels = dual_encoder(scorer), task.qrels()
     how = Encoding(batch_size, next(scorer.parameters()).device)
     with evaluating(scorer):
-        encoded = encode_both(scorer.embed, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
+        encoded = encode_both(scorer.ranked, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
     rows, width = list[Row](), encoded.queries.shape[1]
     for precision in precisions:
         if precision == "float32":

@@ -187,9 +187,9 @@ class Index:
     def check_model(self, model: dict[str, Any]) -> None:
         """Raise InputError unless queries of this model (see `model_facts`) live in the same space as the index."""
         made = self.meta["model"]
-        changed = [key for key in made if made[key] != model.get(key)]
+        changed = [key for key in (made | model) if made.get(key) != model.get(key)]
         if changed:
-            told = ", ".join(f"{key} {made[key]}, here {model.get(key)}" for key in changed)
+            told = ", ".join(f"{key} {made.get(key)}, here {model.get(key)}" for key in changed)
             raise InputError(self.folder, f"was made by another model: {told}", "use that model, or build it again")
 
     def check_two(self, query: dict[str, Any], document: str) -> None:

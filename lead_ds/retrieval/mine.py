@@ -168,13 +168,13 @@ def _candidates(
         )
     scorer, encoder = open_encoder(source)
     queries, how = list(positives), Encoding(batch_size, next(scorer.parameters()).device)
-    encoded = encode_both(scorer.embed, encoder, dataset, queries, how, quiet=quiet)
+    encoded = encode_both(scorer.ranked, encoder, dataset, queries, how, quiet=quiet)
     run = encoded.search(depth)
     # A positive that is not among the candidates still has a score, which the margin needs.
     names = sorted({name for query, found in positives.items() for name in found if name not in run[query]})
     if names:
         wanted = dataset.corpus.rows(names).tolist()
-        passages_PD = encode_share(scorer.embed, encoder, "corpus", dataset.corpus.texts, wanted, how)
+        passages_PD = encode_share(scorer.ranked, encoder, "corpus", dataset.corpus.texts, wanted, how)
         place = {name: i for i, name in enumerate(names)}
         for i, query in enumerate(queries):
             missing = [name for name in positives[query] if name not in run[query]]

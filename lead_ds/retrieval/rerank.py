@@ -354,4 +354,4 @@ def _read_queries(reader: _Reader, texts: TextsOf, rows: np.ndarray, meter: Prog
 
 def _scale(scorer: Kind) -> Scale:
     """Cosines where the model's relevance is read by them; z-scores over a query's passages leave their order alone."""
-    return "cosine" if scorer.final_scale == "cosine" else "none"
+    return "cosine" if scorer.final_scale == "cosine" or scorer.by_cosine else "none"

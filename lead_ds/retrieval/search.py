@@ -140,7 +140,7 @@ class Searcher:
         check_space((scorer, encoder), (reads, text))
         with progress("encoding the corpus", len(corpus), "texts", shown=not quiet) as meter:
             vectors_PD = encode_share(
-                reads.embed,
+                reads.ranked,
                 text,
                 "corpus",
                 corpus.texts,
@@ -186,7 +186,7 @@ class Searcher:
 
         with progress("encoding queries", len(queries), "queries", shown=not quiet) as meter:
             how, rows = Encoding(batch_size, self.device), range(len(queries))
-            vectors_QD = encode_share(self.scorer.embed, self.encoder, "queries", texts, rows, how, meter=meter)
+            vectors_QD = encode_share(self.scorer.ranked, self.encoder, "queries", texts, rows, how, meter=meter)
         scores: Tensor | np.ndarray
         found: Tensor | np.ndarray
         if isinstance(self.passages, Index):

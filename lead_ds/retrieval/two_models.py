@@ -31,8 +31,8 @@ def evaluate_two(
     (scorer, encoder), (other, other_encoder), qrels = query, document, task.qrels(out)
     how, dataset = Encoding(batch_size, next(scorer.parameters()).device), task.dataset
     with evaluating(scorer), evaluating(other):
-        reading: dict[str, Any] = {"peers": peers, "quiet": quiet, "documents": (other.embed, other_encoder)}
-        encoded = encode_both(scorer.embed, encoder, dataset, list(qrels), how, **reading)
+        reading: dict[str, Any] = {"peers": peers, "quiet": quiet, "documents": (other.ranked, other_encoder)}
+        encoded = encode_both(scorer.ranked, encoder, dataset, list(qrels), how, **reading)
     run = find(encoded, task, qrels)
     if peers.rank == 0 and out is not None:
         write_run(out, run)

@@ -33,7 +33,7 @@ from lead_ds.io.progress import Progress
 from lead_ds.io.shards import turns
 from lead_ds.models.as_read import check_room
 from lead_ds.models.kinds.kind import KINDS
-from lead_ds.models.load import load_text, with_lengths
+from lead_ds.models.load import load_text, settled_model
 from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
@@ -53,13 +53,13 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
     with joined_ranks() as ranks, closed_to_others():
         check_agreement(config, False, ranks)
         check_shared(out, ranks)
-        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(settings)))
+        teacher = agreed(ranks, lambda: settled_model(settings))
+        groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(teacher)))
         if groups.alone:
             raise InputError(groups.path, "holds texts alone, and no groups", "let the teacher read them in training")
         if config.data.sets:
             raise InputError("data.sets", "are several, and one is read here", "name the path of one of them")
         agreed(ranks, lambda: check_room(encoder, "teacher"))
-        teacher = with_lengths(settings, lambda _: encoder)
         yield ranks, config.model_copy(update={"teacher": teacher}), groups, encoder  # type: ignore[attr-defined]
 
 

@@ -62,8 +62,7 @@ def test_a_dual_encoder_as_sentence_transformers_saved_it(encoder: Path, rooms: 
     assert facts["prompts"] == {"query": "which: ", "passage": "the passage: "}
     assert facts["lengths"]["passage_length"] == {"tokens": 130, "from": "the model's files"}
     assert facts["lengths"]["query_length"] == {"tokens": 130, "from": "the model's files"}
-    assert facts["similarity"] == {"files": "cosine", "computed": "dot", "honoured": False}
-    assert any(note.startswith("similarity:") for note in facts["notes"])
+    assert facts["similarity"] == {"files": "cosine", "computed": "cosine"}
     tokens = facts["tokens"]["query"]
     assert tokens[0] == ["[CLS]", "special"]
     assert tokens[-1] == ["[SEP]", "special"]
@@ -82,7 +81,7 @@ def test_settings_win_and_show_as_a_difference(encoder: Path, rooms: Path) -> No
     settings = ("passage_length=12", "query_length=12", "query_prompt=", "passage_prompt=", "normalize=true")
     facts = facts_of(encoder, *settings, "--data", rooms / "data", "--compare", status=1)
     assert facts["lengths"]["query_length"] == {"tokens": 12, "from": "settings"}
-    assert facts["similarity"] == {"files": "cosine", "computed": "cosine", "honoured": True}
+    assert facts["similarity"] == {"files": "cosine", "computed": "cosine"}
     assert not facts["compared"]["equal"]
     cut = facts["cut"]["passages"]
     assert cut["cut"] == 1
@@ -103,7 +102,7 @@ def test_a_prompt_that_leaves_nothing_of_a_text(encoder: Path) -> None:
 def test_for_people(encoder: Path) -> None:
     status, out, _ = run(encoder)
     assert status == 0
-    for words in ("dual_encoder", "Pooling (mean)", "'which: '", "NOT honoured", "[CLS]", "130 tokens"):
+    for words in ("dual_encoder", "Pooling (mean)", "'which: '", "its files name cosine", "[CLS]", "130 tokens"):
         assert words in out
 
 

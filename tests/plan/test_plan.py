@@ -246,8 +246,9 @@ def test_a_teacher_is_counted_as_deep_as_it_is_loaded(tmp_path: Path, bert: str,
     deep = {**TINY_MISTRAL, "num_hidden_layers": 12}
     path, shallow = shaped(tmp_path / "deep", deep), shaped(tmp_path / "shallow", {**deep, "num_hidden_layers": 3})
     layer = {"select": "given", "teacher_layers": [0, 2], "student_layers": [0, 2]}
+    lengths = {"max_length": 256} if kind == "llm_reranker" else {"query_length": 32, "passage_length": 128}
     tree: dict[str, Any] = {
-        "teacher": {"kind": kind, "path": path},
+        "teacher": {"kind": kind, "path": path, **lengths},
         "student": {"path": bert, "query_length": 8, "passage_length": 16},
         "data": {"path": "data"},
         "losses": {"response": {"weight": 0.0}, "layer": layer},

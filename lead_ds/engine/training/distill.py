@@ -41,7 +41,7 @@ from lead_ds.io.provenance import provenance
 from lead_ds.losses.objective import Objective
 from lead_ds.models.as_read import check_room, reading_line, sample
 from lead_ds.models.attention_backend import candidates, choose_attention
-from lead_ds.models.load import load_teacher, load_text, with_lengths
+from lead_ds.models.load import load_teacher, settled_model, with_lengths
 from lead_ds.models.lora import add_lora, without_lora
 from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
@@ -183,13 +183,18 @@ def settled(config: Config, given: Given = NOTHING) -> Config:
 
     Raises InputError for a loss that a teacher cannot serve, and as `load_text`.
     """
-    models: dict[str, Any] = {"student": with_lengths(config.student, given.student_text)}
+    student = config.student
+    own = given.student is not None
+    models: dict[str, Any] = {"student": with_lengths(student, given.student_text) if own else settled_model(student)}
     found: list[Any] = []
     for key, settings in config.taught.items() if config.losses.needs_teacher else ():
         kind = teacher_class(settings.kind)
         teacher = kind.settled(settings)
-        read = partial(given.teacher_text, key) if key in given.teachers else load_text
-        found.append(with_lengths(teacher, read) if kind.computes else teacher)
+        if kind.computes and key in given.teachers:
+            teacher = with_lengths(teacher, partial(given.teacher_text, key))
+        elif kind.computes:
+            teacher = settled_model(teacher)
+        found.append(teacher)
     if found:
         models |= {"teachers": found} if config.teacher is None else {"teacher": found[0]}
     return config.model_copy(update=models)

@@ -18,7 +18,7 @@ from lead_ds.data.tokens.tokenizer import end_with_eos
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.chain import replace_modules
-from lead_ds.models.files import family_of
+from lead_ds.models.files import family_of, read_json, saved_modules
 from lead_ds.models.kinds.kind import KINDS, Kind, Use, new_layer, reading_at_most
 from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lead_ds.data.reads import ModelBatch
     from lead_ds.data.tokens.encoder import Tokens
 
+SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 _MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our names and sentence-transformers'
 
 
@@ -42,7 +43,11 @@ class DualEncoderConfig(TextConfig):
     pooling: Literal["auto", "cls", "mean", "last"] = Field(
         "auto", description="auto: from modules.json; else cls for encoders, last for decoders"
     )
-    normalize: bool | None = Field(None, description="unit-length final vectors; null: from modules.json, else false")
+    normalize: bool | None = Field(
+        None,
+        description="unit-length final vectors, compared by cosine; false: compared by dot product; null: as its files say, "
+        "else false",
+    )
     projection: Positive | None = Field(None, description="width of a new linear layer on top of pooling")
     dim: Positive | None = Field(
         None,
@@ -76,6 +81,10 @@ print(model.similarity(queries, passages))""",
         super().__init__(chain, model, config, student=student)
         self.freeze_pooler()
         self._lay_out()
+        self._truncate: int | None = chain.truncate_dim
+        self.similarity = files_similarity(config) or ("cosine" if self.normalize else "dot")
+        if self.by_cosine and self.final_scale == "none":
+            self.final_scale = "cosine"
 
     def _lay_out(self) -> None:
         modules: list[Any] = list(self.behind)
@@ -155,12 +164,35 @@ print(model.similarity(queries, passages))""",
 
     @property
     def unit(self) -> bool:
-        return self.normalize
+        return self.normalize and self.truncate is None
+
+    @property
+    def by_cosine(self) -> bool:
+        return self.similarity == "cosine" and not self.unit
+
+    @property
+    def truncate(self) -> int | None:
+        """How many dimensions its files have of the finished vector; None: all, or as many as `dim` says."""
+        return self._truncate if self.dim is None else None
+
+    @classmethod
+    def settled(cls, config: Any) -> Any:
+        modules = [kind for kind, _ in saved_modules(config.path)]
+        said = read_json(config.path, SENTENCE_TRANSFORMERS).get("truncate_dim")
+        if files_similarity(config) != "cosine" or (said is None and "Normalize" in modules[-1:]):
+            return config
+        # What is learned is what is ranked by: unit vectors, of the dimensions that are kept.
+        return config.model_copy(update={"normalize": True, "dim": config.dim or said})
 
     @property
     def vector_width(self) -> int:
         """D of the final vectors."""
-        return self.dim or _width(self.behind, self.width)
+        return self.dim or min(self.truncate or self.width_of_all, self.width_of_all)
+
+    @property
+    def width_of_all(self) -> int:
+        """D of the vectors before any is cut."""
+        return _width(self.behind, self.width)
 
     def cut(self, dim: int) -> None:
         width = _width(self.behind, self.width)
@@ -217,12 +249,15 @@ print(model.similarity(queries, passages))""",
 
     @property
     def space(self) -> dict[str, Any]:
-        return {"pooling": self.pooling, "normalize": self.normalize, "dimension": self.vector_width}
+        space = {"pooling": self.pooling, "normalize": self.normalize, "dimension": self.vector_width}
+        return space | ({"similarity": "cosine"} if self.by_cosine else {})
 
     def vectors_of(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         _, then, unit = self._parts
         pooled_BD = self._pool(states_BLD, mask_BL)
-        return _through(self.behind[unit], _through(self.behind[then], pooled_BD)[..., : self.dim])
+        return _through(self.behind[unit], _through(self.behind[then], pooled_BD)[..., : self.dim])[
+            ..., : self.truncate
+        ]
 
     def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         """[K + 1, B, D]: the requested layers, then the final vector."""
@@ -232,7 +267,7 @@ print(model.similarity(queries, passages))""",
         vectors_KBD = _through(self.behind[then], torch.stack(read))
         if self.lens is not None:
             vectors_KBD = self.lens(vectors_KBD, vectors_KBD.unbind(), layers)
-        return _through(self.behind[unit], vectors_KBD[..., : self.dim])
+        return _through(self.behind[unit], vectors_KBD[..., : self.dim])[..., : self.truncate]
 
     def _pool(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         features = {"token_embeddings": states_BLD, "attention_mask": mask_BL}
@@ -243,7 +278,7 @@ print(model.similarity(queries, passages))""",
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
         chain = self.chain
         chain.prompts |= {"query": encoder.query_prompt, "document": encoder.passage_prompt}
-        chain.similarity_fn_name = "cosine" if self.normalize else "dot"
+        chain.similarity_fn_name = self.similarity
         with reading_at_most(encoder.tokenizer, max(encoder.query_length, encoder.passage_length)):
             record = super().save(folder, encoder, state)
         lengths = {"query_length": encoder.query_length, "passage_length": encoder.passage_length}
@@ -257,6 +292,20 @@ print(model.similarity(queries, passages))""",
             f"unit-length vectors: {'yes' if self.normalize else 'no'}",
             f"longest query: {encoder.query_length} tokens; longest passage: {encoder.passage_length}",
         ]
+
+
+def files_similarity(config: Any) -> str | None:
+    """By what a model's files compare its vectors, where they say and no setting does: cosine or dot.
+
+    null is sentence-transformers' cosine. Raises InputError for a distance.
+    """
+    if config.normalize is not None or family_of(config.path) != "SentenceTransformer":
+        return None
+    said = str(read_json(config.path, SENTENCE_TRANSFORMERS).get("similarity_fn_name") or "cosine")
+    if said not in ("cosine", "dot"):
+        what = f"compares vectors by {said} distance (similarity_fn_name), and vectors are ranked by cosine or dot product here"
+        raise InputError(config.path, what, "set normalize: true for cosine, or false for the dot product")
+    return said
 
 
 def _refuse_late_interaction(path: str) -> None:

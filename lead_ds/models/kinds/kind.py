@@ -135,6 +135,24 @@ class Kind(Scorer):
         """Whether its vectors have length 1."""
         return False
 
+    @property
+    def by_cosine(self) -> bool:
+        """Whether its vectors are compared by their cosine, and are not of length 1 by themselves."""
+        return False
+
+    def comparable(self, vectors_BD: Tensor) -> Tensor:
+        """Final vectors as their inner products are to be taken: at length 1 where the model compares by cosine."""
+        return nn.functional.normalize(vectors_BD, dim=-1) if self.by_cosine else vectors_BD
+
+    def ranked(self, tokens: Tokens) -> Tensor:
+        """`embed`, `comparable`."""
+        return self.comparable(self.embed(tokens))
+
+    @classmethod
+    def settled(cls, config: Any) -> Any:
+        """The settings of a model in a run, with what its files say of how it is compared."""
+        return config
+
     @classmethod
     def features_of(cls, config: Any, width: int) -> tuple[int, int]:
         """Elements that one query and one passage leave behind, of every captured layer."""
