@@ -70,7 +70,7 @@ def _base(file: Path, settings: dict[str, Any], local: bool) -> Path:
     places = [Path(name).expanduser()]
     if local and not places[0].is_absolute():
         places.append(file.parent / name)
-    found = [place for place in places if place.is_dir() and not place.samefile(file.parent)]
+    found = [place for place in places if _is_model(place) and not place.samefile(file.parent)]
     if len(found) == 2 and not found[0].samefile(found[1]):
         what = f"its base {name} is one folder from here and another one from the adapter's"
         raise InputError(file, what, "set base_model_name_or_path to an absolute path")
@@ -92,6 +92,10 @@ def _transformer(folder: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         return ""
     return found if isinstance(found, str) and ".." not in Path(found).parts else ""
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "modules.json", SETTINGS))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +19,15 @@ from pydantic import ValidationError
 
 from lead_ds.config import TeacherConfig, load_config
 from lead_ds.data.groups.open import open_groups
+from lead_ds.engine.distributed.ranks import free_port
 from lead_ds.engine.training.distill import distill
 from lead_ds.errors import InputError, RunError
-from lead_ds.models.load import load_teacher, load_text
+from lead_ds.models.load import load_encoder, load_scorer, load_teacher, load_text
+from lead_ds.models.reference import TEXTS as TEXTS_OF_MODELS
 from lead_ds.teachers.served import ServedLookup, ServedSettings
 from lead_ds.teachers.served_ahead import ask_ahead
 from tests.helpers.launch import launch
-from tests.helpers.rooms import settings
+from tests.helpers.rooms import save_bert, settings
 from tests.helpers.server import ModelServer, serving
 
 SECRET = "sk-never-to-be-seen"
@@ -191,3 +197,54 @@ def test_a_served_reranker_has_no_vectors(rooms: Path, tmp_path: Path, server: M
 def write(path: Path, tree: dict[str, Any]) -> str:
     path.write_text(yaml.safe_dump(tree))
     return str(path)
+
+
+@pytest.mark.slow
+def test_a_server_that_others_wrote(tmp_path: Path) -> None:
+    """infinity_emb, in an environment of its own: its embeddings and its rerank are the models' own numbers."""
+    program = os.environ.get("INFINITY_EMB") or shutil.which("infinity_emb")
+    if program is None:
+        pytest.skip("set INFINITY_EMB to the program infinity_emb of an environment with infinity-emb[torch,server]")
+    save_bert(tmp_path / "dual", layers=2, width=16)
+    save_bert(tmp_path / "cross", layers=2, width=16, head=True)
+    for file in tmp_path.rglob("tokenizer_config.json"):  # as the older transformers that it needs names the class
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    port = free_port()
+    command = [program, "v2", "--port", str(port), "--engine", "torch", "--device", "cpu", "--no-model-warmup"]
+    command += ["--no-bettertransformer", "--no-compile", "--host", "127.0.0.1"]
+    for name in ("dual", "cross"):
+        command += ["--model-id", str(tmp_path / name), "--served-model-name", name]
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    quiet.pop("PYTHONPATH", None)
+    texts = [text for text in TEXTS_OF_MODELS if text.strip()][:8]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=quiet, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        given: dict[str, Any] = {"kind": "served", "tries": 9, "pause": 1.0, "timeout": 120}
+        where = f"http://127.0.0.1:{port}"
+        dual = ServedSettings(
+            **given, api="embeddings", model="dual", url=f"{where}/embeddings", answers=str(tmp_path / "v")
+        )
+        cross = ServedSettings(
+            **given,
+            api="jina",
+            model="cross",
+            url=f"{where}/rerank",
+            extra={"raw_scores": True},
+            answers=str(tmp_path / "s"),
+        )
+        lookups = [ServedLookup(dual), ServedLookup(cross)]
+        for lookup in lookups:
+            lookup.answers.begin()
+        vectors = lookups[0].asked([(text,) for text in texts])
+        pairs = [(texts[0], text) for text in texts]
+        scores = lookups[1].asked(pairs)
+    finally:
+        server.kill()
+        server.wait()
+    with torch.no_grad():
+        scorer, encoder = load_encoder(str(tmp_path / "dual"), ["pooling=mean", "normalize=true"])
+        np.testing.assert_allclose([vectors[(x,)] for x in texts], scorer.embed(encoder.passages(texts)), atol=2e-5)
+        scorer, encoder = load_scorer(str(tmp_path / "cross"))
+        expected = scorer(tokens=encoder.pairs(*map(list, zip(*pairs, strict=True))))
+        np.testing.assert_allclose([scores[pair][0] for pair in pairs], expected, atol=2e-5)

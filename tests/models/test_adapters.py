@@ -58,9 +58,9 @@ def said(path: str, base: str, head: str = "base") -> Any:
     return peft.PeftModel.from_pretrained(model, path).eval()
 
 
-def states(path: str, tokens: dict[str, torch.Tensor], **more: Any) -> torch.Tensor:
+def states(path: str, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     """Final token states of our scorer."""
-    scorer, _ = load_encoder(path, pooling="mean", **more)
+    scorer, _ = load_encoder(path, ["pooling=mean"])
     with torch.no_grad():
         return scorer.run(tokens, [], lambda state: state, through_norm=True)[-1]
 
@@ -179,12 +179,13 @@ def test_the_base_is_found_from_here_and_from_the_adapter(tmp_path: Path, monkey
     def name(where: str) -> None:
         file.write_text(json.dumps(settings | {"base_model_name_or_path": where}))
 
+    monkeypatch.chdir(tmp_path)
     name("../base")
     assert load_encoder(str(adapter))[0].num_layers == 3
     monkeypatch.chdir(tmp_path / "models")
     name("base")
     assert load_encoder("adapter")[0].num_layers == 3
-    (adapter / "base").mkdir()
+    shutil.copytree("base", adapter / "base")
     with pytest.raises(InputError, match="one folder from here and another one"):
         load_encoder("adapter")
     for missing, what in (("../gone", "is not there"), ("some/model", "not to be had from the hub"), ("", "no base")):
