@@ -40,7 +40,7 @@ class FrozenTeacher(Teacher):
 
     Settings = TeacherRole
     gives = frozenset({"final", "layers", "features", "attention"})
-    computes = True
+    reads_alone = computes = True
 
     def __init__(
         self, scorer: Kind, engine: Any, placement: str, device: torch.device, fitted: FittedLens | None = None

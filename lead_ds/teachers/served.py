@@ -24,7 +24,7 @@ from lead_ds.relevance import ScoreFeatures, VectorFeatures
 from lead_ds.settings.base import PACE, PLACE, Place, Positive
 from lead_ds.teachers.served_answers import Answers, folder_of
 from lead_ds.teachers.served_client import Client, Questions
-from lead_ds.teachers.teacher import TEACHERS, Lesson, Teacher, TeacherSettings, TeacherView
+from lead_ds.teachers.teacher import TEACHERS, Gift, Lesson, Teacher, TeacherSettings, TeacherView
 
 _SECRET = ("key", "token", "authorization", "password", "secret")
 
@@ -104,7 +104,16 @@ class ServedLookup:
         return self.settings.api == "embeddings"
 
     def read(self, rows: np.ndarray, groups: Sequence[Group]) -> dict[str, np.ndarray]:
-        """queries [1, Q, D] and passages [1, Q N, D], or scores [Q, N]; float32. Raises as `Client.ask`."""
+        """queries [1, Q, D] and passages [1, Q N, D], or scores [Q, N]; float32. Raises as `Client.ask`.
+
+        Texts alone are passages, read as their roles say.
+        """
+        if groups[0].role is not None:
+            prompts = {"query": self.settings.query_prompt, "passage": self.settings.passage_prompt}
+            alone = [((prompts[group.role or "passage"] or "") + group.passages[0],) for group in groups]
+            told = self.asked(alone)
+            vectors = np.stack([told[text] for text in alone])[None]
+            return {"queries": vectors[:, :0], "passages": vectors}
         queries = [group.query for group in groups]
         pairs = [(group.query, text) for group in groups for text in group.passages]
         questions = self.questions(queries, pairs)
@@ -137,10 +146,16 @@ class ServedTeacher(Teacher):
 
     Settings = ServedSettings
     gives = frozenset({"final", "features"})
+    reads_alone = True
     num_layers, placement = 0, "served"
 
     def __init__(self, lookup: ServedLookup, device: torch.device) -> None:
         self.lookup, self.device = lookup, device
+
+    @classmethod
+    def given(cls, settings: ServedSettings) -> frozenset[Gift]:
+        """See `Teacher`: vectors or scores, by the interface."""
+        return cls.gives if settings.api == "embeddings" else cls.gives - {"features"}
 
     @classmethod
     def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:

@@ -80,6 +80,7 @@ class Teacher(ABC):
 
     Settings: ClassVar[type[Section]]  # of a model: its role's and kind's; else a subclass of TeacherSettings
     gives: ClassVar[frozenset[Gift]]  # the most that a teacher of the kind can give
+    reads_alone: ClassVar[bool] = False  # gives vectors of texts alone
     computes: ClassVar[bool] = False  # runs a model, which takes memory and may be begun a window early
 
     num_layers: int  # T

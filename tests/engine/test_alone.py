@@ -17,6 +17,7 @@ from tests.engine.jobs import losses_of
 from tests.engine.running import copy_run
 from tests.helpers.launch import launch
 from tests.helpers.rooms import settings
+from tests.helpers.server import serving
 
 OFF = {name: {"weight": 0.0} for name in ("contrastive", "response", "layer")}
 LOSSES: dict[str, Any] = {**OFF, "embedding": {"weight": 1.0}}
@@ -77,3 +78,18 @@ def test_losses_of_vectors_train(rooms: Path, tmp_path: Path) -> None:
     assert all(
         np.isfinite(row["parts"][name]) and row["parts"][name] > 0 for name in ("embedding", "similarity", "spread")
     )
+
+
+def test_a_served_teacher_is_asked_for_each_text(rooms: Path, tmp_path: Path) -> None:
+    with serving(lambda texts: [[float(len(text)), 1.0, -1.0] for text in texts]) as server:
+        teacher = {"kind": "served", "api": "embeddings", "url": server.url(), "model": "tiny", "query_prompt": "Q: "}
+        tree = yaml.safe_load(write(rooms, tmp_path, "run", train={"steps": 1}).read_text())
+        path = tmp_path / "served.yaml"
+        path.write_text(yaml.safe_dump({**tree, "teacher": {**teacher, "answers": str(tmp_path / "answers")}}))
+        distill(load_config(path), quiet=True)
+        asked = set(server.texts)
+        queries = (rooms / "data" / "alone" / "queries.txt").read_text().splitlines()
+        assert asked
+        assert all(text.startswith("Q: ") == (text.removeprefix("Q: ") in queries) for text in asked)
+        with pytest.raises(InputError, match=r"teacher\.kind: a served gives no vector of a text alone"):
+            distill(load_config(path, [f"output={tmp_path / 'other'}", "teacher.api=cohere"]), quiet=True)

@@ -224,10 +224,13 @@ def refuse_what_needs_groups(config: Config) -> None:
     for name in config.losses.needing("labels", "final", "layers", "attention"):
         what = "compares a query with its passages, and texts alone have none"
         raise InputError(f"losses.{name}.weight", what, "set it to 0, or bring training groups")
-    for key, model in (("student", config.student), *config.taught.items()):
-        if not rules.gives_vectors(model.kind):
-            what = f"a {model.kind} gives no vector of a text alone"
-            raise InputError(f"{key}.kind", what, "name a dual_encoder, or bring training groups")
+    reading = {"student": rules.gives_vectors(config.student.kind)}
+    for key, settings in config.taught.items() if config.losses.needs_teacher else ():
+        teacher = teacher_class(settings.kind)
+        reading[key] = teacher.reads_alone and "features" in teacher.given(settings)
+    for key in (key for key, reads in reading.items() if not reads):
+        what = f"a {(config.taught.get(key) or config.student).kind} gives no vector of a text alone"
+        raise InputError(f"{key}.kind", what, "name a dual_encoder, or bring training groups")
     if config.data.negatives:
         raise InputError("data.negatives", "is ignored: texts alone have no negatives", "set it to 0")
     if config.data.keep_identical:
