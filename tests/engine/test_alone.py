@@ -59,6 +59,7 @@ def test_two_processes_equal_one_and_a_run_resumes(rooms: Path, tmp_path: Path) 
         ("losses.response.weight=1", r"losses\.response\.weight: compares a query with its passages"),
         ("losses.layer.weight=1", r"losses\.layer\.weight"),
         ("losses.contrastive.weight=1", r"losses\.contrastive\.weight"),
+        ("teacher.train=true teacher.dtype=auto", r"teacher\.train: texts alone teach a teacher nothing"),
         ("data.negatives=2", r"data\.negatives: is ignored"),
         ("teacher.kind=colbert", r"teacher\.kind: a colbert gives no vector of a text alone"),
     ],
@@ -66,7 +67,7 @@ def test_two_processes_equal_one_and_a_run_resumes(rooms: Path, tmp_path: Path) 
 def test_what_needs_groups_is_refused(rooms: Path, tmp_path: Path, override: str, told: str) -> None:
     path = write(rooms, tmp_path, "run")
     with pytest.raises(InputError, match=told):
-        distill(load_config(path, [override]), quiet=True)
+        distill(load_config(path, override.split()), quiet=True)
     assert not (tmp_path / "run").exists()
 
 

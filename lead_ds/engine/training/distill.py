@@ -27,6 +27,7 @@ from lead_ds.engine.records.checkpoint import Checkpoints, write_json
 from lead_ds.engine.records.parts import Parts
 from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
+from lead_ds.engine.training.alone import refuse_what_needs_groups
 from lead_ds.engine.training.card import model_card
 from lead_ds.engine.training.evaluation import Evaluator, Evaluators, open_evaluator
 from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
@@ -217,24 +218,6 @@ def open_inputs(
             check_room(reads.encoder, key)
     batches.check(compared(config, ranks.world))
     return groups, student_text, batches, open_evaluator(config, student_text, ranks)
-
-
-def refuse_what_needs_groups(config: Config) -> None:
-    """Raise InputError for what texts alone cannot serve: there is no judgement, no negative, no text to compare with."""
-    for name in config.losses.needing("labels", "final", "layers", "attention"):
-        what = "compares a query with its passages, and texts alone have none"
-        raise InputError(f"losses.{name}.weight", what, "set it to 0, or bring training groups")
-    reading = {"student": rules.gives_vectors(config.student.kind)}
-    for key, settings in config.taught.items() if config.losses.needs_teacher else ():
-        teacher = teacher_class(settings.kind)
-        reading[key] = teacher.reads_alone and "features" in teacher.given(settings)
-    for key in (key for key, reads in reading.items() if not reads):
-        what = f"a {(config.taught.get(key) or config.student).kind} gives no vector of a text alone"
-        raise InputError(f"{key}.kind", what, "name a dual_encoder, or bring training groups")
-    if config.data.negatives:
-        raise InputError("data.negatives", "is ignored: texts alone have no negatives", "set it to 0")
-    if config.data.keep_identical:
-        raise InputError("data.keep_identical", "is ignored: texts alone have no negatives", "take it out")
 
 
 def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ranks, given: Given = NOTHING) -> Batches:
