@@ -228,6 +228,26 @@ def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
         yield Broken(f"{next(iter(config.taught))}.dtype", what, f"set student.dtype: {teacher.dtype}, or take it out")
 
 
+def averages_have_checkpoints(config: Run) -> Iterator[Broken]:
+    """What is averaged must have been kept; weights are searched by an evaluation."""
+    train = config.train
+    if train.average is None:
+        if train.average_by == "dev":
+            yield Broken("train.average_by", "dev is ignored: nothing is averaged", "set train.average, or take it out")
+        return
+    if train.average > train.keep:
+        what = f"{train.average} checkpoints are to be averaged, {train.keep} are kept"
+        yield Broken("train.average", what, f"set train.keep: {train.average}")
+    saved = -(-train.steps // train.save_every)
+    if train.average > saved:
+        what = f"{train.average} checkpoints are to be averaged, {train.steps} steps save {saved}"
+        yield Broken("train.average", what, f"set train.save_every: {max(1, train.steps // train.average)}")
+    if train.lora is not None:
+        yield Broken("train.average", "averages whole weights, not low-rank updates", "set it to null, or train.lora")
+    if train.average_by == "dev" and config.evaluation.split is None:
+        yield Broken("train.average_by", "dev: evaluation.split is null", "name a split, or set it to last")
+
+
 def lora_is_of_the_student(config: Run) -> Iterator[Broken]:
     """A teacher that learns along is trained whole."""
     if config.train.lora is not None and config.cotrained is not None:
@@ -276,6 +296,7 @@ RULES: tuple[Rule, ...] = (
     patience_has_evaluations,
     candidates_are_reranked,
     one_engine_has_one_dtype,
+    averages_have_checkpoints,
     lora_is_of_the_student,
     widths_are_of_vectors,
     first_dimensions_are_of_what_is_read,

@@ -59,6 +59,13 @@ class TrainConfig(Section):
     save_every: Annotated[Positive, PACE] = 1000
     evaluate_every: NonNegative = Field(1000, description="0: only at the end")
     keep: Annotated[Positive, PACE] = Field(3, description="checkpoints kept; the best one is also kept")
+    average: Annotated[int, Field(gt=1)] | None = Field(
+        None,
+        description="export the mean of the last so many checkpoints (train.save_every apart); null: the best one, or the last",
+    )
+    average_by: Literal["last", "dev"] = Field(
+        "last", description="weights of the average: equal ones, or searched on evaluation.split by evaluation.metric"
+    )
     patience: NonNegative = Field(0, description="evaluations without a better metric before stopping; 0: never stop")
     watchdog_minutes: Annotated[float, PACE] = Field(
         30.0,

@@ -121,6 +121,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "the teacher that learns along would be trained whole",
         {"teacher": {"train": False}},
     ),
+    "averages_have_checkpoints": (
+        {"train": {"average": 4, "keep": 3, "save_every": 1}},
+        "train.average",
+        "4 checkpoints are to be averaged, 3 are kept",
+        {"train": {"keep": 4, "save_every": 1}},
+    ),
     "widths_are_of_vectors": (
         {"student": {"dims": [4, 8], "kind": "colbert"}},
         "student.dims",

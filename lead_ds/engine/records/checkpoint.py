@@ -61,6 +61,15 @@ class Checkpoints:
             return None
         return found if isinstance(found, dict) and isinstance(found.get("checkpoint"), str) else None
 
+    def last(self, count: int) -> list[str]:
+        """The names of the last `count` checkpoints whose files are as they were written, oldest first; fewer if there are."""
+        found: list[str] = []
+        for path in sorted(self.folder.glob(f"{PREFIX}*"), reverse=True) if self.ranks.main else ():
+            if len(found) < count and path.is_dir() and not path.name.endswith(PARTIAL) and damage(path) is None:
+                self._good.add(path)
+                found.insert(0, path.name)
+        return self.ranks.from_main(found)
+
     def newest(self, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint whose files are as they were written, and its state; damaged ones are reported and
         skipped."""

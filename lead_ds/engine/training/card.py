@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lead_ds.config import Config
+from lead_ds.engine.training.averaging import RECORD as AVERAGE
 from lead_ds.models.card import front_matter
 from lead_ds.models.kinds.kind import KINDS
 
@@ -51,6 +52,8 @@ def model_card(config: Config, run: Path) -> str:
     if student.dims:
         lines += widths(config, evaluations)
     lines += ["## Training", ""]
+    if (run / AVERAGE).exists():
+        lines += [averaged(json.loads((run / AVERAGE).read_text("utf-8")), config), ""]
     losses = [row for row in _rows(run / "metrics.jsonl") if "loss" in row]
     if losses:
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses[-1]["parts"].items())
@@ -92,6 +95,15 @@ def read_as(teacher: Any, place: int, run: Path) -> str:
         found = facts["teacher"] if "teacher" in facts else facts["teachers"][place]
         path, kind = found["path"], found["kind"]
     return f"`{Path(path).name}` ({kind.replace('_', ' ')})"
+
+
+def averaged(found: dict, config: Config) -> str:
+    """A line on the checkpoints that the weights are the mean of."""
+    counted = zip(found["checkpoints"], found["counts"], strict=True)
+    names = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in counted if count)
+    value, metric = found["value"], config.evaluation.metric
+    told = "" if value is None else f" On the {config.evaluation.split} split: {metric} {value:.4f}."
+    return f"Weights: the mean of {names}.{told}"
 
 
 def in_group(config: Config) -> bool:

@@ -28,6 +28,7 @@ from lead_ds.engine.records.parts import Parts
 from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.alone import refuse_what_needs_groups
+from lead_ds.engine.training.averaging import average
 from lead_ds.engine.training.card import model_card
 from lead_ds.engine.training.evaluation import Evaluator, Evaluators, open_evaluator
 from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
@@ -366,8 +367,11 @@ def export(
     encoder: TextEncoder,
     ranks: Ranks,
 ) -> Path:
-    """Write the trained model's directory: of the best checkpoint where an evaluation chose one, else of the last step."""
-    if best is not None and best["step"] != training.step:
+    """Write the trained model's directory: of the best checkpoint where an evaluation chose one, else of the last step; or of
+    the mean of the last checkpoints."""
+    if config.train.average is not None:
+        average(config, engine, checkpoints, training.evaluator, ranks)
+    elif best is not None and best["step"] != training.step:
         try:
             checkpoints.load(engine, checkpoints.folder / best["checkpoint"])
         except RunError as error:

@@ -57,7 +57,7 @@ class Evaluator:
         if not any((folder / "qrels" / f"{settings.split}.tsv{suffix}").exists() for suffix in ("", ".gz")):
             # The default is no promise; what was requested is.
             default = settings.split == EvaluationConfig().split and settings.path is None
-            if folder.is_dir() and (not default or config.train.patience > 0):
+            if folder.is_dir() and (not default or config.train.patience > 0 or config.train.average_by == "dev"):
                 what = f"{settings.split}: there is no qrels/{settings.split}.tsv"
                 has = ", ".join(Dataset.open(folder).splits) or "none"
                 raise InputError(

@@ -128,7 +128,7 @@ def gathered_state_dict(scorer: Scorer, ranks: Ranks) -> dict[str, torch.Tensor]
     import deepspeed
 
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in (*scorer.named_parameters(), *_persistent_buffers(scorer)):
+    for name, tensor in (*scorer.named_parameters(), *persistent_buffers(scorer)):
         sharded = hasattr(tensor, "ds_id")
         with deepspeed.zero.GatheredParameters([tensor], enabled=sharded):
             if ranks.main:
@@ -136,6 +136,7 @@ def gathered_state_dict(scorer: Scorer, ranks: Ranks) -> dict[str, torch.Tensor]
     return state if ranks.main else None
 
 
-def _persistent_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def persistent_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """A module's buffers that its state has, by name."""
     kept = set(module.state_dict().keys())
     return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
