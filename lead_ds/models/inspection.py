@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.errors import InputError
 from lead_ds.io.located import find_file
 from lead_ds.models.as_read import check_room, reading_of
-from lead_ds.models.files import RECORD, family_of, read_json, transformer_folder
+from lead_ds.models.dtypes import weight_dtypes
+from lead_ds.models.files import RECORD, family_of, read_json
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import LENGTHS, load_scorer, named_kind
 from lead_ds.models.merging import adapter_facts, merge_adapter
@@ -82,26 +82,6 @@ def kind_reason(path: str) -> str:
         return f"{file}: {family} of sentence-transformers"
     names = read_json(path, "config.json").get("architectures") or ["no architecture"]
     return f"config.json: {names[0]}"
-
-
-def weight_dtypes(path: str) -> list[str]:
-    """The dtypes of a model's saved weights, by safetensors' names, without reading them; empty where they are pickled."""
-    from safetensors import SafetensorError, safe_open
-
-    folder = transformer_folder(path)
-    prefix = f"{folder}/" if folder else ""
-    shards = read_json(path, f"{prefix}model.safetensors.index.json").get("weight_map") or {"": "model.safetensors"}
-    found: set[str] = set()
-    for name in sorted(set(shards.values())):
-        file = find_file(path, prefix + name)
-        if file is None:
-            continue
-        try:
-            with safe_open(file, framework="pt") as weights:
-                found |= {str(weights.get_slice(key).get_dtype()) for key in weights.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(file, f"damaged weights: {error}") from error
-    return sorted(found)
 
 
 def shown(encoder: TextEncoder, query: str, passage: str) -> dict[str, list[tuple[str, str]]]:

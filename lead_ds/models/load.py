@@ -10,6 +10,7 @@ import torch
 
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import read_model_config
+from lead_ds.models.dtypes import half_of
 from lead_ds.models.files import RECORD, family_of, read_json
 from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.settings.model import ModelConfig
@@ -102,7 +103,7 @@ def load_scorer(
     """A model of any kind in evaluation mode (not yet on `device`), and its tokenisation as its files say.
 
     kind: None: what its files say. settings: `key=value` of the kind's section, which win over the files, or `kind=K`. Weights
-    are float32 unless `dtype` is given, a decoder reranker's on CUDA float16.
+    are float32 unless `dtype` is given, a decoder reranker's on CUDA of 16 bits (see `half_of`).
     Raises InputError for a directory that holds another kind of model, and for an unknown setting.
     """
     record = read_json(path, RECORD)
@@ -118,8 +119,12 @@ def load_scorer(
         apply_override(tree, setting, found.Settings)
     recorded = {"scale": record["scale"]} if found.gives_vectors and "scale" in record else {}
     config = parse_section(found.Settings, {"path": path, "kind": name, **recorded, **tree}, path)
-    half = found.head == "causal" and torch.device(device).type == "cuda"
-    dtype = DTYPES.get(config.dtype, torch.float16 if half else torch.float32)
+    if config.dtype != "auto":
+        dtype = DTYPES[config.dtype]
+    elif found.head == "causal" and torch.device(device).type == "cuda":
+        dtype = half_of(path, torch.device(device))
+    else:
+        dtype = torch.float32
     encoder = found.read_text(config)
     config = with_lengths(config, lambda _: encoder)
     return found.load(config, dtype, student=found.gives_vectors, frozen=not found.gives_vectors), encoder

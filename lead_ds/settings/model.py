@@ -22,7 +22,11 @@ class ModelConfig(Section):
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: build from config.json alone, for speed and memory measurements"
     )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="auto: a frozen teacher in 16 bits (on a GPU bf16 where it was published in that and the GPU has it, else "
+        "fp16; on a CPU bf16), a student in bf16 on a GPU that has it, else fp16, and in fp32 on a CPU",
+    )
     scale: Literal["none", "cosine", "standard"] = Field(
         "none",
         description="of layer relevance, and of a teacher's final one: as the model gives it, cosines, or z-scores per "

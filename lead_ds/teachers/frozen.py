@@ -21,6 +21,7 @@ from lead_ds.errors import InputError
 from lead_ds.io.files import model_files
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.backbone import cut_shape
+from lead_ds.models.dtypes import half_of
 from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_config
 from lead_ds.models.merging import merge_adapter
@@ -193,10 +194,8 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
 
 
 def teacher_dtype(settings: TeacherRole, device: torch.device) -> torch.dtype:
-    """fp16 on CUDA and bf16 on CPU, where fp16 is refused; or what the configuration sets."""
-    if settings.dtype != "auto":
-        return DTYPES[settings.dtype]
-    return torch.float16 if device.type == "cuda" else torch.bfloat16
+    """What the configuration sets; auto: 16 bits, on a GPU those that the model was published in (see `half_of`)."""
+    return half_of(settings.path, device) if settings.dtype == "auto" else DTYPES[settings.dtype]
 
 
 def depth_needed(settings: TeacherRole, losses: Any) -> int | None:

@@ -93,7 +93,12 @@ class Shards(ABC):
 class RelevanceShards(Shards):
     """Relevance of each group's own candidates, from every layer."""
 
-    unit, kept, cache, remedy = "groups", "relevance", RelevanceCache, "try teacher.scale=cosine"
+    unit, kept, cache, remedy = (
+        "groups",
+        "relevance",
+        RelevanceCache,
+        "try teacher.scale=cosine; where it is not finite, teacher.dtype=bf16",
+    )
 
     def facts(self) -> dict[str, Any]:
         """See `Shards`."""
@@ -138,7 +143,12 @@ class RelevanceShards(Shards):
 class VectorShards(Shards):
     """Vectors of every query and passage, from chosen layers and the final state."""
 
-    unit, kept, cache, remedy = "texts", "vectors", VectorCache, "distil from the teacher itself"
+    unit, kept, cache, remedy = (
+        "texts",
+        "vectors",
+        VectorCache,
+        "distil from the teacher itself; where they are not finite, set teacher.dtype=bf16",
+    )
 
     def __init__(self, config: Run, settings: TeacherRole, out: Path, groups: Groups, layers: Sequence[int]) -> None:
         super().__init__(config, settings, out, groups)

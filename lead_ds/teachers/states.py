@@ -141,7 +141,11 @@ def _begin(config: Run, folder: Path, groups: Groups, encoder: TextEncoder, coun
 def _save(folder: Path, facts: dict[str, Any], shard: int, texts: Shard, arrays: dict[str, np.ndarray]) -> None:
     path = shard_paths(folder, {"facts": facts})[shard]
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise RunError(path, "the teacher's states are no finite numbers in half precision", "set teacher.lens=head")
+        raise RunError(
+            path,
+            "the teacher's states are no finite numbers in half precision",
+            "set teacher.dtype=bf16, or teacher.lens=head",
+        )
     arrays["positive"] = np.array([keys[0] for keys in texts.keys], np.int64)
     with atomic(path) as temporary:
         save_arrays(temporary, arrays, digest(facts))

@@ -23,6 +23,7 @@ from lead_ds.engine.training.resume import lens_checksums
 from lead_ds.engine.training.schedule import learning_rate
 from lead_ds.engine.training.step import Micro, RankScope, side_of, word_groups
 from lead_ds.losses.objective import Asked
+from lead_ds.teachers.finite import check_finite
 from lead_ds.teachers.teacher import Teacher, TeacherView
 
 
@@ -53,6 +54,7 @@ class Training:
         state: dict[str, Any],
     ) -> None:
         self.config, self.ranks, self.engine, self.teachers = config, ranks, engine, list(teachers.values())
+        self.keys, self.checked = list(teachers), False  # whether teachers were seen to give finite numbers
         self.batches, self.evaluator = batches, evaluator
         self.checkpoints, self.recorder = books.checkpoints, books.recorder
         self.watchdog, self.parts = books.watchdog, books.parts
@@ -141,6 +143,10 @@ class Training:
                 self.ahead.begin(following, self._asked(step + 1))
         else:
             views = answers(self.teachers, window, asked)
+        if not self.checked:
+            for key, teacher, view, batches in zip(self.keys, self.teachers, views, window.teachers, strict=False):
+                check_finite(key, teacher, view, batches, self.ranks)
+            self.checked = True
         sums = StepSums(self.trainee.losses.rows(asked))
         for index in range(len(window.student)):
             self._at("student forward")

@@ -95,6 +95,7 @@ print(model.similarity(queries, passages))""",
         self._parts = slice(0, at), slice(at, end), slice(end, None)  # up to the pooled state; then; unit length
         # Where pooling only picks a token, the final norm is applied to what was picked.
         self._picks = at == 1 and modules[0].pooling_mode in ("cls", "lasttoken")
+        self._sums = "mean" in str(modules[at - 1].pooling_mode)
         if self.dim is not None:
             self.cut(self.dim)
 
@@ -271,9 +272,14 @@ print(model.similarity(queries, passages))""",
 
     def _pool(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         features = {"token_embeddings": states_BLD, "attention_mask": mask_BL}
-        for module in self.behind[self._parts[0]]:
+        *before, pool = self.behind[self._parts[0]]
+        for module in before:
             features = module(features)
-        return features["sentence_embedding"]
+        if not self._sums or states_BLD.dtype == torch.float32:
+            return pool(features)["sentence_embedding"]
+        # Sums over tokens of 16 bits, in float32: fp16 overflows, bf16 forgets what is small.
+        features["token_embeddings"] = features["token_embeddings"].float()
+        return pool(features)["sentence_embedding"].to(states_BLD.dtype)
 
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
         chain = self.chain

@@ -1,0 +1,43 @@
+"""A teacher whose output is not finite is found out at the first window, before it has taught anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lead_ds.data.reads import ModelBatch
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.errors import InputError
+from lead_ds.relevance import Features
+from lead_ds.teachers.frozen import FrozenTeacher
+from lead_ds.teachers.teacher import Teacher, TeacherView
+
+_REMEDY = {torch.float16: "set {key}.dtype=bf16", torch.bfloat16: "set {key}.dtype=fp32"}
+_WEIGHTS = "; else a weight of the model is not finite"
+
+
+def check_finite(key: str, teacher: Teacher, view: TeacherView, batches: Sequence[ModelBatch], ranks: Ranks) -> None:
+    """Raise InputError on every process where a model gave one of them what is not finite, naming the layer where it began.
+
+    key: the teacher's section. view: what it gave for `batches`. Every process calls this; a sharded model then reads again.
+    """
+    if not isinstance(teacher, FrozenTeacher):  # what a cache or a file holds was checked as it was written
+        return
+    if all(ranks.all(finite(view.final) and (view.layers is None or finite(view.layers)))):
+        return
+    layers = range(teacher.num_layers)  # none of a module of one's own that exposes none
+    read = teacher.window(batches, layers).layers if layers else None
+    broken = [] if read is None else [layer for layer in layers if not finite(read.at([layer]))]
+    layer = min((first for first in ranks.all(broken[0] if broken else None) if first is not None), default=None)
+    began = "in its final state" if layer is None else f"from its layer {layer} on"
+    dtype = next(teacher.scorer.parameters()).dtype
+    name = str(dtype).removeprefix("torch.")
+    what = f"is {name}, in which {teacher.scorer.config.path} gives numbers that are not finite, {began}"
+    remedy = _REMEDY.get(dtype, "see the model's weights").format(key=key)
+    raise InputError(f"{key}.dtype", what, remedy + (_WEIGHTS if dtype in _REMEDY else ""))
+
+
+def finite(features: Features) -> bool:
+    """Whether all numbers of a model's features are."""
+    return all(bool(x.isfinite().all()) for x in features.tensors())
