@@ -17,12 +17,22 @@ from torch import nn
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_settings
 from lead_ds.io.located import find_file, located
-from lead_ds.models.files import transformer_folder
+from lead_ds.models.files import read_json, static_folder, transformer_folder
 from lead_ds.models.merging import merge_adapter
 from lead_ds.models.quiet import quiet
+from lead_ds.models.special_weights import check_quantised
+from lead_ds.models.static import StaticModel, static_shape
 from lead_ds.settings.model import ModelConfig
 
 Family = Literal["base", "classifier", "causal"]
+
+# Encoders that are read without the decoder that they were trained with, as sentence-transformers reads them.
+_ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "longt5": "LongT5EncoderModel",
+}
 
 
 def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
@@ -33,18 +43,39 @@ def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
     from transformers import AutoConfig
 
     _check_path(config)
+    if static_folder(config.path) is not None:
+        return static_shape(config.path)
     if subfolder is None:
         subfolder = transformer_folder(config.path)
+    check_code(config, subfolder)
     with _told(config):
         shape = AutoConfig.from_pretrained(
             located(config.path),
             subfolder=subfolder,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=bool(config.trust_remote_code),
             **hub_settings(config.path),
         )
-    if getattr(shape, "is_encoder_decoder", False):
-        raise InputError(config.path, f"{shape.model_type} is an encoder-decoder", "use an encoder or a decoder")
+    if getattr(shape, "is_encoder_decoder", False) and shape.model_type not in _ENCODERS:
+        remedy = f"use an encoder or a decoder, or one of {', '.join(_ENCODERS)}"
+        raise InputError(config.path, f"{shape.model_type} is an encoder-decoder", remedy)
+    sees = [name for name in ("vision_config", "audio_config") if getattr(shape, name, None)]
+    if sees:
+        what = f"{shape.model_type} reads images or sound as well ({sees[0]}): only models of text are read"
+        raise InputError(config.path, what, "use a text model")
     return shape
+
+
+def auto_class(shape: Any, family: Family) -> Any:
+    """The class of transformers that loads a model of this configuration with a head; of T5, its encoder."""
+    import transformers
+
+    if family == "base" and shape.model_type in _ENCODERS:
+        return getattr(transformers, _ENCODERS[shape.model_type])
+    return {
+        "base": transformers.AutoModel,
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "causal": transformers.AutoModelForCausalLM,
+    }[family]
 
 
 def load_model(
@@ -56,10 +87,8 @@ def load_model(
     new_head: a missing classification head is initialised. Every other missing weight is an InputError, as is a path
     that is not a model, pickled weights without `allow_pickle`, or code without `trust_remote_code`.
     """
-    import transformers
-
     if config.weights == "pretrained":
-        merge_adapter(config.path, trust_remote_code=config.trust_remote_code, allow_pickle=config.allow_pickle)
+        merge_adapter(config.path, trust_remote_code=bool(config.trust_remote_code), allow_pickle=config.allow_pickle)
     subfolder = transformer_folder(config.path)
     shape = read_model_config(config, subfolder)
     if depth is not None:
@@ -68,17 +97,15 @@ def load_model(
         if not new_head and config.weights == "pretrained":
             raise _no_head(config, shape)
         shape.num_labels = 1
-    auto = {
-        "base": transformers.AutoModel,
-        "classifier": transformers.AutoModelForSequenceClassification,
-        "causal": transformers.AutoModelForCausalLM,
-    }[family]
-    settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    check_quantised(shape, config.path)
+    auto = auto_class(shape, family)
+    settings: dict[str, Any] = {"dtype": dtype}
     if config.attention != "auto":  # auto: transformers takes sdpa where the architecture has it
         settings["attn_implementation"] = config.attention
     with _told(config), quiet():
         if config.weights == "random":
-            return auto.from_config(shape, **settings).eval()
+            return blank_model(shape, family, config, **settings).eval()
+        settings["trust_remote_code"] = bool(config.trust_remote_code)
         settings |= hub_settings(config.path) | {"config": shape, "subfolder": subfolder, "output_loading_info": True}
         settings["use_safetensors"] = None if config.allow_pickle else True
         model, info = auto.from_pretrained(located(config.path), **settings)
@@ -94,6 +121,16 @@ def load_model(
     if headless and family == "classifier" and not new_head:
         raise _no_head(config, shape)
     return model.eval()
+
+
+def blank_model(shape: Any, family: Family, config: ModelConfig, **settings: Any) -> Any:
+    """A model of a configuration, without its weights."""
+    if shape.model_type == "static":
+        return StaticModel(shape)
+    auto = auto_class(shape, family)
+    if hasattr(auto, "from_config"):
+        return auto.from_config(shape, trust_remote_code=bool(config.trust_remote_code), **settings)
+    return auto._from_config(shape, **settings)
 
 
 def has_classifier(shape: Any) -> bool:
@@ -119,6 +156,9 @@ def keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
     total = len(old)
     check_layers(layers, total, path)
     owner: Any = model.get_submodule(name.rpartition(".")[0])
+    if model.config.model_type in _ENCODERS and layers[0] != 0:
+        what = f"layer 0 of a {model.config.model_type} holds the positions that all of its layers read"
+        raise InputError(path, what, "let student.layers begin with 0")
     kept = nn.ModuleList([old[i] for i in layers])
     # Some architectures give their first layer a part less (ModernBERT: no norm after the embeddings' own); a shallower
     # model must have that shape too, or it could not be loaded again.
@@ -175,6 +215,19 @@ def check_layers(layers: Sequence[int], total: int, path: str) -> None:
     for i in layers:
         if not 0 <= i < total:
             raise InputError(path, f"layer {i} was requested of a model with {total} layers", f"0 to {total - 1}")
+
+
+def check_code(config: ModelConfig, folder: str) -> None:
+    """Refuse a model or tokenizer with code of its own unless it is said whether that code is run.
+
+    Where transformers knows the architecture as well, either reading gives numbers, and they are not the same.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        tree = read_json(config.path, f"{folder}/{name}".lstrip("/"))
+        if tree.get("auto_map") and config.trust_remote_code is None:
+            what = f"comes with Python code of its own (auto_map in {name})"
+            remedy = "set trust_remote_code: true if you have read it, or false to read it with transformers' own code"
+            raise InputError(config.path, what, remedy)
 
 
 def _words(name: str) -> list[str]:

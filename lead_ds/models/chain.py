@@ -46,7 +46,7 @@ def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text:
         _check(config, family)
     folder = transformer_folder(config.path)
     shape = read_model_config(config, folder)
-    where = hub_settings(config.path) | {"trust_remote_code": config.trust_remote_code}
+    where = hub_settings(config.path) | {"trust_remote_code": bool(config.trust_remote_code)}
     settings: dict[str, Any] = {"device": str(torch.get_default_device())}
     weights = not text and config.weights == "pretrained"
     with _told(config), quiet(), _apart(config, shape, text=text, weights=weights):
@@ -104,7 +104,7 @@ def _apart(config: ModelConfig, shape: Any, *, text: bool, weights: bool) -> Ite
     def tokenizer(_: str, subfolder: str = "", model_max_length: int | None = None, **more: Any) -> Any:
         if not text:
             return blank_tokenizer()
-        found = load_tokenizer(config.path, subfolder, config.trust_remote_code)
+        found = load_tokenizer(config.path, subfolder, bool(config.trust_remote_code))
         if model_max_length is not None:
             found.model_max_length = model_max_length
         return found
@@ -137,9 +137,6 @@ def _check(config: ModelConfig, family: str) -> None:
     for kind, folder in saved_modules(config.path):
         where = f"{config.path}/{folder}"
         tree = read_json(config.path, f"{folder}/config.json") if folder else {}
-        if kind == "Pooling" and tree.get("include_prompt") is False:
-            what = "pooling without the prompt's tokens (include_prompt: false) is not supported"
-            raise InputError(f"{where}/config.json", what)
         activation = str(tree.get("activation_function") or "torch.")
         if kind == "Dense" and not activation.startswith("torch.") and not config.trust_remote_code:
             raise InputError(f"{where}/config.json", f"activation {activation} is not supported")

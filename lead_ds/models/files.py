@@ -12,7 +12,34 @@ from lead_ds.io.located import find_file
 RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale, prompts of pairs
 
 # Of sentence-transformers' modules, those that work on token states or on a vector alone: a layer's state can be put through.
-_READ = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "MultiVectorMask", "LogitScore")
+_READ = (
+    "Transformer",
+    "StaticEmbedding",
+    "Pooling",
+    "Dense",
+    "Normalize",
+    "LayerNorm",
+    "Dropout",
+    "MultiVectorMask",
+    "LogitScore",
+)
+
+_NO_LAYERS = "has no transformer whose layers could be read"
+REFUSED_MODULES = {
+    **dict.fromkeys(("BoW", "WordEmbeddings", "WordWeights", "CNN", "LSTM"), _NO_LAYERS),
+    "WeightedLayerPooling": "reads several layers at once",
+    "CLIPModel": "reads images as well",
+    "SparseAutoEncoder": "makes sparse vectors",
+    "SpladePooling": "makes sparse vectors",
+    "MLMTransformer": "makes sparse vectors",
+    "SparseStaticEmbedding": "makes sparse vectors",
+    "HierarchicalTokenPooling": "merges tokens of a passage by clustering",
+    "LambdaTokenPooling": "merges tokens of a passage by code of its own",
+    "BaseTokenPooling": "merges tokens of a passage",
+    "Router": "has a way for queries and another for passages",
+    "Asym": "has a way for queries and another for passages",
+}
+"""Modules of sentence-transformers that are not read, and why."""
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
@@ -55,12 +82,25 @@ def saved_modules(path: str) -> list[tuple[str, str]]:
             raise InputError(
                 path, what, f"name one of them, such as {path}/query; encode, search and evaluate take both"
             )
+        if not module["type"].startswith(("sentence_transformers.", "pylate.")):
+            what = f"module {module['type']} is code of its own, which is not run here"
+            raise InputError(file, what, "use a model of sentence-transformers' modules")
         if kind not in _READ:
-            raise InputError(file, f"module {module['type']} is not supported", f"{', '.join(_READ)} are")
+            why = REFUSED_MODULES.get(kind)
+            what = f"module {module['type']} is not supported" + (f": it {why}" if why else "")
+            raise InputError(file, what, f"{', '.join(_READ)} are")
         found.append((kind, folder))
-    if not found or found[0][0] != "Transformer":
+    if not found or found[0][0] not in ("Transformer", "StaticEmbedding"):
         raise InputError(file, "its first module is not a Transformer", "there are no layers to read")
     return found
+
+
+def static_folder(path: str) -> str | None:
+    """Where the token vectors of a StaticEmbedding are; None for a model of another kind."""
+    modules = saved_modules(path)
+    if modules:
+        return modules[0][1].strip("./") if modules[0][0] == "StaticEmbedding" else None
+    return "" if read_json(path, "config.json").get("model_type") == "model2vec" else None
 
 
 def transformer_folder(path: str) -> str:
@@ -85,7 +125,8 @@ def family_of(path: str) -> str | None:
     if "LogitScore" in modules:
         return "CrossEncoder"
     if modules:
-        return "SentenceTransformer" if "Pooling" in modules else "MultiVectorEncoder"
+        vectors = "Pooling" in modules or "StaticEmbedding" in modules
+        return "SentenceTransformer" if vectors else "MultiVectorEncoder"
     architectures = read_json(path, "config.json").get("architectures") or ()
     return "MultiVectorEncoder" if "HF_ColBERT" in architectures else None
 

@@ -11,6 +11,7 @@ from lead_ds.io.located import find_file
 from lead_ds.models.as_read import check_room, reading_of
 from lead_ds.models.dtypes import weight_dtypes
 from lead_ds.models.files import RECORD, family_of, read_json
+from lead_ds.models.inventory import unread
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import LENGTHS, load_scorer, named_kind
 from lead_ds.models.merging import adapter_facts, merge_adapter
@@ -151,6 +152,9 @@ def _notes(scorer: Kind, encoder: TextEncoder, facts: dict[str, Any]) -> list[st
         tokens = length["tokens"]
         if files is not None and tokens < files:
             notes.append(f"{name}: {tokens} tokens here, its files say {files}; set {name}={files} to read as much")
+    unknown = unread(encoder.path, scorer.model.config) if facts["architecture"] != "StaticModel" else []
+    if unknown:
+        notes.append(f"config.json: {', '.join(unknown)}: read by no part of a {scorer.model.config.model_type} here")
     if facts["pooling"] is not None and family_of(encoder.path) is None:
         notes.append(f"pooling: no file names one; {facts['pooling']} is taken")
     return notes

@@ -13,6 +13,7 @@ from lead_ds.models.backbone import read_model_config
 from lead_ds.models.dtypes import half_of
 from lead_ds.models.files import RECORD, family_of, read_json
 from lead_ds.models.kinds.kind import KINDS, Kind
+from lead_ds.models.special_weights import check_trainable
 from lead_ds.settings.model import ModelConfig
 from lead_ds.settings.parse import apply_override, parse_section
 
@@ -34,11 +35,15 @@ def load_teacher(config: Any, dtype: torch.dtype, depth: int | None = None) -> K
 
     Raises InputError: see `lead_ds.models.backbone.load_model`; also a cross-encoder without a trained head.
     """
-    return KINDS[config.kind].load(config, dtype, depth=depth, frozen=not getattr(config, "train", False))
+    frozen = not getattr(config, "train", False)
+    if not frozen:
+        check_trainable(read_model_config(config), config.path)
+    return KINDS[config.kind].load(config, dtype, depth=depth, frozen=frozen)
 
 
 def load_student(config: Any, dtype: torch.dtype) -> Kind:
     """The scorer of a student's configuration, in training mode, cut to `layers` where those are given."""
+    check_trainable(read_model_config(config), config.path)
     return KINDS[config.kind].load(config, dtype, layers=getattr(config, "layers", None), student=True).train()
 
 

@@ -64,6 +64,8 @@ class OwnText:
         """Its tokens of some of `rows`."""
         return self._tokenize([row.text for row in rows], rows[0].side)
 
+    query_tokens = passage_tokens = padded
+
     def serving(self) -> OwnText:
         """Itself: it knows no other lengths for training."""
         return self

@@ -75,7 +75,7 @@ def _reference(scorer: Kind) -> Any:
     if scorer.use.library != "sentence-transformers" and family_of(path) != scorer.family:
         what = f"sentence-transformers has no {scorer.use.name} of this form to compare with"
         raise InputError("--compare", what, "compare it with its card's code")
-    options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": scorer.config.trust_remote_code}
+    options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": bool(scorer.config.trust_remote_code)}
     model = getattr(sentence_transformers, scorer.family)(
         path, device="cpu", model_kwargs={"dtype": torch.float32}, **options
     )

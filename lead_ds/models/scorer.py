@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lead_ds.errors import InputError
 from lead_ds.models.backbone import checkpoint_activations, is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
 from lead_ds.models.grad_cache import recomputed
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import Tokens
     from lead_ds.data.tokens.passes import Passes
 
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 LayerReading = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]
 """What layers are read through, such as a tuned lens: (what the model's own read-out makes of K layers and of the final state,
@@ -66,7 +69,9 @@ class Scorer(nn.Module):
         self.width: int = int(model.config.get_text_config().hidden_size)
         self.capture = LayerCapture(self.backbone, config.path)
         parameters = inspect.signature(self.backbone.forward).parameters
-        self._accepts = frozenset(parameters)
+        # Code of its own may name no more than that it takes what there is.
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._accepts = frozenset({*parameters, *(_INPUTS if open_ended else ())})
         self.decoder = is_decoder(self.backbone.config)
         self.recompute = False  # GradCache: keep no activations of a batch's passes
         self.lens: LayerReading | None = None  # of a frozen teacher: what its layers are read through
@@ -160,7 +165,7 @@ class Scorer(nn.Module):
             return reduce(unpacked(state_BLD if norm is None or not through_norm else norm(state_BLD), tokens))
 
         with self.capture.reading(layers, in_hook) as states:
-            final_BLD = self.backbone(**self._inputs(tokens)).last_hidden_state
+            final_BLD = _last_state(self.backbone(**self._inputs(tokens)), self.config.path)
         read = [states[i] for i in layers]
         if norm is not None and not through_norm:
             read = [norm(state) for state in read]
@@ -177,3 +182,17 @@ class Scorer(nn.Module):
             # A text has the same positions on whichever side it is padded.
             inputs["position_ids"] = (tokens["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
         return inputs
+
+
+def _last_state(output: Any, path: str) -> Tensor:
+    """[B, L, D]: the token states among what a transformer gives, which code of its own may give as a dictionary or a tuple."""
+    found = getattr(output, "last_hidden_state", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("last_hidden_state")
+    if found is None and isinstance(output, (tuple, list)):
+        found = output[0]
+    if not isinstance(found, Tensor) or found.dim() != 3:
+        names = ", ".join(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
+        what = f"its own code gives no states of tokens (last_hidden_state) but {names}"
+        raise InputError(path, what, "its layers cannot be read; cache or serve its vectors instead")
+    return found

@@ -10,8 +10,10 @@ from lead_ds.data.tokens.tokenizer import load_tokenizer
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_settings
 from lead_ds.io.located import located
+from lead_ds.models.backbone import check_code
 from lead_ds.models.chain import open_chain
 from lead_ds.models.files import RECORD, family_of, read_json, transformer_folder
+from lead_ds.models.inventory import check_keys
 from lead_ds.settings.model import ModelConfig
 
 # Absolute positions of these families start after the padding index: two fewer tokens fit than the table has rows.
@@ -38,13 +40,15 @@ class Reading:
         when the tokenizer cannot be loaded.
         """
         chain, folder = None, transformer_folder(config.path)
+        check_code(config, folder)
+        check_keys(config.path)
         own = read_json(config.path, "config_sentence_transformers.json")
         if family_of(config.path) == family:
             chain = open_chain(config, family, text=True)
             tokenizer, shape = chain[0].tokenizer, chain[0].config
             prompts = _prompts(chain)
         else:
-            tokenizer = load_tokenizer(config.path, folder, config.trust_remote_code)
+            tokenizer = load_tokenizer(config.path, folder, bool(config.trust_remote_code))
             shape = _shape(config, folder)
             said = own.get("prompts") or {}
             prompts = {"document": said.get("passage") or "", **said}
@@ -63,6 +67,22 @@ class Reading:
             passage_prompt=passage if passage is not None else prompts.get("document") or "",
             shape=shape,
             chain=chain,
+        )
+
+    @classmethod
+    def static(cls, config: ModelConfig, tokenizer: Any) -> Reading:
+        """Of a StaticEmbedding, whose tokenizer is `tokenizer`."""
+        check_keys(config.path)
+        said = read_json(config.path, "config_sentence_transformers.json").get("prompts") or {}
+        query, passage = config.query_prompt, config.passage_prompt
+        return cls(
+            path=config.path,
+            tokenizer=tokenizer,
+            query_prompt=query if query is not None else said.get("query") or "",
+            own_query_prompt=said.get("query") or "",
+            passage_prompt=passage if passage is not None else said.get("document") or "",
+            shape=None,
+            chain=None,
         )
 
     @property
@@ -111,9 +131,7 @@ class Reading:
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
             token_types=types and told,  # whether the model distinguishes the two texts of a pair by them
-            longest=self.longest,
-            **lengths,
-            **more,
+            **{"longest": self.longest, **lengths, **more},
         )
 
 
@@ -131,7 +149,7 @@ def _shape(config: ModelConfig, folder: str) -> Any:
         return AutoConfig.from_pretrained(
             located(config.path),
             subfolder=folder,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=bool(config.trust_remote_code),
             **hub_settings(config.path),
         )
     except Exception:  # whatever is wrong with it, loading the model reports; the tokenizer may do without

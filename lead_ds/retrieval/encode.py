@@ -105,7 +105,7 @@ def encode_texts(
     )
 
     def load(stretch: range) -> Tokenised:
-        return Tokenised(encoder, *encoder.rows(texts([rows[i] for i in stretch]), side))
+        return Tokenised(encoder, *encoder.rows(texts([rows[i] for i in stretch]), side), side)
 
     done = 0
     # Where batches are counted, a stretch is whole batches.

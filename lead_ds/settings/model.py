@@ -50,8 +50,10 @@ class ModelConfig(Section):
     allow_pickle: Annotated[bool, PACE] = Field(
         False, description="allow weights that come as pickle (pytorch_model.bin) only"
     )
-    trust_remote_code: Annotated[bool, BITS] = Field(
-        False, description="run Python code that comes with the model: only if you read it"
+    trust_remote_code: bool | None = Field(
+        None,
+        description="run Python code that comes with the model: only if you read it. false: read it with transformers' own code. "
+        "null: refuse a model that comes with code",
     )
 
 
@@ -84,7 +86,7 @@ class PairConfig(ModelConfig):
         None,
         description="how a frozen model is given a pair: a prompt with {query}, {passage} and perhaps {instruction}, of which "
         "the passage is cut; or that of published models and their code, cut as there: qwen3, bge_gemma, mxbai, zerank, "
-        "rankllama, monot5; plain: a general one; pair: the tokenizer's own. null: as the model's files or its name say",
+        "rankllama; plain: a general one; pair: the tokenizer's own. null: as the model's files or its name say",
     )
     instruction: str | None = Field(
         None, description="the task, stated in the prompt. null: as the model's files or its template have it"

@@ -20,12 +20,13 @@ from lead_ds.engine.distributed.ranks import Ranks, local_world
 from lead_ds.errors import InputError
 from lead_ds.io.files import model_files
 from lead_ds.models.attention_backend import candidates, choose_attention
-from lead_ds.models.backbone import cut_shape
+from lead_ds.models.backbone import blank_model, cut_shape
 from lead_ds.models.dtypes import half_of
 from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_config
 from lead_ds.models.merging import merge_adapter
 from lead_ds.models.packing_check import check_packing
+from lead_ds.models.special_weights import keep_experts_together
 from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.roles import TeacherRole
@@ -188,6 +189,7 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
     )
     with _sharded_loading(tree):
         scorer = load_teacher(settings, dtype, depth)
+    keep_experts_together(scorer)
     engine = deepspeed.initialize(model=_frozen(scorer), config=tree)[0]
     engine.eval()
     return FrozenTeacher(scorer, engine, placement, ranks.device, fitted)
@@ -224,13 +226,11 @@ def choose_placement(settings: TeacherRole, dtype: torch.dtype, ranks: Ranks, de
 
 def count_parameters(settings: TeacherRole, depth: int | None = None) -> int:
     """Parameters of the backbone, or of its first layers, from its configuration alone."""
-    from transformers import AutoModel
-
     shape = read_model_config(settings)
     if depth is not None:
         cut_shape(shape, range(depth))
     with torch.device("meta"):
-        model = AutoModel.from_config(shape, trust_remote_code=settings.trust_remote_code)
+        model = blank_model(shape, "base", settings)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -34,8 +34,8 @@ def test_paths_that_are_no_models(tmp_path: Path) -> None:
     _refused("not a complete model", StudentConfig(path=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-thing"}')
     _refused("cannot be loaded", StudentConfig(path=str(tmp_path)))
-    (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
-    _refused("t5 is an encoder-decoder", StudentConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "bart", "is_encoder_decoder": true}')
+    _refused("bart is an encoder-decoder", StudentConfig(path=str(tmp_path)))
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from lead_ds.data.tokens.layouts import Layout
 from lead_ds.errors import InputError
 
 Tokens = dict[str, Tensor]
-"""input_ids, attention_mask, where the model uses them token_type_ids, and for ColBERT score_mask: int64 [B, L]."""
+"""input_ids, attention_mask, where the model uses them token_type_ids, for ColBERT score_mask, where pooling leaves prompts out
+pool_mask: int64 [B, L]."""
 
 Rows = Sequence[Sequence[int] | np.ndarray]
 
@@ -60,6 +61,8 @@ class TextEncoder:
     expansion: Expansion | None = None  # of queries
     skip_tokens: frozenset[int] = frozenset()  # passage tokens that never count
     skip_in_queries: bool = False  # nor do they in a query
+    attends: bool = True  # False: of an empty text nothing is read
+    unpooled: tuple[int, int] | None = None  # tokens of a query's and a passage's prompt, where pooling leaves them out
     layout: Layout | None = None  # of a pair's prompt; None: the tokenizer's own pairs
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -95,7 +98,7 @@ class TextEncoder:
                     tokens["attention_mask"].masked_fill_(added, 1)
             if self.skip_in_queries:
                 self._skip(tokens)
-        return tokens
+        return self._without_prompt(tokens, 0)
 
     def passages(self, texts: Sequence[str], length: int | None = None) -> Tokens:
         """Passages with their prompt, cut to `length` (default passage_length) tokens.
@@ -111,6 +114,12 @@ class TextEncoder:
         if self.scores_tokens:
             tokens["score_mask"] = tokens["attention_mask"].clone()
             self._skip(tokens)
+        return self._without_prompt(tokens, 1)
+
+    def _without_prompt(self, tokens: Tokens, side: int) -> Tokens:
+        if self.unpooled is not None:
+            tokens["pool_mask"] = tokens["attention_mask"].clone()
+            tokens["pool_mask"][:, : self.unpooled[side]] = 0
         return tokens
 
     def _skip(self, tokens: Tokens) -> None:
@@ -240,12 +249,15 @@ class TextEncoder:
         """Rows of tokens and of types, padded to the longest, or to `length`."""
         pad = self.tokenizer.pad_token_id
         # An empty text of a tokenizer that adds nothing: one token to attend to, or a softmax over nothing is NaN.
+        empty = [i for i, row in enumerate(rows) if not len(row)]
         rows = [row if len(row) else [pad] for row in rows]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         width = max(int(lengths.max()), length)
         mask = np.arange(width) < lengths[:, None]
         ids = np.full((len(rows), width), pad, np.int64)
         ids[mask] = np.concatenate(rows)
+        if not self.attends:
+            mask[empty] = False
         tokens = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
         if self.token_types:
             table = np.zeros((len(rows), width), np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class Tokenised:
     encoder: TextEncoder
     rows: Rows
     types: Rows | None
+    side: Literal["queries", "passages"] = "passages"
 
     @property
     def lengths(self) -> list[int]:
@@ -64,7 +65,8 @@ class Tokenised:
     def tokens(self, chosen: Sequence[int]) -> Tokens:
         """See `Loaded`."""
         types = None if self.types is None else [self.types[i] for i in chosen]
-        return self.encoder.padded([self.rows[i] for i in chosen], types)
+        read = self.encoder.query_tokens if self.side == "queries" else self.encoder.passage_tokens
+        return read([self.rows[i] for i in chosen], types)
 
 
 def longest_first(

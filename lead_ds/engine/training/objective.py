@@ -32,6 +32,11 @@ def build_objective(
     vectors, the models read a micro-batch first, for their width: whatever they are made of.
     Raises InputError where there are no vectors to compare, and where every weight is 0.
     """
+    models = [("student", student), *(("teacher", getattr(one, "scorer", one)) for one in taught)]
+    for who, model in models:
+        for name in config.losses.needing("layers", "attention") if not getattr(model, "has_layers", True) else ():
+            what = f"reads layers of both models, and the {who} is a StaticEmbedding, which has none"
+            raise InputError(f"losses.{name}.weight", what, "set it to 0")
     compares, dims = config.losses.needing("features"), config.student.dims or ()
     window = batches.window(0) if compares else None
     width = student.features_width if dims else None

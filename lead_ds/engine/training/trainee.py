@@ -20,6 +20,7 @@ from lead_ds.losses.objective import Captured, Objective, ObjectiveOutput
 from lead_ds.losses.views import Side, Views
 from lead_ds.models.load import DTYPES
 from lead_ds.models.scorer import Scorer
+from lead_ds.models.special_weights import keep_experts_together
 from lead_ds.settings.model import ModelConfig
 
 
@@ -74,6 +75,7 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
             scorer.recompute = config.train.grad_cache is not None
         if scorer is not None and config.train.compile:
             scorer.compile_layers()
+    keep_experts_together(trainee)
     groups = parameter_groups(trainee, config)
     # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's is as good there.
     optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=ranks.device.type == "cuda")

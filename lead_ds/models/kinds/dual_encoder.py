@@ -6,6 +6,7 @@ Dimensions: K selected layers, Q queries, P passages, B texts, L tokens, D width
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from lead_ds.data.tokens.tokenizer import end_with_eos
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.chain import replace_modules
-from lead_ds.models.files import family_of, read_json, saved_modules
+from lead_ds.models.files import family_of, read_json, saved_modules, static_folder
 from lead_ds.models.kinds.kind import KINDS, Kind, Use, new_layer, reading_at_most
 from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
@@ -96,6 +97,9 @@ print(model.similarity(queries, passages))""",
         # Where pooling only picks a token, the final norm is applied to what was picked.
         self._picks = at == 1 and modules[0].pooling_mode in ("cls", "lasttoken")
         self._sums = "mean" in str(modules[at - 1].pooling_mode)
+        if self.config.passes == "packed" and not modules[at - 1].include_prompt:
+            what = "packed rows keep no count of the prompt's tokens, which its pooling leaves out"
+            raise InputError("passes", what, "set it to a number, or to null")
         if self.dim is not None:
             self.cut(self.dim)
 
@@ -117,14 +121,29 @@ print(model.similarity(queries, passages))""",
         return 2 if family_of(path) == "SentenceTransformer" else 1
 
     @classmethod
+    def load(cls, config: Any, dtype: torch.dtype, **how: Any) -> Any:
+        """See `Kind`: of a StaticEmbedding one that has no layers."""
+        if static_folder(config.path) is None:
+            return super().load(config, dtype, **how)
+        from lead_ds.models.static_encoder import StaticEncoder
+
+        frozen, student = how.get("frozen", False), how.get("student", False)
+        return StaticEncoder.opened(config, dtype, how.get("layers"), student=student, frozen=frozen)
+
+    @classmethod
     def read_text(cls, config: Any) -> TextEncoder:
+        if static_folder(config.path) is not None:
+            from lead_ds.models.static_encoder import StaticEncoder
+
+            return StaticEncoder.read_text(config)
         reading = Reading.of(config, cls.family)
         _refuse_late_interaction(config.path)
         # A decoder that was no retrieval model is taught to say at EOS what a text is about; one that was says how it reads.
         decoder = config.pooling == "auto" and reading.shape is not None and is_decoder(reading.shape)
         if reading.chain is None and (config.pooling == "last" or decoder):
             end_with_eos(reading.tokenizer)
-        return reading.encoder({name: getattr(config, name) for name in ("query_length", "passage_length")})
+        lengths = {name: getattr(config, name) for name in ("query_length", "passage_length")}
+        return reading.encoder(lengths, unpooled=_unpooled(reading))
 
     @classmethod
     def complete(cls, chain: Any, model: Any, config: Any, *, frozen: bool) -> None:
@@ -139,7 +158,7 @@ print(model.similarity(queries, passages))""",
         if at is None:
             modules.append(Pooling(width, mode or ("lasttoken" if is_decoder(model.config) else "cls")))
         elif mode is not None:
-            modules[at] = Pooling(modules[at].embedding_dimension, mode)
+            modules[at] = Pooling(modules[at].embedding_dimension, mode, modules[at].include_prompt)
         if config.projection is not None:
             have = next((module.out_features for module in reversed(modules) if isinstance(module, Dense)), None)
             if new_layer(config, "projection", config.projection, have, frozen=frozen):
@@ -255,6 +274,9 @@ print(model.similarity(queries, passages))""",
 
     def vectors_of(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         _, then, unit = self._parts
+        if not self.behind[self._parts[0]][-1].include_prompt:
+            what = "its pooling leaves out the prompt's tokens (include_prompt: false), which a graph of its own cannot count"
+            raise InputError(self.config.path, what, "use its directory as it is")
         pooled_BD = self._pool(states_BLD, mask_BL)
         return _through(self.behind[unit], _through(self.behind[then], pooled_BD)[..., : self.dim])[
             ..., : self.truncate
@@ -262,16 +284,30 @@ print(model.similarity(queries, passages))""",
 
     def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         """[K + 1, B, D]: the requested layers, then the final vector."""
-        mask_BL = tokens["attention_mask"]
-        read = self.run(tokens, layers, lambda state: self._pool(state, mask_BL), through_norm=not self._picks)
+        mask_BL, pooled_BL = tokens["attention_mask"], tokens.get("pool_mask")
+        pool = partial(self._pool, mask_BL=mask_BL, pooled_BL=pooled_BL)
+        read = self.run(tokens, layers, pool, through_norm=not self._picks)
         _, then, unit = self._parts
         vectors_KBD = _through(self.behind[then], torch.stack(read))
         if self.lens is not None:
             vectors_KBD = self.lens(vectors_KBD, vectors_KBD.unbind(), layers)
         return _through(self.behind[unit], vectors_KBD[..., : self.dim])[..., : self.truncate]
 
-    def _pool(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        features = {"token_embeddings": states_BLD, "attention_mask": mask_BL}
+    def _pool(self, states_BLD: Tensor, mask_BL: Tensor, pooled_BL: Tensor | None = None) -> Tensor:
+        """[B, D]. pooled_BL: the tokens that count, where those of the prompt do not."""
+        if pooled_BL is None:
+            return self._pooled(states_BLD, mask_BL, None)
+        prompt_B = (mask_BL - pooled_BL).sum(1)
+        found_BD: Tensor | None = None
+        for count in prompt_B.unique().tolist():  # queries and passages have a prompt each
+            some_BD = self._pooled(states_BLD, mask_BL, count)
+            found_BD = some_BD if found_BD is None else torch.where((prompt_B == count)[:, None], some_BD, found_BD)
+        assert found_BD is not None
+        return found_BD
+
+    def _pooled(self, states_BLD: Tensor, mask_BL: Tensor, prompt: int | None) -> Tensor:
+        features: dict[str, Any] = {"token_embeddings": states_BLD, "attention_mask": mask_BL}
+        features |= {} if prompt is None else {"prompt_length": prompt}
         *before, pool = self.behind[self._parts[0]]
         for module in before:
             features = module(features)
@@ -312,6 +348,20 @@ def files_similarity(config: Any) -> str | None:
         what = f"compares vectors by {said} distance (similarity_fn_name), and vectors are ranked by cosine or dot product here"
         raise InputError(config.path, what, "set normalize: true for cosine, or false for the dot product")
     return said
+
+
+def _unpooled(reading: Reading) -> tuple[int, int] | None:
+    """Tokens of the two prompts, as sentence-transformers counts them, where its pooling leaves them out."""
+    pool = next((module for module in reading.chain or () if type(module).__name__ == "Pooling"), None)
+    if pool is None or pool.include_prompt:
+        return None
+    special = set(reading.tokenizer.all_special_ids)
+
+    def count(prompt: str) -> int:
+        ids = reading.tokenizer(prompt)["input_ids"] if prompt else []
+        return len(ids) - (bool(ids) and ids[-1] in special)
+
+    return count(reading.query_prompt), count(reading.passage_prompt)
 
 
 def _refuse_late_interaction(path: str) -> None:

@@ -59,6 +59,8 @@ class Kind(Scorer):
     can_be_student: ClassVar[bool] = True
     can_be_trained: ClassVar[bool] = True  # False: a frozen teacher only
 
+    has_layers: ClassVar[bool] = True  # False: its one layer is its final state, and no loss can read layers of it
+
     @classmethod
     def claims(cls, path: str) -> int:
         """How surely a directory's files say that it is of this kind: 0 not at all, 1 where no other kind does, 2 they say so."""
