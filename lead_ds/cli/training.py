@@ -10,6 +10,13 @@ import typer
 CONFIG = typer.Argument(..., help="A YAML configuration; see ds_configs/recipes/ for examples.", metavar="CONFIG")
 OVERRIDES = typer.Argument(None, help="Settings to override, such as train.lr=2e-5.", metavar="[KEY=VALUE]...")
 
+ACCEPT = typer.Option(
+    None,
+    "--accept-changed",
+    help="Go on with an input that changed, by its name: train, corpus, teacher, tokenizer ... Needs --resume; repeatable.",
+    metavar="NAME",
+)
+
 
 def distill(
     config: Path = CONFIG,
@@ -17,6 +24,7 @@ def distill(
     resume: bool = typer.Option(
         False, "--resume", help="Continue the run in the output folder from its last good checkpoint."
     ),
+    accept_changed: list[str] | None = ACCEPT,
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
 ) -> None:
     """Distil a teacher into a student, alone or under any launcher.
@@ -32,7 +40,7 @@ def distill(
     from lead_ds.face.distiller import Distiller
 
     run = Distiller.of(load_config(config, overrides or []))
-    run.train(resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
+    run.train(resume, accept_changed=accept_changed or [], quiet=quiet, command=["lead-ds", *sys.argv[1:]])
     say(f"student: {run.folder}")
 
 
@@ -43,6 +51,7 @@ def warmup(
     resume: bool = typer.Option(
         False, "--resume", help="Continue the run in the output folder from its last good checkpoint."
     ),
+    accept_changed: list[str] | None = ACCEPT,
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
 ) -> None:
     """Train one model on labels alone: a dual encoder, a ColBERT or a cross-encoder, alone or under any launcher.
@@ -62,7 +71,7 @@ def warmup(
     from lead_ds.face.distiller import Distiller
 
     run = Distiller.of(warmup_config(load_warmup(config, overrides or []), of), product="model")
-    run.train(resume, quiet=quiet, command=["lead-ds", *sys.argv[1:]])
+    run.train(resume, accept_changed=accept_changed or [], quiet=quiet, command=["lead-ds", *sys.argv[1:]])
     say(f"model: {run.folder}")
 
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,27 @@ class Distiller:
         """The folder of the run."""
         return Path(self.config.output)
 
-    def train(self, resume: bool = False, *, quiet: bool = False, command: Sequence[str] = ()) -> Distiller:
+    def train(
+        self,
+        resume: bool = False,
+        *,
+        accept_changed: Sequence[str] = (),
+        quiet: bool = False,
+        command: Sequence[str] = (),
+    ) -> Distiller:
         """Train to the end, or with `resume` continue from the last checkpoint in the output folder; returns the run.
 
+        accept_changed: names of inputs that changed since, such as `train`, `corpus` or `teacher`, to go on with.
         command: what started it, for the record. Raises InputError before anything is written where the input cannot work
         (a folder that holds a run, say), and RunError, with the last checkpoint intact, where the work fails.
         """
         joined()
         self._student = None
         command = command or ["python", *sys.argv]
-        train(self.config, self._product, resume=resume, command=command, quiet=quiet, given=self._given)
+        if accept_changed and not resume:
+            raise InputError("--accept-changed", "is ignored without --resume", "add --resume, or take it out")
+        given = replace(self._given, accepted=accept_changed)
+        train(self.config, self._product, resume=resume, command=command, quiet=quiet, given=given)
         return self
 
     @property

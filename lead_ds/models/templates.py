@@ -62,7 +62,8 @@ def _qwen3(reading: Reading, instruction: str | None) -> Layout:
 
 
 def _bge_gemma(reading: Reading, instruction: str | None) -> Layout:
-    return Joined("A: {query}", "B: {passage}", tail=(instruction or _JUDGE,), begin=reading.tokenizer.bos_token_id)
+    begin = reading.tokenizer.bos_token_id
+    return Joined("A: {query}", "B: {passage}", tail=(instruction or _JUDGE,), begin=begin, positions=reading.positions)
 
 
 def _mxbai(reading: Reading, instruction: str | None) -> Layout:

@@ -259,14 +259,23 @@ def test_a_reranker_prompt_loses_passage_and_nothing_else(tokenizer: Callable[..
     assert cut_ids[-1] not in (encoder.tokenizer.sep_token_id, encoder.tokenizer.eos_token_id)
 
 
-def test_a_question_that_alone_is_too_long_stays_whole(tokenizer: Callable[..., str]) -> None:
-    encoder = teacher(tokenizer("bpe"), "llm_reranker", template="{query} ? {passage} :", max_length=8)
-    question = "which thing strikes the hour with a bell"
-    [ids] = real(encoder.pairs([question], ["no room"]))
-    text = encoder.tokenizer.decode(ids)
-    assert text.startswith(question)
-    assert text.endswith(":")
-    assert "room" not in text
+@pytest.mark.parametrize("template", ["{query} ? {passage} :", "{passage} ! {query} :", "plain"])
+def test_a_question_of_any_length_is_cut_and_leaves_room_for_a_passage(
+    tokenizer: Callable[..., str], template: str
+) -> None:
+    encoder = teacher(tokenizer("bpe"), "llm_reranker", template=template, max_length=160)
+    question, passage = "which thing strikes the hour with a bell " * 220, "the clock " * 40
+    cut, short = real(encoder.pairs([question, "bell"], [passage, "clock"]))
+    assert len(question) > 9000
+    assert len(cut) == 160
+    text, asked = encoder.tokenizer.decode(cut), encoder.tokenizer.decode(short).rpartition("bell")[0]
+    assert text.count("the hour") >= 2
+    assert text.count("the clock") >= 2
+    assert cut[-1] == short[-1]
+    if template != "{passage} ! {query} :":
+        assert text.startswith(asked)
+    [bare] = real(encoder.pairs([question], [""]))
+    assert len(bare) == 160  # a query has all the room that its passage does not need
 
 
 def test_encoders_travel_between_processes(tokenizer: Callable[..., str]) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,11 @@ def test_who_waits_is_told_what_for() -> None:
 def test_a_run_goes_on_with_its_own_tokenizer_and_optimizer(configure: Configure, rooms: Path, tmp_path: Path) -> None:
     student = Path(shutil.copytree(rooms / "student", tmp_path / "student"))
 
-    def check(state: dict[str, Any], **sections: Any) -> None:
+    def check(state: dict[str, Any], accepted: Sequence[str] = (), **sections: Any) -> None:
         config = load_config(configure(student={"path": str(student)}, **sections))
         reads = Reads(load_text(config.student))
         batches = Batches(open_groups(config.data), reads, {}, config.data, config.train, seed=0, ranks=ALONE)
-        check_inputs(config, state, batches, ALONE)
+        check_inputs(config, state, batches, ALONE, accepted=accepted)
 
     optimizer = {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}
     state: dict[str, Any] = {}
@@ -161,7 +161,20 @@ def test_a_run_goes_on_with_its_own_tokenizer_and_optimizer(configure: Configure
     words[-1], words[-2] = words[-2], words[-1]
     tree["model"]["vocab"] = {word: number for number, word in enumerate(words)}
     (student / "tokenizer.json").write_text(json.dumps(tree))
-    with pytest.raises(InputError, match=r"files that have changed: tokenizer: student"):
+    with pytest.raises(InputError, match=r"files that have changed: .*tokenizer: student"):
         check(state, deepspeed={"student": {"optimizer": optimizer}})
+    accepted = dict(state, step=7)
+    with pytest.raises(InputError, match="accept-changed: corpus has not changed since the last checkpoint"):
+        check(dict(accepted), accepted=["student", "corpus"], deepspeed={"student": {"optimizer": optimizer}})
+    check(accepted, accepted=["student"], deepspeed={"student": {"optimizer": optimizer}})
+    told = {one.pop("name"): one for one in accepted["accepted"]}
+    assert told.keys() == {"tokenizer: student", "student: tokenizer.json"}
+    assert all(one["step"] == 7 and one["was"] != one["is"] for one in told.values())
+    check(accepted, deepspeed={"student": {"optimizer": optimizer}})  # known from here on
+    with pytest.raises(InputError, match="accept-changed: student has not changed"):
+        check(accepted, accepted=["student"], deepspeed={"student": {"optimizer": optimizer}})
+    (student / "config.json").write_text((student / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"files that have changed: student: config.json"):
+        check(accepted, deepspeed={"student": {"optimizer": optimizer}})
     older = {"inputs": {name: told for name, told in state["inputs"].items() if name.startswith(("data", "teacher"))}}
     check(older, deepspeed={"student": {"optimizer": other}})  # nothing is known of what it was

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,6 +117,13 @@ def test_a_run_is_stopped_resumed_saved_and_evaluated(distiller: Make, rooms: Pa
     changed = [*ROWS[:-1], {**ROWS[-1], "query": "another"}]
     with pytest.raises(InputError, match="files that have changed: data: rows"):
         distiller("part", data=changed).train(resume=True, quiet=True)
+    with pytest.raises(InputError, match="accept-changed: is ignored without --resume"):
+        distiller("new").train(accept_changed=["rows"])
+    shutil.copytree(run.output, run.output.with_name("accepted"))
+    accepted = distiller("accepted", data=changed).train(resume=True, accept_changed=["rows"], quiet=True)
+    assert losses_of(accepted)[:1] == losses_of(whole)[:1]
+    [told] = json.loads((accepted.output / "run.json").read_text())["accepted_changes"]
+    assert (told["name"], told["step"]) == ("data: rows", 1)
     resumed = distiller("part").train(resume=True, quiet=True)
     assert losses_of(resumed) == losses_of(whole)
 

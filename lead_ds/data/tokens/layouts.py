@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 Rows = list[list[int]]
+Span = tuple[int, int]  # of characters
 
 _PLACES = re.compile(r"(\{(?:instruction|query|passage)\})")
 
@@ -26,43 +27,40 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Filled:
-    """A template whose places are filled in. Where it is too long the passage is cut, and nothing else."""
+    """A template whose places are filled in. Where it is too long the passage is cut, then the query; the rest stays."""
 
     template: str
     instruction: str = ""
     leading: tuple[int, ...] = ()  # what the tokenizer puts before a text
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
-        """See `Layout`. A question that alone is longer than `length` makes a longer row."""
-        pieces = _PLACES.split(self.template)
-        cut = pieces.index("{passage}")
-        heads, texts = [], []
-        for query, passage in zip(queries, passages, strict=True):
-            filled = {"{instruction}": self.instruction, "{query}": query, "{passage}": passage}
-            head, tail = ("".join(filled.get(x, x) for x in part) for part in (pieces[:cut], pieces[cut + 1 :]))
-            heads.append(head)
-            texts.append(head + passage + tail)
+        """See `Layout`. A query keeps up to 3/4 of the room that the template leaves, and what its passage does not need."""
+        filled = [self._filled(query, passage) for query, passage in zip(queries, passages, strict=True)]
         encoded = tokenizer(
-            texts,
+            [text for text, _ in filled],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
-            verbose=False,  # the passage is cut below: no warning about its length
+            verbose=False,  # what is too long is cut below: no warning about its length
         )
         start = list(self.leading)
         rows = []
-        for ids, offsets, head, passage in zip(
-            encoded["input_ids"], encoded["offset_mapping"], heads, passages, strict=True
-        ):
+        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], filled, strict=True):
             excess = len(start) + len(ids) - length
-            if excess > 0:
-                # Tokens that lie in the passage alone: one that straddles its edge belongs to the prompt as well.
-                first, last = len(head), len(head) + len(passage)
-                inside = [i for i, (a, b) in enumerate(offsets) if a >= first and b <= last and b > a]
-                dropped = set(inside[-excess:])
-                ids = [token for i, token in enumerate(ids) if i not in dropped]
-            rows.append(start + ids)
+            dropped = _dropped(offsets, spans, excess) if excess > 0 else ()
+            rows.append(start + [token for i, token in enumerate(ids) if i not in dropped])
         return rows, None
+
+    def _filled(self, query: str, passage: str) -> tuple[str, dict[str, list[Span]]]:
+        """The text of a pair, and where its query and its passage lie."""
+        values = {"{instruction}": self.instruction, "{query}": query, "{passage}": passage}
+        text, spans = "", {"{query}": list[Span](), "{passage}": list[Span]()}
+        for piece in _PLACES.split(self.template):
+            start = len(text)
+            text += values.get(piece, piece)
+            if piece in spans:
+                spans[piece].append((start, len(text)))
+        return text, spans
 
     def __str__(self) -> str:
         return self.template
@@ -149,6 +147,18 @@ class Conversation:
 
     def __str__(self) -> str:
         return str(self.reader.tokenizer.chat_template)
+
+
+def _dropped(offsets: Sequence[Span], spans: dict[str, list[Span]], excess: int) -> set[int]:
+    """The tokens that are cut: of those that lie in the query or the passage alone, for one that straddles an edge belongs
+    to the prompt as well."""
+    query, passage = (
+        [i for i, (a, b) in enumerate(offsets) if b > a and any(first <= a and b <= last for first, last in places)]
+        for places in (spans["{query}"], spans["{passage}"])
+    )
+    room = max(len(query) + len(passage) - excess, 0)
+    asked = max(room * 3 // 4, room - len(passage))
+    return {*query[asked:], *passage[room - min(asked, len(query)) :]}
 
 
 def _ids(tokenizer: Any, text: Any, length: int | None = None) -> Any:

@@ -128,7 +128,7 @@ def train(
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
         check_lens(config, state, teachers)
-        check_inputs(config, state, batches, ranks, fits)
+        check_inputs(config, state, batches, ranks, fits, given.accepted)
         state["informative"] = layers_that_know(config, state, teachers, batches, ranks)
         # Drawn once, so that a layer that does not exist is reported at start.
         Selected.of(config, student, taught, state["informative"]).pairs(step=0)
@@ -164,7 +164,10 @@ def train(
         )
         # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
         agreed(
-            ranks, lambda: write_facts(output, config, command, ranks, teachers, trainee.losses) if ranks.main else None
+            ranks,
+            lambda: (
+                write_facts(output, config, command, ranks, teachers, trainee.losses, state) if ranks.main else None
+            ),
         )
         with signals:
             try:
@@ -305,13 +308,18 @@ def write_facts(
     ranks: Ranks,
     teachers: Mapping[str, Teacher],
     losses: Objective | None,
+    state: Mapping[str, Any],
 ) -> None:
-    """The resolved configuration, and where this run came from. Raises InputError where the folder cannot be made."""
+    """The resolved configuration, and where this run came from, with the changed inputs that it went on with.
+
+    Raises InputError where the folder cannot be made."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(output, f"cannot be made: {error.strerror}", "set output= to another folder") from None
     facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
+    if state["accepted"]:
+        facts["accepted_changes"] = state["accepted"]
     told = [teacher.facts() for teacher in teachers.values()]
     if told:
         facts |= {"teacher": told[0]} if config.teacher is not None else {"teachers": told}

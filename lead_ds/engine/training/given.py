@@ -23,12 +23,13 @@ from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, checksum_of, copied
 @dataclass(frozen=True)
 class Given:
     """groups: instead of those of the section `data`; student, and teachers by key: modules instead of what their sections
-    name; callbacks: called as the run goes on."""
+    name; callbacks: called as the run goes on; accepted: names of inputs that may have changed since the last checkpoint."""
 
     groups: Groups | None = None
     student: nn.Module | None = None
     teachers: Mapping[str, nn.Module] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
+    accepted: Sequence[str] = ()
 
     def student_text(self, config: StudentConfig) -> TextEncoder:
         """How the student reads text."""
@@ -58,9 +59,8 @@ NOTHING = Given()
 
 def check_given(groups: Groups, given: Given, ranks: Ranks) -> None:
     """Refuse ranks that were given different objects: they would train on different data, or wait for each other."""
-    facts = ranks.all(
-        {"data": groups.checksums, "callbacks": [type(callback).__name__ for callback in given.callbacks]}
-    )
+    names = [type(callback).__name__ for callback in given.callbacks]
+    facts = ranks.all({"data": groups.checksums, "callbacks": names, "--accept-changed": [*given.accepted]})
     for rank, other in enumerate(facts):
         for name in other:
             if other[name] != facts[0][name]:

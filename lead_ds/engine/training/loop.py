@@ -64,6 +64,7 @@ class Training:
         self.worse: int = state.get("worse", 0)
         self.informative: list[list[int]] = state.get("informative", [])
         self.inputs: dict[str, str] = state.get("inputs", {})
+        self.accepted: list[dict[str, Any]] = state.get("accepted", [])
         self.scope = RankScope.of(config.train.in_batch, ranks, batches.group, config.kernels, self.parts)
         self.trainee = engine.module
         early = config.train.overlap and any(teacher.computes for teacher in self.teachers)
@@ -211,6 +212,7 @@ class Training:
             "worse": self.worse,
             "informative": self.informative,
             "inputs": self.inputs,
+            "accepted": self.accepted,
             "lens": lens_checksums(self.teachers),
             "processes": self.ranks.world,
             "config": self.config.model_dump(mode="json"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from lead_ds.teachers.open import teacher_class
 from lead_ds.teachers.teacher import Teacher
 
 DECIDING = ("optimizer", "fp16", "bf16", "data_types", "prescale_gradients", "gradient_predivide_factor")
-LATER = ("tokenizer: ", "deepspeed: ")  # facts that older checkpoints do not have
+LATER = (
+    ("tokenizer: ", "deepspeed: "),
+    ("student: ",),
+)  # facts that older checkpoints do not have, those that came at once
 
 
 def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ranks) -> dict[str, Any]:
@@ -77,10 +80,10 @@ def deepspeed_facts(config: Config) -> dict[str, str]:
     return {f"deepspeed: {name}": json.dumps(part, sort_keys=True) for name, part in tree.items() if name in DECIDING}
 
 
-def base_facts(config: Config) -> dict[str, str]:
-    """The files of a student that LoRA is trained on: its own weights are not in a checkpoint."""
+def student_facts(config: Config) -> dict[str, str]:
+    """The files that the student began with: how it pools and reads, and what LoRA's updates belong to."""
     folder = Path(config.student.path)
-    if config.train.lora is None or not folder.is_dir():
+    if not folder.is_dir():
         return {}
     found = {f"student: {name}": summary(file) for name, file in model_files(folder).items()}
     return {name: told for name, told in found.items() if told is not None}
@@ -122,12 +125,18 @@ def check_lens(config: Config, state: dict[str, Any], teachers: Mapping[str, Tea
 
 
 def check_inputs(
-    config: Config, state: dict[str, Any], batches: Batches, ranks: Ranks, fits: dict[str, str] | None = None
+    config: Config,
+    state: dict[str, Any],
+    batches: Batches,
+    ranks: Ranks,
+    fits: dict[str, str] | None = None,
+    accepted: Sequence[str] = (),
 ) -> None:
-    """Refuse to go on with other files than a checkpoint was trained on: texts, teacher, tokenizers, DeepSpeed's settings.
+    """Refuse to go on with other files than a checkpoint was trained on: texts, models, tokenizers, DeepSpeed's settings.
 
     fits: what was fitted before the first step, by its checksum. `state` keeps what they are; one of before some of them
-    were kept does not have those.
+    were kept does not have those. accepted: names of what may have changed, as they are refused, or a part of one between
+    its colons; `state` keeps what each was and is. Raises InputError for a name of what has not changed, too.
     """
     taught = config.taught if config.losses.needs_teacher else {}
     files = {
@@ -138,17 +147,34 @@ def check_inputs(
 
     def facts() -> dict[str, str]:
         known = input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config) | (fits or {})
-        return known | base_facts(config)
+        return known | student_facts(config)
 
     now = agreed(ranks, lambda: facts() if ranks.main else {})
     before = state.get("inputs") or now
-    if not any(name.startswith(LATER) for name in before):
-        before = before | {name: told for name, told in now.items() if name.startswith(LATER)}
+    for later in LATER:
+        if not any(name.startswith(later) for name in before):
+            before = before | {name: told for name, told in now.items() if name.startswith(later)}
     changed = agreed(ranks, lambda: differing(before, now) if ranks.main else [])
-    state["inputs"] = before
-    if changed := ranks.from_main(changed):
+    changed = ranks.from_main(changed)
+    for name in accepted:
+        if not any(name in parts_of(fact) for fact in changed):
+            what = f"{name} has not changed since the last checkpoint"
+            raise InputError(
+                "--accept-changed", what, f"name one of: {', '.join(changed)}" if changed else "take it out"
+            )
+    if refused := [fact for fact in changed if not parts_of(fact) & {*accepted}]:
         raise InputError(
             config.output,
-            f"was trained on files that have changed: {', '.join(changed[:5])}",
-            "bring them back, or set output= to another folder for a new run",
+            f"was trained on files that have changed: {', '.join(refused[:5])}",
+            "bring them back, go on with them as they are (--accept-changed NAME), or set output= to another folder",
         )
+    state["inputs"] = {**before, **now} if changed else before
+    told = [
+        {"name": fact, "was": before.get(fact), "is": now.get(fact), "step": state.get("step", 0)} for fact in changed
+    ]
+    state["accepted"] = [*state.get("accepted", []), *told]
+
+
+def parts_of(fact: str) -> set[str]:
+    """The names that an input goes by: `data: train` is that, data and train; a file of its folder is its folder's."""
+    return {fact, *(part for name in fact.split(": ") for part in (name, name.rpartition("/")[2]))}
