@@ -37,7 +37,9 @@ def test_plans_all_of_its_stages(path: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     tree = run_pipeline(path, [f"output={output}"], dry_run=True, tell=told.append, launcher="none")
     families = {one["stage"].split("-")[0] for one in tree["stages"]}
-    assert {"first", "mine", "distill", "encode", "index", "search", "evaluate"} <= families
+    assert {"distill", "encode", "index", "search", "evaluate"} <= families
+    if path.stem in PUBLISHED:
+        assert {"first", "mine"} <= families
     assert {one["state"] for one in tree["stages"]} == {"to do"}
     for one in tree["stages"]:
         for command in one["commands"]:
