@@ -74,7 +74,7 @@ def test_windows_are_the_tokenizers(tokenizers: Path, tmp_path: Path, kind: str)
         {"kind": "dual_encoder", "path": path, "pooling": "last"},
         {"kind": "colbert", "path": path, "mask_punctuation": True, "query_expansion": kind == "wordpiece"},
         *({"kind": "cross_encoder", "path": path, "max_length": n, "query_prompt": "q "} for n in (12, 13, 200)),
-        {"kind": "llm_reranker", "path": path, "max_length": 60},
+        {"kind": "llm_reranker", "path": path, "max_length": 60, "template": "plain"},
     ]
     for teacher in teachers:
         kept = batches_of(config_of(data, str(tmp_path / "kept"), teacher, student))

@@ -12,6 +12,7 @@ import yaml
 from lead_ds.config import load_config
 from lead_ds.engine.distributed.agreement import facts
 from lead_ds.engine.training.distill import distill
+from lead_ds.errors import InputError
 from tests.engine.jobs import losses_of
 from tests.engine.running import copy_run
 from tests.helpers.rooms import settings
@@ -35,6 +36,8 @@ def test_each_set_is_evaluated_and_a_run_resumes(rooms: Path, tmp_path: Path) ->
     assert set(measured) == {"nDCG@10", "data/nDCG@10", "other/nDCG@10"}
     assert measured["nDCG@10"] == pytest.approx((measured["data/nDCG@10"] + measured["other/nDCG@10"]) / 2)
     half = copy_run(path, "resumed", step=2)
+    with pytest.raises(InputError, match="was written by micro-batches of 4 groups of one set"):
+        distill(load_config(half, ["train.batch_size=2", "train.accumulation=2"]), resume=True, quiet=True)
     distill(load_config(half), resume=True, quiet=True)
     assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "run")
     assert {"data: corpus.jsonl", "other: data.train"} <= facts(load_config(path)).keys()

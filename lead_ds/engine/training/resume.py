@@ -54,6 +54,10 @@ def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ran
             f"{groups_per_step(config, ranks.world)} groups instead of {groups_per_step(old, processes)}",
             "set train.batch_size or train.accumulation so that their product with the processes stays the same",
         )
+    together = processes * old.train.batch_size, ranks.world * config.train.batch_size
+    if config.data.batches == "apart" and together[0] != together[1]:
+        what = f"was written by micro-batches of {together[0]} groups of one set, over all processes; now they have {together[1]}"
+        raise InputError(path, what, "set train.batch_size so that its product with the processes stays the same")
     if ranks.main and compared(old, processes) != compared(config, ranks.world):
         print(f"{path.name}: a query is now compared with other in-batch passages than before", file=sys.stderr)
     checkpoints.load(engine, path)
