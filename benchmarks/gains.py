@@ -40,9 +40,10 @@ def config_of(arguments: argparse.Namespace, name: str = "minilm-l6", /, **secti
     """A run over the data, with a teacher of 256 and a student of 128 tokens."""
     models, data = Path(arguments.models), Path(arguments.data)
     kind = "cross_encoder" if "reranker" in name else "dual_encoder"
+    lengths = {"max_length": 256} if kind == "cross_encoder" else {"query_length": 32, "passage_length": 256}
     tree: dict[str, Any] = {
-        "teacher": {"kind": kind, "path": str(models / name), "dtype": "fp32", "passage_length": 256},
-        "student": {"path": str(models / "minilm-l3"), "passage_length": 128},
+        "teacher": {"kind": kind, "path": str(models / name), "dtype": "fp32", **lengths},
+        "student": {"path": str(models / "minilm-l3"), "query_length": 32, "passage_length": 128},
         "data": {"path": str(data), "negatives": 7},
         "train": {"batch_size": arguments.batch_size},
     }
@@ -141,7 +142,8 @@ def packed(arguments: argparse.Namespace) -> None:
             path, ways = Path(folder), (None, 4, "packed")
             write_model(path / "model", shape, "dual_encoder")
             write_data(path / "data", arguments.batch_size * (arguments.rounds + 1), 8, 32, 128, "natural")
-            model = {"path": str(path / "model"), "weights": "random", "dtype": "fp32", "passage_length": 128}
+            model = {"path": str(path / "model"), "weights": "random", "dtype": "fp32"}
+            model |= {"query_length": 32, "passage_length": 128}
             configs = {
                 str(n): Config.model_validate(
                     {

@@ -67,16 +67,17 @@ class Preset:
     same_losses: bool = False
 
 
+LENGTHS = {"query_length": 32, "passage_length": 128}
 COMMON: dict[str, dict[str, Any]] = {
     "teacher": {"kind": "dual_encoder", "weights": "random"},
-    "student": {"weights": "random", "pooling": "cls", "query_length": 32, "passage_length": 128},
+    "student": {"weights": "random", "pooling": "cls", **LENGTHS},
     "data": {"negatives": 7},
     "losses": {},
     "train": {"batch_size": 32, "save_every": 10**9, "evaluate_every": 0, "log_every": 4},
     "evaluation": {"split": None},
     "monitor": {"tensorboard": False, "csv": False},
 }
-_EMBEDDER = {"pooling": "last", "normalize": True, "scale": "cosine", "dtype": "bf16"}
+_EMBEDDER = {**LENGTHS, "pooling": "last", "normalize": True, "scale": "cosine", "dtype": "bf16"}
 _COSINE = {"response": {"teacher_temperature": 0.05}, "layer": {"teacher_temperature": 0.05, "select": "last", "k": 5}}
 _ALL = ("lead-ds", "bare", "LEAD's loop", "plain loop")
 PRESETS: dict[str, Preset] = {
@@ -86,7 +87,7 @@ PRESETS: dict[str, Preset] = {
         student=bert(3, 256, 4, vocab_size=1000),
         settings={
             # On a CPU without AMX, bf16 products take twice the time of float32's.
-            "teacher": {"pooling": "cls", "passes": 4, "dtype": "fp32"},
+            "teacher": {**LENGTHS, "pooling": "cls", "passes": 4, "dtype": "fp32"},
             "student": {"passes": 4},
             "losses": {"layer": {"k": 3}},
             "train": {"batch_size": 4},
@@ -101,7 +102,7 @@ PRESETS: dict[str, Preset] = {
         about="BERT-base -> 6 layers of it: LEAD's own setting",
         teacher=bert(12, 768, 12),
         student=bert(6, 768, 12),
-        settings={"teacher": {"pooling": "cls", "passes": 4}, "student": {"passes": 4}},
+        settings={"teacher": {**LENGTHS, "pooling": "cls", "passes": 4}, "student": {"passes": 4}},
         lengths="natural",
         providers=_ALL,
         steps=12,

@@ -19,7 +19,8 @@ BATCH = typer.Option(
     None,
     "--batch-size",
     min=1,
-    help="Texts of full length per forward; of shorter ones more. Default: 64, and 16 on a CPU, whose caches hold no more.",
+    help="Texts of full length (512 tokens at most) per forward; of shorter ones more, of longer ones fewer. Default: 64, and 16 "
+    "on a CPU, whose caches hold no more.",
 )
 KEEP_IDENTICAL = typer.Option(
     False,

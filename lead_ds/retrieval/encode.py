@@ -29,6 +29,7 @@ from lead_ds.retrieval.small import CALIBRATED_ON, SMALL, quantise, ranges_of, r
 
 STRETCH = 8192  # texts tokenised at once and sorted by length together: little padding, little memory
 SHARD_ROWS = 65_536
+FULL = 512  # tokens of a text of full length, where the model reads more: a batch must fit in memory
 IDS = "ids.txt"
 AGAIN = "delete the folder, and run lead-ds encode again"
 _ANOTHER = "delete it, or choose another folder"
@@ -52,7 +53,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a model is run over texts: how many of full length are in a batch, on which device, in which precision.
+    """How a model is run over texts: how many of full length (FULL at most) are in a batch, on which device, in which precision.
 
     precision: of its matrix products. lockstep: the model is sharded over the processes, so that `encode_to` has all of them
     run it equally often; a search over several processes does so anyway.
@@ -92,17 +93,15 @@ def encode_texts(
     """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on the device), a batch at a time, without gradient.
 
     texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
-    number of tokens. A batch of texts shorter than full length holds as many as have no more tokens, padding counted.
+    number of tokens. A batch of texts shorter or longer than full length (FULL tokens at most) holds as many as have no more
+    tokens, padding counted.
     `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size texts
     in every batch. Under ZeRO-3 every process must take part in every forward of any of them.
     Raises RunError naming the text whose vector is not finite, InputError where the device lacks the precision.
     """
     side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
-    length, batch_size, embed = (
-        Side.of(encoder, kind).length,
-        how.batch_size,
-        in_precision(embed, how.precision, how.device),
-    )
+    length, batch_size = min(Side.of(encoder, kind).length, FULL), how.batch_size
+    embed = in_precision(embed, how.precision, how.device)
 
     def load(stretch: range) -> Tokenised:
         return Tokenised(encoder, *encoder.rows(texts([rows[i] for i in stretch]), side), side)

@@ -168,6 +168,20 @@ def test_short_texts_share_a_forward_and_no_batch_is_beyond_the_budget(model: Pa
     assert sum(rows * tokens for rows, tokens in shapes) < 1.25 * real
 
 
+def test_texts_beyond_full_length_are_fewer_in_a_forward(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    monkeypatch.setattr("lead_ds.retrieval.encode.FULL", 32)
+    texts, shapes = ["octopus hunts crabs " * 90, "an octopus"] * 6, list[tuple[int, ...]]()
+
+    def embed(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        shapes.append(tuple(tokens["input_ids"].shape))
+        return scorer.embed(tokens)
+
+    encode_share(embed, encoder, "corpus", lambda rows: [texts[i] for i in rows], range(12), Encoding(batch_size=8))
+    assert shapes[0] == (8 * 32 // encoder.passage_length, encoder.passage_length)
+    assert all(rows * tokens <= 8 * 32 for rows, tokens in shapes)
+
+
 def test_mixed_precision_is_close_and_part_of_what_vectors_are(model: Path, data: Path, tmp_path: Path) -> None:
     scorer, encoder = open_encoder(str(model), "cpu")
     corpus = Dataset.open(data).corpus
