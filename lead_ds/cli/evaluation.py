@@ -42,7 +42,7 @@ def evaluate(
     kind: str | None = typer.Option(
         None,
         "--kind",
-        help="A kind of model; default: what the model's files name.",
+        help="A kind of model; default: what the model's files name. served: --model is the address of a server.",
     ),
     data: Path | None = typer.Option(None, "--data", help="With --model: the dataset's folder."),
     split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),
@@ -89,6 +89,8 @@ def evaluate(
 
     lead-ds evaluate --model qwen3-reranker --kind llm_reranker --data data/scifact max_length=512 yes_token=yes no_token=no
 
+    lead-ds evaluate --model http://localhost:8080/rerank --kind served --data data/scifact api=tei
+
     lead-ds evaluate --model runs/x/student --data data/scifact --precision float32,int8,binary
 
     lead-ds evaluate --query-model runs/x/student --document-model models/teacher --data data/scifact
@@ -131,7 +133,7 @@ def evaluate(
     if kind is not None:
         from lead_ds.models.kinds.kind import KINDS
 
-        choice("--kind", kind, *KINDS)
+        choice("--kind", kind, *KINDS, "served")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
@@ -179,8 +181,26 @@ def evaluate(
             if here.main:
                 tell(scores, json_file, per_query)
         return
-    from lead_ds.retrieval.rerank import DEPTH, Reranker, evaluate_reranked, find_candidates
+    from lead_ds.retrieval.rerank import DEPTH, Reranker, evaluate_ordered, evaluate_reranked, find_candidates
 
+    if kind == "served":
+        from lead_ds.teachers.served_order import open_served, order
+
+        if batch_size or dim or precisions:
+            what = "--batch-size, --dim and --precision are of a model that runs here"
+            raise InputError(
+                "--kind", what, "take them out: a served one has settings of a served teacher, such as api=tei"
+            )
+        with ranks() as here:
+            if here.main:
+                dataset, lookup = Dataset.open(data), open_served(model, settings or [])
+                listed = find_candidates(
+                    dataset, dataset.qrels(split), depth or DEPTH, run, keep_identical=keep_identical
+                )
+                task = Task(dataset, split, names, relevance_level, keep_identical=keep_identical)
+                scores = evaluate_ordered(lambda wanted: order(lookup, dataset, wanted), task, listed, out=out)
+                tell(scores, json_file, per_query)
+        return
     with ranks() as here:
         dataset = Dataset.open(data)
         judged = dataset.qrels(split)

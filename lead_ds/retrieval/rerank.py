@@ -96,11 +96,27 @@ def evaluate_reranked(
 
     Every process calls this with the same candidates. A judged query without candidates counts 0. out: a TREC run to write.
     """
+
+    def order(wanted: Mapping[str, Mapping[str, float]]) -> Run:
+        return rerank(scorer, encoder, task.dataset, wanted, batch_size=batch_size, peers=peers, quiet=quiet)
+
+    return evaluate_ordered(order, task, candidates, peers=peers, out=out)
+
+
+def evaluate_ordered(
+    order: Callable[[Mapping[str, Mapping[str, float]]], Run],
+    task: Task,
+    candidates: Mapping[str, Mapping[str, float]],
+    *,
+    peers: Peers = ALONE,
+    out: str | Path | None = None,
+) -> Scores:
+    """Metrics of a task's candidates as `order` scores them, which gives a run of those that it is given."""
     qrels = task.qrels(out)
     wanted = {query: dict(candidates[query]) for query in qrels if query in candidates}
     if not task.keep_identical:
         wanted = without_identical(wanted, max(map(len, wanted.values()), default=0), qrels, quiet=peers.rank > 0)
-    run = rerank(scorer, encoder, task.dataset, wanted, batch_size=batch_size, peers=peers, quiet=quiet)
+    run = order(wanted)
     if peers.rank == 0 and out is not None:
         write_run(out, run)
     return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))

@@ -18,6 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from lead_ds.config import TeacherConfig, load_config
+from lead_ds.data.collections.dataset import Dataset
+from lead_ds.data.collections.qrels import read_run, write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.engine.distributed.ranks import free_port
 from lead_ds.engine.training.distill import distill
@@ -26,6 +28,7 @@ from lead_ds.models.load import load_encoder, load_scorer, load_teacher, load_te
 from lead_ds.models.reference import TEXTS as TEXTS_OF_MODELS
 from lead_ds.teachers.served import ServedLookup, ServedSettings
 from lead_ds.teachers.served_ahead import ask_ahead
+from tests.cli.test_bad_input import lead_ds
 from tests.helpers.launch import launch
 from tests.helpers.rooms import save_bert, settings
 from tests.helpers.server import ModelServer, serving
@@ -248,3 +251,21 @@ def test_a_server_that_others_wrote(tmp_path: Path) -> None:
         scorer, encoder = load_scorer(str(tmp_path / "cross"))
         expected = scorer(tokens=encoder.pairs(*map(list, zip(*pairs, strict=True))))
         np.testing.assert_allclose([scores[pair][0] for pair in pairs], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("api", ["tei", "embeddings"])
+def test_evaluate_orders_candidates(rooms: Path, tmp_path: Path, server: ModelServer, api: str) -> None:
+    dataset = Dataset.open(rooms / "data")
+    found = {"q40": {"p1": 1.0, "p2": 2.0, "p3": 0.5}, "q41": {"p4": 1.0}}
+    write_run(tmp_path / "first.trec", found)
+    url = server.url("/tei" if api == "tei" else "/v1/embeddings")
+    arguments = ["evaluate", "--model", url, "--kind", "served", "--data", str(rooms / "data"), "--split", "test"]
+    arguments += ["--run", str(tmp_path / "first.trec"), "--out", str(tmp_path / "out.trec")]
+    arguments += [f"api={api}", f"answers={tmp_path / 'answers'}", *(["model=m"] if api == "embeddings" else [])]
+    done = lead_ds(*arguments)
+    assert done.returncode == 0, done.stderr
+    said = read_run(tmp_path / "out.trec")
+    [query] = plain(dataset.queries.texts(dataset.queries.rows(["q40"])))
+    for passage, score in said["q40"].items():
+        [vector] = plain(dataset.corpus.texts(dataset.corpus.rows([passage])))
+        assert score == pytest.approx(np.dot(query, vector), rel=1e-5)
