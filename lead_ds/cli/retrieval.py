@@ -82,6 +82,8 @@ def encode(
         scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, check_settings(settings)))
         agreed(here, lambda: tell_reading(opened, dataset, here))
         facts = model_facts(model, scorer)
+        if scorer.config.dtype not in ("auto", "fp32"):
+            facts["read_as"] = scorer.config.dtype  # an encode of other numbers cannot finish this one
         how = Encoding(batch_of(batch_size, here.device), here.device, cast(Any, precision))
         stored = Stored(cast(Any, dtype))
         vectors = encode_to(out, scorer.embed, encoder, texts, facts, how, stored, peers=here)

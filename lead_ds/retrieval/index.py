@@ -117,6 +117,8 @@ def build_index(
             _copy(finer, out / RESCORE)
         asks |= {} if vectors.dtype not in SMALL else {"dtype": vectors.dtype}
         facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
+        # Vectors of any dtype live in one space: how these were computed does not matter to a query.
+        facts["model"] = {key: value for key, value in facts["model"].items() if key != "read_as"}
         # Last: its presence is what marks the folder as holding an index.
         write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts, **asks})
         return out

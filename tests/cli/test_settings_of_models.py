@@ -32,6 +32,10 @@ def test_every_command_takes_them(rooms: Path, tmp_path: Path, capfd: pytest.Cap
     assert (status, line in told) == (0, True), told
     manifest = json.loads((tmp_path / "vectors" / "manifest.json").read_text())
     assert (manifest["prompt"], manifest["length"], manifest["model"]["pooling"]) == ("read: ", 20, "mean")
+    again = run(
+        capfd, "encode", "--model", model, "--data", data, "--out", tmp_path / "vectors", *SETTINGS, "dtype=bf16"
+    )
+    assert (again[0], "holds vectors" in again[2]) == (2, True), again[2]
     assert run(capfd, "index", "--vectors", tmp_path / "vectors", "--out", tmp_path / "index")[0] == 0
 
     over = ("--model", model, "--data", data, "--index", tmp_path / "index")

@@ -54,6 +54,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"student": {"max_length": 8}},
         "student.max_length: is ignored by kind: dual_encoder (set query_length",
     ),
+    "room": (
+        {"student": {"query_prompt": "one two three four five six: ", "query_length": 16}},
+        "student.query_length: is 16, and its prompt leaves",
+    ),
     "repeated": ({"student": {"layers": [0, 1, 1]}}, "names a layer twice"),
 }
 
