@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -247,7 +248,18 @@ def mine(
     keep_identical: bool = typer.Option(
         False, "--keep-identical", help="Keep a passage that is the query itself, by its id or its text."
     ),
-    sample: str = typer.Option("top", "--sample", help="top or random, of the candidates that pass."),
+    rescore: str | None = typer.Option(
+        None, "--rescore", help="Choose by the scores of this model, of any kind, which are kept in OUT.scores/."
+    ),
+    rescore_settings: list[str] = typer.Option(
+        [], "--rescore-set", help="A setting of that model, key=value: kind=llm_reranker, template=qwen3 ..."
+    ),
+    relabel: bool = typer.Option(
+        False, "--relabel", help="What scores above --margin or --ratio becomes a positive, instead of being left out."
+    ),
+    sample: str = typer.Option(
+        "top", "--sample", help="Of the candidates that pass: top, random, or stratified over their scores."
+    ),
     seed: int = typer.Option(0, "--seed", min=0, help="Of --sample random."),
 ) -> None:
     """Mine hard negatives from a model, a TREC run, or BM25; writes training groups with the scores it saw.
@@ -255,6 +267,8 @@ def mine(
     lead-ds mine --model runs/first/student --data data/msmarco --out data/msmarco/train.jsonl --depth 200 --number 30
 
     lead-ds mine --model intfloat/e5-base-v2 --data data --out data/train.jsonl query_prompt="query: "
+
+    lead-ds mine --data data --out data/train.jsonl --rescore models/reranker --margin 0 --relabel --sample stratified
     """
     if model is not None and run is not None:
         raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
@@ -266,20 +280,31 @@ def mine(
     from lead_ds.settings.mining import MineSettings
     from lead_ds.settings.parse import parse_section
 
-    options = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio, "similar": similar}
-    how = parse_section(
-        MineSettings, {**options, "sample": sample, "seed": seed, "keep_identical": keep_identical}, "mine"
-    )
+    options: dict[str, Any] = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio}
+    options["similar"] = similar
+    options |= {"sample": sample, "seed": seed, "keep_identical": keep_identical, "relabel": relabel}
+    how = parse_section(MineSettings, options, "mine")
+    if rescore_settings and rescore is None:
+        raise InputError("--rescore-set", "is of a model that scores, and none is given", "add --rescore")
     dataset = Dataset.open(data)
     source: ModelLike = run or "bm25"
     if model is not None:
         source = open_encoder(model, settings=check_settings(settings))
         tell_reading(source, dataset)
-    mined = run_mine(source, dataset, out, split, how)
+    again = None
+    if rescore is not None:
+        from lead_ds.retrieval.rescore import open_teacher
+        from lead_ds.retrieval.rescore import rescore as score_again
+
+        teacher = open_teacher(rescore, check_settings(rescore_settings))
+        again = partial(score_again, teacher, dataset, folder=out.with_name(f"{out.name}.scores"))
+    mined = run_mine(source, dataset, out, split, how, rescored=again)
     left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)
     print(
         f"{mined.queries} queries, {mined.negatives} negatives: {out}" + (f"; left out: {left_out}" if left_out else "")
     )
+    if mined.relabelled:
+        print(f"{mined.relabelled} candidates score as positives do, and became positives")
     if mined.short:
         print(f"{mined.short} queries have fewer than {number} negatives: fewer candidates were left")
     if mined.unscored:

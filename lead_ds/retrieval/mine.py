@@ -6,7 +6,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,15 @@ _WORD = re.compile(r"\w+")
 @dataclass(frozen=True)
 class Mined:
     """What mining did: queries written; negatives written; candidates left out, by reason; queries with too few. Also
-    queries with a positive whose score is not known, so that margin and ratio do not hold for it."""
+    queries with a positive whose score is not known, so that margin and ratio do not hold for it, and candidates that became
+    positives."""
 
     queries: int
     negatives: int
     left_out: dict[str, int]
     short: int
     unscored: int
+    relabelled: int = 0
 
 
 def mine(
@@ -52,11 +54,13 @@ def mine(
     *,
     batch_size: int = 64,
     quiet: bool = False,
+    rescored: Callable[[Run], Run] | None = None,
 ) -> Mined:
     """Write training groups with hard negatives for a split's judged queries to `out`, as train.jsonl.
 
     source: a dual encoder (see `ModelLike`), a TREC run (a file or the run itself), or "bm25". Each line:
     {"query_id", "positives", "negatives", "scores"}, the scores being the source's own of the passages it scored.
+    rescored: gives the candidates, and positives, the scores by which they are chosen (see `retrieval.rescore`).
     Atomic. Raises InputError when a source, split or id is missing, or settings.depth is more than there are passages.
     """
     settings = settings or MineSettings()
@@ -76,8 +80,10 @@ def mine(
         run = _candidates(source, dataset, positives, deep, by_score, batch_size, quiet)
         if not set(run) & set(positives):
             raise InputError(split, "the run has none of its queries", "check that run and split belong together")
+        if rescored is not None:
+            run = rescored(_to_rescore(run, positives, deep))
         counts = {"positive": 0, "itself": 0, "rank": 0, "score": 0, "copy": 0}
-        negatives = short = unscored = 0
+        negatives = short = unscored = relabelled = 0
         with (
             atomic(out) as temporary,
             temporary.open("w", encoding="utf-8") as file,
@@ -88,7 +94,8 @@ def mine(
                 if not keep and query in found and query not in names:
                     found = {name: score for name, score in found.items() if name != query}
                     counts["itself"] += 1
-                chosen = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
+                chosen, more = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
+                names, relabelled = [*names, *more], relabelled + len(more)
                 scores = {name: found[name] for name in (*names, *chosen) if name in found}
                 group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
                 if scores:
@@ -98,7 +105,16 @@ def mine(
                 short += len(chosen) < settings.number
                 unscored += by_score and not found.keys() >= set(names)
                 meter.advance(1)
-        return Mined(len(positives), negatives, counts, short, unscored)
+        return Mined(len(positives), negatives, counts, short, unscored, relabelled)
+
+
+def _to_rescore(run: Run, positives: Mapping[str, Sequence[str]], depth: int) -> Run:
+    """The `depth` best candidates of each query, and its positives."""
+    found = {}
+    for query, names in positives.items():
+        best = sorted(run.get(query, {}).items(), key=lambda item: -item[1])[:depth]
+        found[query] = dict.fromkeys(names, 0.0) | dict(best)
+    return found
 
 
 def bm25_package() -> Any:
@@ -204,11 +220,11 @@ def _choose(
     settings: MineSettings,
     depth: int,
     counts: dict[str, int],
-) -> list[str]:
-    """The query's negatives, hardest first; `counts` grows by what is left out."""
+) -> tuple[list[str], list[str]]:
+    """The query's negatives, hardest first, and what becomes a positive; `counts` grows by what is left out."""
     limit = _limit([found[name] for name in positives if name in found], settings)
     ranked = sorted(found.items(), key=lambda item: -item[1])[:depth]
-    kept, rank = [], 0
+    kept, relabelled, rank = [], [], 0
     for name, score in ranked:
         if judged.get(name, 0) > 0:
             counts["positive"] += 1
@@ -216,6 +232,8 @@ def _choose(
         rank += 1
         if rank <= settings.skip:
             counts["rank"] += 1
+        elif limit is not None and score > limit and settings.relabel:
+            relabelled.append(name)
         elif limit is not None and score > limit:
             counts["score"] += 1
         else:
@@ -228,8 +246,9 @@ def _choose(
     avoided = [_words(text) for text in corpus.texts(corpus.rows(positives))]
     chosen: list[str] = []
     # All rows at once: ids looked up one by one were two thirds of the time.
+    wanted = len(kept) if settings.sample == "stratified" else settings.number
     for name, row in zip(kept, corpus.rows(kept).tolist(), strict=True):
-        if len(chosen) == settings.number:
+        if len(chosen) == wanted:
             break
         if asked is not None and asked in (body.strip() for body in (corpus.text(row), corpus.body(row))):
             counts["itself"] += 1
@@ -239,9 +258,23 @@ def _choose(
             counts["copy"] += 1
             continue
         chosen.append(name)
+    if settings.sample == "stratified":
+        chosen = _stratified(chosen, found, settings.number)
     if settings.sample == "random":
         chosen.sort(key=lambda name: -found[name])
-    return chosen
+    return chosen, relabelled
+
+
+def _stratified(names: Sequence[str], scores: Mapping[str, float], number: int) -> list[str]:
+    """Of names in order of score, those nearest to `number` scores spread evenly from the best to the least; each once."""
+    if len(names) <= number:
+        return list(names)
+    left = list(names)
+    chosen = []
+    for aim in np.linspace(scores[names[0]], scores[names[-1]], number):
+        chosen.append(min(left, key=lambda name: abs(scores[name] - aim)))
+        left.remove(chosen[-1])
+    return sorted(chosen, key=lambda name: -scores[name])
 
 
 def _limit(positive_scores: Sequence[float], settings: MineSettings) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lead_ds.settings.base import NonNegative, Positive, Section
 
@@ -38,7 +38,16 @@ class MineSettings(Section):
     keep_identical: bool = Field(
         False, description="keep a passage that is the query itself, by its id or its text, as a candidate"
     )
-    sample: Literal["top", "random"] = Field("top", description="the hardest ones that are left, or random ones")
+    relabel: bool = Field(
+        False,
+        description="candidates that score above margin or ratio allow become positives (RLHN, arXiv 2505.16967), instead of "
+        "being left out: for scores of a teacher that you trust more than the judgements",
+    )
+    sample: Literal["top", "random", "stratified"] = Field(
+        "top",
+        description="the hardest ones that are left; random ones; or ones spread evenly over the range of their scores "
+        "(arXiv 2604.04734)",
+    )
     seed: NonNegative = 0
 
     @field_validator("depth")
@@ -47,3 +56,9 @@ class MineSettings(Section):
         if depth is not None and depth < info.data.get("number", 0) + info.data.get("skip", 0):
             raise ValueError("is less than skip + number: read more candidates per query")
         return depth
+
+    @model_validator(mode="after")
+    def _check_relabel(self) -> MineSettings:
+        if self.relabel and self.margin is None and self.ratio is None:
+            raise ValueError("relabel has no bound: set margin or ratio")
+        return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lead_ds.errors import InputError
 from lead_ds.retrieval.encode import Encoding
 from lead_ds.retrieval.evaluate import encode_both, open_encoder
 from lead_ds.retrieval.mine import MineSettings, mine
+from lead_ds.retrieval.rescore import open_teacher, rescore
 from lead_ds.settings.data import DataConfig
 from tests.helpers.tiny import write_jsonl
 
@@ -106,6 +108,47 @@ def test_a_model_mines_what_it_ranks_high(model: Path, data: Path, tmp_path: Pat
         assert set(group["scores"]) == positives | set(group["negatives"])
         for name, score in group["scores"].items():
             assert score == pytest.approx(run[name], rel=1e-3, abs=1e-3)
+
+
+def test_what_scores_as_a_positive_becomes_one(small: Dataset, tmp_path: Path) -> None:
+    out, how = tmp_path / "out.jsonl", MineSettings(number=2, margin=0, relabel=True)
+    result = mine(RUN, small, out, settings=how, quiet=True, rescored=lambda run: {"q": {**RUN["q"], "d": 4.0}})
+    (group,) = lines(out)
+    assert group["positives"] == ["a", "b", "c", "e"]  # above b, the least
+    assert group["negatives"] == ["d", "f"]
+    assert group["scores"] == {**RUN["q"], "d": 4.0}
+    assert (result.relabelled, result.left_out["score"]) == (2, 0)
+    with pytest.raises(ValidationError, match="relabel has no bound"):
+        MineSettings(relabel=True)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, ["d"]), (2, ["d", "f"]), (3, ["d", "e", "f"])])
+def test_negatives_spread_over_their_scores(small: Dataset, tmp_path: Path, number: int, expected: list[str]) -> None:
+    run = {"q": {"a": 9.0, "c": 8.0, "d": 7.9, "e": 7.5, "f": 0.0}}  # c copies a; the two best are d and e
+    mine(run, small, tmp_path / "out.jsonl", settings=MineSettings(number=number, sample="stratified"), quiet=True)
+    (group,) = lines(tmp_path / "out.jsonl")
+    assert group["negatives"] == expected
+
+
+def test_a_teacher_scores_candidates_once(rooms: Path, tmp_path: Path) -> None:
+    dataset, out, parts = Dataset.open(rooms / "data"), tmp_path / "train.jsonl", tmp_path / "scores"
+    teacher = open_teacher(str(rooms / "cross"), ["max_length=64"])
+    again = partial(rescore, teacher, dataset, folder=parts, quiet=True)
+    mine("bm25", dataset, out, settings=MineSettings(number=2, depth=4), quiet=True, rescored=again)
+    group = lines(out)[0]
+    names = [*group["positives"], *group["negatives"]]
+    texts = dataset.corpus.texts(dataset.corpus.rows(names))
+    [query] = dataset.queries.texts(dataset.queries.rows([group["query_id"]]))
+    assert [group["scores"][name] for name in names] == pytest.approx(teacher[0].scores(query, texts), abs=1e-5)
+    first, written = out.read_bytes(), {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert written
+    mine("bm25", dataset, out, settings=MineSettings(number=2, depth=4), quiet=True, rescored=again)
+    assert out.read_bytes() == first
+    assert {path: path.stat().st_mtime_ns for path in parts.iterdir()} == written
+    next(iter(written)).write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be read"):
+        mine("bm25", dataset, out, settings=MineSettings(number=2, depth=4), quiet=True, rescored=again)
+    assert out.read_bytes() == first
 
 
 def test_a_run_file_and_what_training_reads(data: Path, tmp_path: Path) -> None:
