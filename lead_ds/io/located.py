@@ -130,6 +130,7 @@ def architecture(settings: dict[str, Any], shape: dict[str, Any]) -> str | None:
     if task in names:
         found = names[task].get(kind)
         return found if isinstance(found, str) else None
+    names["encoder"] = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
     return said if any(said == one.get(kind) for one in names.values()) else None
 
 

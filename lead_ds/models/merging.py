@@ -158,6 +158,7 @@ class _Merge:
             "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
             "ForCausalLM": transformers.AutoModelForCausalLM,
             "ForMaskedLM": transformers.AutoModelForMaskedLM,
+            "EncoderModel": transformers.AutoModelForTextEncoding,  # T5's encoder alone
             "": transformers.AutoModel,
         }
         named = architecture(self.adapter.settings, shape.to_dict()) or (shape.architectures or [""])[0]

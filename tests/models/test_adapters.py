@@ -21,6 +21,7 @@ from lead_ds.models.load import kind_of, load_encoder, load_scorer, load_teacher
 from lead_ds.models.reference import TEXTS
 from lead_ds.teachers.frozen import FrozenTeacher
 from tests.helpers.launch import launch
+from tests.helpers.tiny import tiny_tokenizer
 from tests.models.tiny_models import tiny_model, tokens_of
 
 peft = pytest.importorskip("peft")
@@ -104,6 +105,22 @@ def test_a_head_that_the_adapter_brings(tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = said(path, base, "classifier")(**tokens).logits[:, 0]
         torch.testing.assert_close(scorer(tokens=tokens), theirs, rtol=0, atol=2e-5)
+
+
+def test_an_adapter_of_an_encoder_half(tmp_path: Path) -> None:
+    """Of sentence-t5's form: trained on T5's encoder alone, whose base has a decoder as well."""
+    base, shape = tiny_tokenizer(tmp_path / "base", "unigram"), {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    ends = {"vocab_size": 400, "num_layers": 2, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, **ends)).save_pretrained(base)
+    encoder = transformers.T5EncoderModel.from_pretrained(base)
+    settings = peft.LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False)
+    adapted = peft.get_peft_model(encoder, settings).eval()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    tokens = {name: x for name, x in tokens_of((5, 9)).items() if name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        theirs = adapted(**tokens).last_hidden_state
+    kept = tokens["attention_mask"].bool()
+    torch.testing.assert_close(states(str(tmp_path / "adapter"), tokens)[kept], theirs[kept], rtol=0, atol=2e-5)
 
 
 def test_an_adapter_of_a_language_model_names_no_kind(tmp_path: Path) -> None:
