@@ -30,7 +30,7 @@ def write(rooms: Path, folder: Path, name: str, **sections: Any) -> Path:
     for file in ("corpus", "queries"):
         lines = [json.loads(line)["text"] for line in (rooms / "data" / f"{file}.jsonl").read_text().splitlines()]
         (texts / f"{file}.txt").write_text("\n".join(lines))
-    data = {"format": "texts", "train": "alone", "negatives": 0, "workers": 1}
+    data = {"format": "texts", "train": "alone", "negatives": 0}
     train = {"steps": 4, "batch_size": 8, "save_every": 2, **sections.pop("train", {})}
     tree = settings(rooms, folder / name, **{"losses": LOSSES, "data": data, **sections, "train": train})
     path = folder / f"{name}.yaml"
