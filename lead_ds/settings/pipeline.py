@@ -73,7 +73,9 @@ class TeachStage(Section):
 class EncodeStage(Section):
     """`lead-ds encode`."""
 
-    dtype: Literal["float32", "float16"] = Field("float32", description="of the stored vectors")
+    dtype: Literal["float32", "float16", "int8", "binary", "ubinary"] = Field(
+        "float32", description="of the stored vectors; int8 and signs: see `lead-ds encode`"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the model's matrix products")
     dim: Positive | None = Field(None, description="the first so many dimensions of the vectors; null: all")
     batch_size: Positive | None = Field(None, description="null: 16 on a CPU, 64 on a GPU")
@@ -87,6 +89,9 @@ class IndexStage(Section):
     layout: Literal["shard", "replicate"] = "shard"
     nprobe: Positive | None = None
     ef_search: Positive | None = None
+    rescored: NonNegative | None = Field(
+        None, description="times k candidates of an index of signs that are scored again; null: 4; 0: none"
+    )
 
 
 class EvaluateStage(Section):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import model_checksum
 from lead_ds.retrieval.encode import Encoding, Stored, Vectors, encode_share, encode_to
 from lead_ds.retrieval.evaluate import open_encoder
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.launch import launch
 
 MODEL = {"checksum": "m"}
 
@@ -81,9 +78,8 @@ def test_two_processes_give_what_one_gives(model: Path, data: Path, tmp_path: Pa
 def test_a_killed_encode_is_finished_by_the_next(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "v"
     arguments = {"model": str(model), "data": str(data), "out": str(out), "batch_size": 5, "shard_rows": 20}
-    job = ["-m", "tests.helpers.launch", "tests.retrieval.jobs:encode_and_die"]
-    command = [sys.executable, *job, json.dumps({**arguments, "forwards": 6}), str(tmp_path / "result")]
-    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    with pytest.raises(AssertionError, match="failed on rank 0"):
+        launch("tests.retrieval.jobs:encode_and_die", 1, **arguments, forwards=6)
     # 20 rows are 4 forwards: the first shard is there, the second was cut short and is not.
     assert sorted(path.name for path in out.glob("vectors-*")) == ["vectors-00000.npy"]
     with pytest.raises(InputError, match="2 of 3 shards are missing"):
