@@ -24,7 +24,7 @@ from lead_ds.data.groups.by_id import IdGroups
 from lead_ds.data.groups.group import Group, Groups
 from lead_ds.data.groups.mixture import Drawn, MixedGroups
 from lead_ds.data.groups.shuffle import shuffled
-from lead_ds.data.reads import ModelBatch, Reads, in_parts, refuse_voided
+from lead_ds.data.reads import ModelBatch, Reads, in_parts, refuse_equal, refuse_voided
 from lead_ds.data.tokens.alignment import UNGROUPED, token_groups
 from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
@@ -133,9 +133,12 @@ class Batches:
     def check(self, compared: int) -> None:
         """Refuse settings that leave nothing of the texts, and say where nothing is compared.
 
-        compared: groups whose passages a query is compared with. Raises InputError as `refuse_voided`.
+        compared: groups whose passages a query is compared with. Raises InputError as `refuse_voided` and `refuse_equal`.
         """
         groups = [self.groups.draw(int(row), self.seed, 0) for row in self.rows(0)[:_LOOKED_AT]]
+        if not self.groups.alone:
+            spread = np.linspace(0, len(self.groups) - 1, min(_LOOKED_AT, len(self.groups))).astype(int).tolist()
+            refuse_equal([self.groups.draw(row, self.seed, 0) for row in spread], self.groups.path)
         for who, model in (("student", self.student), *self.teachers.items()):
             if model.encoder is not None:
                 refuse_voided(model.encoder, groups, who)

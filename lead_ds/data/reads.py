@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -144,6 +145,22 @@ def refuse_voided(encoder: TextEncoder, groups: Sequence[Group], who: str) -> No
             raise InputError(
                 f"{who}.{length}", what, "raise it, or shorten the prompt, the instruction or the template"
             )
+
+
+def refuse_equal(groups: Sequence[Group], path: Path) -> None:
+    """Raise InputError where these groups of `path` have one query, one passage, or each the same text as all its passages."""
+    if len(groups) < 2:
+        return
+    texts = [{*group.passages} for group in groups]
+    if len({group.query for group in groups}) == 1:
+        what = "have the same query"
+    elif len(set().union(*texts)) == 1:
+        what = "have one and the same passage"
+    elif len(groups[0].passages) > 1 and all(len(own) == 1 for own in texts):
+        what = "have one text as their positive and all their negatives"
+    else:
+        return
+    raise InputError(path, f"{len(groups)} groups, at even distances, {what}", "see what wrote the file")
 
 
 def split(batch: ModelBatch, encoder: TextEncoder, n: int, cuts: Cuts) -> ModelBatch:

@@ -93,6 +93,11 @@ def _tools(facts: dict[str, Any], line: Any) -> Iterator[Line]:
         found = f"can be built: {', '.join(able) or 'none'}" + (f"; cannot: {', '.join(unable)}" if unable else "")
         remedy = "needed only where a configuration names them: async_io (offload: nvme) wants libaio-dev"
         yield line("DeepSpeed operators", "yellow" if unable else "green", found, remedy)
+    for lock in facts["locks"]:
+        since = f"{lock['path']}, {lock['age'] / 60:.0f} minutes old"
+        what = "held by a process that is at work" if lock["held"] else "that no process of this machine has open"
+        remedy = "whoever compiles there waits for ever: delete it, if no other host compiles there"
+        yield line("compile lock", "green" if lock["held"] else "red", f"{since}, {what}", remedy)
     for name, module, remedy in (
         ("Triton", "triton", "pip install triton, or kernels: torch (chunked, slower)"),
         ("FAISS", "faiss", 'pip install "lead-ds[cpu]" or "lead-ds[gpu]", for index and search'),

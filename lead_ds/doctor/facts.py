@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lead_ds
+from lead_ds.doctor.locks import batons
 
 PORTS = (29500, 29501)  # where launchers meet, and where launch/rank.py watches
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "numpy", "tokenizers", "safetensors")
@@ -47,6 +48,7 @@ def facts() -> dict[str, Any]:
         "ninja": tool("ninja", "--version", extra=str(Path(sys.executable).parent)),
         "operators": operators(),
         "triton": importable("triton"),
+        "locks": batons(compile_folders()),
         "faiss": importable("faiss"),
         "disk": {name: disk(path) for name, path in folders().items()},
         "shm": disk(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,
@@ -54,6 +56,14 @@ def facts() -> dict[str, Any]:
         "busy_ports": [port for port in PORTS if not port_is_free(port)],
         "free_port": free_port(),
     }
+
+
+def compile_folders() -> list[Path]:
+    """Where PyTorch's extensions, DeepSpeed's operators among them, and Triton's kernels are compiled."""
+    home = Path.home()
+    torch = os.environ.get("TORCH_EXTENSIONS_DIR") or home / ".cache" / "torch_extensions"
+    triton = os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"
+    return [Path(torch), Path(triton)]
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A teacher whose output is not finite is found out at the first window, before it has taught anything."""
+"""A teacher whose output is not finite, or says nothing, is found out at the first window, before it has taught anything."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
+from lead_ds.io.notes import say_once
 from lead_ds.relevance import Features
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.teacher import Teacher, TeacherView
@@ -36,6 +37,19 @@ def check_finite(key: str, teacher: Teacher, view: TeacherView, batches: Sequenc
     what = f"is {name}, in which {teacher.scorer.config.path} gives numbers that are not finite, {began}"
     remedy = _REMEDY.get(dtype, "see the model's weights").format(key=key)
     raise InputError(f"{key}.dtype", what, remedy + (_WEIGHTS if dtype in _REMEDY else ""))
+
+
+def say_constant(key: str, view: TeacherView, group: int, ranks: Ranks) -> None:
+    """Say on rank 0 where a teacher gives every passage of a query the same relevance, for all queries of a window.
+
+    key: its section. group: passages of each query. Every process calls this.
+    """
+    if group < 2:
+        return
+    logits_QN = view.final.group_relevance(group).logits[-1]
+    if all(ranks.all(bool((logits_QN == logits_QN[:, :1]).all()))) and ranks.main:
+        what = "gives all passages of a query the same relevance, in the whole first window: losses over passages teach nothing"
+        say_once(f"{key}: {what} (see its lengths and template with lead-ds inspect, or its scores)")
 
 
 def finite(features: Features) -> bool:

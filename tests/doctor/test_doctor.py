@@ -64,6 +64,7 @@ CUDA = {"cuda": "13.0", "available": True, "count": 8, "nccl": True, "gloo": Tru
         ("C++ compiler", {"gpus": [GPU], "torch": CUDA, "compiler": None}),
         ("ninja", {"ninja": None}),
         ("DeepSpeed", {"operators": "ImportError: no"}),
+        ("compile lock", {"locks": [{"path": "/x/lock", "age": 600.0, "held": False}]}),
         ("torch", {"torch": {"error": "libcudart.so.13: cannot open"}}),
         (
             "working folder",

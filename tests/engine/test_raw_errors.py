@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.file_baton import FileBaton
 
 from lead_ds.cli.main import main
 from lead_ds.config import Config, load_config
@@ -22,7 +25,10 @@ from lead_ds.data.batches import Batches
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.reads import Reads
+from lead_ds.doctor.locks import batons
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, teacher_deepspeed_config
+from lead_ds.engine.distributed.signals import Signals
+from lead_ds.engine.distributed.watchdog import Watchdog, missing
 from lead_ds.engine.training.resume import check_inputs
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_text
@@ -138,6 +144,38 @@ def test_who_waits_is_told_what_for() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_lock_that_was_left_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lead_ds.engine.distributed.watchdog.WAIT", 0.5)
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    with lock.open("w"):
+        assert [one["held"] for one in batons([tmp_path, tmp_path / "absent"])] == [True]
+    [left] = batons([tmp_path])
+    assert (left["path"], left["held"]) == (str(lock), False)
+    with Watchdog(ALONE, 1, tmp_path / "run", Signals()):
+        threading.Timer(3, lock.unlink).start()
+        FileBaton(str(lock)).wait()  # as PyTorch waits for another compiler
+    told = capfd.readouterr().err
+    assert re.search(
+        rf"rank 0 .* has waited \d s for the lock {lock}, which no process of this host has open: delete", told
+    )
+
+
+def test_whom_ranks_wait_for() -> None:
+    def entry(collective: str | None, lock: str | None = None) -> dict[str, Any]:
+        return {"collective": collective, "lock": lock, "pid": 7, "host": "h", "place": "loading data and models"}
+
+    entries = {0: entry(None, "/x/lock"), 1: entry("all_gather_object"), 2: None, 3: entry("all_gather_object")}
+    assert missing(entries, 1) == [
+        "rank 0 (process 7 on h) in loading data and models, waiting for the lock /x/lock",
+        "rank 2, which has not answered yet",
+    ]
+    assert missing(entries, 3) == []  # one of them tells
+    assert missing({0: entry("barrier"), 1: entry("barrier")}, 0) == []
 
 
 def test_a_run_goes_on_with_its_own_tokenizer_and_optimizer(configure: Configure, rooms: Path, tmp_path: Path) -> None:

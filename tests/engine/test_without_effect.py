@@ -7,23 +7,29 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lead_ds.config import load_config, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.reads import Reads
+from lead_ds.data.reads import Reads, refuse_equal
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_text
+from lead_ds.relevance import ScoreFeatures
+from lead_ds.teachers.finite import say_constant
+from lead_ds.teachers.teacher import TeacherView
 from tests.helpers.tiny import write_jsonl
 
 Configure = Callable[..., Path]
-ALONE: Any = type("Alone", (), {"rank": 0, "world": 1, "main": True})()
+ALONE: Any = type("Alone", (), {"rank": 0, "world": 1, "main": True, "all": lambda _, x: [x]})()
 PROMPT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
 
 
@@ -60,6 +66,35 @@ def test_a_passage_compared_with_nothing_is_told(configure: Configure, capsys: p
     batches.check(1)
     assert "every query is compared with its positive alone" in capsys.readouterr().err
     batches.check(2)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("query", "passages", "told"),
+    [
+        ("same", ["passage {}", "other {}"], "4 groups, at even distances, have the same query"),
+        ("query {}", ["same", "same"], "have one and the same passage"),
+        ("query {}", ["text {}", "text {}"], "have one text as their positive and all their negatives"),
+        ("query {}", ["text {}", "other"], None),
+    ],
+)
+def test_groups_that_teach_nothing(configure: Configure, query: str, passages: list[str], told: str | None) -> None:
+    groups = open_groups(load_config(configure()).data)
+    drawn = [
+        replace(groups.draw(row, 0, 0), query=query.format(row), passages=[text.format(row) for text in passages])
+        for row in range(4)
+    ]
+    with nullcontext() if told is None else pytest.raises(InputError, match=told):
+        refuse_equal(drawn, groups.path)
+
+
+def test_a_teacher_that_says_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]])
+    for group in (3, 1):
+        say_constant("teachers.1", TeacherView(ScoreFeatures(scores[..., :group])), group, ALONE)
+        assert ("teachers.1: gives all passages of a query the same" in capsys.readouterr().err) == (group == 3)
+    scores[0, 1, 2] = 3.0
+    say_constant("teachers.0", TeacherView(ScoreFeatures(scores)), 3, ALONE)
     assert not capsys.readouterr().err
 
 

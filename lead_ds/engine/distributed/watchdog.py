@@ -15,10 +15,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.doctor.locks import open_files
+from lead_ds.engine.distributed.ranks import WAIT, Ranks
 from lead_ds.engine.distributed.signals import Signals
+from lead_ds.engine.distributed.waits import collective, lock_file
 
 GRACE = 20.0  # seconds a stopping run may stand still: its launcher is ending it because another rank is gone
+AGAIN = 60.0  # seconds until a wait is told again
 
 
 class Watchdog:
@@ -34,13 +37,14 @@ class Watchdog:
         self.interval = min(10.0, max(0.2, self.limit / 8)) if minutes else 10.0
         self.count, self.place, self.watched = 0, "loading data and models", True
         self.moved, self.longest = time.monotonic(), 0.0
+        self._waits: tuple[str | None, float, float] = None, 0.0, 0.0  # for what, since when, until when it is not told
         self._main = threading.get_ident()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._store: Any = None
 
     def __enter__(self) -> Watchdog:
-        if self.limit and self.ranks.world > 1:
+        if self.ranks.world > 1:
             store = dist.distributed_c10d._get_default_store()
             # A connection of its own: on the common one, a wait of the main thread would block ours.
             self._store = dist.PrefixStore("lead-ds/watchdog", store.clone() if hasattr(store, "clone") else store)
@@ -70,7 +74,7 @@ class Watchdog:
                 self._store.set(str(self.ranks.rank), json.dumps(self._entry(tick)))
             except (RuntimeError, OSError):  # rank 0 has gone, with the store: its launcher ends us
                 return
-            self._closed.wait(self.interval)
+            self._closed.wait(self.interval if self.count else min(2.0, self.interval))
 
     def _entry(self, tick: int) -> dict[str, Any]:
         return {
@@ -78,6 +82,7 @@ class Watchdog:
             "count": self.count,
             "place": self.place,
             "collective": collective(self._main),
+            "lock": lock_file(self._main),
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
@@ -85,6 +90,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.interval)):
             still = time.monotonic() - self.moved
+            self._tell_waits()
             stopping = self.signals.received
             if stopping and self.watched:
                 waited = min(still, time.monotonic() - self.signals.since)
@@ -95,6 +101,29 @@ class Watchdog:
                     os._exit(128 + stopping)
             if self.limit and self.watched and still > self.limit:
                 self._judge(still)
+
+    def _tell_waits(self) -> None:
+        """Say what has been waited for since WAIT seconds: a lock file, or before the first step other ranks."""
+        file, now = lock_file(self._main), time.monotonic()
+        what = file or (None if self.count else collective(self._main))
+        if what is None or what != self._waits[0]:
+            self._waits = what, now, now + WAIT
+            return
+        if now < self._waits[2]:
+            return
+        self._waits = what, self._waits[1], now + AGAIN
+        seconds = f"has waited {now - self._waits[1]:.0f} s for"
+        me = f"rank {self.ranks.rank} (process {os.getpid()} on {socket.gethostname()})"
+        if file is not None:
+            known = "" if os.path.realpath(file) in open_files() else ", which no process of this host has open"
+            print(
+                f"{me} {seconds} the lock {file}{known}: delete it if nobody is at work there",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif others := missing(self._everyone() or {}, self.ranks.rank):
+            advice = "see its output and its machine; lead-ds doctor looks for locks that were left"
+            print(f"{me} {seconds} {'; '.join(others[:4])}: {advice}", file=sys.stderr, flush=True)
 
     def _judge(self, still: float) -> None:
         """Say who hangs and end this process; return where it moved on meanwhile."""
@@ -107,12 +136,16 @@ class Watchdog:
             return
         if self._first():
             where = verdict(before, after, self.ranks.rank)
-            tell(f"watchdog: no progress for {still:.0f} s: {where} (end what blocks it and continue with --resume)")
+            begun = (self.folder / "config.yaml").exists()
+            then = "continue with --resume" if begun else "start it again"
+            tell(f"watchdog: no progress for {still:.0f} s: {where} (end what blocks it and {then})")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / f"watchdog-rank-{self.ranks.rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
         except OSError as error:
-            tell(f"watchdog: no traceback could be written: {error}")
+            tell(f"watchdog: its file cannot be written, this is where rank {self.ranks.rank} stands: {error}")
+            faulthandler.dump_traceback()
         os._exit(1)
 
     def _everyone(self) -> dict[int, dict[str, Any] | None] | None:
@@ -176,21 +209,24 @@ def verdict(
     return told + (f"; {_where(others[0], now[others[0]], 'waits in')}" if others else "")
 
 
+def missing(entries: dict[int, dict[str, Any] | None], own: int) -> list[str]:
+    """Whom the ranks in a collective wait for, where rank `own` is the first of those; else nobody."""
+    waiting = [rank for rank, entry in entries.items() if entry is not None and entry["collective"] is not None]
+    if own != min(waiting, default=None):
+        return []
+    found: list[str] = []
+    for rank, entry in entries.items():
+        if entry is None:
+            found.append(f"rank {rank}, which has not answered yet")
+        elif entry["collective"] is None:
+            lock = f", waiting for the lock {entry['lock']}" if entry["lock"] else ""
+            found.append(_where(rank, entry, "in") + lock)
+    return found
+
+
 def _where(rank: int, entry: dict[str, Any], how: str) -> str:
     inside = f", {entry['collective']}" if entry["collective"] else ""
     return f"rank {rank} (process {entry['pid']} on {entry['host']}) {how} {entry['place']}{inside}"
-
-
-def collective(thread: int) -> str | None:
-    """The collective operation that a thread is in, by its Python frames; None outside of any."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("distributed_c10d.py") and not frame.f_code.co_name.startswith("_"):
-            name = frame.f_code.co_name
-            if name != "wrapper":
-                return name
-        frame = frame.f_back
-    return None
 
 
 def tell(line: str) -> None:

@@ -23,7 +23,7 @@ from lead_ds.engine.training.resume import lens_checksums
 from lead_ds.engine.training.schedule import learning_rate
 from lead_ds.engine.training.step import Micro, RankScope, side_of, word_groups
 from lead_ds.losses.objective import Asked
-from lead_ds.teachers.finite import check_finite
+from lead_ds.teachers.finite import check_finite, say_constant
 from lead_ds.teachers.teacher import Teacher, TeacherView
 
 
@@ -147,6 +147,7 @@ class Training:
         if not self.checked:
             for key, teacher, view, batches in zip(self.keys, self.teachers, views, window.teachers, strict=False):
                 check_finite(key, teacher, view, batches, self.ranks)
+                say_constant(key, view, self.batches.group, self.ranks)
             self.checked = True
         sums = StepSums(self.trainee.losses.rows(asked))
         for index in range(len(window.student)):

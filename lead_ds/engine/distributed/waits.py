@@ -1,0 +1,38 @@
+"""What a thread waits in: a collective operation, or a lock file of compilers and caches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+# Where a lock is waited for: the end of the source's name, the function, and the attribute that has the file's name.
+_LOCKS = (("file_baton.py", "wait", "lock_file_path"), ("filelock/_api.py", "acquire", "lock_file"))
+
+
+def collective(thread: int) -> str | None:
+    """The collective operation that a thread is in, by its Python frames; None outside of any."""
+    for frame in _frames(thread):
+        if frame.f_code.co_filename.endswith("distributed_c10d.py") and not frame.f_code.co_name.startswith("_"):
+            name = frame.f_code.co_name
+            if name != "wrapper":
+                return name
+    return None
+
+
+def lock_file(thread: int) -> str | None:
+    """The lock file that a thread waits for, by its Python frames: PyTorch's baton of compilers, or filelock's."""
+    for frame in _frames(thread):
+        for name, function, attribute in _LOCKS:
+            if frame.f_code.co_name == function and frame.f_code.co_filename.replace(os.sep, "/").endswith(name):
+                found = getattr(frame.f_locals.get("self"), attribute, None)
+                return None if found is None else str(found)
+    return None
+
+
+def _frames(thread: int) -> Iterator[FrameType]:
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
