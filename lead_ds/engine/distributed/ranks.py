@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,22 +134,50 @@ def _told_while_waiting() -> Iterator[None]:
     met = threading.Event()
 
     def tell() -> None:
-        pause = waited = WAIT
-        while not met.wait(pause):
+        began, due, present = time.monotonic(), WAIT, None
+        while not met.wait(1.0):
+            present = present or _announced()
+            waited = time.monotonic() - began
+            if waited < due:
+                continue
+            due = waited + 60.0
             rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
             what = (
                 f"rank {rank} on {socket.gethostname()} has waited {waited:.0f} s for all of {world} processes to meet"
             )
             advice = "is each of them started, and can each reach that address? (MASTER_ADDR, MASTER_PORT, WORLD_SIZE)"
-            print(f"{what} at {_meeting_point()}: {advice}", file=sys.stderr, flush=True)
-            pause = 60.0
-            waited += pause
+            print(f"{what} at {_meeting_point()}; {_absent(present)}: {advice}", file=sys.stderr, flush=True)
 
     threading.Thread(target=tell, name="lead-ds-waiting", daemon=True).start()
     try:
         yield
     finally:
         met.set()
+
+
+def _announced() -> dist.Store | None:
+    """The store that the processes meet at, told that this one is there; None where nobody answers."""
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((host, port), timeout=1).close()  # PyTorch would print where nobody answers
+        timeout = timedelta(seconds=2)
+        store = dist.PrefixStore(
+            "lead-ds/present", dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        )
+        store.set(os.environ["RANK"], socket.gethostname())
+    except (dist.DistError, RuntimeError, KeyError, ValueError, OSError):
+        return None
+    return store
+
+
+def _absent(store: dist.Store | None) -> str:
+    if store is None:
+        return "nobody answers there, so rank 0 is missing"
+    try:
+        absent = [str(rank) for rank in range(int(os.environ["WORLD_SIZE"])) if not store.check([str(rank)])]
+    except (dist.DistError, RuntimeError, OSError):
+        return "rank 0 does not answer any more"
+    return f"missing: rank {', '.join(absent[:8])}" if absent else "all have come, and are connecting"
 
 
 @contextmanager
