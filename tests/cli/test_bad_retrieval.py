@@ -190,7 +190,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
         ["mine: depth", "skip + number", "9"],
     ),
     "words in common beyond all": (nothing, MINE + " --similar 1.5", ["mine: similar", "1.5"]),
-    "unknown sample": (nothing, MINE + " --sample best", ["mine: sample", "'top' or 'random'", "best"]),
+    "unknown sample": (nothing, MINE + " --sample best", ["mine: sample", "'top', 'random' or 'stratified'", "best"]),
     "corpus changed before search": (another_corpus, SEARCH, ["index", "corpus.jsonl", "encode and index it again"]),
     "corpus grown before search": (longer_corpus, SEARCH, ["index", "corpus.jsonl", "encode and index it again"]),
     "corpus changed before index": (another_corpus, INDEX + " --data data", ["vectors", "corpus.jsonl", "encode"]),
