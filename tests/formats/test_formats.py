@@ -35,3 +35,8 @@ def test_a_format_is_read_as_its_reference_reads_it_or_refused(tmp_path: Path, n
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in SAMPLE])
 def test_every_other_format(tmp_path: Path, name: str) -> None:
     test_a_format_is_read_as_its_reference_reads_it_or_refused(tmp_path, name)
+
+
+def test_the_page_has_them_all() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
+    assert [name for name in FORMATS if f"| {name} |" not in page] == [], "run `python -m tests.formats`"
