@@ -6,17 +6,19 @@ from typing import Any
 
 from torch import nn
 
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.io.notes import say_once
 
 
-def check_vocabulary(model: nn.Module, tokenizer: Any, path: str) -> None:
+def check_vocabulary(model: nn.Module, encoder: TextEncoder | None, path: str) -> None:
     """Raise InputError where padding or a special token has no embedding; say once where another token has none.
 
-    Such a token ends a run in an index error, on a GPU in one that names no line, whenever a text first holds it.
+    `encoder` then refuses a text that holds such a token, which would end in an index error, on a GPU in one that names no
+    line. None, or one without a tokenizer: nothing is checked.
     """
-    rows = embedding_rows(model)
-    if rows is None:
+    rows, tokenizer = embedding_rows(model), getattr(encoder, "tokenizer", None)
+    if rows is None or encoder is None or tokenizer is None:
         return
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     special = {tokenizer.pad_token, *tokenizer.all_special_tokens} & beyond.keys()
@@ -25,6 +27,7 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, path: str) -> None:
         remedy = "use the tokenizer that belongs to the model, or one whose pad token is among its words"
         raise InputError(path, f"has {rows} embeddings, its tokenizer's token {told}", remedy)
     if beyond:
+        encoder.words = rows
         say_once(f"{path}: has {rows} embeddings, its tokenizer's token {told}: a text that holds it cannot be read")
 
 

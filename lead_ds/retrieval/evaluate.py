@@ -108,7 +108,7 @@ def open_encoder(
         trained, dim = read_json(str(model), RECORD).get("dims"), scorer.dim
         if dim is not None and trained and dim not in trained:
             say_once(f"{model} was trained at {', '.join(map(str, trained))} dimensions, not at {dim}")
-    check_vocabulary(scorer, encoder.tokenizer, scorer.config.path)
+    check_vocabulary(scorer, encoder, scorer.config.path)
     return scorer.to(device).eval(), encoder
 
 

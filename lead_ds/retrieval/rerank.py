@@ -65,7 +65,7 @@ class Reranker:
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         scorer, encoder = load_scorer(str(model), kind, settings, device)
-        check_vocabulary(scorer, encoder.tokenizer, str(model))
+        check_vocabulary(scorer, encoder, str(model))
         return cls(scorer.to(device).eval(), encoder)
 
     def scores(self, query: str, passages: Sequence[str], batch_size: int = 64) -> list[float]:

@@ -27,6 +27,7 @@ from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_conf
 from lead_ds.models.merging import merge_adapter
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.special_weights import keep_experts_together
+from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.roles import TeacherRole
@@ -89,6 +90,7 @@ class FrozenTeacher(Teacher):
         """See `Teacher`: loaded as far as the losses need it, with the fastest attention, its packed rows checked."""
         settings = lesson.teacher
         teacher = build_teacher(lesson, ranks, depth_needed(settings, lesson.losses))
+        check_vocabulary(teacher.scorer, reads.encoder, settings.path)
         backends = candidates(settings, teacher_dtype(settings, ranks.device), ranks.device)
         if backends:
             batches = sample()

@@ -29,6 +29,7 @@ from lead_ds.doctor.locks import batons
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, teacher_deepspeed_config
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.distributed.watchdog import Watchdog, missing
+from lead_ds.engine.training.distill import distill
 from lead_ds.engine.training.resume import check_inputs
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_text
@@ -46,14 +47,31 @@ ALONE: Any = type(
 def test_a_pad_token_beyond_the_embeddings(rooms: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scorer, encoder = open_encoder(str(rooms / "student"), "cpu")
     tokenizer = encoder.tokenizer
-    check_vocabulary(scorer, tokenizer, "student")
+    check_vocabulary(scorer, encoder, "student")
     assert not capsys.readouterr().err
     tokenizer.add_tokens(["a word of later"] * 1 + [f"later{i}" for i in range(1000)])
-    check_vocabulary(scorer, tokenizer, "student")
+    check_vocabulary(scorer, encoder, "student")
     assert "embeddings, its tokenizer's token" in capsys.readouterr().err
+    assert encoder.passages(["a word of now"])["input_ids"].shape[0] == 1
+    with pytest.raises(
+        InputError, match=r"student: has \d+ embeddings, and none for 'later7' .* in the text .*holds later7"
+    ):
+        encoder.passages(["a word of now", "this holds later7 and more"])
     tokenizer.add_special_tokens({"pad_token": "<a new pad>"})
     with pytest.raises(InputError, match=r"student: has \d+ embeddings, its tokenizer's token '<a new pad>' is \d+"):
-        check_vocabulary(scorer, tokenizer, "student")
+        check_vocabulary(scorer, encoder, "student")
+
+
+def test_a_frozen_teachers_pad_token_beyond_its_embeddings(configure: Configure, rooms: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(rooms / "llama", tmp_path / "teacher"))
+    tokenizer = load_text(load_config(configure()).taught["teacher"]).tokenizer
+    tokenizer.add_tokens([f"later{i}" for i in range(1000)])
+    tokenizer.add_special_tokens({"pad_token": "<a new pad>"})
+    tokenizer.save_pretrained(folder)
+    path = configure("run", extra_teacher={"path": str(folder)})
+    with pytest.raises(InputError, match=rf"^{folder}: has \d+ embeddings, its tokenizer's token '<a new pad>' is"):
+        distill(load_config(path), quiet=True)
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def filled(config: Config, dtype: torch.dtype) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ class TextEncoder:
     skip_in_queries: bool = False  # nor do they in a query
     attends: bool = True  # False: of an empty text nothing is read
     unpooled: tuple[int, int] | None = None  # tokens of a query's and a passage's prompt, where pooling leaves them out
+    words: int | None = None  # of a model that has fewer embeddings than its tokenizer has tokens: how many
     layout: Layout | None = None  # of a pair's prompt; None: the tokenizer's own pairs
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -246,7 +247,7 @@ class TextEncoder:
         return encoded["input_ids"], encoded.get("token_type_ids") if self.token_types else None
 
     def padded(self, rows: Rows, types: Rows | None, length: int = 0) -> Tokens:
-        """Rows of tokens and of types, padded to the longest, or to `length`."""
+        """Rows of tokens and of types, padded to the longest, or to `length`. Raises InputError for a token beyond `words`."""
         pad = self.tokenizer.pad_token_id
         # An empty text of a tokenizer that adds nothing: one token to attend to, or a softmax over nothing is NaN.
         empty = [i for i, row in enumerate(rows) if not len(row)]
@@ -258,6 +259,8 @@ class TextEncoder:
         ids[mask] = np.concatenate(rows)
         if not self.attends:
             mask[empty] = False
+        if self.words is not None and ids.max() >= self.words:
+            self._refuse(ids)
         tokens = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
         if self.token_types:
             table = np.zeros((len(rows), width), np.int64)
@@ -265,6 +268,12 @@ class TextEncoder:
                 table[mask] = np.concatenate([row if len(row) else [0] for row in types])
             tokens["token_type_ids"] = torch.from_numpy(table)
         return tokens
+
+    def _refuse(self, ids: np.ndarray) -> NoReturn:
+        row, place = np.argwhere(ids >= self.words)[0]
+        token, text = self.tokenizer.convert_ids_to_tokens(int(ids[row, place])), self.tokenizer.decode(ids[row][:40])
+        what = f"has {self.words} embeddings, and none for {token!r} (token {ids[row, place]}) in the text {text!r}"
+        raise InputError(self.path, what, "mend the text, or use the tokenizer that belongs to the model")
 
     def _forget_truncation(self) -> None:
         # The tokenizer keeps the last call's truncation and would save it into the student's tokenizer.json.

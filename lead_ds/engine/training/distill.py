@@ -106,9 +106,8 @@ def train(
         if trained_along is not None and batches.teachers:
             cotrained = agreed(ranks, lambda: load_teacher(trained_along, dtype))
         for scorer, reads in zip((student, cotrained), (batches.student, *batches.teachers.values()), strict=False):
-            tokenizer = None if reads.encoder is None else reads.encoder.tokenizer
-            if scorer is not None and tokenizer is not None:
-                check_vocabulary(scorer, tokenizer, scorer.config.path)
+            if scorer is not None:
+                check_vocabulary(scorer, reads.encoder, scorer.config.path)
         if (lora := config.train.lora) is not None:
             agreed(ranks, lambda: add_lora(student, lora))
         trainee = Trainee(student, cotrained).to(ranks.device)
