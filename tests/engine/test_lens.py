@@ -131,7 +131,7 @@ def test_a_run_through_a_lens_continues_exactly_and_through_the_same_lens_only(f
     whole, continued, refused = fitted["resumed"]
     assert len(whole) == len(set(whole)) == 5, whole
     assert continued == whole
-    assert "is not the lens that this run began with" in refused
+    assert "files that have changed: teacher: lens" in refused
 
 
 def test_another_lens_than_the_cache_was_made_through_is_refused(fitted: dict[str, Any]) -> None:

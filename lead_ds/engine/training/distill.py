@@ -35,7 +35,7 @@ from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.objective import Selected, build_objective
-from lead_ds.engine.training.resume import check_inputs, check_lens, compared, find_state
+from lead_ds.engine.training.resume import check_inputs, compared, find_state, lens_facts
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
@@ -126,8 +126,7 @@ def train(
 
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
-        check_lens(config, state, teachers)
-        check_inputs(config, state, batches, ranks, fits, given.accepted)
+        check_inputs(config, state, batches, ranks, {**fits, **lens_facts(teachers)}, given.accepted)
         state["informative"] = layers_that_know(config, state, teachers, batches, ranks)
         # Drawn once, so that a layer that does not exist is reported at start.
         Selected.of(config, student, taught, state["informative"]).pairs(step=0)

@@ -19,7 +19,6 @@ from lead_ds.engine.records.recorder import Recorder, StepSums
 from lead_ds.engine.training.ahead import AheadTeachers, answers, with_next
 from lead_ds.engine.training.evaluation import Evaluator, Evaluators
 from lead_ds.engine.training.objective import Selected
-from lead_ds.engine.training.resume import lens_checksums
 from lead_ds.engine.training.schedule import learning_rate
 from lead_ds.engine.training.step import Micro, RankScope, side_of, word_groups
 from lead_ds.losses.objective import Asked
@@ -214,7 +213,6 @@ class Training:
             "informative": self.informative,
             "inputs": self.inputs,
             "accepted": self.accepted,
-            "lens": lens_checksums(self.teachers),
             "processes": self.ranks.world,
             "config": self.config.model_dump(mode="json"),
         }

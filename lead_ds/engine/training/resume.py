@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +113,10 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
 
 
-def lens_checksums(teachers: Iterable[Teacher]) -> list[str | None]:
-    """The checksum of each teacher's tuned lens; None where its layers are read through its own head."""
-    return [None if teacher.lens_facts is None else teacher.lens_facts["checksum"] for teacher in teachers]
-
-
-def check_lens(config: Config, state: dict[str, Any], teachers: Mapping[str, Teacher]) -> None:
-    """Refuse to go on through another lens than a checkpoint was trained through."""
-    before = state.get("lens")
-    before = before if isinstance(before, list) else [before]  # as an earlier version wrote it, of one teacher
-    for (key, teacher), checksum in zip(teachers.items(), before, strict=False):
-        if state and [checksum] != lens_checksums([teacher]):
-            folder = config.taught[key].lens_path or config.lens_folder
-            raise InputError(folder, "is not the lens that this run began with", "bring that one back")
+def lens_facts(teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """The checksum of each teacher's tuned lens; none where its layers are read through its own head."""
+    tuned = {key: teacher.lens_facts for key, teacher in teachers.items()}
+    return {f"{key}: lens": str(facts["checksum"]) for key, facts in tuned.items() if facts is not None}
 
 
 def check_inputs(
@@ -138,9 +129,9 @@ def check_inputs(
 ) -> None:
     """Refuse to go on with other files than a checkpoint was trained on: texts, models, tokenizers, DeepSpeed's settings.
 
-    fits: what was fitted before the first step, by its checksum. `state` keeps what they are; one of before some of them
-    were kept does not have those. accepted: names of what may have changed, as they are refused, or a part of one between
-    its colons; `state` keeps what each was and is. Raises InputError for a name of what has not changed, too.
+    fits: what was fitted before the first step, and tuned lenses, by checksum. `state` keeps what they are; one of before
+    some of them were kept does not have those. accepted: names of what may have changed, as they are refused, or a part
+    of one between its colons; `state` keeps what each was and is. Raises InputError for a name of what has not changed, too.
     """
     taught = config.taught if config.losses.needs_teacher else {}
     files = {
@@ -155,6 +146,9 @@ def check_inputs(
 
     now = agreed(ranks, lambda: facts() if ranks.main else {})
     before = state.get("inputs") or now
+    lenses = state.get("lens") or []  # as an earlier version kept them; before that, of one teacher
+    for key, told in zip(taught, lenses if isinstance(lenses, list) else [lenses], strict=False):
+        before = before if told is None else {**before, f"{key}: lens": told}
     for later in LATER:
         if not any(name.startswith(later) for name in before):
             before = before | {name: told for name, told in now.items() if name.startswith(later)}
