@@ -129,7 +129,7 @@ PRESETS: dict[str, Preset] = {
         teacher={**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
         student={"model_type": "distilbert", "vocab_size": 30522, "max_position_embeddings": 512},
         settings={
-            "teacher": {"kind": "llm_reranker", "max_length": 256, "dtype": "bf16"},
+            "teacher": {"kind": "llm_reranker", "template": "plain", "max_length": 256, "dtype": "bf16"},
             "losses": {"layer": {"select": "last", "k": 5, "layer_temperature": 1.0}},
             "train": {"batch_size": 16},
         },

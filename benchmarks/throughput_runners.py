@@ -35,6 +35,7 @@ from lead_ds.models.backbone import load_model
 from lead_ds.models.files import transformer_folder
 from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
 from lead_ds.models.load import load_student
+from lead_ds.models.templates import CARDS, Asked
 from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, teacher_dtype
 from lead_ds.teachers.teach import teach
 from lead_ds.teachers.teacher import Lesson, Teacher
@@ -290,7 +291,7 @@ def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
         from lead_ds.data.tokens.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(config.teacher.path, transformer_folder(config.teacher.path), False)
-        answers = answer_tokens(tokenizer, config.teacher)
+        answers = answer_tokens(tokenizer, config.teacher, Asked(None, CARDS["plain"]))
     settings = Settings(
         group=1 + config.data.negatives,
         teacher_temperature=losses.response.teacher_temperature,
@@ -360,7 +361,7 @@ def same_losses(config: Config, ranks: Ranks, kind: type[Loop] = LeadLoop) -> tu
         causal: Any = loop.teacher
         head = causal.get_output_embeddings()
         with torch.no_grad():
-            head.weight[list(loop.settings.reranker)] = ours.teacher.scorer.rows_2D
+            head.weight[list(loop.settings.reranker)] = ours.teacher.scorer.rows_AD
     loop.student.load_state_dict(scorer.model.state_dict())
     loop.student.eval()
     scorer.eval()

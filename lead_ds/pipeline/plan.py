@@ -305,7 +305,9 @@ class Recipe:
             depth(item.measures) > DEFAULT_DEPTH
         ):  # else as many as measures without a cutoff read, or all that there are
             options["k"] = depth(item.measures)
-        options |= settings.model_dump(include={"gpus", "layout", "nprobe", "ef_search", "rescored"}, exclude_defaults=True)
+        options |= settings.model_dump(
+            include={"gpus", "layout", "nprobe", "ef_search", "rescored"}, exclude_defaults=True
+        )
         qrels = f"qrels/{item.split}.tsv"
         two = own is not documents
         inputs = own.inputs | ({"documents": documents.path, **documents.inputs} if two and documents.inputs else {})

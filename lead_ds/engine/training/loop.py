@@ -69,7 +69,7 @@ class Training:
         early = config.train.overlap and any(teacher.computes for teacher in self.teachers)
         self.ahead = AheadTeachers(teachers, ranks.device) if early else None
         taught = self.teachers or ([] if self.trainee.teacher is None else [self.trainee.teacher])
-        self.selection = Selected.of(config, self.trainee.student, taught, self.informative)
+        self.selection = Selected.of(config, self.trainee.student, taught, self.informative or [[]] * len(taught))
 
     def run(self) -> dict[str, Any] | None:
         """Train to the last step, or until early stopping or a callback ends it; the best evaluation, if there was any.
