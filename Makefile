@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow stress fuzz lint types docs check clean
+.PHONY: help demo test test-slow test-lowest lock stress fuzz lint types docs check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -27,6 +27,25 @@ test: lint types $(VENV)/.test  ## lint, types, and every test that takes less t
 
 test-slow: $(VENV)/.test  ## the proofs that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-lowest:  ## a tiny run with the lowest versions that pyproject.toml allows, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install -q uv setuptools wheel
+	$(VENV)-lowest/bin/uv pip compile -q pyproject.toml --extra cpu --extra demo --resolution lowest-direct \
+	  --python $(VENV)-lowest/bin/python -o $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest/bin/python "$$(grep '^torch==' $(VENV)-lowest/lowest.txt)"
+	DS_BUILD_OPS=0 $(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest/bin/python \
+	  -r $(VENV)-lowest/lowest.txt --no-build-isolation-package deepspeed
+	$(VENV)-lowest/bin/python -m lead_ds --help
+	$(VENV)-lowest/bin/python -m tests.lowest
+
+lock: $(VENV)/.torch  ## the newest versions into requirements.lock, for Python 3.10 to 3.13
+	$(PIP) install -q uv
+	echo '# The versions that this was tested with, for `make demo` and `make test`. Made by `make lock`; torch is chosen in the Makefile.' \
+	  > requirements.lock
+	$(BIN)/uv pip compile -q pyproject.toml --extra cpu --extra demo --extra test --extra docs --universal --upgrade \
+	  --python-version 3.10 --no-emit-package torch --no-emit-package triton --no-annotate --no-header \
+	  | grep -v '^nvidia-\|^cuda-' >> requirements.lock
 
 stress: $(VENV)/.test  ## kill a run 500 times at random moments, continue it each time, compare its losses
 	$(BIN)/python -m tests.engine.stress 500
@@ -54,14 +73,14 @@ $(VENV)/.torch:
 	@touch $@
 
 # DeepSpeed compiles its operators when they are first used, not at installation; its build needs the torch above.
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	DS_BUILD_OPS=0 $(PIP) install -q --no-build-isolation "deepspeed>=0.19.2"
-	$(PIP) install -q -e ".[cpu,demo]"
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml requirements.lock
+	DS_BUILD_OPS=0 $(PIP) install -q -c requirements.lock --no-build-isolation "deepspeed>=0.19.2"
+	$(PIP) install -q -c requirements.lock -e ".[cpu,demo]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install -q -e ".[cpu,demo,test,docs]"
+	$(PIP) install -q -c requirements.lock -e ".[cpu,demo,test,docs]"
 	@touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest site .pytest_cache .mypy_cache .ruff_cache
