@@ -74,7 +74,7 @@ def search(names: list[str], measured: Any) -> Average:
 
     >>> found = search(["a", "b", "c"], lambda counts: -abs(counts[0] - counts[1]) - counts[2])
     >>> found.counts, found.value
-    ([1, 1, 0], 0.0)
+    ([1, 1, 0], 0)
     """
     alone = [measured([int(i == j) for j in range(len(names))]) for i in range(len(names))]
     order = sorted(range(len(names)), key=lambda i: -alone[i])
