@@ -162,9 +162,13 @@ def test_a_full_disk_leaves_no_empty_configuration(configure: Configure, tmp_pat
 
 
 def test_a_lost_terminal_ends_a_run_with_a_checkpoint_and_nohup_does_not() -> None:
-    with Signals() as signals:
-        signal.raise_signal(signal.SIGHUP)
-        assert signals.received == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
     program = (
         "import signal\nfrom lead_ds.engine.distributed.signals import Signals\n"
         "with Signals() as signals:\n    signal.raise_signal(signal.SIGHUP)\n    print(signals.received)"
