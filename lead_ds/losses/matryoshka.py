@@ -36,7 +36,8 @@ def mean_over(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean of a loss over the student's vectors as they are and after each of `changes`, each counting alike.
 
-    Statistics are those of the vectors as they are; each changed one's loss is among them, under the loss's name and its own.
+    Statistics are those of the vectors as they are, but for one of the loss's name: a mean, too. Each changed one's loss is
+    among them, under the loss's name and its own.
 
     >>> from lead_ds.losses import Scope, Side
     >>> from lead_ds.relevance import VectorFeatures
@@ -46,10 +47,15 @@ def mean_over(
     >>> value.item(), statistics["x@2"].item()
     (3.0, 2.0)
     """
-    found = {f"{name}{label}": loss(views.mapped(change))[0] for label, change in changes.items()}
     value, statistics = loss(views)
-    more = {label: x.detach() for label, x in found.items()}
-    return torch.stack([*found.values(), value]).mean(), {**statistics, **more}
+    values, shown = [value], dict(statistics)
+    for label, change in changes.items():
+        value, more = loss(views.mapped(change))
+        values.append(value)
+        shown[f"{name}{label}"] = more.get(name, value).detach()  # with a teacher trained along, the student's own part
+    if name in statistics:
+        shown[name] = torch.stack([shown[name + label] for label in ("", *changes)]).mean()
+    return torch.stack(values).mean(), shown
 
 
 def first(dim: int, *, unit: bool) -> Change:

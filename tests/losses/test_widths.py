@@ -61,6 +61,7 @@ def test_each_loss_is_its_mean_over_widths(name: str) -> None:
     else:
         expected = torch.stack([plain([views(dim)], asked).loss for dim in DIMS])
     torch.testing.assert_close(found.loss, expected.mean())
+    torch.testing.assert_close(found.parts[name], expected.mean().detach())
     torch.testing.assert_close(found.parts[f"{name}@2"], expected[0].detach())
 
 
