@@ -115,14 +115,12 @@ class Asked:
     card: Card | None
 
 
-def check_template(value: str | None) -> str | None:
-    """A template's name, or a text with both places. Raises ValueError for another."""
-    missing = [name for name in ("{query}", "{passage}") if value is not None and name not in value]
-    if value in CARDS or not missing:
-        return value
-    if len(missing) == 2:
-        raise ValueError(f"template is none of {', '.join(CARDS)}, and lacks {{query}} and {{passage}}")
-    raise ValueError(f"template lacks {missing[0]}")
+def _check_places(template: str) -> None:
+    """Raise InputError for a text that has not both places, such as a name that is misspelt."""
+    missing = [name for name in ("{query}", "{passage}") if name not in template]
+    if missing:
+        what = f"{template!r} is no name of a template and lacks {' and '.join(missing)}"
+        raise InputError("template", what, f"use one of {', '.join(CARDS)}, or put a place for each into the text")
 
 
 def asked(config: Any, reading: Reading, family: str, head: Family) -> Asked | None:
@@ -145,6 +143,7 @@ def asked(config: Any, reading: Reading, family: str, head: Family) -> Asked | N
     if template is None:
         return None
     if template not in CARDS:
+        _check_places(template)
         if instruction is not None and "{instruction}" not in template:
             raise InputError("instruction", "has no place in the template", "put {instruction} there, or take it out")
         text = SEARCH if instruction is None else instruction

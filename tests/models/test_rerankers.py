@@ -98,6 +98,9 @@ def test_a_chat_template_without_places_is_refused(tmp_path: Path) -> None:
         ours(path, "cross_encoder")
     with pytest.raises(InputError, match="no file of it says how a decoder reranker is asked"):
         ours(made(tmp_path / "n"))
+    for template in ("qwenn3", "{query} alone"):  # a misspelt name would be asked as the same text for every pair
+        with pytest.raises(InputError, match=r"is no name of a template and lacks .*use one of plain, pair, qwen3"):
+            ours(path, "cross_encoder", template=template)
 
 
 def test_yes_alone_where_no_token_is_null(tmp_path: Path) -> None:
