@@ -265,7 +265,7 @@ class Recipe:
         """The path of a model that no stage trains. Raises InputError for one that is only made when training starts."""
         section = self.config.teacher if model == "teacher" else self.config.student
         assert section is not None
-        if getattr(section, "layers", None) is not None or section.weights == "random":
+        if any(getattr(section, name, None) for name in ("layers", "width")) or section.weights == "random":
             what = f"the {model} is made at start of training"
             raise InputError(f"{self.path}: pipeline.models", what, f"take {model} out, or warm it up")
         return section.path
@@ -346,7 +346,7 @@ class Recipe:
         if student := sources.get("student"):
             wiring["student.path"] = str(self.stages[student].folder / "run" / "model")
             # The model was cut, and drawn at random, when it was warmed up.
-            wiring |= {"student.layers": None} if self.config.student.layers is not None else {}
+            wiring |= {f"student.{name}": None for name in ("layers", "width") if getattr(self.config.student, name)}
             wiring |= {"student.weights": "pretrained"} if self.config.student.weights == "random" else {}
         if cache := sources.get("cache"):
             wiring |= {"teacher.kind": "cached", "teacher.path": str(self.stages[cache].folder / "cache")}

@@ -16,6 +16,7 @@ from lead_ds.models.backbone import find_layers, read_model_config
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import settled_model
 from lead_ds.models.lora import add_lora
+from lead_ds.models.narrow import first_ones, narrow, sizes_after
 from lead_ds.plan.activations import forward_bytes
 from lead_ds.plan.placement import PlannedTeacher, Requirements
 from lead_ds.plan.shapes import ModelShape
@@ -118,7 +119,11 @@ def meta_model(
         architecture = getattr(transformers, str((shape.architectures or [""])[0]), None)
         published = sum(p.numel() for p in architecture(shape).parameters()) if architecture is not None else 0
     student = getattr(settings, "layers", None)
+    module: Any
     module, backbone, features = KINDS[settings.kind].skeleton(settings, depth=depth, layers=student)
+    if (width := getattr(settings, "width", None)) is not None:
+        module = narrow(module, first_ones(sizes_after(width, module), module.num_layers))
+        backbone, features = module.backbone, module.features_width
     if lora is not None:
         with torch.device("meta"):
             add_lora(module, lora)  # type: ignore[arg-type]  # a student is a scorer

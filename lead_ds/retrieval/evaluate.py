@@ -101,6 +101,8 @@ def open_encoder(
         return model
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(model, ModelConfig):
+        if getattr(model, "width", None) is not None:
+            raise InputError("student.width", "cuts a student when its training starts", "name what was trained")
         scorer, encoder = dual_encoder(load_student(model, torch.float32)), load_text(model)
     else:
         given = [*settings, *([] if dim is None else [f"dim={dim}"])]

@@ -113,11 +113,34 @@ class CachedRole(TeacherRole):
 Quantize = Literal["int8", "binary"]
 
 
+class WidthConfig(Section):
+    """How wide the student becomes before the first step: what does the least on a sample of the run's first texts is cut.
+
+    Of BERT, RoBERTa, XLM-RoBERTa and CamemBERT. Such a model is as wide as its heads together: heads follow from hidden,
+    or hidden from heads.
+    """
+
+    hidden: Positive | None = Field(None, description="hidden dimensions to keep, the same in all layers; null: all")
+    heads: Positive | None = Field(None, description="attention heads to keep in each layer; null: as hidden says")
+    feed_forward: Positive | None = Field(None, description="feed-forward neurons to keep in each layer; null: all")
+    sample: Positive = Field(1024, description="texts on which it is measured what each part does, at least")
+
+    @model_validator(mode="after")
+    def _cuts(self) -> WidthConfig:
+        if self.hidden is None and self.heads is None and self.feed_forward is None:
+            raise ValueError("cuts nothing: give hidden, heads or feed_forward")
+        return self
+
+
 class StudentRole(ModelConfig):
     """Of the model to train."""
 
     layers: list[NonNegative] | None = Field(
         None, min_length=1, description="keep only these layers of the model at `path`, to start a shallower student"
+    )
+
+    width: WidthConfig | None = Field(
+        None, description="cut the model in width, too, by the activations of its parts; null: not at all"
     )
 
     dims: list[Positive] | None = Field(

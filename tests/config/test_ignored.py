@@ -15,12 +15,19 @@ from lead_ds.losses import LOSSES
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.settings.base import Section
 from lead_ds.settings.parse import parse_section
+from lead_ds.settings.roles import WidthConfig
 from lead_ds.settings.typed import is_section, kinds_of
 from lead_ds.teachers.open import TEACHERS
 
 ROLES = {"teacher": TeacherConfig, "student": StudentConfig}
 REQUIRED = {"path": "x", "url": "http://host/rerank", "api": "tei"}
-VALUES = {"template": "{query} {passage}", "path": "z", "offload": "cpu", "url": "http://other/rerank"}
+VALUES: dict[str, Any] = {
+    "width": WidthConfig(hidden=3),
+    "template": "{query} {passage}",
+    "path": "z",
+    "offload": "cpu",
+    "url": "http://other/rerank",
+}
 
 
 def pairs() -> Iterator[tuple[str, str, str]]:

@@ -34,6 +34,7 @@ from lead_ds.engine.training.evaluation import Evaluator, Evaluators, open_evalu
 from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Bookkeeping, Training
+from lead_ds.engine.training.narrowing import kept_facts, narrowed, save_kept
 from lead_ds.engine.training.objective import Selected, build_objective
 from lead_ds.engine.training.resume import check_inputs, compared, find_state, lens_facts
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
@@ -45,6 +46,7 @@ from lead_ds.models.as_read import check_room, reading_line, sample
 from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_teacher, settled_model, with_lengths
 from lead_ds.models.lora import add_lora, without_lora
+from lead_ds.models.narrow import Kept
 from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.student_dir import save_student
@@ -102,6 +104,7 @@ def train(
         torch.manual_seed(config.seed)  # the same new layers on every rank
         dtype = student_dtype(config.student, ranks.device)
         student = agreed(ranks, lambda: given.load_student(config.student, dtype))
+        student, kept = narrowed(config, student, batches, ranks, output if resume else None)
         cotrained, trained_along = None, config.cotrained
         if trained_along is not None and batches.teachers:
             cotrained = agreed(ranks, lambda: load_teacher(trained_along, dtype))
@@ -116,7 +119,7 @@ def train(
         taught = [*teachers.values()] if cotrained is None else [cotrained]
         keep_map(config, student, taught, batches, ranks)
         trainee.losses = build_objective(config, student, taught, batches, ranks).to(ranks.device)
-        fits = fit(trainee.losses, student, taught, batches, ranks, output if resume else None)
+        fits = kept_facts(kept) | fit(trainee.losses, student, taught, batches, ranks, output if resume else None)
         for key, scorer in (("student", student), ("teacher", cotrained)):
             if scorer is not None and scorer.config.passes == "packed":
                 check_packing(scorer, scorer.all_layers, f"{key}.passes")
@@ -160,12 +163,11 @@ def train(
             books=Bookkeeping(checkpoints, recorder, watchdog, profile_of(config, ranks, recorder, state)),
             state=state,
         )
+        fitted = trainee.losses, kept
         # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
         agreed(
             ranks,
-            lambda: (
-                write_facts(output, config, command, ranks, teachers, trainee.losses, state) if ranks.main else None
-            ),
+            lambda: write_facts(output, config, command, ranks, teachers, fitted, state) if ranks.main else None,
         )
         with signals:
             try:
@@ -305,11 +307,12 @@ def write_facts(
     command: Sequence[str],
     ranks: Ranks,
     teachers: Mapping[str, Teacher],
-    losses: Objective | None,
+    fitted: tuple[Objective | None, Kept],
     state: Mapping[str, Any],
 ) -> None:
     """The resolved configuration, and where this run came from, with the changed inputs that it went on with.
 
+    fitted: what was fitted before the first step: of the losses, and of the student's width.
     Raises InputError where the folder cannot be made."""
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -322,8 +325,8 @@ def write_facts(
     if told:
         facts |= {"teacher": told[0]} if config.teacher is not None else {"teachers": told}
     write_json(output / "run.json", provenance(command, ranks.world, **facts))
-    if losses is not None:
-        save_fitted(losses, output)
+    save_fitted(fitted[0], output)
+    save_kept(fitted[1], output)
     # Last: its presence is what marks the folder as holding a run.
     save_config(config, output / "config.yaml")
 

@@ -115,9 +115,9 @@ def fitted(objective: Objective) -> dict[str, Tensor]:
     return {name: x.detach().cpu().contiguous() for name, x in objective.named_buffers() if name not in kept}
 
 
-def save_fitted(objective: Objective, folder: Path) -> None:
+def save_fitted(objective: Objective | None, folder: Path) -> None:
     """Write what the losses keep of a fit to a run's folder, with its checksum; nothing where they keep none."""
-    tensors = fitted(objective)
+    tensors = fitted(objective) if objective is not None else {}
     if not tensors:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,15 +144,19 @@ def load_fitted(objective: Objective, path: Path) -> None:
         buffer.copy_(found)
 
 
+def first_windows(batches: Batches, ranks: Ranks, texts: int) -> Iterator[Window]:
+    """The run's first windows, with at least `texts` texts over all processes, or one epoch's."""
+    step = ranks.world * batches.batch_size * batches.accumulation * (1 + batches.group)
+    return map(batches.window, range(min(-(-texts // step), batches.steps_per_epoch)))
+
+
 def moments(student: Kind, reads: Reads, batches: Batches, ranks: Ranks, texts: int) -> Moments:
     """Of the vectors that both models give for at least `texts` texts of the run's first windows, or one epoch's.
 
     Equal on every process, and but for rounding whatever their number: all of them read the same windows' shares.
     """
-    step = ranks.world * batches.batch_size * batches.accumulation * (1 + batches.group)
-    windows = map(batches.window, range(min(-(-texts // step), batches.steps_per_epoch)))
     total: Moments | None = None
-    for window in windows:
+    for window in first_windows(batches, ranks, texts):
         own = _merged(said(student, batch.to(ranks.device)) for batch in window.student)
         part = Moments.of(_texts(own, "student"), _texts(reads(window), "teacher"))
         total = part if total is None else total + part
