@@ -124,6 +124,10 @@ def evaluate(
     if index is None and (gpus or nprobe or ef_search or rescored is not None):
         raise InputError("evaluate", "--gpus, --nprobe, --ef-search and --rescored are of an index", "add --index")
     precisions = (precision or "").replace(",", " ").split()
+    if precisions and documents is not None:
+        raise InputError(
+            "--precision", "is of one model that searches the corpus, and two are given", "give --model alone"
+        )
     if precisions and (model is None or index or documents or kind or depth or run or out or per_query):
         what = "is of a dual encoder that searches the corpus: --index, --kind, --depth, --run, --out and --per-query are not"
         raise InputError("--precision", what, "give --model and --data alone")

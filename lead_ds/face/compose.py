@@ -127,7 +127,8 @@ def check_own(config: Config) -> None:
 
 
 def data_section(data: Any) -> dict[str, Any]:
-    """The section of the training data: a folder, a file of groups, the section itself, or rows, which have no path."""
+    """The section of the training data: a folder, a file of groups, the section itself, a list of sets, or rows, which have
+    no path."""
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
         folder = path.parent.parent if path.parent.name == "qrels" else path.parent  # where corpus and queries lie
@@ -139,6 +140,8 @@ def data_section(data: Any) -> dict[str, Any]:
                 f"{WHERE}: data", f"is a DatasetDict with {splits}", "give one of them, such as data['train']"
             )
         return dict(data)
+    if isinstance(data, Sequence) and data and all(isinstance(one, Mapping) and "path" in one for one in data):
+        return {"sets": [dict(one) for one in data]}
     return {"path": ROWS}
 
 

@@ -17,6 +17,9 @@ from lead_ds.settings.modes import forget_former
 from lead_ds.settings.typed import fields_of, is_section, items_of, typed_value
 
 S = TypeVar("S", bound=Section)
+_ITEMS = (
+    "name an item by its place, from 0: teachers.0.weight=2; settings beside a list of data go with data.sets: [...]"
+)
 
 
 def load_tree(path: str | Path, overrides: Sequence[str], section: type[Section]) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def apply_override(tree: dict[str, Any], override: str, section: type[Section]) 
     for name in names[:-1]:
         if isinstance(node, list):
             if not (name.isdecimal() and int(name) < len(node)):
-                raise InputError(override, f"there is no item {name!r} in a list of {len(node)}", "count them from 0")
+                raise InputError(override, f"there is no item {name!r} in a list of {len(node)}", _ITEMS)
             child, kinds = node[int(name)], items_of(kinds)
         else:
             child, kinds = node.get(name), fields_of(kinds, name, section)
@@ -77,7 +80,7 @@ def apply_override(tree: dict[str, Any], override: str, section: type[Section]) 
             raise InputError(override, f"{name!r} is a value, not a section", "check the key")
         node = child
     if isinstance(node, list):
-        raise InputError(override, "sets an item of a list, not a setting of it", "name the setting, or set the list")
+        raise InputError(override, f"{'.'.join(names[:-1])} is a list here", _ITEMS)
     try:
         node[names[-1]] = typed_value(text, fields_of(kinds, names[-1], section), section)
     except yaml.YAMLError as error:

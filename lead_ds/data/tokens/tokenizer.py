@@ -34,7 +34,10 @@ def load_tokenizer(path: str, subfolder: str = "", trust_remote_code: bool = Fal
     except Exception as error:  # a foreign file can be wrong in any way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         what = f"its tokenizer cannot be loaded: {reason[0][:160]}"
-        raise InputError(path, what, "check the path, that it holds tokenizer files, and access to the hub") from None
+        remedy = "check the path, that it holds tokenizer files, and access to the hub"
+        if not folder.is_dir():
+            what = f"there is no such folder, and it cannot be read from the hub: {reason[0][:160]}"
+        raise InputError(path, what, remedy) from None
     if tokenizer is None or not len(tokenizer):
         raise InputError(path, "its tokenizer is empty", "add the model's tokenizer files")
     if tokenizer.pad_token_id is None:
