@@ -113,7 +113,8 @@ class Batches:
         if groups.identical and self.rank == 0:
             what = f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is not a negative of it"
             say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
-        self._draw: Callable[[int, int, int], Group] = groups.draw
+        self._draw: Callable[..., Group] = groups.draw
+        self._last = max(1, train.steps - 1) if data.schedule else None  # the step at which a schedule ends
         if data.token_cache:
             self._keep_tokens(data.token_cache)
 
@@ -173,7 +174,8 @@ class Batches:
         epoch = step // self.steps_per_epoch
         drawn = self._drawn(step)
         rows = np.array([row for row, _ in drawn], np.int64)
-        groups = [self._draw(row, self.seed, at) for row, at in drawn]
+        part = {} if self._last is None else {"progress": min(1.0, step / self._last)}
+        groups = [self._draw(row, self.seed, at, **part) for row, at in drawn]
         width = max(len(group.positive_keys) for group in groups)
         positive_keys = np.full((len(groups), width), -1, np.int64)
         for row, group in enumerate(groups):
@@ -182,8 +184,8 @@ class Batches:
         teachers = [teacher.batches(rows, groups) for teacher in self.teachers.values()]
         for encoders, teacher in zip(self.aligned, teachers, strict=True):
             if encoders is not None:
-                for *batches, part in zip(teacher, student, in_parts(groups, self.batch_size), strict=True):
-                    _align(encoders, batches, part)
+                for *batches, some in zip(teacher, student, in_parts(groups, self.batch_size), strict=True):
+                    _align(encoders, batches, some)
         return Window(
             step=step,
             epoch=epoch,

@@ -58,6 +58,11 @@ class DataConfig(DataFiles):
         description="of a mixture: a micro-batch holds groups of every set, or, over all ranks, of one set alone",
     )
     negatives: NonNegative = 7
+    schedule: Literal["easy_to_hard"] | None = Field(
+        None,
+        description="which negatives are drawn at which step, of those with a score in the training file. easy_to_hard: of a "
+        "half of a group's negatives, which moves from the lowest scores to the highest over the steps",
+    )
     mask_duplicates: bool = Field(
         True, description="an in-batch passage that is also a positive of the query is left out of its distribution"
     )
@@ -98,6 +103,12 @@ class DataConfig(DataFiles):
                 raise ValueError("token_cache is of one set: set it to false")
         elif self.alpha != 1 or self.batches != "mixed":
             raise ValueError("alpha and batches are ignored without sets: take them out")
+        return self
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataConfig:
+        if self.schedule is not None and self.negatives == 0:
+            raise ValueError("schedule is ignored without negatives: take it out, or set negatives")
         return self
 
     @property

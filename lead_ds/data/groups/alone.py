@@ -67,8 +67,8 @@ class TextsAlone:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def draw(self, row: int, seed: int, epoch: int) -> Group:
-        """See `Groups.draw`: the same text, whatever seed and epoch."""
+    def draw(self, row: int, seed: int, epoch: int, progress: float | None = None) -> Group:
+        """See `Groups.draw`: the same text, whatever the others are."""
         file, place = self._file_of(row)
         text, role = file[place]
         key = key_of(text)

@@ -18,6 +18,7 @@ from lead_ds.data.collections.qrels import read_judgements, refuse_conflict
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.drawing import Draw
 from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, twin_of
+from lead_ds.data.groups.schedule import easy_to_hard
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import Block, read_blocks
 from lead_ds.io.mapped import Arrays, cached_arrays, open_buffer, signature
@@ -77,7 +78,7 @@ class IdGroups:
     def __len__(self) -> int:
         return len(self._query)
 
-    def draw(self, row: int, seed: int, epoch: int, *, texts: bool = True) -> Group:
+    def draw(self, row: int, seed: int, epoch: int, progress: float | None = None, *, texts: bool = True) -> Group:
         """See `Groups.draw`. Negatives come from the line's list, then from the corpus at random; none is a positive.
 
         texts: false leaves the texts themselves unread and empty.
@@ -90,6 +91,9 @@ class IdGroups:
         taken = set(known.tolist())
         start, stop = int(self._negative_starts[row]), int(self._negative_starts[row + 1])
         order = draw.shuffled(stop - start)
+        if progress is not None:
+            before = len(self._positives)
+            order = easy_to_hard(draw, self._scores[before + start : before + stop], wanted, progress)
         while len(rows) <= wanted and (i := next(order, None)) is not None:
             candidate = int(self._negatives[start + i])
             if candidate not in taken:

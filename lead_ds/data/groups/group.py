@@ -53,8 +53,11 @@ class Groups(Protocol):
 
     def __len__(self) -> int: ...
 
-    def draw(self, row: int, seed: int, epoch: int) -> Group:
-        """The group of a row; its positive and negatives depend on (seed, epoch, row) and nothing else."""
+    def draw(self, row: int, seed: int, epoch: int, progress: float | None = None) -> Group:
+        """The group of a row; its positive and negatives depend on the arguments and nothing else.
+
+        progress: of a schedule, from 0 to 1; the groups are then `scored`.
+        """
         ...
 
     def pool(self, row: int) -> Pool:

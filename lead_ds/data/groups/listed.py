@@ -14,6 +14,7 @@ import numpy as np
 from lead_ds.data.groups.drawing import Draw
 from lead_ds.data.groups.formats import Lines, Listed, Reader, Record, Unusable, is_query, key_of
 from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, twin_of
+from lead_ds.data.groups.schedule import easy_to_hard
 from lead_ds.errors import InputError
 from lead_ds.io.mapped import Arrays
 
@@ -49,7 +50,7 @@ class ListedGroups(ABC):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def draw(self, row: int, seed: int, epoch: int) -> Group:
+    def draw(self, row: int, seed: int, epoch: int, progress: float | None = None) -> Group:
         """See `Groups.draw`. Negatives come from the row, then from other rows at random; none is a positive."""
         draw = Draw(seed, epoch, row)
         lines = self._drawable(row)
@@ -58,6 +59,9 @@ class ListedGroups(ABC):
         keys = [passages[0].key]
         taken = set(known.tolist())
         order = draw.shuffled(len(lines.negatives))
+        if progress is not None:
+            scores_N = np.array([passage.score for passage in lines.negatives], np.float32)
+            order = easy_to_hard(draw, scores_N, self._wanted, progress)
         while len(passages) <= self._wanted and (i := next(order, None)) is not None:
             self._add(lines, lines.negatives[i], passages, keys, taken)
         tries = 0

@@ -63,10 +63,10 @@ class MixedGroups:
             found.append(Drawn(first + shuffled(place, size, seed, epoch, at), epoch))
         return found
 
-    def draw(self, row: int, seed: int, epoch: int) -> Group:
+    def draw(self, row: int, seed: int, epoch: int, progress: float | None = None) -> Group:
         """See `Groups.draw`: with the prompts of its set."""
         at, place = self._set_of(row)
-        group, prompts = self._groups[at].draw(place, seed, epoch), self._sets[at].prompts
+        group, prompts = self._groups[at].draw(place, seed, epoch, progress), self._sets[at].prompts
         query, passage = prompts.get("query", ""), prompts.get("passage", "")
         if group.role == "query":
             passage = query

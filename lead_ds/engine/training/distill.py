@@ -16,6 +16,7 @@ from lead_ds.config import Config, rules, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.groups.open import open_groups
+from lead_ds.data.groups.schedule import scheduled
 from lead_ds.data.reads import Reads
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
@@ -212,6 +213,7 @@ def open_inputs(
     groups = given.groups or open_groups(config.data)
     if groups.alone:
         refuse_what_needs_groups(config)
+    groups = scheduled(config.data, groups)
     for teacher in config.taught.values() if config.losses.needs_teacher else ():
         groups = teacher_class(teacher.kind).drawn(groups)
     student_text = given.student_text(config.student)
