@@ -126,13 +126,15 @@ def train(
                 check_packing(scorer, scorer.all_layers, f"{key}.passes")
             if scorer is not None:
                 scorer.capture.uninstall()  # what ran until now must not stand before DeepSpeed's hooks
+        # Drawn once, so that a layer that does not exist is reported at start, where it can be before folders are made.
+        if config.losses.informative is None:
+            Selected.of(config, student, taught, [[]] * len(taught)).pairs(step=0)
         engine = build_engine(trainee, config, dtype, ranks)
 
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
         state = find_state(config, checkpoints, engine, ranks) if resume else {}
         check_inputs(config, state, batches, ranks, {**fits, **lens_facts(teachers)}, given.accepted)
         state["informative"] = layers_that_know(config, state, teachers, batches, ranks)
-        # Drawn once, so that a layer that does not exist is reported at start.
         Selected.of(config, student, taught, state["informative"]).pairs(step=0)
         recorder = Recorder(
             output,
