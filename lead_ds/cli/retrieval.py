@@ -81,6 +81,7 @@ def encode(
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
         scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, check_settings(settings)))
+        agreed(here, lambda: scorer.refuse_sparse(scorer.config.path, "encode writes a table of vectors"))
         agreed(here, lambda: tell_reading(opened, dataset, here))
         facts = model_facts(model, scorer)
         if scorer.config.dtype not in ("auto", "fp32"):

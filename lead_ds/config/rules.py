@@ -256,16 +256,17 @@ def lora_is_of_the_student(config: Run) -> Iterator[Broken]:
 
 
 def widths_are_of_vectors(config: Run) -> Iterator[Broken]:
-    """Only a vector has first dimensions."""
-    if gives_vectors(config.student.kind):
+    """Only a vector has first dimensions, and one of the vocabulary's weights has none that come first."""
+    kind = config.student.kind
+    if is_sparse(kind):
+        why = "whose vectors are sparse"
+    elif not gives_vectors(kind):
+        why = "which gives no vector per text"
+    else:
         return
-    if config.student.quantize is not None:
-        what = f"is ignored by a {config.student.kind}, which gives no vector per text"
-        yield Broken("student.quantize", what, "take it out")
-    if config.student.dims is not None:
-        yield Broken(
-            "student.dims", f"is ignored by a {config.student.kind}, which gives no vector per text", "take it out"
-        )
+    for name in ("quantize", "dims"):
+        if getattr(config.student, name) is not None:
+            yield Broken(f"student.{name}", f"is ignored by a {kind}, {why}", "take it out")
 
 
 def first_dimensions_are_of_what_is_read(config: Run) -> Iterator[Broken]:
@@ -346,6 +347,13 @@ def gives_vectors(kind: str) -> bool:
     from lead_ds.models.kinds.kind import KINDS
 
     return kind in KINDS and KINDS[kind].gives_vectors
+
+
+def is_sparse(kind: str) -> bool:
+    """Whether models of a kind give sparse vectors."""
+    from lead_ds.models.kinds.kind import KINDS
+
+    return kind in KINDS and KINDS[kind].sparse
 
 
 def computes(kind: str) -> bool:

@@ -7,6 +7,7 @@ from lead_ds.losses.attention import Attention, TextTaps, attention_loss, pair_t
 from lead_ds.losses.contrastive import Contrastive, contrastive_loss
 from lead_ds.losses.divergence import entropy, relevance_kl
 from lead_ds.losses.embedding import Embedding, embedding_distance
+from lead_ds.losses.flops import Flops, flops
 from lead_ds.losses.layer import Layer, LayerKLOutput, layer_relevance_kl
 from lead_ds.losses.loss import LOSSES, Chosen, Loss, Losses, LossSettings, LossShape, ModelFacts, Need, register
 from lead_ds.losses.margin_mse import MarginMSE, margin_mse
@@ -25,6 +26,7 @@ __all__ = [
     "Contrastive",
     "Depths",
     "Embedding",
+    "Flops",
     "Layer",
     "LayerKLOutput",
     "Loss",
@@ -47,6 +49,7 @@ __all__ = [
     "contrastive_loss",
     "embedding_distance",
     "entropy",
+    "flops",
     "informative_layers",
     "layer_relevance_kl",
     "margin_mse",

@@ -24,7 +24,7 @@ from lead_ds.models.special_weights import check_quantised
 from lead_ds.models.static import StaticModel, static_shape
 from lead_ds.settings.model import ModelConfig
 
-Family = Literal["base", "classifier", "causal"]
+Family = Literal["base", "classifier", "causal", "masked"]
 
 # Encoders that are read without the decoder that they were trained with, as sentence-transformers reads them.
 _ENCODERS = {
@@ -75,6 +75,7 @@ def auto_class(shape: Any, family: Family) -> Any:
         "base": transformers.AutoModel,
         "classifier": transformers.AutoModelForSequenceClassification,
         "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
     }[family]
 
 
@@ -83,7 +84,8 @@ def load_model(
 ) -> Any:
     """A transformers model, in evaluation mode, its weights in `dtype`; with `depth`, of its first layers only.
 
-    family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification) or "causal" (AutoModelForCausalLM).
+    family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification), "causal" (AutoModelForCausalLM) or "masked"
+    (AutoModelForMaskedLM).
     new_head: a missing classification head is initialised. Every other missing weight is an InputError, as is a path
     that is not a model, pickled weights without `allow_pickle`, or code without `trust_remote_code`.
     """
@@ -116,7 +118,7 @@ def load_model(
             config.path, f"its weights lack {len(lost)} parameters of a {shape.model_type}, such as {lost[0]}"
         )
     headless = sorted(missing - set(lost))
-    if headless and family == "causal":
+    if headless and family in ("causal", "masked"):
         raise InputError(config.path, f"its weights lack the language-model head ({headless[0]})")
     if headless and family == "classifier" and not new_head:
         raise _no_head(config, shape)

@@ -28,6 +28,7 @@ _TASKS: dict[Family, str] = {
     "base": "feature-extraction",
     "classifier": "sequence-classification",
     "causal": "text-generation",
+    "masked": "fill-mask",
 }
 
 

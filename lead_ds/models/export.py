@@ -73,6 +73,7 @@ def export_onnx(
         require(package)
     out = vacant(out)
     scorer, encoder = load_encoder(path, settings)
+    scorer.refuse_sparse(path, "an ONNX file of ours gives dense ones")
     with whole_folder(out) as made:
         _write_folder(scorer, encoder, made, path, settings)
         original = 0

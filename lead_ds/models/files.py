@@ -14,6 +14,8 @@ RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, 
 # Of sentence-transformers' modules, those that work on token states or on a vector alone: a layer's state can be put through.
 _READ = (
     "Transformer",
+    "MLMTransformer",
+    "SpladePooling",
     "StaticEmbedding",
     "Pooling",
     "Dense",
@@ -29,10 +31,8 @@ REFUSED_MODULES = {
     **dict.fromkeys(("BoW", "WordEmbeddings", "WordWeights", "CNN", "LSTM"), _NO_LAYERS),
     "WeightedLayerPooling": "reads several layers at once",
     "CLIPModel": "reads images as well",
-    "SparseAutoEncoder": "makes sparse vectors",
-    "SpladePooling": "makes sparse vectors",
-    "MLMTransformer": "makes sparse vectors",
-    "SparseStaticEmbedding": "makes sparse vectors",
+    "SparseAutoEncoder": "makes sparse vectors of another kind than SPLADE's",
+    "SparseStaticEmbedding": "makes sparse vectors of another kind than SPLADE's",
     "HierarchicalTokenPooling": "merges tokens of a passage by clustering",
     "LambdaTokenPooling": "merges tokens of a passage by code of its own",
     "BaseTokenPooling": "merges tokens of a passage",
@@ -90,7 +90,7 @@ def saved_modules(path: str) -> list[tuple[str, str]]:
             what = f"module {module['type']} is not supported" + (f": it {why}" if why else "")
             raise InputError(file, what, f"{', '.join(_READ)} are")
         found.append((kind, folder))
-    if not found or found[0][0] not in ("Transformer", "StaticEmbedding"):
+    if not found or found[0][0] not in ("Transformer", "MLMTransformer", "StaticEmbedding"):
         raise InputError(file, "its first module is not a Transformer", "there are no layers to read")
     return found
 
@@ -124,6 +124,8 @@ def family_of(path: str) -> str | None:
     modules = [kind for kind, _ in saved_modules(path)]
     if "LogitScore" in modules:
         return "CrossEncoder"
+    if "SpladePooling" in modules:
+        return "SparseEncoder"
     if modules:
         vectors = "Pooling" in modules or "StaticEmbedding" in modules
         return "SentenceTransformer" if vectors else "MultiVectorEncoder"

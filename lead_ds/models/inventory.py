@@ -44,6 +44,10 @@ _PARTS = {
         "in_features out_features bias activation_function module_input_name module_output_name use_residual "
         "input_keys output_keys"
     ),
+    "SpladePooling": _keys(
+        "pooling_strategy activation_function embedding_dimension word_embedding_dimension",
+        {"chunk_size": "splits the work alone"},
+    ),
     "Normalize": _keys("module_input_name module_output_name"),
     "LayerNorm": _keys("dimension"),
     "Dropout": _keys(idle={"dropout": "acts in training alone, where it is honoured"}),
@@ -70,13 +74,12 @@ MODULES = _PARTS
 
 _ROOT = _keys(
     "model_type prompts default_prompt_name similarity_fn_name truncate_dim query_prefix document_prefix query_length "
-    "document_length do_query_expansion attend_to_expansion_tokens attend_to_mask_tokens skiplist_words",
+    "document_length do_query_expansion attend_to_expansion_tokens attend_to_mask_tokens skiplist_words max_active_dims",
     {
         "__version__": "says which version saved it",
         "activation_fn": "puts a monotone function on scores, which here are logits",
         "keep_in_fp32_modules": "changes rounding alone",
         "requirements": "is checked by sentence-transformers as it loads the directory",
-        "max_active_dims": "is of sparse models, which are refused",
         "query_prefix_id": "is the token of query_prefix",
         "document_prefix_id": "is the token of document_prefix",
     },
@@ -236,7 +239,7 @@ _OF_NO_CLASS = {
 def check_keys(path: str) -> None:
     """Raise InputError for a key of a model's files that is refused, or that may change the reading and is not known here."""
     family = family_of(path)
-    if family not in (None, "SentenceTransformer", "CrossEncoder", "MultiVectorEncoder"):
+    if family not in (None, "SentenceTransformer", "CrossEncoder", "MultiVectorEncoder", "SparseEncoder"):
         raise InputError(path, f"a {family} of sentence-transformers is not supported", "use a model of dense vectors")
     folder = transformer_folder(path)
     for name, keys in FILES.items():
@@ -248,7 +251,7 @@ def check_keys(path: str) -> None:
         inside = f"{folder}/{name}".lstrip("/")
         _check(path, inside, read_json(path, inside), _READER)
     for kind, at in saved_modules(path):
-        if kind != "Transformer":
+        if kind not in ("Transformer", "MLMTransformer"):
             name = f"{at.strip('./')}/config.json".lstrip("/")
             _check(path, name, read_json(path, name), MODULES[kind])
     own = read_json(path, f"{folder}/sentence_bert_config.json".lstrip("/"))

@@ -119,6 +119,7 @@ def _gap(scorer: Kind, tokens: dict[str, Tensor], theirs: Any) -> tuple[float, f
     gap, size = torch.zeros(()), torch.zeros(())
     for i, reference in enumerate(theirs):
         expected = torch.as_tensor(reference).float()
+        expected = expected.to_dense() if expected.is_sparse else expected
         mine = ours[i] if counts is None else ours[i][counts[i].bool()]
         if mine.shape != expected.shape:
             return float("inf"), float(expected.abs().max())

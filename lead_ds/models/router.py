@@ -62,6 +62,9 @@ def routes(path: str | Path) -> tuple[str, str] | None:
 def check_space(query: Reader, document: Reader) -> None:
     """Raise InputError unless the vectors of both models have one width."""
     (q, _), (d, _) = query, document
+    if q.sparse != d.sparse:
+        what = "gives sparse vectors" if q.sparse else "gives dense vectors"
+        raise InputError(q.config.path, f"{what}, {d.config.path} does not", "use two models of one kind")
     if q.features_width != d.features_width:
         what = f"gives vectors of {q.features_width} dimensions, {d.config.path} of {d.features_width}"
         remedy = "distil it into the teacher's space: losses.embedding.keep: true, or student.projection"
@@ -74,6 +77,7 @@ def save_router(query: tuple[str, Reader], document: tuple[str, Reader], out: st
     Raises InputError for vectors of different widths, and for a folder that is not empty.
     """
     check_space(query[1], document[1])
+    query[1][0].refuse_sparse(query[0], "a Router of ours is of dense ones")
     out = vacant(out)
     with whole_folder(out) as made:
         types: dict[str, str] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from lead_ds.io.shards import MANIFEST, refuse_strangers, turns, unfinished
 from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
 from lead_ds.retrieval.precision import Embed, Precision, in_precision
 from lead_ds.retrieval.small import CALIBRATED_ON, SMALL, quantise, ranges_of, restored
+from lead_ds.retrieval.sparse import SparseVectors
 
 STRETCH = 8192  # texts tokenised at once and sorted by length together: little padding, little memory
 SHARD_ROWS = 65_536
@@ -124,7 +126,12 @@ def encode_texts(
 def _refuse_not_finite(
     vectors_BD: Tensor, kind: str, texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int]
 ) -> None:
-    finite_B = vectors_BD.isfinite().all(1)
+    if vectors_BD.is_sparse:
+        found = vectors_BD.coalesce()
+        finite_B = torch.ones(len(rows), dtype=torch.bool, device=found.device)
+        finite_B[found.indices()[0, ~found.values().isfinite()]] = False
+    else:
+        finite_B = vectors_BD.isfinite().all(1)
     if not finite_B.all():
         row = rows[int((~finite_B).nonzero()[0])]
         what = f"the model's vector of text {row + 1} is not finite: {texts([row])[0][:80]!r}"
@@ -141,10 +148,16 @@ def encode_share(
     *,
     forwards: int = 0,
     meter: Progress | None = None,
-) -> Tensor:
-    """Vectors [len(rows), D] float32 of `rows`, in their order, on the device; [0, 0] of no rows. Arguments as `encode_texts`."""
+) -> Any:
+    """Vectors [len(rows), D] float32 of `rows`, in their order, on the device; [0, 0] of no rows. Arguments as `encode_texts`.
+
+    SparseVectors where `embed` gives sparse ones.
+    """
     out: Tensor | None = None
-    for positions, vectors_BD in encode_texts(embed, encoder, kind, texts, rows, how, forwards=forwards, meter=meter):
+    batches = encode_texts(embed, encoder, kind, texts, rows, how, forwards=forwards, meter=meter)
+    for positions, vectors_BD in batches:
+        if vectors_BD.is_sparse:
+            return SparseVectors.of(chain([(positions, vectors_BD)], batches), len(rows))
         if out is None:
             out = torch.empty(len(rows), vectors_BD.shape[1], device=vectors_BD.device)
         out[torch.tensor(positions, device=out.device)] = vectors_BD

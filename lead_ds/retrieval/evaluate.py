@@ -29,6 +29,7 @@ from lead_ds.retrieval.identical import with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
 from lead_ds.retrieval.precision import Embed
+from lead_ds.retrieval.sparse import SparseVectors
 from lead_ds.settings.model import ModelConfig
 
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
@@ -189,10 +190,13 @@ def evaluating(scorer: Kind) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors of all queries [Q, D], and of this process's passages [P', D], whose first row is `start`."""
+    """Vectors of all queries [Q, D], and of this process's passages [P', D], whose first row is `start`.
 
-    queries: Tensor
-    passages: Tensor
+    Tensors, or SparseVectors.
+    """
+
+    queries: Any
+    passages: Any
     start: int
     query_ids: Sequence[str]
     passage_ids: Sequence[str]
@@ -253,8 +257,12 @@ def encode_both(
             *reader, "corpus", corpus.texts, own_passages, how, forwards=forwards[1], meter=meter
         )
     if peers.world > 1:
-        shares = [vectors for vectors in peers.all(queries_QD.cpu().numpy()) if len(vectors)]
-        queries_QD = torch.from_numpy(np.concatenate(shares)).to(how.device)
+        sent = queries_QD if isinstance(queries_QD, SparseVectors) else queries_QD.cpu().numpy()
+        shares: list[Any] = [vectors for vectors in peers.all(sent) if len(vectors)]
+        if isinstance(shares[0], SparseVectors):
+            queries_QD = SparseVectors.joined(shares)
+        else:
+            queries_QD = torch.from_numpy(np.concatenate(shares)).to(how.device)
     return Encoded(queries_QD, passages_PD, own_passages.start, query_ids, corpus.ids, peers)
 
 

@@ -49,6 +49,7 @@ def evaluate_small(
     Every text is encoded once. Every process calls this.
     """
     scorer, qrels = dual_encoder(scorer), task.qrels()
+    scorer.refuse_sparse(scorer.config.path, "small vectors are made of dense ones")
     how = Encoding(batch_size, next(scorer.parameters()).device)
     with evaluating(scorer):
         encoded = encode_both(scorer.ranked, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)

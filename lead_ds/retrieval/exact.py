@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lead_ds.retrieval.sparse import SparseVectors, merge_top_k, sparse_search
+
 BLOCK_ELEMENTS = 1 << 26  # scores held at once: 256 MB in float32
 QUERY_BLOCK = 4096
 
 
 def exact_search(
-    queries_QD: Tensor | np.ndarray,
-    passages: Tensor | np.ndarray | Iterable[Tensor | np.ndarray],
+    queries_QD: Tensor | np.ndarray | SparseVectors,
+    passages: Tensor | np.ndarray | Iterable[Tensor | np.ndarray] | SparseVectors,
     k: int,
     *,
     device: torch.device | str | None = None,
@@ -27,6 +29,10 @@ def exact_search(
     passages: [P, D], in any float dtype, or consecutive blocks of them, such as memory-mapped shards; only a block is in
     memory. Products run in float32 on `device` (default: where the queries are). Fewer than k passages: k is their number.
     """
+    if isinstance(queries_QD, SparseVectors) or isinstance(passages, SparseVectors):
+        assert isinstance(queries_QD, SparseVectors)
+        assert isinstance(passages, SparseVectors)
+        return sparse_search(queries_QD, passages, k)
     queries_QD = _tensor(queries_QD)
     device = torch.device(device) if device is not None else queries_QD.device
     queries = [part.to(device, torch.float32) for part in queries_QD.split(QUERY_BLOCK)]
@@ -40,16 +46,6 @@ def exact_search(
             best[i] = merge_top_k([best[i], (scores_Qk, rows_Qk + start)], k)
         start += len(block_PD)
     return torch.cat([scores for scores, _ in best]), torch.cat([rows for _, rows in best])
-
-
-def merge_top_k(results: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The best k of several results (scores [Q, *], rows [Q, *]) for the same queries; equal scores by row."""
-    pairs = list(results)
-    scores, rows = torch.cat([s for s, _ in pairs], 1), torch.cat([r for _, r in pairs], 1)
-    order = rows.argsort(dim=1)
-    scores, rows = scores.gather(1, order), rows.gather(1, order)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), rows.gather(1, order)
 
 
 def _nothing(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:

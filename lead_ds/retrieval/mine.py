@@ -24,6 +24,7 @@ from lead_ds.retrieval.encode import Encoding, encode_share
 from lead_ds.retrieval.evaluate import ModelLike, encode_both, open_encoder
 from lead_ds.retrieval.identical import with_spare
 from lead_ds.retrieval.index import check_k
+from lead_ds.retrieval.sparse import SparseVectors
 from lead_ds.settings.mining import MineSettings
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted
@@ -194,7 +195,10 @@ def _candidates(
         place = {name: i for i, name in enumerate(names)}
         for i, query in enumerate(queries):
             missing = [name for name in positives[query] if name not in run[query]]
-            if missing:
+            if missing and isinstance(passages_PD, SparseVectors):
+                products = passages_PD.products([place[name] for name in missing], encoded.queries, i)
+                run[query].update(zip(missing, products, strict=True))
+            elif missing:
                 picked_MD = passages_PD[torch.tensor([place[name] for name in missing], device=how.device)]
                 run[query].update(zip(missing, (picked_MD @ encoded.queries[i]).tolist(), strict=True))
     return run

@@ -26,6 +26,7 @@ from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.metrics import Scores, depth
+from lead_ds.retrieval.sparse import SparseVectors
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Searcher:
         self,
         scorer: Kind,
         encoder: TextEncoder,
-        passages: Tensor | Index,
+        passages: Tensor | SparseVectors | Index,
         ids: Sequence[str],
         corpus: Corpus | None,
     ) -> None:
@@ -92,6 +93,7 @@ class Searcher:
         scorer, encoder = open_encoder(model, device)
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
+            scorer.refuse_sparse(scorer.config.path, "an index is of dense ones")
             opened = Index.open(index, **index_settings)
             return cls.over_index(scorer, encoder, scorer.config.path, opened, corpus, document_model)
         assert corpus is not None

@@ -132,6 +132,9 @@ def teachable(config: Run, vectors: bool = False) -> TeacherRole:
             else "has a vector for every token, not one for a text"
         )
         raise InputError("--vectors", f"a teacher of kind {teacher.kind} {has}", "leave it out: relevance is kept then")
+    if vectors and KINDS[teacher.kind].sparse:
+        what = f"a teacher of kind {teacher.kind} has vectors as wide as its vocabulary, which fill a disk"
+        raise InputError("--vectors", what, "leave it out: relevance is kept then")
     return teacher
 
 

@@ -134,9 +134,15 @@ def _expected(form: Format, path: str, scorer: Any) -> Read:
     # The reference fails at an empty text whose tokenizer adds nothing.
     texts = TEXT if not callable(tokenizer) or tokenizer("")["input_ids"] else TEXT[:-1]
     return {
-        "queries": [torch.as_tensor(x) for x in model.encode_query(texts, batch_size=1)],
-        "passages": [torch.as_tensor(x) for x in model.encode_document(texts, batch_size=1)],
+        "queries": [_whole(x) for x in model.encode_query(texts, batch_size=1)],
+        "passages": [_whole(x) for x in model.encode_document(texts, batch_size=1)],
     }
+
+
+def _whole(x: Any) -> Tensor:
+    """With its zeros, where it is sparse."""
+    vector = torch.as_tensor(x)
+    return vector.to_dense() if vector.is_sparse else vector
 
 
 def _gap(ours: Read, theirs: Read) -> float:

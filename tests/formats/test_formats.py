@@ -21,7 +21,8 @@ SAMPLE = (
     "code of its own beside a native architecture",
     "cross-encoder: a default prompt",
     "vision and language in one",
-    "SPLADE: a sparse model",
+    "SPLADE: maximum, prompts",
+    "SPLADE: sum, log twice, of DistilBERT, as version 5 names it",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -400,10 +401,34 @@ def _pickled(folder: Path) -> str:
     return path
 
 
-@a_format("SPLADE: a sparse model", refused="sparse|not supported")
-def _sparse(folder: Path) -> str:
-    path = saved(folder, "bert", pool())
-    return change(path, "config_sentence_transformers.json", model_type="SparseEncoder")
+def _splade(folder: Path, family: str, pooling: Any, **more: Any) -> str:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    path = tiny_model(folder / "origin", family, "masked", layers=2)
+    modules = [Transformer(path, transformer_task="fill-mask"), SpladePooling(**pooling)]
+    SparseEncoder(modules=modules, device="cpu", **more).save_pretrained(str(folder / "saved"), create_model_card=False)
+    return str(folder / "saved")
+
+
+@a_format("SPLADE: maximum, prompts")
+def _splade_max(folder: Path) -> str:
+    return _splade(folder, "bert", {}, prompts={"query": "ask: ", "document": "said: "})
+
+
+@a_format("SPLADE: sum, log twice, of DistilBERT, as version 5 names it", source=FIVE)
+def _splade_sum(folder: Path) -> str:
+    path = _splade(folder, "distilbert", {"pooling_strategy": "sum", "activation_function": "log1p_relu"})
+    modules = json.loads((Path(path) / "modules.json").read_text())
+    for module, name in zip(modules, ("MLMTransformer", "SpladePooling"), strict=True):
+        module["type"] = f"sentence_transformers.sparse_encoder.models.{name}"
+    return put(path, "modules.json", modules)
+
+
+@a_format("SPLADE: a cosine", refused="compares sparse vectors by cosine")
+def _splade_cosine(folder: Path) -> str:
+    return _splade(folder, "bert", {}, similarity_fn_name="cosine")
 
 
 assert len(FORMATS) > 45

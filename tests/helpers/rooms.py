@@ -111,9 +111,9 @@ def settings(
         tree[name] = (
             {**tree[name], **section} if isinstance(section, dict) and isinstance(tree.get(name), dict) else section
         )
-    if tree["student"].get("kind") == "cross_encoder":  # it reads pairs, and gives scores
-        others = ("normalize", "query_length", "passage_length")
-        tree["student"] = {name: x for name, x in tree["student"].items() if name not in others}
+    ignored = {"cross_encoder": ("normalize", "query_length", "passage_length"), "sparse": ("normalize",)}
+    others = ignored.get(tree["student"].get("kind"), ())
+    tree["student"] = {name: x for name, x in tree["student"].items() if name not in others}
     if tree["teacher"].get("train"):  # in the student's engine, in its dtype
         tree["teacher"]["dtype"] = tree["student"].get("dtype", "auto")
     for model in ("teacher", "student"):

@@ -26,6 +26,7 @@ _CLASSES = {
     "base": transformers.AutoModel,
     "classifier": transformers.AutoModelForSequenceClassification,
     "causal": transformers.AutoModelForCausalLM,
+    "masked": transformers.AutoModelForMaskedLM,
 }
 
 
@@ -65,7 +66,7 @@ def tiny_config(family: str, *, layers: int = 3, labels: int = 1, vocab_size: in
 
 
 def tiny_model(folder: Path, family: str, head: str = "base", *, seed: int = 0, **shape: Any) -> str:
-    """Save a random model with its tokenizer and return its path. `head`: base, classifier or causal."""
+    """Save a random model with its tokenizer and return its path. `head`: base, classifier, causal or masked."""
     tokenizer = tiny_tokenizer(folder, _TOKENIZERS.get(family, "wordpiece"))
     size = len(transformers.AutoTokenizer.from_pretrained(tokenizer))
     torch.manual_seed(seed)

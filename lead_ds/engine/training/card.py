@@ -20,7 +20,11 @@ def model_card(config: Config, run: Path) -> str:
     distilled = bool(teachers) and config.losses.needs_teacher
     kind, base = KINDS[student.kind], Path(student.path).name
     use = kind.use
-    title = f"A dense-retrieval student of `{base}`" if kind.gives_vectors else f"`{base}` as a {use.name}"
+    title = (
+        f"A {'sparse' if kind.sparse else 'dense'}-retrieval student of `{base}`"
+        if kind.gives_vectors
+        else f"`{base}` as a {use.name}"
+    )
     if not distilled:
         title = f"`{base}`, a {use.name} trained on labels"
     lines = [*front_matter(use, *(["knowledge-distillation"] if distilled else [])), f"# {title}", ""]

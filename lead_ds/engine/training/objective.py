@@ -35,7 +35,7 @@ def build_objective(
     models = [("student", student), *(("teacher", getattr(one, "scorer", one)) for one in taught)]
     for who, model in models:
         for name in config.losses.needing("layers", "attention") if not getattr(model, "has_layers", True) else ():
-            what = f"reads layers of both models, and the {who} is a StaticEmbedding, which has none"
+            what = f"reads layers of both models, and the {who} is read at its final state alone"
             raise InputError(f"losses.{name}.weight", what, "set it to 0")
     compares, dims = config.losses.needing("features"), config.student.dims or ()
     window = batches.window(0) if compares else None

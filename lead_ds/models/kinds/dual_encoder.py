@@ -137,7 +137,7 @@ print(model.similarity(queries, passages))""",
 
             return StaticEncoder.read_text(config)
         reading = Reading.of(config, cls.family)
-        _refuse_late_interaction(config.path)
+        _refuse_other_vectors(config.path)
         # A decoder that was no retrieval model is taught to say at EOS what a text is about; one that was says how it reads.
         decoder = config.pooling == "auto" and reading.shape is not None and is_decoder(reading.shape)
         if reading.chain is None and (config.pooling == "last" or decoder):
@@ -150,7 +150,7 @@ print(model.similarity(queries, passages))""",
         from sentence_transformers.base.modules import Dense, Normalize
         from sentence_transformers.sentence_transformer.modules import Pooling
 
-        _refuse_late_interaction(config.path)
+        _refuse_other_vectors(config.path)
         width = int(model.config.get_text_config().hidden_size)
         modules = list(chain)[1:]
         mode = _MODES.get(config.pooling)
@@ -364,9 +364,11 @@ def _unpooled(reading: Reading) -> tuple[int, int] | None:
     return count(reading.query_prompt), count(reading.passage_prompt)
 
 
-def _refuse_late_interaction(path: str) -> None:
+def _refuse_other_vectors(path: str) -> None:
     if family_of(path) == "MultiVectorEncoder":
         raise InputError(path, "its modules read tokens: this is a late-interaction model", "use kind: colbert")
+    if family_of(path) == "SparseEncoder":
+        raise InputError(path, "its vectors are sparse, of the vocabulary's width", "use kind: sparse")
 
 
 def _through(modules: Iterable[nn.Module], vectors: Tensor) -> Tensor:

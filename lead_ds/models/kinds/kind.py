@@ -56,6 +56,9 @@ class Kind(Scorer):
     lens_form: ClassVar[Literal["scores", "vectors"] | None] = (
         None  # of a tuned lens; None: no one state per text to read
     )
+    sparse: ClassVar[bool] = (
+        False  # vectors as wide as the vocabulary, mostly zeros: searched as such, never a table on disk
+    )
     can_be_student: ClassVar[bool] = True
     can_be_trained: ClassVar[bool] = True  # False: a frozen teacher only
 
@@ -180,6 +183,13 @@ class Kind(Scorer):
     def space(self) -> dict[str, Any]:
         """What has to be equal, beside the files, for vectors to live in one space."""
         return {"dimension": self.features_width}
+
+    @classmethod
+    def refuse_sparse(cls, path: str, what: str) -> None:
+        """Raise InputError where its vectors are sparse: `what` would hold each as wide as the vocabulary."""
+        if cls.sparse:
+            remedy = "evaluate, search and mine take the model itself; sentence-transformers' SparseEncoder encodes"
+            raise InputError(path, f"its vectors are sparse, and {what}", remedy)
 
     def embed(self, tokens: Tokens) -> Tensor:
         """Final vectors [B, D] of texts, of a kind that gives such."""

@@ -1,0 +1,79 @@
+"""Sparse vectors in memory, and exact search in them: an inverted index is the transpose of its rows (scipy).
+
+Q queries, P passages, B texts, V entries of the vocabulary, k results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+QUERY_BLOCK, PASSAGE_BLOCK = 256, 1 << 18  # whose scores are held at once: 256 MB if every query meets every passage
+
+
+class SparseVectors:
+    """Rows of sparse vectors [B, V], float32, on the CPU."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    @classmethod
+    def of(cls, batches: Iterable[tuple[Sequence[int], Tensor]], count: int) -> SparseVectors:
+        """From (places, vectors [B, V] sparse) of batches that hold every place below `count` once; count: at least 1."""
+        places, parts = list[int](), list[Any]()
+        for at, vectors_BV in batches:
+            found = vectors_BV.coalesce().cpu()
+            index, values = found.indices().numpy(), found.values().float().numpy()
+            places += at
+            parts.append(sparse.csr_matrix((values, (index[0], index[1])), shape=tuple(found.shape)))
+        order = np.empty(count, np.int64)
+        order[places] = np.arange(count)
+        return cls(sparse.vstack(parts, format="csr")[order])
+
+    @classmethod
+    def joined(cls, parts: Sequence[SparseVectors]) -> SparseVectors:
+        """The rows of several, in order."""
+        return cls(sparse.vstack([part.rows for part in parts], format="csr"))
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    def products(self, at: Sequence[int], other: SparseVectors, row: int) -> list[float]:
+        """Inner products of the rows `at` with one row of `other`."""
+        return (self.rows[list(at)] @ other.rows[[row]].T).toarray()[:, 0].tolist()
+
+
+def sparse_search(queries: SparseVectors, passages: SparseVectors, k: int) -> tuple[Tensor, Tensor]:
+    """Scores float32 [Q, k] and rows int64 [Q, k] of the passages with the largest inner products, best first; equal ones by row.
+
+    A passage that shares no term with a query scores 0, like any other. Fewer than k passages: k is their number.
+    """
+    blocks = [
+        (start, passages.rows[start : start + PASSAGE_BLOCK].T.tocsr())  # postings: a row for every term
+        for start in range(0, len(passages), PASSAGE_BLOCK)
+    ]
+    scores, rows = list[Tensor](), list[Tensor]()
+    for begin in range(0, len(queries), QUERY_BLOCK):
+        asked, best = queries.rows[begin : begin + QUERY_BLOCK], list[tuple[Tensor, Tensor]]()
+        for start, postings_VP in blocks:
+            scores_QP = torch.from_numpy((asked @ postings_VP).toarray())
+            scores_Qk, rows_Qk = scores_QP.topk(min(k, scores_QP.shape[1]), dim=1)
+            best = [merge_top_k([*best, (scores_Qk, rows_Qk + start)], k)]
+        scores.append(best[0][0])
+        rows.append(best[0][1])
+    return torch.cat(scores), torch.cat(rows)
+
+
+def merge_top_k(results: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The best k of several results (scores [Q, *], rows [Q, *]) for the same queries; equal scores by row."""
+    pairs = list(results)
+    scores, rows = torch.cat([s for s, _ in pairs], 1), torch.cat([r for _, r in pairs], 1)
+    order = rows.argsort(dim=1)
+    scores, rows = scores.gather(1, order), rows.gather(1, order)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), rows.gather(1, order)
