@@ -51,6 +51,8 @@ def reading_line(scorer: Kind, encoder: TextEncoder, queries: Sequence[str], pas
     parts.append(" and ".join(f"{name} {tokens}" for name, tokens in facts["lengths"].items()))
     if facts["similarity"] is not None:
         parts.append(facts["similarity"]["computed"])
+        if (scale := getattr(scorer.config, "scale", "none")) != "none":
+            parts.append(f"relevance by {'z-scores' if scale == 'standard' else scale}")
     parts.append(facts["read_as"])
     cut = {} if encoder.tokenizer is None else cut_share(encoder, queries, passages)
     shares = [f"{some['cut']:.1%} of {some['texts']} {side}" for side, some in cut.items() if some["texts"]]

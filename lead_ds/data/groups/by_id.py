@@ -52,7 +52,7 @@ class IdGroups:
         if not self._known.leave(len(self.corpus), config.negatives):
             raise InputError(
                 self.corpus.path,
-                f"{len(self.corpus)} passages are too few for {config.negatives} negatives of every query",
+                f"{len(self.corpus)} passages are too few for {config.negatives} negatives of every query, beside its positives",
                 "lower data.negatives",
             )
 
