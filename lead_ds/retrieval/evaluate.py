@@ -215,7 +215,8 @@ class Encoded:
         else:  # more processes than passages
             queries = len(self.query_ids)
             scores_Qk, rows_Qk = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
-        found = self.peers.all((scores_Qk.cpu().numpy(), (rows_Qk + self.start).cpu().numpy()))
+        rows_Qk = (rows_Qk + self.start).where(rows_Qk >= 0, -1)  # -1: nothing found
+        found = self.peers.all((scores_Qk.cpu().numpy(), rows_Qk.cpu().numpy()))
         if self.peers.rank != 0:
             return {}
         scores_Qk, rows_Qk = merge_top_k([(torch.from_numpy(s), torch.from_numpy(r)) for s, r in found], k)

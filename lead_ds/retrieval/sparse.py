@@ -49,9 +49,10 @@ class SparseVectors:
 
 
 def sparse_search(queries: SparseVectors, passages: SparseVectors, k: int) -> tuple[Tensor, Tensor]:
-    """Scores float32 [Q, k] and rows int64 [Q, k] of the passages with the largest inner products, best first; equal ones by row.
+    """Scores float32 [Q, k] and rows int64 [Q, k] of the passages with the largest inner products, best first.
 
-    A passage that shares no term with a query scores 0, like any other. Fewer than k passages: k is their number.
+    A passage that shares no term with a query scores 0, and is not found: its row is -1, as in an inverted index. Fewer than
+    k passages: k is their number.
     """
     blocks = [
         (start, passages.rows[start : start + PASSAGE_BLOCK].T.tocsr())  # postings: a row for every term
@@ -66,7 +67,8 @@ def sparse_search(queries: SparseVectors, passages: SparseVectors, k: int) -> tu
             best = [merge_top_k([*best, (scores_Qk, rows_Qk + start)], k)]
         scores.append(best[0][0])
         rows.append(best[0][1])
-    return torch.cat(scores), torch.cat(rows)
+    scores_Qk, rows_Qk = torch.cat(scores), torch.cat(rows)
+    return scores_Qk, rows_Qk.where(scores_Qk > 0, -1)
 
 
 def merge_top_k(results: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,10 @@ from lead_ds.engine.training.distill import distill
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_encoder, load_scorer
 from lead_ds.plan.requirements import requirements
-from lead_ds.retrieval.evaluate import Task, evaluate_model
+from lead_ds.retrieval.evaluate import Task, evaluate_model, make_run
 from lead_ds.retrieval.evaluate_small import evaluate_small
+from lead_ds.retrieval.exact import exact_search
+from lead_ds.retrieval.metrics import score_run
 from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.retrieval.search import Searcher
 from lead_ds.retrieval.sparse import SparseVectors
@@ -93,6 +95,18 @@ def test_search_evaluation_and_mining_equal_dense_products(rooms: Path, masked: 
         asked = scorer.embed(encoder.queries(data.queries.texts(data.queries.rows([group["query_id"]]))))[0]
         found = scorer.embed(encoder.passages(data.corpus.texts(data.corpus.rows(list(group["scores"])))))
     assert list(group["scores"].values()) == pytest.approx((found @ asked).tolist(), rel=1e-5)
+
+
+def test_a_passage_without_a_term_of_the_query_is_not_found() -> None:
+    def rows(*dense: list[float]) -> SparseVectors:
+        return SparseVectors.of([([1, 0], torch.tensor(dense[::-1]).to_sparse())], 2)
+
+    scores, found = exact_search(rows([1.0, 0.0, 2.0], [0.0, 0.0, 0.0]), rows([0.0, 3.0, 0.0], [1.0, 0.0, 1.0]), 2)
+    assert scores.tolist() == [[3.0, 0.0], [0.0, 0.0]]
+    assert found.tolist() == [[1, -1], [-1, -1]]
+    run = make_run(["a", "b"], scores.tolist(), found.tolist(), ["x", "y"])
+    assert run == {"a": {"y": 3.0}, "b": {}}
+    assert score_run(run, {"a": {"y": 1}, "b": {"x": 1}}, ["RR@10"]).mean["RR@10"] == 0.5
 
 
 @pytest.mark.parametrize(
