@@ -113,7 +113,8 @@ def a_lens_has_one_state_to_read(config: Run) -> Iterator[Broken]:
         if not isinstance(teacher, TeacherRole) or teacher.lens == "head" or teacher.kind not in KINDS:
             continue
         if KINDS[teacher.kind].lens_form is None:
-            what = f"tuned: a tuned lens reads one state per text, a {teacher.kind} has one per token"
+            has = "none of its layers" if KINDS[teacher.kind].gives_vectors else "one per token"
+            what = f"tuned: a tuned lens reads one state per text, a {teacher.kind} has {has}"
             yield Broken(f"{key}.lens", what, "set it to head")
         if teacher.lens_path is None and config.teacher is None:
             yield Broken(f"{key}.lens_path", "is missing: of several teachers, each has a lens of its own", "name it")

@@ -116,7 +116,8 @@ def fittable(config: Run) -> TeacherRole:
     if getattr(teacher, "dim", None) is not None:
         raise InputError("teacher.dim", "a lens is fitted to whole vectors", "take it out")
     if KINDS[teacher.kind].lens_form is None:
-        what = f"a lens reads one state per text, {teacher.kind} has one per token"
+        has = "none of its layers" if KINDS[teacher.kind].gives_vectors else "one per token"
+        what = f"a lens reads one state per text, {teacher.kind} has {has}"
         raise InputError("teacher.kind", what, "distil it as it is")
     if teacher.train:
         raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")

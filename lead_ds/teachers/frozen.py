@@ -49,7 +49,8 @@ class FrozenTeacher(Teacher):
         self, scorer: Kind, engine: Any, placement: str, device: torch.device, fitted: FittedLens | None = None
     ) -> None:
         self.scorer, self.engine, self.placement, self.device = scorer, engine, placement, device
-        self.num_layers, self.fitted = scorer.num_layers, fitted
+        self.num_layers = scorer.num_layers if getattr(scorer, "has_layers", True) else 0  # that can be read
+        self.fitted = fitted
         if fitted is not None:
             self.lens_facts = fitted.facts
             scorer.lens = fitted.lens.to(device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lead_ds.config import load_config
 from lead_ds.data.collections.dataset import Dataset
@@ -23,6 +24,7 @@ from lead_ds.retrieval.metrics import score_run
 from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.retrieval.search import Searcher
 from lead_ds.retrieval.sparse import SparseVectors
+from lead_ds.teachers.teach import teach
 from tests.models.tiny_models import tiny_model
 
 LOSSES: dict[str, Any] = {"contrastive": {"weight": 1.0}, "response": {"weight": 1.0}, "layer": {"weight": 0.0}}
@@ -74,6 +76,24 @@ def test_it_is_a_teacher_in_packed_rows_too(configure: Callable[..., Path], mask
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows if "parts" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_its_relevance_is_cached(configure: Callable[..., Path], masked: str, tmp_path: Path) -> None:
+    train = {"steps": 1, "batch_size": 4, "evaluate_every": 0}
+    teacher = {"kind": "sparse", "path": masked, "scale": "none"}
+    config = load_config(run_of(configure, masked, extra_teacher=teacher, train=train))
+    cache = teach(config, tmp_path / "cache", epochs=1, quiet=True)
+    assert cache.num_layers == 0  # and its final state
+    tree = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    tree["teacher"] = {"kind": "cached", "path": str(cache.folder)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    distill(load_config(tmp_path / "run.yaml"), quiet=True)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["parts"]["response"] == pytest.approx(0.0, abs=1e-5)  # it is what the student begins as
+    with pytest.raises(InputError, match=r"losses\.layer"):
+        distill(
+            load_config(tmp_path / "run.yaml", ["losses.layer.weight=1", f"output={tmp_path / 'other'}"]), quiet=True
+        )
 
 
 def test_search_evaluation_and_mining_equal_dense_products(rooms: Path, masked: str, tmp_path: Path) -> None:
