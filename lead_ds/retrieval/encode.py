@@ -27,7 +27,7 @@ from lead_ds.io.shards import MANIFEST, refuse_strangers, turns, unfinished
 from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
 from lead_ds.retrieval.precision import Embed, Precision, in_precision
 from lead_ds.retrieval.small import CALIBRATED_ON, SMALL, quantise, ranges_of, restored
-from lead_ds.retrieval.sparse import SparseVectors
+from lead_ds.retrieval.sparse import SparseVectors, finite_rows
 
 STRETCH = 8192  # texts tokenised at once and sorted by length together: little padding, little memory
 SHARD_ROWS = 65_536
@@ -126,12 +126,7 @@ def encode_texts(
 def _refuse_not_finite(
     vectors_BD: Tensor, kind: str, texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int]
 ) -> None:
-    if vectors_BD.is_sparse:
-        found = vectors_BD.coalesce()
-        finite_B = torch.ones(len(rows), dtype=torch.bool, device=found.device)
-        finite_B[found.indices()[0, ~found.values().isfinite()]] = False
-    else:
-        finite_B = vectors_BD.isfinite().all(1)
+    finite_B = finite_rows(vectors_BD)
     if not finite_B.all():
         row = rows[int((~finite_B).nonzero()[0])]
         what = f"the model's vector of text {row + 1} is not finite: {texts([row])[0][:80]!r}"

@@ -48,6 +48,16 @@ class SparseVectors:
         return (self.rows[list(at)] @ other.rows[[row]].T).toarray()[:, 0].tolist()
 
 
+def finite_rows(vectors_BV: Tensor) -> Tensor:
+    """[B] bool: whether every number of a vector, dense or sparse, is finite."""
+    if not vectors_BV.is_sparse:
+        return vectors_BV.isfinite().all(1)
+    found = vectors_BV.coalesce()
+    finite_B = torch.ones(len(vectors_BV), dtype=torch.bool, device=found.device)
+    finite_B[found.indices()[0, ~found.values().isfinite()]] = False
+    return finite_B
+
+
 def sparse_search(queries: SparseVectors, passages: SparseVectors, k: int) -> tuple[Tensor, Tensor]:
     """Scores float32 [Q, k] and rows int64 [Q, k] of the passages with the largest inner products, best first.
 

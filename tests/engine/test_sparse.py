@@ -23,7 +23,7 @@ from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.metrics import score_run
 from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.retrieval.search import Searcher
-from lead_ds.retrieval.sparse import SparseVectors
+from lead_ds.retrieval.sparse import SparseVectors, finite_rows
 from lead_ds.teachers.teach import teach
 from tests.models.tiny_models import tiny_model
 
@@ -124,6 +124,7 @@ def test_a_passage_without_a_term_of_the_query_is_not_found() -> None:
     scores, found = exact_search(rows([1.0, 0.0, 2.0], [0.0, 0.0, 0.0]), rows([0.0, 3.0, 0.0], [1.0, 0.0, 1.0]), 2)
     assert scores.tolist() == [[3.0, 0.0], [0.0, 0.0]]
     assert found.tolist() == [[1, -1], [-1, -1]]
+    assert finite_rows(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]).to_sparse()).tolist() == [True, False]
     run = make_run(["a", "b"], scores.tolist(), found.tolist(), ["x", "y"])
     assert run == {"a": {"y": 3.0}, "b": {}}
     assert score_run(run, {"a": {"y": 1}, "b": {"x": 1}}, ["RR@10"]).mean["RR@10"] == 0.5
