@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# As in the processes that tests start, so that sums have one order; and as many at once as there are cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
