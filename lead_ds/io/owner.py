@@ -121,7 +121,9 @@ class Owner:
                     # This process was stopped for so long that another host took it for gone.
                     told = f"error: {self.path.parent}: {_told(found)}: this process is ended (start it again with --resume)"
                     print(told, file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: it also ends a wait
+                    # As Ctrl-C, which also ends a wait; what a script started in the background ignores that.
+                    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+                    os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
                     return
                 self.facts["beat"] += 1
                 _write(self.path, self.facts)

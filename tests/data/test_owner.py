@@ -123,9 +123,11 @@ def test_of_many_that_take_over_one_gets_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_owner_that_was_taken_for_gone_ends(quick: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interrupt", ["signal.default_int_handler", "signal.SIG_IGN"])  # SIG_IGN: in the background
+def test_an_owner_that_was_taken_for_gone_ends(quick: None, tmp_path: Path, interrupt: str) -> None:
+    program = f"import signal\nsignal.signal(signal.SIGINT, {interrupt})\n{HOLD}"
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
