@@ -20,7 +20,7 @@ from lead_ds.errors import InputError
 from lead_ds.settings.data import DataSet
 
 CYCLE = 4096  # draws over which the shares are exact, to one draw
-_SHIFT = 56  # keys of a set's passages and queries are told apart from another set's by the bits above
+_SHIFT = 56  # the bits above this one hold the set's number, so that keys of different sets never collide
 
 
 class Drawn(NamedTuple):

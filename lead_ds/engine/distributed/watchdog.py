@@ -21,7 +21,7 @@ from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.distributed.waits import collective, lock_file
 
 GRACE = 20.0  # seconds a stopping run may stand still: its launcher is ending it because another rank is gone
-AGAIN = 60.0  # seconds until a wait is told again
+AGAIN = 60.0  # seconds until a wait is reported again
 
 
 class Watchdog:
@@ -37,7 +37,8 @@ class Watchdog:
         self.interval = min(10.0, max(0.2, self.limit / 8)) if minutes else 10.0
         self.count, self.place, self.watched = 0, "loading data and models", True
         self.moved, self.longest = time.monotonic(), 0.0
-        self._waits: tuple[str | None, float, float] = None, 0.0, 0.0  # for what, since when, until when it is not told
+        # For what, since when, and until when it is not reported.
+        self._waits: tuple[str | None, float, float] = None, 0.0, 0.0
         self._main = threading.get_ident()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
