@@ -24,7 +24,7 @@ from lead_ds.models.special_weights import check_quantised
 from lead_ds.models.static import StaticModel, static_shape
 from lead_ds.settings.model import ModelConfig
 
-Family = Literal["base", "classifier", "causal", "masked"]
+Family = Literal["base", "classifier", "causal", "masked", "seq2seq"]
 
 # Encoders that are read without the decoder that they were trained with, as sentence-transformers reads them.
 _ENCODERS = {
@@ -76,6 +76,7 @@ def auto_class(shape: Any, family: Family) -> Any:
         "classifier": transformers.AutoModelForSequenceClassification,
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
     }[family]
 
 
@@ -84,8 +85,8 @@ def load_model(
 ) -> Any:
     """A transformers model, in evaluation mode, its weights in `dtype`; with `depth`, of its first layers only.
 
-    family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification), "causal" (AutoModelForCausalLM) or "masked"
-    (AutoModelForMaskedLM).
+    family: "base" (AutoModel), "classifier" (AutoModelForSequenceClassification), "causal" (AutoModelForCausalLM), "masked"
+    (AutoModelForMaskedLM) or "seq2seq" (AutoModelForSeq2SeqLM).
     new_head: a missing classification head is initialised. Every other missing weight is an InputError, as is a path
     that is not a model, pickled weights without `allow_pickle`, or code without `trust_remote_code`.
     """

@@ -29,6 +29,7 @@ _TASKS: dict[Family, str] = {
     "classifier": "sequence-classification",
     "causal": "text-generation",
     "masked": "fill-mask",
+    "seq2seq": "feature-extraction",  # sentence-transformers has no task of it
 }
 
 

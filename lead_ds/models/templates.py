@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lead_ds.data.tokens.layouts import Conversation, Enclosed, Filled, Joined, Layout
-from lead_ds.data.tokens.tokenizer import leading_tokens
+from lead_ds.data.tokens.layouts import Conversation, Enclosed, Filled, Joined, Layout, Whole
+from lead_ds.data.tokens.tokenizer import leading_tokens, trailing_tokens
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import Family, has_classifier
 from lead_ds.models.chain import open_chain
@@ -45,7 +45,7 @@ class Card:
     whole: bool = True  # an answer must be one token; False: the first of several is read
     divisor: float = 1.0
     prompts: tuple[str, str] = ("", "")  # of query and passage, where the tokenizer pairs them
-    head: str | None = None  # causal or classifier, where only one of these is meant
+    head: str | None = None  # classifier or seq2seq, where only that is meant
 
 
 def _plain(reading: Reading, instruction: str | None) -> Layout:
@@ -81,6 +81,10 @@ def _zerank(reading: Reading, instruction: str | None) -> Layout:
     return Stripped(prompt, leading=leading_tokens(reading.tokenizer))
 
 
+def _monot5(reading: Reading, instruction: str | None) -> Layout:
+    return Whole("Query: {query} Document: {passage} Relevant:")
+
+
 @dataclass(frozen=True)
 class Stripped(Filled):
     """A template whose texts lose what is blank at their edges, and all beyond so many characters."""
@@ -103,6 +107,12 @@ CARDS: dict[str, Card] = {
     "zerank": Card("Yes", None, _zerank, r"zerank", instructed=False, whole=False, divisor=5.0),
     "rankllama": Card(
         "", None, lambda *_: None, r"rankllama", instructed=False, prompts=("query: ", "document: "), head="classifier"
+    ),
+    "monot5": Card(
+        "true", "false", _monot5, r"monot5|(?<!p)mt5-(3b|13b)-mmarco", instructed=False, whole=False, head="seq2seq"
+    ),
+    "monomt5": Card(
+        "yes", "no", _monot5, r"(?<!p)mt5-base-\S*msmarco|(?<!p)mt5-base-mmarco", instructed=False, head="seq2seq"
     ),
 }
 
@@ -133,7 +143,7 @@ def asked(config: Any, reading: Reading, family: str, head: Family) -> Asked | N
     if template is None:
         reader = None if reading.chain is None else reading.chain[0]
         if reader is None:
-            template = next((name for name, card in CARDS.items() if _named(reading.path, card.known)), None)
+            template = known_as(reading.path, CARDS)
             chat = str(reading.tokenizer.chat_template or "")
             trained = head == "causal" or (reading.shape is not None and has_classifier(reading.shape))
             if chat and trained and (template is None or ("query" in chat and "document" in chat)):
@@ -147,13 +157,22 @@ def asked(config: Any, reading: Reading, family: str, head: Family) -> Asked | N
         if instruction is not None and "{instruction}" not in template:
             raise InputError("instruction", "has no place in the template", "put {instruction} there, or take it out")
         text = SEARCH if instruction is None else instruction
-        return Asked(Filled(template, text, leading_tokens(reading.tokenizer)), None)
+        after = trailing_tokens(reading.tokenizer) if head == "seq2seq" else ()  # an encoder reads the whole prompt
+        return Asked(Filled(template, text, leading_tokens(reading.tokenizer), after), None)
     card = CARDS[template]
-    if card.head not in (None, head):
+    if card.head == "classifier" != head:
         raise InputError("template", f"{template} is a classifier's", "use kind: cross_encoder")
+    if (card.head == "seq2seq") != (head == "seq2seq"):
+        ways = ", ".join(name for name, card in CARDS.items() if (card.head == "seq2seq") == (head == "seq2seq"))
+        raise InputError("template", f"{template} is of another architecture than the model", f"use one of {ways}")
     if instruction is not None and not card.instructed:
         raise InputError("instruction", f"is ignored by template: {template}", "take it out")
     return Asked(card.layout(reading, instruction), card)
+
+
+def known_as(path: str, names: Iterable[str]) -> str | None:
+    """The first of `names` of templates whose models a directory's name, or its configuration, says it is one of."""
+    return next((name for name in names if _named(path, CARDS[name].known)), None)
 
 
 def _named(path: str, known: str) -> bool:

@@ -86,7 +86,7 @@ class PairConfig(ModelConfig):
         None,
         description="how a frozen model is given a pair: a prompt with {query}, {passage} and perhaps {instruction}, of which "
         "the passage is cut; or that of published models and their code, cut as there: qwen3, bge_gemma, mxbai, zerank, "
-        "rankllama; plain: a general one; pair: the tokenizer's own. null: as the model's files or its name say",
+        "rankllama, monot5, monomt5; plain: a general one; pair: the tokenizer's own. null: as the model's files or its name say",
     )
     instruction: str | None = Field(
         None, description="the task, stated in the prompt. null: as the model's files or its template have it"

@@ -110,6 +110,25 @@ for name, (card, repository, _) in rerankers.CARDS.items():
                 folder / at, chat=rerankers.CHAT if zerank else None, positions=16384
             )
         )
+TRUE, YES = ("true", "false"), ("yes", "no")
+for name, repository, answers, tied, settings in (
+    ("by its name", "monot5-base-msmarco", TRUE, True, ()),
+    ("of T5 1.1, template", "model", TRUE, False, ("template=monot5", "max_length=60")),
+    ("multilingual, by its name", "mt5-base-mmarco-v2", YES, False, ()),
+):
+    pair_format(
+        f"monoT5: {name}",
+        settings=settings,
+        kind="llm_reranker" if settings else None,
+        source="its card's code",
+        reference=lambda path, queries, passages, answers=answers, length=60 if settings else 128: (
+            rerankers.monot5_card(path, list(zip(queries, passages, strict=True)), length, answers)
+        ),
+    )(
+        lambda folder, at=repository, answers=answers, tied=tied: rerankers.answering(
+            folder / at, "mt5" if at.startswith("mt5") else "t5", answers, tied=tied
+        )
+    )
 pair_format("a decoder reranker of which nothing is known", kind="llm_reranker", refused="set template", source=BARE)(
     lambda folder: rerankers.made(folder)
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
 
+from tests.helpers.tiny import tiny_tokenizer
 from tests.models.tiny_models import tiny_model
 
 LONG = "bread rises because yeast makes gas and keeps longer with sourdough " * 5
@@ -136,6 +139,49 @@ def zerank_card(path: str, pairs: list[tuple[str, str]], length: int) -> Tensor:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         rows.append(tokenizer(text)["input_ids"])
     return logits(path, rows)[:, tokenizer.encode("Yes", add_special_tokens=False)[0]] / 5.0
+
+
+def answering(folder: Path, family: str, answers: tuple[str, str], *, tied: bool) -> str:
+    """A whole T5 whose tokenizer ends a text with </s> and has each answer as a word of its own."""
+    path = str(tiny_tokenizer(folder, "unigram"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] += [[f"▁{answer}", -5.0] for answer in answers]
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    whole = {"type": "TemplateProcessing", "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    state["post_processor"] = whole | {"single": [first, end], "pair": [first, end, second, end]}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    kept = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128, **kept)
+    fast.save_pretrained(path)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+    shape |= {"vocab_size": len(fast), "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    shape |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **shape)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    return path
+
+
+def monot5_card(path: str, pairs: list[tuple[str, str]], length: int, answers: tuple[str, str]) -> Tensor:
+    """Its first generated token: the logit of the first answer over that of the second."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32).eval()
+    yes, no = (tokenizer.convert_tokens_to_ids(f"▁{answer}") for answer in answers)
+    found = []
+    for query, passage in pairs:
+        text = f"Query: {query} Document: {passage} Relevant:"
+        read = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+        start = torch.tensor([[model.config.decoder_start_token_id]])
+        with torch.no_grad():
+            said = model(input_ids=read["input_ids"], decoder_input_ids=start).logits[0, 0]
+        found.append(said[yes] - said[no])
+    return torch.stack(found)
 
 
 CARDS: dict[str, tuple[Callable[[str, list[tuple[str, str]], int], Tensor], str, tuple[int, ...]]] = {

@@ -15,7 +15,18 @@ from torch import Tensor
 from lead_ds.config import TeacherConfig
 from lead_ds.errors import InputError
 from lead_ds.models.load import kind_of, load_scorer, load_teacher, load_text
-from tests.models.reranker_cards import CARDS, CHAT, JUDGE, PAIRS, PASSAGES, QUERIES, made, scored
+from tests.models.reranker_cards import (
+    CARDS,
+    CHAT,
+    JUDGE,
+    PAIRS,
+    PASSAGES,
+    QUERIES,
+    answering,
+    made,
+    monot5_card,
+    scored,
+)
 from tests.models.tiny_models import tiny_model
 
 
@@ -50,6 +61,30 @@ def test_rankllama_is_a_classifier_of_prefixed_pairs(tmp_path: Path) -> None:
     torch.testing.assert_close(scores, torch.stack(expected), rtol=2e-5, atol=2e-5)
     with pytest.raises(InputError, match="rankllama is a classifier's"):
         ours(path, template="rankllama")
+
+
+def test_a_monot5_is_read_where_it_begins_to_answer(tmp_path: Path) -> None:
+    answers = ("true", "false")
+    path = answering(tmp_path / "monot5-tiny", "t5", answers, tied=True)
+    assert kind_of(path) == "llm_reranker"
+    scores = ours(path)
+    torch.testing.assert_close(scores, monot5_card(path, PAIRS, 128, answers), rtol=2e-5, atol=2e-5)
+    config = TeacherConfig(kind="llm_reranker", path=path)
+    teacher, encoder = load_teacher(config, torch.float32), load_text(config)
+    with torch.no_grad():
+        layers = teacher(tokens=encoder.pairs(QUERIES, PASSAGES), layers=[0, 1, 2])  # of the decoder, which has three
+    torch.testing.assert_close(layers[2:], scores.expand(2, -1), rtol=1e-5, atol=1e-5)
+    assert (layers[0] - scores).abs().max() > 1e-3
+    prompt = encoder.pairs(["owl"], ["crab"])["input_ids"]
+    said = "Query: {query} Document: {passage} Relevant:"  # the same, as a prompt of one's own, with its </s>
+    again = load_text(config.model_copy(update={"template": said})).pairs(["owl"], ["crab"])["input_ids"]
+    assert again.tolist() == prompt.tolist()
+    with pytest.raises(InputError, match=r"of another architecture than the model \(use one of monot5, monomt5\)"):
+        ours(path, template="qwen3")
+    with pytest.raises(InputError, match="no file of it says how"):
+        ours(answering(tmp_path / "other", "t5", answers, tied=True))
+    with pytest.raises(InputError, match="use one of plain, pair, qwen3"):
+        ours(made(tmp_path / "decoder"), template="monot5")
 
 
 def reference(path: str, length: int | None = None) -> Tensor:

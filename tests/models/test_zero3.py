@@ -9,6 +9,7 @@ import torch
 
 from lead_ds.models.load import load_encoder
 from tests.helpers.launch import launch
+from tests.models.reranker_cards import answering
 from tests.models.tiny_models import tiny_model, tokens_of
 
 
@@ -23,12 +24,15 @@ from tests.models.tiny_models import tiny_model, tokens_of
         ("cross_encoder", "roberta", "classifier", "auto"),
         ("cross_encoder", "bert", "classifier", "auto"),
         ("llm_reranker", "llama", "causal", "auto"),
+        ("llm_reranker", "t5", "seq2seq", "auto"),
     ],
 )
 def test_a_sharded_teacher_says_what_a_whole_one_says(
     tmp_path: Path, kind: str, family: str, saved_as: str, pooling: str
 ) -> None:
-    path = tiny_model(tmp_path, family, saved_as)
+    path = (
+        answering(tmp_path, "t5", ("y", "n"), tied=True) if family == "t5" else tiny_model(tmp_path, family, saved_as)
+    )
     for answer in launch("tests.models.zero3_jobs:teacher", 2, path=path, kind=kind, pooling=pooling):
         assert answer["sharded"]
         assert answer["equal"]

@@ -32,6 +32,7 @@ class Filled:
     template: str
     instruction: str = ""
     leading: tuple[int, ...] = ()  # what the tokenizer puts before a text
+    trailing: tuple[int, ...] = ()  # and behind it
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
         """See `Layout`. A query keeps up to 3/4 of the room that the template leaves, and what its passage does not need."""
@@ -43,12 +44,12 @@ class Filled:
             return_attention_mask=False,
             verbose=False,  # what is too long is cut below: no warning about its length
         )
-        start = list(self.leading)
+        start, end = list(self.leading), list(self.trailing)
         rows = []
         for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], filled, strict=True):
-            excess = len(start) + len(ids) - length
+            excess = len(start) + len(ids) + len(end) - length
             dropped = _dropped(offsets, spans, excess) if excess > 0 else ()
-            rows.append(start + [token for i, token in enumerate(ids) if i not in dropped])
+            rows.append(start + [token for i, token in enumerate(ids) if i not in dropped] + end)
         return rows, None
 
     def _filled(self, query: str, passage: str) -> tuple[str, dict[str, list[Span]]]:
@@ -61,6 +62,24 @@ class Filled:
             if piece in spans:
                 spans[piece].append((start, len(text)))
         return text, spans
+
+    def __str__(self) -> str:
+        return self.template
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A template read as one text with the tokenizer's special tokens, of which the end is cut, whatever stands there."""
+
+    template: str  # with {query} and {passage}
+
+    def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
+        """See `Layout`."""
+        texts = []
+        for query, passage in zip(queries, passages, strict=True):
+            filled = {"{query}": query, "{passage}": passage}
+            texts.append("".join(filled.get(piece, piece) for piece in _PLACES.split(self.template)))
+        return tokenizer(texts, truncation=True, max_length=length, return_attention_mask=False)["input_ids"], None
 
     def __str__(self) -> str:
         return self.template

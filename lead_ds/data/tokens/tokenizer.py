@@ -97,6 +97,12 @@ def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
     return tuple(whole[: whole.index(plain[0])]) if plain else ()
 
 
+def trailing_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts after a text (EOS)."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return tuple(whole[whole.index(plain[-1]) + 1 :]) if plain else ()
+
+
 def keep_markers_whole(tokenizer: Any, prompts: list[str]) -> None:
     """A prompt that is one entry of the vocabulary, such as ColBERT's [unused0], becomes one token and not its pieces."""
     vocabulary = tokenizer.get_vocab()

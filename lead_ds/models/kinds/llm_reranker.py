@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.layouts import Filled
 from lead_ds.errors import InputError
-from lead_ds.models.backbone import load_model
+from lead_ds.models.backbone import load_model, read_model_config
 from lead_ds.models.files import family_of, logit_score, read_json, transformer_folder
 from lead_ds.models.kinds.kind import KINDS, Use
 from lead_ds.models.kinds.pairs import PairScorer, pooled, pooling
-from lead_ds.models.templates import CARDS, Asked, asked
+from lead_ds.models.templates import CARDS, Asked, asked, known_as
 from lead_ds.models.text import Reading
 from lead_ds.settings.model import PairConfig
 
@@ -73,7 +73,20 @@ class LLMReranker(PairScorer):
 
     @classmethod
     def claims(cls, path: str) -> int:
-        return 3 if logit_score(path) is not None else 0
+        if logit_score(path) is not None:
+            return 3
+        names = read_json(path, "config.json").get("architectures") or ()
+        generates = any(str(name).endswith("ForConditionalGeneration") for name in names)
+        return 3 if generates and family_of(path) is None and known_as(path, ("monot5", "monomt5")) else 0
+
+    @classmethod
+    def load(cls, config: Any, dtype: torch.dtype, **how: Any) -> Any:
+        """See `Kind`: of an encoder-decoder one that is read where it begins to answer."""
+        if not getattr(read_model_config(config), "is_encoder_decoder", False):
+            return super().load(config, dtype, **how)
+        from lead_ds.models.seq2seq_reranker import Seq2SeqReranker
+
+        return Seq2SeqReranker.opened(config, dtype)
 
     @classmethod
     def read_text(cls, config: Any) -> TextEncoder:
@@ -92,12 +105,12 @@ class LLMReranker(PairScorer):
         """The backbone alone: which rows of the head are kept is known to the tokenizer only, and they weigh nothing."""
         with torch.device("meta"):
             random = config.model_copy(update={"weights": "random"})
-            backbone = load_model(random, "base", torch.bfloat16, depth)
+            whole = bool(getattr(read_model_config(random), "is_encoder_decoder", False))
+            backbone = load_model(random, "seq2seq" if whole else "base", torch.bfloat16, None if whole else depth)
         return backbone, backbone, int(backbone.config.get_text_config().hidden_size)
 
     def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        mask_BL = tokens["attention_mask"]
-        read = self.run(tokens, layers, lambda state: pooled(self._pool, state, mask_BL), through_norm=False)
+        read = self.run(tokens, layers, lambda state: self._answering(state, tokens), through_norm=False)
         logits_KBA = torch.stack(read).float() @ self.rows_AD.float().T + self.bias_A.float()
         logits_KBA = logits_KBA * self.logit_scale
         if self.softcap is not None:
@@ -106,15 +119,21 @@ class LLMReranker(PairScorer):
         scores_KB = scores_KB / self.divisor
         return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)
 
+    def _answering(self, states_BLD: Tensor, tokens: Tokens) -> Tensor:
+        """[B, D]: the state that says the answer."""
+        return pooled(self._pool, states_BLD, tokens["attention_mask"])
+
 
 def _asked(config: LLMRerankerConfig, reading: Reading) -> Asked:
     """How pairs are put to it. Raises InputError where nothing says: no prompt is guessed for a language model."""
-    how = asked(config, reading, LLMReranker.family, "causal")
+    whole = bool(getattr(reading.shape, "is_encoder_decoder", False))
+    how = asked(config, reading, LLMReranker.family, "seq2seq" if whole else "causal")
     if how is None and config.yes_token == "auto":
         what = "no file of it says how a decoder reranker is asked"
         remedy = f"set template: one of {', '.join(CARDS)}, or the prompt itself"
         raise InputError(config.path, what, remedy)
-    return how or Asked(CARDS["plain"].layout(reading, config.instruction), CARDS["plain"])
+    card = CARDS["monot5" if whole else "plain"]
+    return how or Asked(card.layout(reading, config.instruction), card)
 
 
 def answer_tokens(tokenizer: Any, config: LLMRerankerConfig, how: Asked) -> list[int]:
