@@ -67,7 +67,8 @@ def keep_experts_together(model: nn.Module) -> list[str]:
 
     Without it ranks would gather different parameters, and wait for each other for ever.
     """
-    blocks = {type(module) for module in model.modules() if isinstance(getattr(module, "experts", None), nn.ModuleList)}
+    apart = (nn.ModuleList, nn.ModuleDict)
+    blocks = {type(module) for module in model.modules() if isinstance(getattr(module, "experts", None), apart)}
     if not blocks:
         return []
     from deepspeed.utils import set_z3_leaf_modules
