@@ -1,69 +1,52 @@
 #!/usr/bin/env bash
-# Kernels and training throughput on one GPU, in under nine minutes, everything into OUT.
+# What one GPU has to say, in under eight minutes, what we most need to know first; everything into OUT.
 #
 #     benchmarks/gpu_suite.sh OUT
+#     benchmarks/gpu_suite.sh OUT --dry-run     # the same parts in small, on a CPU: whether the script works
 #
-# Each part has its own time limit and fails alone. PYTHON names the interpreter. Results: OUT/*.json (a JSON object a line),
-# OUT/*.log, OUT/machine.txt.
+# Each part has its own time limit, fails alone and says in one line what it found. PYTHON names the interpreter; packages
+# may come by PYTHONPATH. Results: OUT/*.json (a JSON object a line, written as they come), OUT/*.log, OUT/machine.txt.
 set -u
-if [ $# -ne 1 ]; then
-  echo "usage: $0 OUT" >&2
+if [ $# -lt 1 ] || [ $# -gt 2 ] || { [ $# = 2 ] && [ "$2" != --dry-run ]; }; then
+  echo "usage: $0 OUT [--dry-run]" >&2
   exit 2
 fi
+. "$(dirname "$0")/suite.sh"
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
-out=$1
+out=$1 dry=${2:-}
 mkdir -p "$out"
-export DS_SKIP_CUDA_CHECK=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD
-failed=0
+machine >"$out/machine.txt" 2>&1
 
-part() { # seconds name command...: run it within its time, say how it went
-  local seconds=$1 name=$2 status=0
+train() { # seconds, preset, arguments...: throughput of a preset; dry: of a small one, whatever was asked
+  local seconds=$1 preset=$2
   shift 2
-  local start=$SECONDS
-  timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || status=$?
-  case $status in
-    0) echo "$name: done in $((SECONDS - start)) s" ;;
-    124) echo "$name: cut off after $seconds s, see $out/$name.log" ;;
-    *) echo "$name: failed with status $status: $(grep -v '^ *$' "$out/$name.log" | tail -n 1)" ;;
-  esac
-  [ "$status" = 0 ] || failed=1
-}
-
-has() { # modules...: name those that are missing
-  local missing=""
-  for module in "$@"; do
-    "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" || missing="$missing $module"
-  done
-  if [ -n "$missing" ]; then
-    echo "missing for this part:$missing (pip install$missing)"
-    return 1
+  if [ -n "$dry" ]; then
+    part 600 "$preset" "$python" -m benchmarks.throughput --preset tiny --providers lead-ds,bare --steps 1 --warmup 1 \
+      --rounds 1 --out "$out/$preset.json"
+  else
+    part "$seconds" "$preset" "$python" -m benchmarks.throughput --preset "$preset" --out "$out/$preset.json" "$@"
   fi
 }
 
-{
-  nvidia-smi || echo "no nvidia-smi"
-  "$python" --version
-  "$python" -m pip list 2>/dev/null | grep -iE "^(torch|triton|deepspeed|transformers|flash|pydantic) "
-} >"$out/machine.txt" 2>&1
-if ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
-  echo "error: $python sees no CUDA device (is this torch a CUDA build, and is there a GPU?)" >&2
+limit=60 device=cuda kernel_seconds=30
+if [ -n "$dry" ]; then
+  limit=900 device=cpu kernel_seconds=600
+elif ! sees_gpus 1; then
   exit 1
 fi
-
+if has triton "${training[@]}"; then
+  part $limit first "$python" -m benchmarks.first --device $device --out "$out/first.json"
+fi
 if has triton; then
   for kernel in maxsim layer_kl attention_kl; do
-    part 50 "kernel-$kernel" "$python" -m benchmarks.kernels --kernel $kernel --quick --out "$out/kernel-$kernel.json"
+    part $kernel_seconds "kernel-$kernel" \
+      "$python" -m benchmarks.kernels --kernel $kernel --quick --device $device --out "$out/kernel-$kernel.json"
   done
-else
-  failed=1
 fi
-if has deepspeed pydantic transformers accelerate tokenizers safetensors yaml rich; then
-  part 85 bert "$python" -m benchmarks.throughput --preset bert --out "$out/bert.json" --compare teacher.passes=packed
-  part 105 7b "$python" -m benchmarks.throughput --preset 7b --out "$out/7b.json"
-  part 105 8b "$python" -m benchmarks.throughput --preset 8b --out "$out/8b.json"
-  part 90 reranker "$python" -m benchmarks.throughput --preset reranker --out "$out/reranker.json"
-else
-  failed=1
+if has "${training[@]}"; then
+  train 75 bert --compare teacher.passes=packed
+  train 95 7b
+  train 75 reranker
+  train 80 8b
 fi
 exit $failed

@@ -283,6 +283,22 @@ def table(rows: list[Row]) -> str:
     return "\n".join(text)
 
 
+def found(rows: list[Row]) -> str:
+    """In one line: ours beside the best of the others, at the largest shape that was run."""
+    timed = [row for row in rows if row["metric"] == "time" and row["mode"] == MODES[1]]
+    largest = [row for row in timed if row["shape"] == timed[-1]["shape"]]
+    ours = next((row for row in largest if row["provider"] == "lead-ds"), None)
+    others = [row for row in largest if not row["provider"].startswith("lead-ds")]
+    if ours is None or not others:
+        return "nothing was timed: see the log"
+    best = min(others, key=lambda row: row["value"])
+    shape = " ".join(f"{key}{value}" for key, value in ours["shape"].items())
+    return (
+        f"{ours['kernel']} {shape}, {MODES[1]}: {ours['value']:.3g} ms, {ours['roofline']:.0%} of the floor; "
+        f"{best['provider']} {best['value']:.3g} ms"
+    )
+
+
 def plot(spec: KernelSpec, rows: list[Row], path: Path) -> None:
     """Time and peak memory of forward + backward over problem size, one line a provider."""
     import matplotlib
@@ -345,17 +361,21 @@ def main() -> None:
         f"{machine(device)}; ceilings {ceilings.flops:.3g} FLOP/s, {ceilings.bandwidth:.3g} B/s, {ceilings.exp2:.3g} exp2/s"
     )
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text("")
     rows: list[Row] = []
     for spec in specs(given.kernel):
         of_spec = []
         for row in run(spec, device, ceilings, given.quick, given.clock):
             of_spec.append(row)
+            with given.out.open("a", encoding="utf-8") as file:  # at once: the run may be cut off
+                file.write(json.dumps(row) + "\n")
             print(f"{row['kernel']} {row['shape']} {row['mode']} {row['provider']} {row['metric']}: {row['value']:.4g}")
         rows += of_spec
         if of_spec:
             plot(spec, of_spec, given.out.with_name(f"{given.out.stem}-{spec.name}.png"))
-    given.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(table(rows))
+    for spec in specs(given.kernel):
+        print(f"found: {found([row for row in rows if row['kernel'] == spec.name])}")
 
 
 if __name__ == "__main__":

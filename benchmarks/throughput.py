@@ -29,7 +29,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import fmean
@@ -125,17 +125,16 @@ def _groups(data: Path) -> int:
 
 def measure(
     config: Config, names: Sequence[str], ranks: Ranks, *, warmup: int, steps: int, rounds: int, flops: float | None
-) -> list[Row]:
+) -> Iterator[Row]:
     """The rows of one setting: build and warm up each provider, let them take turns, then look at memory and waiting."""
     runners: list[Runner] = []
-    rows: list[Row] = []
     for name in names:
         try:
             runner = build_runner(name, config, ranks, runners)
             runner.warm_up(warmup)
             runners.append(runner)
         except torch.cuda.OutOfMemoryError:
-            rows.append({"provider": name, "metric": "outcome", "unit": "", "value": "out of memory"})
+            yield {"provider": name, "metric": "outcome", "unit": "", "value": "out of memory"}
             torch.cuda.empty_cache()
     times: dict[str, list[dict[str, float]]] = {runner.name: [] for runner in runners}
     done = warmup
@@ -146,23 +145,22 @@ def measure(
             times[runner.name] += runner.timed(done, count)
         done += count
     for runner in runners:
-        rows += speed_rows(runner, times[runner.name], ranks, flops)
+        yield from speed_rows(runner, times[runner.name], ranks, flops)
     bare = times.get("bare")
     for runner in runners:
         if bare and runner.name == "lead-ds":
-            rows.append(row_of(runner, "overhead ratio", "x", overhead(times[runner.name], bare)))
+            yield row_of(runner, "overhead ratio", "x", overhead(times[runner.name], bare))
         if runner.talks and ranks.world > 1:
-            rows.append(row_of(runner, "exposed communication", "ms", exposed_communication(runner, done, ranks)))
+            yield row_of(runner, "exposed communication", "ms", exposed_communication(runner, done, ranks))
             done += TRACED
         elif runner.talks:
-            rows.append(row_of(runner, "exposed communication", "ms", 0.0))
+            yield row_of(runner, "exposed communication", "ms", 0.0)
     for runner in runners:
         held, peaks = runner.held, runner.peaks(done)
-        rows.append(row_of(runner, "memory held between steps", "MiB", held / MIB))
-        rows.append(row_of(runner, "peak memory", "MiB", (held + max(peaks.values())) / MIB))
-        rows += [row_of(runner, f"peak memory, {part}", "MiB", (held + x) / MIB) for part, x in peaks.items()]
+        yield row_of(runner, "memory held between steps", "MiB", held / MIB)
+        yield row_of(runner, "peak memory", "MiB", (held + max(peaks.values())) / MIB)
+        yield from [row_of(runner, f"peak memory, {part}", "MiB", (held + x) / MIB) for part, x in peaks.items()]
         runner.close()
-    return rows
 
 
 def overhead(ours: list[dict[str, float]], bare: list[dict[str, float]]) -> float:
@@ -296,7 +294,6 @@ def main(given: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace, here: Ranks, folder: Path) -> None:
     """Every setting in turn."""
     say: Callable[[str], None] = print if here.main else lambda text: None
-    warmup, steps = lengths_of(options)
     if options.clock == "processor":
         if here.device.type == "cuda":
             raise InputError("--clock", "processor time is not a GPU's", "leave it out")
@@ -320,13 +317,6 @@ def run(options: argparse.Namespace, here: Ranks, folder: Path) -> None:
             if here.main:
                 write_files(preset, config, folder, here.world, options.lengths or preset.lengths)
             here.barrier()
-        if options.memory_steps:
-            rows = memory_over(config, options.memory_steps, here, names[0])
-        else:
-            rows = []
-            if preset and preset.same_losses and here.world == 1 and "LEAD's loop" in names:
-                rows += loss_rows(config, here, say)
-            rows += measure(config, names, here, warmup=warmup, steps=steps, rounds=options.rounds, flops=options.flops)
         common = {
             "benchmark": "throughput",
             "preset": options.preset or str(options.config),
@@ -337,11 +327,44 @@ def run(options: argparse.Namespace, here: Ranks, folder: Path) -> None:
             "versions": versions(),
             "date": date.today().isoformat(),
         }
-        if here.main:
-            show(rows, common["setting"] or "as preset")
-            if options.out:
+        rows = []
+        for row in rows_of(options, config, names, here, say):
+            rows.append(row)
+            if here.main and options.out:  # at once: the run may be cut off
                 with options.out.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({**common, **row}) + "\n" for row in rows)
+                    file.write(json.dumps({**common, **row}) + "\n")
+        title = common["setting"] or "as preset"
+        if here.main:
+            show(rows, title)
+        if not options.memory_steps:
+            say(f"found: {common['preset']}, {title}: {found(rows)}")
+
+
+def rows_of(
+    options: argparse.Namespace, config: Config, names: Sequence[str], here: Ranks, say: Callable[[str], None]
+) -> Iterator[Row]:
+    """The rows of one setting, as they come."""
+    if options.memory_steps:
+        yield from memory_over(config, options.memory_steps, here, names[0])
+        return
+    preset = PRESETS.get(options.preset)
+    if preset and preset.same_losses and here.world == 1 and "LEAD's loop" in names:
+        yield from loss_rows(config, here, say)
+    warmup, steps = lengths_of(options)
+    yield from measure(config, names, here, warmup=warmup, steps=steps, rounds=options.rounds, flops=options.flops)
+
+
+def found(rows: list[Row]) -> str:
+    """In one line: what lead-ds reached, and the others beside it."""
+    numbers = {(row["provider"], row["metric"]): row["value"] for row in rows}
+    rates = {name: value for (name, metric), value in numbers.items() if metric == "queries per second"}
+    said = [f"{name} {rate:,.4g} queries/s" for name, rate in rates.items()]
+    for metric, unit in (("overhead ratio", "x the bare models"), ("exposed communication", "ms of a step exposed")):
+        value = numbers.get(("lead-ds", metric))
+        said += [f"{value:.3g} {unit}"] if isinstance(value, float) else []
+    peak = numbers.get(("lead-ds", "peak memory"))
+    said += [f"peak {peak / 1024:.3g} GiB"] if isinstance(peak, float) else []
+    return "; ".join([*said, *(f"{name} {value}" for (name, metric), value in numbers.items() if metric == "outcome")])
 
 
 def loss_rows(config: Config, here: Ranks, say: Callable[[str], None]) -> list[Row]:

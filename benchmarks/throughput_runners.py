@@ -27,8 +27,9 @@ from lead_ds.engine.records.checkpoint import Checkpoints
 from lead_ds.engine.records.parts import Part, Parts, PartsClock
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.ahead import with_next
-from lead_ds.engine.training.distill import fit_attention, open_inputs, open_teachers, settled
+from lead_ds.engine.training.distill import open_inputs, open_teachers, settled
 from lead_ds.engine.training.loop import Bookkeeping, Training
+from lead_ds.engine.training.numerics import fit_attention
 from lead_ds.engine.training.objective import build_objective
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
 from lead_ds.models.backbone import load_model

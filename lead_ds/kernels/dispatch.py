@@ -52,20 +52,26 @@ def resolve(impl: str, *tensors: "torch.Tensor", kernel: str) -> Literal["triton
 def with_fallback(run: Callable[[str], Result], impl: str, chosen: str, *, kernel: str) -> Result:
     """`run(chosen)`, or `run("torch")`, with a warning, where "auto" chose a kernel that then asks too much of the device.
 
-    `kernel` is not tried again in this process. Where "triton" was requested by name, the kernel's error is raised.
+    Where it chose Triton, `run` is given "auto", by which the backward pass knows that it may fall back as well. `kernel` is
+    not tried again in this process. Where "triton" was requested by name, the kernel's error is raised.
     """
-    if chosen != "triton":
+    if chosen != "triton" or impl != "auto":
         return run(chosen)
+    return unless_refused(lambda: run("auto"), lambda: run("torch"), impl, kernel=kernel)
+
+
+def unless_refused(run: Callable[[], Result], instead: Callable[[], Result], impl: str, *, kernel: str) -> Result:
+    """`run()`; for "auto" `instead()`, with a warning, where the kernel asks too much of the device."""
     from lead_ds.kernels.launch import KernelRefused
 
     try:
-        return run(chosen)
+        return run()
     except KernelRefused as error:
         if impl != "auto":
             raise
         _REFUSED[kernel] = str(error)
-        warnings.warn(f"{kernel} runs on torch: {error}", stacklevel=3)
-        return run("torch")
+        warnings.warn(f"{kernel} runs on torch: {error}", stacklevel=4)
+        return instead()
 
 
 def interpreted() -> bool:
@@ -153,6 +159,11 @@ def probe(kind: str = "cuda", index: int | None = None) -> Probe:
         obstacle = f"Triton cannot compile and launch a kernel here: {type(error).__name__}: {lines[-1][:200]}"
         warnings.warn(f"kernels run on torch: {obstacle}", stacklevel=2)
     return Probe(obstacle, perf_counter() - start)
+
+
+def probe_seconds(device: "torch.device") -> float:
+    """How long it took to find out whether Triton runs on a device."""
+    return probe(device.type, device.index).seconds
 
 
 @lru_cache(maxsize=1)

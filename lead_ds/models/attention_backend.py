@@ -26,12 +26,18 @@ def candidates(settings: ModelConfig, dtype: torch.dtype, device: torch.device) 
     return []
 
 
-def choose_attention(scorer: Scorer, backends: Sequence[str], run: Callable[[], Any], ranks: Ranks) -> dict[str, float]:
+def choose_attention(
+    scorer: Scorer, backends: Sequence[str], run: Callable[[], Any], ranks: Ranks, known: str | None = None
+) -> dict[str, float]:
     """Give a scorer the backend with which `run` is fastest on the slowest rank. Seconds of each that the model has.
 
+    known: what was measured before the run was interrupted, which is taken as it is: another backend rounds otherwise.
     Every rank calls this; with fewer than two backends the scorer stays as it is.
     """
     model, seconds = scorer.backbone, dict[str, float]()
+    if known in backends:
+        model.set_attn_implementation(known)
+        return seconds
     if len(backends) < 2:
         return seconds
     before = model.config._attn_implementation

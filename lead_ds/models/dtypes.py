@@ -17,8 +17,12 @@ def half_of(path: str, device: torch.device) -> torch.dtype:
     """
     if device.type != "cuda":
         return torch.bfloat16
-    has = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has and published_in(path) == "bfloat16" else torch.float16
+    return torch.bfloat16 if has_bfloat16() and published_in(path) == "bfloat16" else torch.float16
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU itself computes in bfloat16. V100 and T4 only emulate it, many times slower than float16."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def published_in(path: str) -> str | None:

@@ -55,6 +55,11 @@ class TrainConfig(Section):
         description="the teacher of the next window runs beside the student of this one, on a CUDA stream of its own; needs "
         "teacher.placement: replicate, and a second window in memory. Same losses. On a CPU there is nothing to gain",
     )
+    deterministic: Annotated[bool, BITS] = Field(
+        False,
+        description="on a GPU: the same bits in every run on as many of the same GPUs, with the same versions. Slower: attention "
+        "takes kernels that add in a fixed order, and an operation that has none ends the run. A CPU's bits are the same anyway",
+    )
     log_every: Annotated[Positive, PACE] = 10
     save_every: Annotated[Positive, PACE] = 1000
     evaluate_every: NonNegative = Field(1000, description="0: only at the end")

@@ -95,7 +95,7 @@ class FrozenTeacher(Teacher):
         backends = candidates(settings, teacher_dtype(settings, ranks.device), ranks.device)
         if backends:
             batches = sample()
-            choose_attention(teacher.scorer, backends, lambda: teacher.window(batches, []), ranks)
+            choose_attention(teacher.scorer, backends, lambda: teacher.window(batches, []), ranks, lesson.attention)
         if settings.passes == "packed":
             check_packing(teacher.scorer, teacher.all_layers, "teacher.passes")
         return teacher
@@ -175,7 +175,9 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
         what = f"the teacher's placement is {placement}, whose gathers cannot be compiled"
         raise InputError("teacher.compile", what, "set it to false, or teacher.placement=replicate")
     if placement == "replicate":
-        scorer = _frozen(load_teacher(settings, dtype, depth)).to(ranks.device)
+        with ranks.device:  # read there at once: the host's memory would hold a whole copy for each of its ranks
+            scorer = _frozen(load_teacher(settings, dtype, depth))
+        scorer.to(ranks.device)
         if settings.compile:
             scorer.compile_layers()
         return FrozenTeacher(scorer, None, placement, ranks.device, fitted)

@@ -53,9 +53,10 @@ class Lesson:
     seed: int
     lens_folder: Path  # where the teacher's tuned lens is, or will be
     deepspeed: str | dict[str, Any]  # of a sharded teacher
+    attention: str | None = None  # the backend that an earlier part of the run measured to be the fastest
 
     @classmethod
-    def of(cls, run: Run, key: str = "teacher") -> Lesson:
+    def of(cls, run: Run, key: str = "teacher", attention: str | None = None) -> Lesson:
         """The lesson of one of a run's teachers, at its dotted key."""
         settings = run.taught[key]
         named = getattr(settings, "lens_path", None)
@@ -67,6 +68,7 @@ class Lesson:
             seed=run.seed,
             lens_folder=run.lens_folder if named is None else Path(named),
             deepspeed=run.deepspeed.teacher,
+            attention=attention,
         )
 
 

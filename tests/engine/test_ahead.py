@@ -115,6 +115,9 @@ def test_the_faster_attention_is_taken(rooms: Path, monkeypatch: pytest.MonkeyPa
         assert seconds == {slow: 2.0, fast: 1.0}, "what the machine lacks is passed over"
         assert teacher.backbone.config._attn_implementation == fast
         torch.testing.assert_close(teacher(tokens=tokens), said, rtol=1e-5, atol=1e-6)
+    # On resuming it is as it was, measured or not.
+    assert choose_attention(teacher, ["sdpa", "eager"], slow_if("eager"), HERE, known="eager") == {}
+    assert teacher.backbone.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow

@@ -69,13 +69,13 @@ def test_a_refused_kernel_falls_back_once_and_for_all(monkeypatch: pytest.Monkey
 
     def run(impl: str) -> str:
         tried.append(impl)
-        if impl == "triton":
+        if impl != "torch":
             raise KernelRefused("forward_kernel on cuda:0: out of resource: shared memory; set kernels: torch")
         return "done"
 
     with pytest.warns(UserWarning, match=r"maxsim runs on torch: .*shared memory"):
         assert with_fallback(run, "auto", "triton", kernel="maxsim") == "done"
-    assert tried == ["triton", "torch"]
+    assert tried == ["auto", "torch"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1, 1, 8)
     with pytest.raises(ValueError, match=r"cannot run here: forward_kernel .*shared memory"):
@@ -110,3 +110,60 @@ def test_tiles_are_chosen_by_what_a_block_may_have() -> None:
     assert tiles_for(table, HOPPER) == "large"
     assert tiles_for(table, HOPPER - 1) == "middle"
     assert tiles_for(table, 1000) == "middle"
+
+
+def test_a_refusal_in_the_backward_pass_is_made_good_by_torch(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass ran as a kernel. The gradient is then torch's, and so is every later call; not so if asked by name."""
+    from lead_ds.kernels import Factors, attention_kl, factors_kl, launch
+
+    x = {
+        name: torch.randn(2, 4, 5, 16, device=triton_device, requires_grad=name[0] == "s")
+        for name in ("t", "t2", "s", "s2")
+    }
+    mask = torch.ones(2, 5, dtype=torch.bool, device=triton_device)
+    mask[1, 3:] = False
+    target = torch.zeros(4, dtype=torch.long, device=triton_device)
+
+    def of_vectors(impl: str) -> torch.Tensor:
+        teacher, student = (
+            Factors(x[a][:, :, 0], x[b][:, :, 1], 0.5, cosine=True) for a, b in (("t", "t2"), ("s", "s2"))
+        )
+        return (
+            factors_kl(teacher, student, target, impl=impl)[0] * torch.tensor([1.0, 2.0], device=triton_device)
+        ).sum()
+
+    calls: dict[str, Any] = {
+        "layer_kl": of_vectors,
+        "maxsim": lambda impl: maxsim(x["s"][0], x["s2"][1], cosine=True, impl=impl).square().sum(),
+        "attention_kl": lambda impl: attention_kl(
+            [x["t"]] * 2, [x["t2"]] * 2, [x["s"]] * 2, [x["s2"]] * 2, mask, impl=impl
+        ),
+    }
+    monkeypatch.setattr(dispatch, "_REFUSED", {})
+    # So that "auto" takes the interpreter, where there is no GPU.
+    real, started = dispatch.resolve, list[str]()
+
+    def chosen(impl: str, *tensors: torch.Tensor, kernel: str) -> str:
+        return real("triton" if impl == "auto" else impl, *tensors, kernel=kernel)
+
+    def observe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        started.append(kernel.__name__)
+        if "gradient" in kernel.__name__ or "residual" in kernel.__name__:
+            raise launch.KernelRefused(f"{kernel.__name__}: out of resource: shared memory; set kernels: torch")
+
+    monkeypatch.setattr(launch, "observers", [observe])
+    for name, call in calls.items():
+        monkeypatch.setattr(sys.modules[f"lead_ds.kernels.{name}.op"], "resolve", chosen)
+        inputs = [x["s"], x["s2"]]
+        exact = torch.autograd.grad(call("torch"), inputs)
+        with pytest.raises(launch.KernelRefused):
+            torch.autograd.grad(call("triton"), inputs)
+        started.clear()
+        with pytest.warns(UserWarning, match=rf"{name} runs on torch: .*shared memory"):
+            found = torch.autograd.grad(call("auto"), inputs)
+        assert len(started) > 1, "the forward pass was the kernel's"
+        for one, other in zip(found, exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert name in dispatch._REFUSED

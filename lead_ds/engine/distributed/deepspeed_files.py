@@ -92,6 +92,12 @@ def student_deepspeed_config(
     tree.setdefault("steps_per_print", 10**9)
     tree.setdefault("wall_clock_breakdown", False)
     _set_precision(tree, dtype)
+    if dtype == torch.float16 and zero_stage(tree) == 0:
+        # Its optimizers without ZeRO divide gradients by a loss scale that its engine has not multiplied the loss by.
+        what = (
+            "trains in fp16 with ZeRO stage 0, where DeepSpeed does not scale the loss: the student would barely learn"
+        )
+        raise InputError("deepspeed.student", what, "set deepspeed.student=ds_configs/student_zero1.json")
     if tree.get("zero_optimization", {}).get("offload_optimizer") and "optimizer" not in tree:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
     monitor_folder = str(output.absolute() / "monitor")
@@ -166,13 +172,18 @@ def _refuse_auto(tree: Any, where: str, name: str = "") -> None:
             _refuse_auto(value, where, f"{name}{key}.")
 
 
+def has_fp16() -> bool:
+    """Whether DeepSpeed trains in float16 here."""
+    return torch.cuda.is_available()
+
+
 def _set_precision(tree: dict[str, Any], dtype: torch.dtype) -> None:
     for flag in FLAGS.values():
         if flag in tree and not isinstance(tree[flag], dict):
             raise InputError(flag, "must be an object in a DeepSpeed configuration", 'write {"enabled": true}')
         if FLAGS.get(dtype) != flag:
             tree.pop(flag, None)
-    if dtype == torch.float16 and not torch.cuda.is_available():
+    if dtype == torch.float16 and not has_fp16():
         raise InputError("dtype", "fp16 is for GPUs: DeepSpeed has none on a CPU", "set dtype to bf16, fp32 or auto")
     if dtype in FLAGS:
         tree.setdefault(FLAGS[dtype], {})["enabled"] = True

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+import torch.distributed as dist
+
 # Where a lock is waited for: the end of the source's name, the function, and the attribute that has the file's name.
 _LOCKS = (("file_baton.py", "wait", "lock_file_path"), ("filelock/_api.py", "acquire", "lock_file"))
 
@@ -19,6 +21,13 @@ def collective(thread: int) -> str | None:
             if name != "wrapper":
                 return name
     return None
+
+
+def issued() -> int:
+    """How many collective operations this process has issued, in all of its groups, whether they are done or not."""
+    if not dist.is_initialized():
+        return 0
+    return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
 
 
 def lock_file(thread: int) -> str | None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lead_ds.doctor.locks import open_files
 from lead_ds.engine.distributed.ranks import WAIT, Ranks
 from lead_ds.engine.distributed.signals import Signals
-from lead_ds.engine.distributed.waits import collective, lock_file
+from lead_ds.engine.distributed.waits import collective, issued, lock_file
 
 GRACE = 20.0  # seconds a stopping run may stand still: its launcher is ending it because another rank is gone
 AGAIN = 60.0  # seconds until a wait is reported again
@@ -28,8 +28,8 @@ class Watchdog:
     """Two threads of each rank: one posts where the rank is to the ranks' common store, one notices when it stands still.
 
     All ranks pass the same places in the same order. So of those that stand still, the one to blame does not answer:
-    its process is frozen, or its machine is gone. Or it has passed fewer places, or is not in the collective the others
-    are in.
+    its process is frozen, or its machine is gone. Or it has passed fewer places, has issued fewer collectives between two
+    of them (NCCL's return at once, and the host then waits anywhere), or is not in the collective the others are in.
     """
 
     def __init__(self, ranks: Ranks, minutes: float, folder: Path, signals: Signals) -> None:
@@ -82,6 +82,7 @@ class Watchdog:
             "tick": tick,
             "count": self.count,
             "place": self.place,
+            "issued": issued(),
             "collective": collective(self._main),
             "lock": lock_file(self._main),
             "host": socket.gethostname(),
@@ -196,8 +197,8 @@ def verdict(
         return f"rank {missing[0]} has never answered"
     now = {rank: entry for rank, entry in after.items() if entry is not None}
     frozen = [rank for rank in now if now[rank]["tick"] == (before[rank] or {}).get("tick")]
-    least = min(entry["count"] for entry in now.values())
-    behind = [rank for rank in now if now[rank]["count"] == least]
+    least = min((entry["count"], entry["issued"]) for entry in now.values())
+    behind = [rank for rank in now if (now[rank]["count"], now[rank]["issued"]) == least]
     if frozen:
         blamed, how = frozen, "does not answer, last seen in"
     elif len(behind) < len(now):
@@ -206,8 +207,13 @@ def verdict(
         apart = [rank for rank in now if now[rank]["collective"] is None]
         blamed, how = (apart, "hangs in") if 0 < len(apart) < len(now) else (list(now), "stands still in")
     others = [rank for rank in now if rank not in blamed]
-    told = "; ".join(_where(rank, now[rank], how) for rank in blamed[:4])
-    return told + (f"; {_where(others[0], now[others[0]], 'waits in')}" if others else "")
+    uneven = len({entry["issued"] for entry in now.values()}) > 1
+
+    def where(rank: int, how: str) -> str:
+        return _where(rank, now[rank], how) + (f", {now[rank]['issued']} collectives issued" if uneven else "")
+
+    told = "; ".join(where(rank, how) for rank in blamed[:4])
+    return told + (f"; {where(others[0], 'waits in')}" if others else "")
 
 
 def missing(entries: dict[int, dict[str, Any] | None], own: int) -> list[str]:

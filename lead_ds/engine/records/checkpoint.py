@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.engine.records.universal import for_this_world, tensors_only
+from lead_ds.engine.records.universal import for_this_world, settle_steps, tensors_only
 from lead_ds.errors import RunError
 
 PREFIX, PARTIAL, MANIFEST, BEST = "step-", ".partial", "manifest.json", "best.json"
@@ -103,6 +103,7 @@ class Checkpoints:
             raise RunError(path, "holds more than tensors and plain values: not read", "it is not ours") from None
         if loaded is None:
             raise RunError(path, "DeepSpeed could not load this checkpoint", "remove it to fall back to the one before")
+        settle_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
 
     def _check(self, path: Path) -> tuple[str, int]:
         """What is wrong with a checkpoint ("": nothing), and how many ranks wrote it."""

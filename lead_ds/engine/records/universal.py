@@ -47,7 +47,6 @@ def for_this_world(path: Path, processes: int, temporary: Path, engine: Any, ran
             raise RunError(path, f"could not be converted for {ranks.world} processes: {failure}", remedy)
         settings.load_universal_checkpoint = True
         yield temporary
-        _own_steps(engine)
     finally:
         settings.load_universal_checkpoint = before
         ranks.barrier()
@@ -55,11 +54,18 @@ def for_this_world(path: Path, processes: int, temporary: Path, engine: Any, ran
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _own_steps(engine: Any) -> None:
-    # At stage 3, DeepSpeed gives all parameter groups one and the same step counter, which each then advances.
-    for state in engine.optimizer.optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+def settle_steps(optimizer: Any) -> None:
+    """Step counters as torch's optimizers want them, after DeepSpeed has set them from a checkpoint. In place.
+
+    A universal checkpoint gives all parameter groups of stage 3 one and the same counter, which each would then advance.
+    And it leaves them on the CPU, where a fused optimizer does not read them: it wants them beside its parameters.
+    """
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():  # at stage 3 the groups name none between two steps
+        step = state.get("step")
+        if isinstance(step, torch.Tensor):
+            place = {"device": parameter.device, "dtype": torch.float32} if beside else {}
+            state["step"] = step.clone().to(**place)
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -36,15 +36,16 @@ from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
 from lead_ds.engine.training.given import NOTHING, Given, check_given
 from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.narrowing import kept_facts, narrowed, save_kept
+from lead_ds.engine.training.numerics import backends_of, fit_attention, fixed_order
 from lead_ds.engine.training.objective import Selected, build_objective
-from lead_ds.engine.training.resume import check_inputs, compared, find_state, lens_facts
+from lead_ds.engine.training.resume import check_inputs, compared, lens_facts, load_state, newest
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
+from lead_ds.kernels.dispatch import probe_seconds, resolve
 from lead_ds.losses.objective import Objective
 from lead_ds.models.as_read import check_room, reading_line, sample
-from lead_ds.models.attention_backend import candidates, choose_attention
 from lead_ds.models.load import load_teacher, settled_model, with_lengths
 from lead_ds.models.lora import add_lora, without_lora
 from lead_ds.models.narrow import Kept
@@ -88,6 +89,7 @@ def train(
         # The watchdog comes before the collectives' own timeout, which could not say who hangs.
         joined_ranks(minutes + 5 if minutes else 30.0) as ranks,
         closed_to_others(),
+        fixed_order(config.train.deterministic),
         Watchdog(ranks, minutes, output, signals) as watchdog,
         ExitStack() as held,
     ):
@@ -98,6 +100,10 @@ def train(
         check_shared(output, ranks)
         kernels_used(config, ranks)  # reported now, where they cannot run
         config = agreed(ranks, lambda: settled(config, given))
+
+        checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
+        found = newest(checkpoints) if resume else None
+        measured: dict[str, str] = {} if found is None else found[1].get("attention", {})
 
         # Everything that can be wrong with the input is found out before anything is written.
         groups, student_text, batches, evaluator = agreed(ranks, lambda: open_inputs(config, ranks, given))
@@ -115,8 +121,8 @@ def train(
         if (lora := config.train.lora) is not None:
             agreed(ranks, lambda: add_lora(student, lora))
         trainee = Trainee(student, cotrained).to(ranks.device)
-        fit_attention(trainee, config, batches, dtype, ranks)
-        teachers = open_teachers(config, batches, ranks, given) if cotrained is None else {}
+        fit_attention(trainee, config, batches, dtype, ranks, measured.get("student"))
+        teachers = open_teachers(config, batches, ranks, given, measured) if cotrained is None else {}
         taught = [*teachers.values()] if cotrained is None else [cotrained]
         keep_map(config, student, taught, batches, ranks)
         trainee.losses = build_objective(config, student, taught, batches, ranks).to(ranks.device)
@@ -131,9 +137,9 @@ def train(
             Selected.of(config, student, taught, [[]] * len(taught)).pairs(step=0)
         engine = build_engine(trainee, config, dtype, ranks)
 
-        checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
-        state = find_state(config, checkpoints, engine, ranks) if resume else {}
+        state = load_state(config, checkpoints, found, engine, ranks)
         check_inputs(config, state, batches, ranks, {**fits, **lens_facts(teachers)}, given.accepted)
+        state["attention"] = backends_of({"student": student, **teachers})
         state["informative"] = layers_that_know(config, state, teachers, batches, ranks)
         Selected.of(config, student, taught, state["informative"]).pairs(step=0)
         recorder = Recorder(
@@ -241,19 +247,28 @@ def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ra
     return Batches(groups, student, teachers, config.data, config.train, seed=config.seed, ranks=ranks)
 
 
-def open_teachers(config: Config, batches: Batches, ranks: Ranks, given: Given = NOTHING) -> dict[str, Teacher]:
-    """The teachers that are not trained, by their keys in the configuration."""
-    return {key: open_teacher(config, key, place, batches, ranks, given) for place, key in enumerate(batches.teachers)}
+def open_teachers(
+    config: Config, batches: Batches, ranks: Ranks, given: Given = NOTHING, measured: Mapping[str, str] | None = None
+) -> dict[str, Teacher]:
+    """The teachers that are not trained, by their keys in the configuration.
+
+    measured: the attention backends that the run chose before it was interrupted, by the models' keys."""
+    return {
+        key: open_teacher(Lesson.of(config, key, (measured or {}).get(key)), config, key, place, batches, ranks, given)
+        for place, key in enumerate(batches.teachers)
+    }
 
 
-def open_teacher(config: Config, key: str, place: int, batches: Batches, ranks: Ranks, given: Given) -> Teacher:
+def open_teacher(
+    lesson: Lesson, config: Config, key: str, place: int, batches: Batches, ranks: Ranks, given: Given
+) -> Teacher:
     """One of them. place: of those that `batches` serve."""
     settings = config.taught[key]
     if key in given.teachers:
         module = given.teachers[key]
         return OwnTeacher(agreed(ranks, lambda: OwnEncoder(module, settings)), ranks.device)
     kind = teacher_class(settings.kind)
-    return kind.open(Lesson.of(config, key), batches.teachers[key], lambda: batches.window(0).teachers[place], ranks)
+    return kind.open(lesson, batches.teachers[key], lambda: batches.window(0).teachers[place], ranks)
 
 
 def layers_that_know(
@@ -265,21 +280,6 @@ def layers_that_know(
         return known if known and isinstance(known[0], list) else [known]  # an earlier version had one teacher
     measured = enumerate(teachers.items())
     return [informative(config.losses_of(key), one, place, batches, ranks) for place, (key, one) in measured] or [[]]
-
-
-def fit_attention(trainee: Trainee, config: Config, batches: Batches, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Give the student the attention backend that is the fastest for it, forward and backward."""
-    backends = candidates(config.student, dtype, ranks.device)
-    if not backends:
-        return
-    sample = batches.window(0).student[0].to(ranks.device)
-
-    def run() -> None:
-        final = trainee.student(sample).final
-        final.group_relevance(batches.group).logits.sum().backward()
-
-    choose_attention(trainee.student, backends, run, ranks)
-    trainee.zero_grad(set_to_none=True)
 
 
 def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
@@ -337,8 +337,6 @@ def write_facts(
 
 def kernels_used(config: Config, ranks: Ranks) -> str:
     """triton or torch: what `kernels` of the configuration means on this device."""
-    from lead_ds.kernels.dispatch import resolve
-
     try:
         return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
     except ValueError as error:
@@ -360,7 +358,9 @@ def readings(groups: Groups, batches: Batches, student: Any, teachers: Sequence[
 def describe(config: Config, ranks: Ranks, student: Any, teachers: Mapping[str, Teacher], groups: int) -> str:
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
-    run = f"{groups} groups; {ranks.world} process(es); {kernels_used(config, ranks)} kernels"
+    kernels = kernels_used(config, ranks)
+    tried = f", tried in {probe_seconds(ranks.device):.1f} s" if kernels == "triton" else ""
+    run = f"{groups} groups; {ranks.world} process(es); {kernels} kernels{tried}"
     role = "student" if config.taught else config.student.kind.replace("_", " ")
     lines = [f"{role} {config.student.path}: {depth}; {run}"]
     several = config.teacher is None

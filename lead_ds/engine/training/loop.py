@@ -62,6 +62,7 @@ class Training:
         self.best: dict[str, Any] | None = state.get("best")
         self.worse: int = state.get("worse", 0)
         self.informative: list[list[int]] = state.get("informative", [])
+        self.attention: dict[str, str] = state.get("attention", {})
         self.inputs: dict[str, str] = state.get("inputs", {})
         self.accepted: list[dict[str, Any]] = state.get("accepted", [])
         self.scope = RankScope.of(config.train.in_batch, ranks, batches.group, config.kernels, self.parts)
@@ -211,6 +212,7 @@ class Training:
             "best": self.best,
             "worse": self.worse,
             "informative": self.informative,
+            "attention": self.attention,
             "inputs": self.inputs,
             "accepted": self.accepted,
             "processes": self.ranks.world,

@@ -31,9 +31,19 @@ LATER = (
 )  # facts that older checkpoints do not have, those that came at once
 
 
-def find_state(config: Config, checkpoints: Checkpoints, engine: Any, ranks: Ranks) -> dict[str, Any]:
-    """Load the newest good checkpoint; its state, or {} where the run was ended before its first."""
-    found = checkpoints.newest(tell=lambda text: print(text, file=sys.stderr, flush=True))
+Found = tuple[Path, dict[str, Any]]
+"""A checkpoint and its state."""
+
+
+def newest(checkpoints: Checkpoints) -> Found | None:
+    """The newest good checkpoint; None where the run was ended before its first."""
+    return checkpoints.newest(tell=lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def load_state(
+    config: Config, checkpoints: Checkpoints, found: Found | None, engine: Any, ranks: Ranks
+) -> dict[str, Any]:
+    """Load the checkpoint that was found; its state, or {} where there is none."""
     if found is None:
         return {}
     path, state = found

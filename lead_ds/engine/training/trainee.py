@@ -18,6 +18,7 @@ from lead_ds.engine.training.step import Micro, side
 from lead_ds.errors import InputError
 from lead_ds.losses.objective import Captured, Objective, ObjectiveOutput
 from lead_ds.losses.views import Side, Views
+from lead_ds.models.dtypes import has_bfloat16
 from lead_ds.models.load import DTYPES
 from lead_ds.models.scorer import Scorer
 from lead_ds.models.special_weights import keep_experts_together
@@ -60,7 +61,7 @@ def student_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
         return DTYPES[settings.dtype]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if has_bfloat16() else torch.float16
 
 
 def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ranks) -> Any:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lead_ds.kernels.attention_kl.chunked import attention_kl_chunked
 from lead_ds.kernels.attention_kl.inputs import LayerPair, Tensors, layer_pairs
-from lead_ds.kernels.dispatch import resolve
+from lead_ds.kernels.dispatch import resolve, unless_refused, with_fallback
 
 
 def attention_kl(
@@ -102,12 +102,15 @@ def attention_kl_pairs(
         window=window,
         head_mean=head_mean,
     )
-    implementation = _implementation(impl, pairs, head_mean)
     students = [tensor for pair in pairs for tensor in (pair.sq, pair.sk)]
-    if implementation == "triton":
-        return _AttentionKLTriton.apply(pairs, mask, causal, atomic, *students)
     with_grad = torch.is_grad_enabled() and any(student.requires_grad for student in students)
-    return _AttentionKLTorch.apply(pairs, mask, causal, head_mean, with_grad, *students)
+
+    def run(chosen: str) -> Tensor:
+        if chosen == "torch":
+            return _AttentionKLTorch.apply(pairs, mask, causal, head_mean, with_grad, *students)
+        return _AttentionKLTriton.apply(pairs, mask, causal, atomic, chosen, *students)
+
+    return with_fallback(run, impl, _implementation(impl, pairs, head_mean), kernel="attention_kl")
 
 
 def _implementation(impl: str, pairs: list[LayerPair], head_mean: bool) -> str:
@@ -159,13 +162,13 @@ class _AttentionKLTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pairs: list[LayerPair], mask: Tensor | None, causal: bool, atomic: bool, *students: Tensor
+        ctx: Any, pairs: list[LayerPair], mask: Tensor | None, causal: bool, atomic: bool, impl: str, *students: Tensor
     ) -> Tensor:
         from lead_ds.kernels.attention_kl import triton_kernel
 
         pairs = [triton_kernel.dense(pair) for pair in pairs]
         values, saved = triton_kernel.forward(pairs, mask, causal)
-        ctx.rest = pairs, saved, causal, atomic
+        ctx.rest = pairs, saved, causal, atomic, impl
         return values
 
     @staticmethod
@@ -173,6 +176,16 @@ class _AttentionKLTriton(torch.autograd.Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
         from lead_ds.kernels.attention_kl import triton_kernel
 
-        pairs, saved, causal, atomic = ctx.rest
-        gradients = triton_kernel.backward(grad_K, pairs, saved, causal, atomic)
-        return (None, None, None, None, *(tensor for gradient in gradients for tensor in gradient))
+        pairs, saved, causal, atomic, impl = ctx.rest
+
+        def instead() -> list[tuple[Tensor, Tensor]]:
+            _, found = attention_kl_chunked(pairs, saved.mask, causal, head_mean=False, with_grad=True)
+            return [
+                ((dq * weight).to(pair.sq.dtype), (dk * weight).to(pair.sk.dtype))
+                for pair, weight, (dq, dk) in zip(pairs, grad_K.unbind(), found, strict=True)
+            ]
+
+        gradients = unless_refused(
+            lambda: triton_kernel.backward(grad_K, pairs, saved, causal, atomic), instead, impl, kernel="attention_kl"
+        )
+        return (*(None,) * 5, *(tensor for gradient in gradients for tensor in gradient))

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from lead_ds.kernels.attention_kl.chunked import compute_dtype, exponential_, keep
 from lead_ds.kernels.attention_kl.reference import HIDDEN
-from lead_ds.kernels.dispatch import resolve
+from lead_ds.kernels.dispatch import resolve, with_fallback
 
 _DIVERGENCES = ("kl", "mse")
 _PAIRS = ("all", "own")
@@ -63,14 +63,18 @@ def interaction_attention(
             if impl == "triton":
                 raise ValueError(f"interaction_attention: impl='triton' takes passages of up to {MAX_LENGTH} tokens")
             implementation = "torch"
-    call = _Call(
-        divergence,
-        (float(teacher_scale), float(student_scale)),
-        own=pairs == "own",
-        triton=implementation == "triton",
-        with_grad=torch.is_grad_enabled() and (sq.requires_grad or sd.requires_grad),
-    )
-    return _Interaction.apply(tq, td, sq, sd, q_mask, d_mask, call)
+
+    def run(chosen: str) -> Tensor:
+        call = _Call(
+            divergence,
+            (float(teacher_scale), float(student_scale)),
+            own=pairs == "own",
+            triton=chosen != "torch",
+            with_grad=torch.is_grad_enabled() and (sq.requires_grad or sd.requires_grad),
+        )
+        return _Interaction.apply(tq, td, sq, sd, q_mask, d_mask, call)
+
+    return with_fallback(run, impl, implementation, kernel="interaction_attention")
 
 
 class _Call(NamedTuple):

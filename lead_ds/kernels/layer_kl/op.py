@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.dispatch import resolve, with_fallback
+from lead_ds.kernels.dispatch import resolve, unless_refused, with_fallback
 from lead_ds.kernels.layer_kl import chunked
 from lead_ds.kernels.layer_kl.inputs import Factors, Problem, checked, saved_shapes
 
@@ -117,7 +117,20 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor | None) -> tuple:
     *tensors, saved, too = ctx.saved_tensors  # type: ignore[attr-defined]
     numbers, impl = ctx.rest  # type: ignore[attr-defined]
-    dsq, dsd = torch.ops.lead_ds.layer_kl_backward(grad, *tensors, *numbers, saved, too, impl)
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        return torch.ops.lead_ds.layer_kl_backward(grad, *tensors, *numbers, saved, too, impl)
+
+    def instead() -> tuple[Tensor, ...]:
+        problem = Problem.of(*tensors, *numbers)
+        with torch.enable_grad():
+            q, d = (x.detach().requires_grad_() for x in problem.student[:2])
+            kl, _ = factors_kl(
+                problem.teacher, problem.student._replace(q=q, d=d), problem.target, mask=problem.mask, impl="torch"
+            )
+            return torch.autograd.grad(kl, (q, d), grad)
+
+    dsq, dsd = unless_refused(kernel, instead, impl, kernel="layer_kl")
     return None, None, dsq, dsd, *(None,) * 8
 
 

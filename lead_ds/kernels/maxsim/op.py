@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.dispatch import accumulation_dtype, resolve, with_fallback
+from lead_ds.kernels.dispatch import accumulation_dtype, resolve, unless_refused, with_fallback
 from lead_ds.kernels.layout import unit
 from lead_ds.kernels.maxsim import chunked
 
@@ -71,7 +71,7 @@ def _check(q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -
 def _forward(
     q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, cosine: bool, save_argmax: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    if impl == "triton":
+    if impl != "torch":
         from lead_ds.kernels.maxsim import triton_kernel
 
         return triton_kernel.forward(q, d, q_mask, d_mask, cosine, save_argmax)
@@ -88,7 +88,7 @@ def _backward(
     cosine: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    if impl == "triton":
+    if impl != "torch":
         from lead_ds.kernels.maxsim import triton_kernel
 
         return triton_kernel.backward(grad, q, d, q_mask, d_mask, argmax, cosine)
@@ -130,7 +130,18 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple:
     q, d, q_mask, d_mask, argmax = ctx.saved_tensors  # type: ignore[attr-defined]
-    dq, dd = torch.ops.lead_ds.maxsim_backward(grad, q, d, q_mask, d_mask, argmax, *ctx.rest)  # type: ignore[attr-defined]
+    cosine, impl = ctx.rest  # type: ignore[attr-defined]
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        return torch.ops.lead_ds.maxsim_backward(grad, q, d, q_mask, d_mask, argmax, cosine, impl)
+
+    def instead() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = q.detach().requires_grad_(), d.detach().requires_grad_()
+            scores = maxsim(*leaves, q_mask, d_mask, cosine=cosine, impl="torch")
+            return torch.autograd.grad(scores, leaves, grad)
+
+    dq, dd = unless_refused(kernel, instead, impl, kernel="maxsim")
     return dq, dd, None, None, None, None, None
 
 

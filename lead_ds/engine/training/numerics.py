@@ -1,0 +1,74 @@
+"""What lets two runs of one configuration round differently on a GPU: the attention backend, and sums in no fixed order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lead_ds.config import Config
+from lead_ds.data.batches import Batches
+from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training.trainee import Trainee
+from lead_ds.errors import InputError
+from lead_ds.models.attention_backend import candidates, choose_attention
+
+# What cuBLAS (its workspaces) and transformers (flash attention's backward) read.
+_FIXED_ORDER = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+_NONE = "does not have a deterministic implementation"  # torch's words
+
+
+@contextmanager
+def fixed_order(wanted: bool) -> Iterator[None]:
+    """While open, where wanted, sums are taken in a fixed order: `train.deterministic`. Open before the GPU is used.
+
+    Raises InputError where an operation knows none.
+    """
+    if not wanted:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in _FIXED_ORDER}
+    mode, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.update({name: value for name, value in _FIXED_ORDER.items() if before[name] is None})
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    try:
+        yield
+    except RuntimeError as error:
+        if _NONE not in str(error):
+            raise
+        what = f"is true, and {' '.join(str(error).split(_NONE)[0].split())} knows no fixed order"
+        raise InputError("train.deterministic", what, "set it to false") from error
+    finally:
+        torch.use_deterministic_algorithms(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def fit_attention(
+    trainee: Trainee, config: Config, batches: Batches, dtype: torch.dtype, ranks: Ranks, known: str | None = None
+) -> None:
+    """Give the student the attention backend that is the fastest for it, forward and backward; or the one that is known."""
+    backends = candidates(config.student, dtype, ranks.device)
+    if not backends:
+        return
+    sample = batches.window(0).student[0].to(ranks.device)
+
+    def run() -> None:
+        final = trainee.student(sample).final
+        final.group_relevance(batches.group).logits.sum().backward()
+
+    choose_attention(trainee.student, backends, run, ranks, known)
+    trainee.zero_grad(set_to_none=True)
+
+
+def backends_of(models: Mapping[str, Any]) -> dict[str, str]:
+    """The attention backend of each model that transformers runs: what a checkpoint keeps, for it may have been measured."""
+    shapes = {key: getattr(getattr(one, "scorer", one), "backbone", None) for key, one in models.items()}
+    found = {key: getattr(getattr(one, "config", None), "_attn_implementation", None) for key, one in shapes.items()}
+    return {key: backend for key, backend in found.items() if isinstance(backend, str)}
