@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.kernels import maxsim
+from lead_ds.kernels.products import products
 
 Scale = Literal["none", "cosine", "standard"]
 Impl = Literal["auto", "triton", "torch"]
@@ -54,8 +55,7 @@ class Relevance:
         """[K, Q, P] in float32; masked entries hold a large negative number."""
         if self._logits is None:
             assert self.factors is not None
-            q_KQD, p_KPD = _scaled(*self.factors, self.cosine)
-            self._logits = torch.bmm(q_KQD, p_KPD.transpose(1, 2))
+            self._logits = products(*self.factors, cosine=self.cosine)
         logits = self._logits.float()
         return logits if self.mask is None else logits.masked_fill(~self.mask, MASKED)
 
@@ -187,15 +187,13 @@ class VectorFeatures(Features):
     def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
         """Every query against every passage, as factors."""
         if self.scale == "standard":
-            q_KQD, p_KPD = _scaled(self.q_KQD, self.p_KPD)
-            return Relevance(standardised(torch.bmm(q_KQD, p_KPD.transpose(1, 2)), mask_QP), mask_QP=mask_QP)
+            return Relevance(standardised(products(self.q_KQD, self.p_KPD), mask_QP), mask_QP=mask_QP)
         return Relevance(factors=(self.q_KQD, self.p_KPD), mask_QP=mask_QP, cosine=self.scale == "cosine")
 
     def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
         """Every query against its own N passages: [K, Q, N]."""
-        q_KQD, p_KPD = _scaled(self.q_KQD, self.p_KPD, self.scale == "cosine")
-        p_KQND = p_KPD.unflatten(1, (-1, group))
-        scores_KQN = torch.einsum("kqd,kqnd->kqn", q_KQD, p_KQND)
+        q_B1D, p_BND = self.q_KQD.flatten(0, 1)[:, None], self.p_KPD.flatten(0, 1).unflatten(0, (-1, group))
+        scores_KQN = products(q_B1D, p_BND, cosine=self.scale == "cosine").view(*self.q_KQD.shape[:2], group)
         return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
 
     def merged(self, others: Sequence[VectorFeatures]) -> VectorFeatures:
@@ -258,8 +256,9 @@ class TokenFeatures(Features):
 
     def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
         """MaxSim of every query with its own N passages: [K, Q, N]."""
-        q_KQLD, p_KPLD = _scaled(self.q_KQLD, self.p_KPLD, self.scale == "cosine")
-        similarity = torch.einsum("kqld,kqnmd->kqnlm", q_KQLD, p_KPLD.unflatten(1, (-1, group)))
+        q_BLD, p_BMD = self.q_KQLD.flatten(0, 1), self.p_KPLD.flatten(0, 1).unflatten(0, (-1, group)).flatten(1, 2)
+        similarity = products(q_BLD, p_BMD, cosine=self.scale == "cosine")
+        similarity = similarity.unflatten(2, (group, -1)).transpose(1, 2).unflatten(0, self.q_KQLD.shape[:2])
         mask_QNM = self.p_mask_PL.bool().unflatten(0, (-1, group))
         best = similarity.masked_fill(~mask_QNM[None, :, :, None, :], MASKED).amax(-1)
         best = best.masked_fill(~mask_QNM.any(-1)[None, :, :, None], 0.0)  # a fully masked passage scores 0
@@ -334,14 +333,6 @@ class ScoreFeatures(Features):
     def gathered(self, over: Gather) -> ScoreFeatures:
         """Themselves: no query meets another process's passages."""
         return self
-
-
-def _scaled(q: Tensor, p: Tensor, cosine: bool = False) -> tuple[Tensor, Tensor]:
-    """Both in float32, of length 1 for a cosine: where products are taken by torch, which would round them to 16 bits."""
-    q, p = q.float(), p.float()
-    if cosine:
-        q, p = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(p, dim=-1)
-    return q, p
 
 
 def standardised(logits_KQP: Tensor, mask_QP: Tensor | None = None) -> Tensor:

@@ -17,6 +17,10 @@ Result = TypeVar("Result")
 # Kernels that a device refused in this process, and why.
 _REFUSED: dict[str, str] = {}
 
+# Launches that took so many seconds were builds: what was built, and how long that took, until it is told.
+BUILD_SECONDS = 0.1
+_BUILT: list[tuple[str, float]] = []
+
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 # Shared memory of a block, which is what bounds a tile: of H100, H200 and B200; of A100; of Ada and of consumer Blackwell
@@ -62,16 +66,29 @@ def with_fallback(run: Callable[[str], Result], impl: str, chosen: str, *, kerne
 
 def unless_refused(run: Callable[[], Result], instead: Callable[[], Result], impl: str, *, kernel: str) -> Result:
     """`run()`; for "auto" `instead()`, with a warning, where the kernel asks too much of the device."""
-    from lead_ds.kernels.launch import KernelRefused
+    if impl != "auto":
+        return run()
+    from lead_ds.kernels.launch import KernelRefused  # imports Triton, which need not be there
 
     try:
         return run()
     except KernelRefused as error:
-        if impl != "auto":
-            raise
         _REFUSED[kernel] = str(error)
         warnings.warn(f"{kernel} runs on torch: {error}", stacklevel=4)
         return instead()
+
+
+def note_launch(kernel: str, seconds: float) -> None:
+    """Take in how long a launch took, on the host."""
+    if seconds > BUILD_SECONDS and not interpreted():
+        _BUILT.append((kernel, seconds))
+
+
+def builds_told() -> str | None:
+    """The kernels that were built since this was last asked, in one line; None where there were none."""
+    built = [f"{kernel} {seconds:.1f} s" for kernel, seconds in _BUILT]
+    _BUILT.clear()
+    return f"built {len(built)} kernel(s): {', '.join(built)}" if built else None
 
 
 def interpreted() -> bool:

@@ -3,11 +3,14 @@ built of."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import OutOfResources
+
+from lead_ds.kernels.dispatch import note_launch
 
 # What a test or a benchmark puts here is called with every kernel, its arguments and its constants, before the launch.
 observers: list[Callable[[Any, tuple[Any, ...], dict[str, Any]], None]] = []
@@ -32,7 +35,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         observe(kernel, arguments, constants)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        start = perf_counter()
         try:
             kernel[grid](*arguments, **constants)
+            note_launch(kernel.__name__, perf_counter() - start)
         except OutOfResources as error:
             raise KernelRefused(f"{kernel.__name__} on {device}: {error}; set kernels: torch") from error

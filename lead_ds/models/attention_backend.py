@@ -18,12 +18,15 @@ RUNS = 3  # of each backend, after one that warms up
 
 def candidates(settings: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Backends worth measuring: none where the configuration names one, or where there is no choice."""
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     half = dtype in (torch.float16, torch.bfloat16)
-    if settings.attention == "auto" and device.type == "cuda" and half and is_flash_attn_2_available():
-        return ["sdpa", "flash_attention_2"]
-    return []
+    if settings.attention != "auto" or device.type != "cuda" or not half:
+        return []
+    found = ["flash_attention_2"] if is_flash_attn_2_available() else []
+    if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:  # it is for Hopper
+        found.append("flash_attention_3")
+    return ["sdpa", *found] if found else []
 
 
 def choose_attention(

@@ -34,10 +34,10 @@ class ModelConfig(Section):
     )
     query_prompt: str | None = Field(None, description="null: from the model's own sentence-transformers configuration")
     passage_prompt: str | None = None
-    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], BITS] = Field(
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"], BITS] = Field(
         "auto",
-        description="auto: sdpa; on a GPU with flash-attn installed and a 16-bit dtype, the faster of sdpa and "
-        "flash_attention_2, measured on the run's first batch",
+        description="auto: sdpa; on a GPU with flash-attn installed and a 16-bit dtype, the fastest of sdpa, "
+        "flash_attention_2 and (Hopper, flash-attn-3) flash_attention_3, measured on the run's first batch",
     )
     passes: Annotated[Positive | Literal["packed"] | None, BITS] = Field(
         None,

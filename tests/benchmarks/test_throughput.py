@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import throughput
+from benchmarks import first, throughput
 from benchmarks.baselines import LeadLoop, Loop, PlainLoop
 from benchmarks.kernels import specs
 from benchmarks.throughput_inputs import Inputs, costs
@@ -180,22 +183,79 @@ def test_flop_are_those_that_torch_counts(here: Ranks, tmp_path: Path, monkeypat
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)  # biases and norms are parameters too
 
 
-def test_the_suite_runs_every_kernel_and_every_gpu_preset_in_time() -> None:
-    subprocess.run(["bash", "-n", str(SUITE)], check=True)
+def test_the_suite_names_every_kernel_and_preset() -> None:
+    for script in (SUITE, SUITE.with_name("gpus_suite.sh"), SUITE.with_name("suite.sh")):
+        subprocess.run(["bash", "-n", str(script)], check=True)
     text = SUITE.read_text()
-    presets = re.findall(r"^ *part (\d+) (\w+) .*--preset (\w+) --out", text, re.M)
-    assert [name for _, name, _ in presets] == [name for _, _, name in presets] == [p for p in PRESETS if p != "tiny"]
+    presets = re.findall(r"^ *train (\d+) (\w+)", text, re.M)
+    assert {name for _, name in presets} == set(PRESETS) - {"tiny"}
     (kernels,) = re.findall(r"for kernel in (.+); do", text)
     assert kernels.split() == [spec.name for spec in specs(None)]
-    (seconds,) = re.findall(r"part (\d+) \"kernel", text)
-    assert sum(int(s) for s, _, _ in presets) + len(kernels.split()) * int(seconds) < 9 * 60
+    (first,), (each,) = (
+        re.findall(r"^limit=(\d+)", text, re.M),
+        re.findall(r"^limit.* kernel_seconds=(\d+)", text, re.M),
+    )
+    assert int(first) <= 60
+    assert int(first) + len(kernels.split()) * int(each) + sum(int(seconds) for seconds, _ in presets) <= 8 * 60
 
 
 def test_the_suite_says_what_is_missing(tmp_path: Path) -> None:
-    asked = subprocess.run([str(SUITE)], capture_output=True, text=True)
-    assert (asked.returncode, asked.stderr.startswith("usage")) == (2, True)
+    for script in (SUITE, SUITE.with_name("gpus_suite.sh")):
+        asked = subprocess.run([str(script)], capture_output=True, text=True)
+        assert (asked.returncode, asked.stderr.startswith("usage")) == (2, True)
     if not torch.cuda.is_available():
-        done = subprocess.run([str(SUITE), str(tmp_path)], capture_output=True, text=True)
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\necho "$PYTHONPATH" > {tmp_path}/path\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        environment = {**os.environ, "PYTHON": str(python), "PYTHONPATH": "/packages/of/mine"}
+        done = subprocess.run([str(SUITE), str(tmp_path)], capture_output=True, text=True, env=environment)
         assert done.returncode == 1
-        assert "no CUDA device" in done.stderr
+        assert "fewer than 1 CUDA device" in done.stderr
         assert (tmp_path / "machine.txt").exists()
+        assert (tmp_path / "path").read_text().split(":") == [str(ROOT), "/packages/of/mine\n"]
+
+
+def test_rows_of_a_run_that_was_cut_off_are_there(tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield {"provider": "lead-ds", "metric": "queries per second", "unit": "1/s", "value": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(throughput, "measure", measured)
+    options = throughput.arguments(["--preset", "tiny", "--providers", "lead-ds", "--out", str(tmp_path / "rows.json")])
+    with pytest.raises(KeyboardInterrupt):
+        throughput.run(options, here, tmp_path)
+    (row,) = map(json.loads, (tmp_path / "rows.json").read_text().splitlines())
+    assert row["metric"] == "queries per second"
+
+
+def test_a_part_in_one_line() -> None:
+    row = {"part": "maxsim bf16", "case": "d128", "right": True, "error": 0.01, "allowed": 0.1}
+    row |= {"repeats": 9, "equal": 9, "seconds": 2.0}
+    one = "maxsim bf16: right, 1 case(s), at most 0.10 of the allowed error, 9 repetitions equal, 2.0 s"
+    assert first.told("maxsim bf16", [row]) == one
+    raced = row | {"right": False, "equal": 7}
+    assert "WRONG: d128: error 0.01 of 1e-01 allowed, 2 of 9 repetitions differ" in first.told(
+        "maxsim bf16", [row, raced]
+    )
+    exact = [2.0, 1.9, 1.8]
+    for losses, right in (([2.001, 1.9, 1.81], True), ([2.1, 1.9, 1.8], False), ([2.0, 2.0, 2.05], False)):
+        assert first.check_losses("bf16", "bf16", losses, exact, 1.0)["right"] == right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [["gpu_suite.sh"], ["gpus_suite.sh", "2"]])
+def test_the_suite_runs_dry(tmp_path: Path, script: list[str]) -> None:
+    name, *more = script
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(SUITE.with_name(name)), str(tmp_path), *more, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = [line.split(" (")[0] for line in done.stdout.splitlines()]
+    if name == "gpu_suite.sh":
+        kernels = [f"kernel-{spec.name}" for spec in specs(None)]
+        assert parts == ["first", *kernels, "bert", "7b", "reranker", "8b"]
+    else:
+        assert parts == ["resume", "gathers", "scaling-1", "scaling-2"]
+    for part in parts:
+        rows = [json.loads(line) for line in (tmp_path / f"{part}.json").read_text().splitlines()]
+        assert rows, part

@@ -1,8 +1,10 @@
 """Which implementation runs, what a device refuses, and where a kernel is started."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,29 @@ def test_a_refusal_in_the_backward_pass_is_made_good_by_torch(
         for one, other in zip(found, exact, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         assert name in dispatch._REFUSED
+
+
+def test_what_was_built_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from lead_ds.kernels.launch import launch
+
+    class Slow:
+        """A kernel that is built when it is first launched."""
+
+        __name__ = "slow_kernel"
+        built = False
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def start(*_: Any, **__: Any) -> None:
+                time.sleep(0 if self.built else 2 * dispatch.BUILD_SECONDS)
+                self.built = True
+
+            return start
+
+    monkeypatch.setattr(dispatch, "_BUILT", [])
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    kernel = Slow()
+    launch(kernel, (1,), torch.zeros(1))
+    launch(kernel, (1,), torch.zeros(1))
+    assert re.fullmatch(r"built 1 kernel\(s\): slow_kernel \d\.\d s", dispatch.builds_told() or "")
+    assert dispatch.builds_told() is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import defaultdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import modeling_flash_attention_utils as flash_utils
 
 from lead_ds.config import Config, StudentConfig, TeacherConfig
 from lead_ds.data.reads import ModelBatch, pack
@@ -73,38 +76,50 @@ def test_texts_say_what_they_say_alone(tmp_path: Path, family: str) -> None:
             check_packing(scorer, scorer.all_layers, "teacher.passes")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "bert", "xlm-roberta"])
-def test_flash_attention_is_told_where_texts_end(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reference(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **told: Any
-    ) -> tuple[Tensor, None]:
-        """flash-attn's varlen function in plain torch, as transformers calls it: rows end to end, cut at the bounds."""
-        assert attention_mask is None
-        rows, heads, width, _ = query.shape
-        q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
-        k, v = (x.repeat_interleave(heads // len(x), 0) for x in (k, v))
-        out = torch.empty_like(q)
-        bounds, window = told["cu_seq_lens_q"].tolist(), told.get("sliding_window")
-        assert max(b - a for a, b in pairwise(bounds)) <= told["max_length_q"]
-        for first, last in pairwise(bounds):
-            at = torch.arange(last - first)
-            back = at[:, None] - at
-            seen = (back >= 0) | torch.tensor(not module.is_causal)
-            if window is not None:
-                seen &= back < window
-            part = slice(first, last)
-            out[:, part] = torch.nn.functional.scaled_dot_product_attention(
-                q[:, part], k[:, part], v[:, part], attn_mask=seen, scale=told.get("scaling")
-            )
-        return out.unflatten(1, (rows, width)).permute(1, 2, 0, 3), None
+def flash_varlen(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Tensor:
+    """flash-attn's varlen function in plain torch: q, k, v [tokens, heads, width], texts cut at the bounds."""
+    assert max(b - a for a, b in pairwise(told["cu_seqlens_q"].tolist())) <= told["max_seqlen_q"]
+    assert torch.equal(told["cu_seqlens_q"], told["cu_seqlens_k"])
+    assert told["cu_seqlens_q"].dtype == torch.int32
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    left, right = told.get("window_size", (-1, -1))
+    out = torch.empty_like(q)
+    for first, last in pairwise(told["cu_seqlens_q"].tolist()):
+        back = torch.arange(last - first)[:, None] - torch.arange(last - first)
+        seen = (back >= 0) | torch.tensor(not told["causal"])
+        seen &= (back <= left) | torch.tensor(left < 0)
+        seen &= (back >= -right) | torch.tensor(right < 0)
+        part = (x[first:last].transpose(0, 1) for x in (q, k, v))
+        said = torch.nn.functional.scaled_dot_product_attention(*part, attn_mask=seen, scale=told["softmax_scale"])
+        out[first:last] = said.transpose(0, 1)
+    return out
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", reference)  # it needs a GPU
+
+def flash_dense(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Tensor:
+    """flash-attn's function of texts of equal length [texts, tokens, heads, width]."""
+    bounds = torch.arange(len(q) + 1, dtype=torch.int32) * q.shape[1]
+    more = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": q.shape[1]}
+    return flash_varlen(*(x.flatten(0, 1) for x in (q, k, v)), **more, **told).unflatten(0, q.shape[:2])
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "bert", "xlm-roberta"])
+def test_flash_attention_reads_texts_and_packed_rows(
+    tmp_path: Path, family: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own way to it, sliding windows and padding among it, but for the functions that need a GPU."""
+    supported = dict.fromkeys(inspect.signature(flash_utils._process_flash_attention_kwargs).parameters, False)
+    supported |= dict.fromkeys(("window_size", "max_seqlen_q", "deterministic"), True)
+    functions = (flash_dense, flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+    process = partial(flash_utils._process_flash_attention_kwargs, supports_mapping=defaultdict(bool, supported))
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda name: (functions, (process, None)))
     path, texts = tiny_model(tmp_path, family), tokens_of(LENGTHS + LENGTHS[::-1])
     if "roberta" in family:
         texts["input_ids"][texts["attention_mask"] == 0] = 1
     scorer = load_teacher(TeacherConfig(kind="dual_encoder", path=path), torch.float32)
     alone = says(scorer, texts)
-    scorer.backbone.config._attn_implementation = "flash_attention_2"
+    scorer.backbone.config._attn_implementation = attention
+    torch.testing.assert_close(says(scorer, texts), alone, rtol=1e-5, atol=1e-5)
     [rows] = packed([texts], pad=0).tokens
     assert len(rows["input_ids"]) > 1
     torch.testing.assert_close(says(scorer, rows), alone, rtol=1e-5, atol=1e-5)

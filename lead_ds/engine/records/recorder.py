@@ -18,6 +18,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.distributed.signals import Stop
 from lead_ds.engine.records.callbacks import Callback, Callbacks, RunFacts
 from lead_ds.errors import RunError
+from lead_ds.kernels.dispatch import builds_told
 from lead_ds.losses.objective import ObjectiveOutput
 from lead_ds.losses.selection import Layers
 from lead_ds.settings.train import TrainConfig
@@ -131,6 +132,8 @@ class Recorder:
         for row in rows:
             metrics = {**row["parts"], **{name: value for name, value in row.items() if name != "parts"}}
             self.callbacks.tell(lambda callback: callback.on_step(metrics))  # noqa: B023 - called at once
+        if told := builds_told():  # every rank waited for them
+            self.say(told)
         if self.progress:
             self.progress.tell(rows[-1], rate)
         self.engine.monitor.write_events(

@@ -38,6 +38,12 @@ def fixed_order(wanted: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):
+            what, remedy = (
+                "is true, and this process has used the GPU before",
+                "export CUBLAS_WORKSPACE_CONFIG=:4096:8 first",
+            )
+            raise InputError("train.deterministic", what, remedy) from error
         if _NONE not in str(error):
             raise
         what = f"is true, and {' '.join(str(error).split(_NONE)[0].split())} knows no fixed order"

@@ -26,6 +26,7 @@ from lead_ds.kernels.layer_kl.inputs import Problem, saved_shapes, stores_maps
 from lead_ds.kernels.layer_kl.score_tiles import STATISTICS
 from lead_ds.kernels.layer_kl.tiles import GRADIENT, SCORES, ScoreTiles
 from lead_ds.kernels.layout import aligned, inverse_lengths, through_lengths
+from lead_ds.kernels.products import wide_product
 
 # float16 holds probabilities below 6e-5 badly: residuals are stored this much larger, and divided by it in float32.
 _FLOAT16_RANGE = 2.0**15
@@ -241,8 +242,8 @@ def _recomputed(
                 num_stages=tiles.stages,
             )
             part_p = slice(p, p + width_p)
-            dq_KQD += _product(residual_KQP, sd[here, part_p])
-            dd[here, part_p] = _product(residual_KQP.mT, sq[here]).mul_(scale_K11)
+            dq_KQD += wide_product(residual_KQP, sd[here, part_p])
+            dd[here, part_p] = wide_product(residual_KQP.mT, sq[here]).mul_(scale_K11)
         dq[here] = dq_KQD.mul_(scale_K11)
     return dq, dd
 
@@ -252,15 +253,6 @@ def _new_gradients(scores: _Scores) -> tuple[Tensor, Tensor]:
     sq, sd = scores.vectors[2:]
     dtype = torch.float32 if scores.cosine[1] else sq.dtype
     return torch.empty_like(sq, dtype=dtype), torch.empty_like(sd, dtype=dtype)
-
-
-def _product(a_KMN: Tensor, b_KND: Tensor) -> Tensor:
-    """A batched matrix product with a float32 result, which half-precision residuals of any scale need."""
-    if a_KMN.dtype == torch.float32:
-        return torch.bmm(a_KMN, b_KND)
-    if a_KMN.is_cuda:
-        return torch.bmm(a_KMN, b_KND, out_dtype=torch.float32)
-    return torch.bmm(a_KMN.float(), b_KND.float())
 
 
 def _range(dtype: torch.dtype) -> float:
