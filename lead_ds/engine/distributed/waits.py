@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -27,7 +28,8 @@ def issued() -> int:
     """How many collective operations this process has issued, in all of its groups, whether they are done or not."""
     if not dist.is_initialized():
         return 0
-    return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def lock_file(thread: int) -> str | None:
