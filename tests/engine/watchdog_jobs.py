@@ -23,10 +23,11 @@ def late(folder: str, blamed: int) -> str | None:
         begun = None if here.rank == blamed else dist.all_reduce(x, async_op=True)
         found = None
         if here.rank == 0:
-            time.sleep(3)  # until every rank has posted
-            before = watchdog._everyone()
-            time.sleep(1)
-            found = verdict(before, watchdog._everyone(), here.rank)
+            deadline = time.monotonic() + 120
+            while "hangs in" not in (found or "") and time.monotonic() < deadline:  # until both have posted, twice
+                before = watchdog._everyone()
+                time.sleep(2)
+                found = verdict(before, watchdog._everyone(), here.rank)
             watchdog._store.set("done", "yes")
         while not watchdog._store.check(["done"]):  # as a host that waits for its stream: in no collective's frame
             time.sleep(0.05)

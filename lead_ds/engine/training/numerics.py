@@ -31,10 +31,11 @@ def fixed_order(wanted: bool) -> Iterator[None]:
         yield
         return
     before = {name: os.environ.get(name) for name in _FIXED_ORDER}
-    mode, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    mode, filled = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     os.environ.update({name: value for name, value in _FIXED_ORDER.items() if before[name] is None})
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    memory.fill_uninitialized_memory = False  # nothing here reads what was not written
     try:
         yield
     except RuntimeError as error:
@@ -50,7 +51,7 @@ def fixed_order(wanted: bool) -> Iterator[None]:
         raise InputError("train.deterministic", what, "set it to false") from error
     finally:
         torch.use_deterministic_algorithms(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
