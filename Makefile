@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow test-lowest lock stress fuzz lint types docs check clean
+.PHONY: help demo test test-slow test-lowest test-clusters lock stress fuzz lint types docs check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -23,10 +23,14 @@ demo: $(VENV)/.demo  ## a ZeRO-3 teacher distilled into a small student, ten min
 	$(BIN)/lead-ds demo
 
 test: lint types $(VENV)/.test  ## lint, types, and every test that takes less than minutes
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -m "not slow and not clusters" $(PYTEST)
 
 test-slow: $(VENV)/.test  ## the proofs that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-clusters: $(VENV)/.test  ## launch/ on a real SLURM and a real Open MPI, and kubernetes.yaml; see launch/README.md
+	$(PIP) install -q -c requirements.lock -e ".[clusters]"
+	$(BIN)/python -m pytest tests/clusters -rs
 
 test-lowest:  ## a tiny run with the lowest versions that pyproject.toml allows, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-lowest
@@ -43,7 +47,7 @@ lock: $(VENV)/.torch  ## the newest versions into requirements.lock, for Python 
 	$(PIP) install -q uv
 	echo '# The versions that this was tested with, for `make demo` and `make test`. Made by `make lock`; torch is chosen in the Makefile.' \
 	  > requirements.lock
-	$(BIN)/uv pip compile -q pyproject.toml --extra cpu --extra demo --extra test --extra docs --universal --upgrade \
+	$(BIN)/uv pip compile -q pyproject.toml --extra cpu --extra demo --extra test --extra docs --extra clusters --universal --upgrade \
 	  --python-version 3.10 --no-emit-package torch --no-emit-package triton --no-annotate --no-header \
 	  | grep -v '^nvidia-\|^cuda-' >> requirements.lock
 

@@ -6,7 +6,7 @@ Every launcher of this folder starts this file once per rank. It
 - when any rank fails, ends its own command. Rank 0 listens on LEAD_DS_WATCH_PORT and the others stay connected to it.
   So a dead rank or a dead machine is noticed in seconds, not at a collective's timeout. Every rank then returns the
   failing rank's status, and that rank's last lines are shown;
-- after a restart by torchrun, continues a `distill` with --resume.
+- after a restart by torchrun or SLURM, continues a `distill` with --resume.
 It imports nothing but the standard library: it costs every rank a few megabytes.
 """
 
@@ -227,6 +227,8 @@ def main() -> int:
         before = json.loads((logs / "failed.json").read_text()) if logs and (logs / "failed.json").exists() else {}
         if before.get("status") == 2:
             return 2  # the input was wrong: it still is
+        arguments = resumed(arguments, root)
+    elif environment.get("SLURM_RESTART_COUNT", "0") != "0":  # the job was queued again
         arguments = resumed(arguments, root)
 
     command = Command(
