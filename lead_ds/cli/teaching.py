@@ -46,8 +46,8 @@ def teach(
         None,
         "--vectors",
         metavar="LAYERS",
-        help="Of a dual encoder, keep vectors of every query and passage, of these layers and the final one: 9,10,11 or "
-        "last:3, all, final (no other layer), auto (those that losses.layer reads).",
+        help="Of a dual encoder, keep vectors of every query and passage. Of the final layer and these: 9,10,11 or "
+        "last:3, all, final (no other), auto (those that losses.layer reads).",
     ),
     teacher: int | None = ONE,
     shard_groups: int | None = typer.Option(None, "--shard-groups", min=1, help="Groups of a file; default: by kind."),

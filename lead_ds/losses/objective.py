@@ -1,7 +1,7 @@
 """The objective of a micro-batch: the losses of a run, weighted and summed, and what each of them saw.
 
-With several teachers a loss is a sum of terms, one for each teacher that feeds it: a loss of its own (with weights of its
-own, such as a linear map), times the teacher's share. The gradient of such a sum of KLs, or of squared errors, is that of
+With several teachers a loss is a sum of terms, one for each teacher that feeds it: a loss of its own, times the teacher's
+share. Its weights, such as a linear map, are its own too. The gradient of such a sum of KLs, or of squared errors, is that of
 the teachers' mean. A term may also read several teachers as one: see `mixture`.
 """
 

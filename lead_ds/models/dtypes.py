@@ -13,7 +13,7 @@ def half_of(path: str, device: torch.device) -> torch.dtype:
     """The dtype of 16 bits in which a model is read on a device where no setting says.
 
     bfloat16 on a CPU. On a GPU bfloat16 too where the model was published in it and the GPU has it, for its numbers may be
-    too large for float16; else float16, whose numbers are finer.
+    too large for float16. Else float16, whose numbers are finer.
     """
     if device.type != "cuda":
         return torch.bfloat16

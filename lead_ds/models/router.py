@@ -1,6 +1,6 @@
 """Two models in one directory: one reads queries, the other documents, and their vectors live in one space.
 
-`query/` and `document/` are whole directories, each readable alone; `router_config.json` leads sentence-transformers' Router to
+`query/` and `document/` are whole directories, each readable alone. `router_config.json` leads sentence-transformers' Router to
 the modules in them, so that `SentenceTransformer(directory)` encodes queries with the one and documents with the other.
 """
 

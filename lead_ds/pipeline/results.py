@@ -23,8 +23,9 @@ def collect(recipe: Recipe, done: Collection[str]) -> dict[str, Any]:
     """The results of the evaluations that are `done`, and what distillation changed where another model was measured too.
 
     {"student", "results": [{model, data, split, relevance_level, queries, measures}], "differences": [{model, data, split,
-    measure, model_value, distilled, difference, low, high, p_value, test}]}: low and high of a 95% bootstrap interval, p_value of
-    a paired randomisation test.
+    measure, model_value, distilled, difference, low, high, p_value, test}]}
+
+    low and high are of a 95% bootstrap interval, p_value of a paired randomisation test.
     """
     results: list[dict[str, Any]] = []
     scores: dict[tuple[str, str, str], Scores] = {}

@@ -204,8 +204,10 @@ class Vectors:
         return str(self.manifest.get("dtype", "float32"))
 
     def floats(self, block: np.ndarray) -> np.ndarray:
-        """Some of the stored vectors as float32 [n, D] whose inner products rank: quantised ones as what they stand for, and all
-        at length 1 where the model that made them compares by cosine."""
+        """Some of the stored vectors as float32 [n, D] whose inner products rank.
+
+        Quantised ones as what they stand for; all at length 1 where the model that made them compares by cosine.
+        """
         if self.dtype not in SMALL:
             floats = np.ascontiguousarray(block, np.float32)
         else:

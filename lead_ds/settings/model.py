@@ -24,8 +24,8 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="auto: a frozen teacher in 16 bits (on a GPU bf16 where it was published in that and the GPU has it, else "
-        "fp16; on a CPU bf16), a student in bf16 on a GPU that has it, else fp16, and in fp32 on a CPU",
+        description="auto: a frozen teacher in 16 bits: on a CPU bf16; on a GPU too where it was published in that and the GPU "
+        "has it, else fp16. A student on a CPU in fp32; on a GPU in bf16 where it has that, else fp16",
     )
     scale: Literal["none", "cosine", "standard"] = Field(
         "none",
@@ -43,7 +43,7 @@ class ModelConfig(Section):
         None,
         description="forwards per micro-batch of the student, per window of the teacher. Texts are sorted by length, so that "
         "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
-        "model once, not twice; 2 to 4 save padding; packed does both: one forward over rows in which texts stand side by "
+        "model once, not twice; 2 to 4 save padding. packed does both: one forward over rows in which texts stand side by "
         "side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: one for queries, one "
         "for passages (or one for pairs)",
     )
@@ -85,8 +85,8 @@ class PairConfig(ModelConfig):
     template: str | None = Field(
         None,
         description="how a frozen model is given a pair: a prompt with {query}, {passage} and perhaps {instruction}, of which "
-        "the passage is cut; or that of published models and their code, cut as there: qwen3, bge_gemma, mxbai, zerank, "
-        "rankllama, monot5, monomt5; plain: a general one; pair: the tokenizer's own. null: as the model's files or its name say",
+        "the passage is cut. Or that of published models and their code, cut as there: qwen3, bge_gemma, mxbai, zerank, "
+        "rankllama, monot5, monomt5. plain: a general one. pair: the tokenizer's own. null: as the model's files or its name say",
     )
     instruction: str | None = Field(
         None, description="the task, stated in the prompt. null: as the model's files or its template have it"

@@ -112,8 +112,8 @@ class PipelineConfig(Section):
     launcher: str = Field(
         "auto",
         description="the command that stands for `lead-ds` in stages that use many processes, such as "
-        '"deepspeed --num_gpus 8 --module lead_ds" or "launch/local.sh"; auto: deepspeed with all GPUs of this machine where '
-        "there are several; none: one process",
+        '"deepspeed --num_gpus 8 --module lead_ds" or "launch/local.sh". auto: deepspeed with all GPUs of this machine where '
+        "there are several. none: one process",
     )
     prepare: list[PrepareStage] = Field([], description="published files -> data.path, in this order")
     negatives: FirstNegatives = FirstNegatives()

@@ -58,7 +58,7 @@ class TeacherRole(ModelConfig, Trained):
         if self.train and (self.placement == "zero3" or self.offload != "none" or self.compile):
             raise ValueError(
                 "a teacher that is trained lives in the student's engine: take placement, offload and compile out of this "
-                "section, and choose in deepspeed.student how it is sharded and in train.compile whether both are compiled"
+                "section. deepspeed.student says how it is sharded, train.compile whether both are compiled"
             )
         if self.train and self.batch_size is not None:
             raise ValueError("a teacher that is trained reads the student's micro-batches: take batch_size out")
@@ -152,8 +152,8 @@ class StudentRole(ModelConfig):
 
     quantize: Quantize | None = Field(
         None,
-        description="train it to be quantised: every loss that reads its vectors is the mean of that and of the same with "
-        "vectors as int8, or signs alone, would hold them (straight-through)",
+        description="train it to be quantised: every loss that reads its vectors is the mean of itself and of itself on vectors "
+        "as int8, or signs alone, would hold them (straight-through)",
     )
 
     @field_validator("dims")

@@ -1,7 +1,7 @@
 """Several sets of groups as one: which set each group of a step comes from, and which of its groups that is.
 
 A set's share is weight * size^alpha. Shares are spread over cycles of some thousand draws, each cycle in an order of its
-own. So the n-th draw of a run, its set and how many of the set's were drawn before follow from n alone: a run resumes
+own. So the n-th draw of a run, its set and how many of the set's were drawn before follow from n alone. A run resumes
 where it was, and ranks need not ask each other. Each set is gone through again and again, every time in another order.
 """
 

@@ -28,8 +28,9 @@ class Watchdog:
     """Two threads of each rank: one posts where the rank is to the ranks' common store, one notices when it stands still.
 
     All ranks pass the same places in the same order. So of those that stand still, the one to blame does not answer:
-    its process is frozen, or its machine is gone. Or it has passed fewer places, has issued fewer collectives between two
-    of them (NCCL's return at once, and the host then waits anywhere), or is not in the collective the others are in.
+    its process is frozen, or its machine is gone. Or it has passed fewer places, or is not in the
+    collective that the others are in. Or it has issued fewer collectives between two places: NCCL's return at once, and the
+    host then waits anywhere.
     """
 
     def __init__(self, ranks: Ranks, minutes: float, folder: Path, signals: Signals) -> None:

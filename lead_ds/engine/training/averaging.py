@@ -39,7 +39,7 @@ def average(config: Config, engine: Any, checkpoints: Checkpoints, evaluator: An
     """Give the engine's student the mean of its last checkpoints, and note of which in the run's folder. Every rank calls this.
 
     By `dev`: the best of them by the evaluation's metric, then each of the others, best first, where it makes the mean
-    better; in two passes, so that one may count more often. Raises RunError where there are too few checkpoints.
+    better. In two passes, so that one may count more often. Raises RunError where there are too few checkpoints.
     """
     wanted = config.train.average
     assert wanted is not None

@@ -22,8 +22,11 @@ from lead_ds.models.own import SHAPE, OwnEncoder, OwnText, checksum_of, copied
 
 @dataclass(frozen=True)
 class Given:
-    """groups: instead of those of the section `data`; student, and teachers by key: modules instead of what their sections
-    name; callbacks: called as the run goes on; accepted: names of inputs that may have changed since the last checkpoint."""
+    """Objects of a run in place of what its configuration names.
+
+    groups: of training. student, and teachers by key: modules. callbacks: called as the run goes on.
+    accepted: names of inputs that may have changed since the last checkpoint.
+    """
 
     groups: Groups | None = None
     student: nn.Module | None = None
