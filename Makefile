@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow test-lowest test-clusters lock stress fuzz lint types docs check clean
+.PHONY: help demo test test-slow test-lowest test-clusters test-quantised lock stress fuzz lint types docs check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -31,6 +31,14 @@ test-slow: $(VENV)/.test  ## the proofs that take minutes
 test-clusters: $(VENV)/.test  ## launch/ on a real SLURM and a real Open MPI, and kubernetes.yaml; see launch/README.md
 	$(PIP) install -q -c requirements.lock -e ".[clusters]"
 	$(BIN)/python -m pytest tests/clusters -rs
+
+# In an environment of its own, over .venv's: where these packages are, transformers and peft choose other ways.
+test-quantised: $(VENV)/.test  ## quantised teachers, with the packages that read them, which are installed for it
+	$(PYTHON) -m venv $(VENV)-quantised
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	  "$$($(VENV)-quantised/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
+	$(VENV)-quantised/bin/python -m pip install -q "bitsandbytes>=0.46.1" "torchao>=0.12" "compressed-tensors>=0.15"
+	$(VENV)-quantised/bin/python -m pytest tests/models/test_quantised.py
 
 test-lowest:  ## a tiny run with the lowest versions that pyproject.toml allows, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-lowest
@@ -87,4 +95,4 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-lowest site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-quantised site .pytest_cache .mypy_cache .ruff_cache

@@ -250,7 +250,9 @@ def mine(
         False, "--keep-identical", help="Keep a passage that is the query itself, by its id or its text."
     ),
     rescore: str | None = typer.Option(
-        None, "--rescore", help="Choose by the scores of this model, of any kind, which are kept in OUT.scores/."
+        None,
+        "--rescore",
+        help="Choose by the scores of this model, of any kind, which are kept in OUT.scores/; or of a server, at its address.",
     ),
     rescore_settings: list[str] = typer.Option(
         [], "--rescore-set", help="A setting of that model, key=value: kind=llm_reranker, template=qwen3 ..."
@@ -270,6 +272,8 @@ def mine(
     lead-ds mine --model intfloat/e5-base-v2 --data data --out data/train.jsonl query_prompt="query: "
 
     lead-ds mine --data data --out data/train.jsonl --rescore models/reranker --margin 0 --relabel --sample stratified
+
+    lead-ds mine --data data --out data/train.jsonl --rescore http://localhost:8080/rerank --rescore-set api=tei
     """
     if model is not None and run is not None:
         raise InputError("mine", "--model and --run were both given", "give one of them, or neither for BM25")
@@ -293,7 +297,12 @@ def mine(
         source = open_encoder(model, settings=check_settings(settings))
         tell_reading(source, dataset)
     again = None
-    if rescore is not None:
+    if rescore is not None and ("kind=served" in rescore_settings or "://" in rescore):
+        from lead_ds.teachers.served_order import open_served, order
+
+        lookup = open_served(rescore, [setting for setting in rescore_settings if setting != "kind=served"])
+        again = partial(order, lookup, dataset)
+    elif rescore is not None:
         from lead_ds.retrieval.rescore import open_teacher
         from lead_ds.retrieval.rescore import rescore as score_again
 

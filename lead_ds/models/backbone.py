@@ -100,7 +100,8 @@ def load_model(
         if not new_head and config.weights == "pretrained":
             raise _no_head(config, shape)
         shape.num_labels = 1
-    check_quantised(shape, config.path)
+    if config.weights == "pretrained":
+        check_quantised(shape, config.path)
     auto = auto_class(shape, family)
     settings: dict[str, Any] = {"dtype": dtype}
     if config.attention != "auto":  # auto: transformers takes sdpa where the architecture has it

@@ -155,6 +155,8 @@ def _notes(scorer: Kind, encoder: TextEncoder, facts: dict[str, Any]) -> list[st
     unknown = unread(encoder.path, scorer.model.config) if facts["architecture"] != "StaticModel" else []
     if unknown:
         notes.append(f"config.json: {', '.join(unknown)}: read by no part of a {scorer.model.config.model_type} here")
+    if facts["adapter"] is not None and facts["weights"] != ["F32"]:
+        notes.append("adapter: merged in its base's precision, to which the update is rounded; peft adds it in float32")
     if facts["pooling"] is not None and family_of(encoder.path) is None:
         notes.append(f"pooling: no file names one; {facts['pooling']} is taken")
     return notes

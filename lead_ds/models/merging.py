@@ -58,6 +58,17 @@ def merge_adapter(path: str, *, trust_remote_code: bool = False, allow_pickle: b
             raise RunError(folder, f"cannot be written: {error}", "set LEAD_DS_CACHE to another folder") from error
 
 
+def unmerged(path: str, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Any:
+    """The adapter of `path` on its base as peft computes it, not merged, in float32: a transformers model with peft's layers
+    in it. None where `path` holds none. Raises InputError as `merge_adapter`, which is called before."""
+    adapter = adapter_of(path)
+    if adapter is None:
+        return None
+    with _told(path), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _Merge(adapter, require_peft(path), trust_remote_code, allow_pickle).adapted("float32").base_model.model
+
+
 def adapter_facts(path: str) -> dict[str, Any] | None:
     """Of an adapter: its type, its base, its rank where it has one; None where `path` holds none."""
     adapter = adapter_of(path)
@@ -79,7 +90,21 @@ class _Merge:
         self.shapes = self._saved_shapes()
 
     def model(self) -> Any:
-        """The merged model, on the CPU."""
+        """The merged model, on the CPU, in its base's dtype."""
+        adapted = self.adapted("auto")
+        merged = adapted.merge_and_unload()
+        if set(merged.state_dict()) != self.before:
+            odd = sorted(set(merged.state_dict()) ^ self.before)[0]
+            raise InputError(self.adapter.place, f"{self._name}: peft cannot merge it whole ({odd} is left over)")
+        odd = next((name for name, p in merged.named_parameters() if not torch.isfinite(p).all()), None)
+        if odd is not None:
+            raise InputError(
+                self.adapter.place, f"merged into its base, {odd} is not finite", "train the adapter again"
+            )
+        return merged.to(self.dtype)
+
+    def adapted(self, dtype: str) -> Any:
+        """peft's model of the base and the adapter, on the CPU; the base is read in `dtype`."""
         adapter = self.adapter
         base = str(adapter.base) if adapter.base == adapter.folder else located(str(adapter.base))
         from transformers import AutoConfig
@@ -96,28 +121,21 @@ class _Merge:
         if labels is not None:
             shape.num_labels = labels
         auto = self._class(shape)
-        where |= {"config": shape, "dtype": "auto", "use_safetensors": self.safe, "output_loading_info": True}
+        where |= {"config": shape, "dtype": dtype, "use_safetensors": self.safe, "output_loading_info": True}
         with _without_adapter(base, where["subfolder"]) as plain:
             model, info = auto.from_pretrained(plain, **where)
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         rows = self._embedding_rows(model)
         if rows is not None:
             model.resize_token_embeddings(rows)
-        before = set(model.state_dict())
+        self.before = set(model.state_dict())
         trained = self._trained(model)
         lost = sorted(set(info["missing_keys"]) - trained)
         lost = [key for key in lost if "pooler" not in key]
         if lost:
             what = f"its base lacks {len(lost)} weights, such as {lost[0]}, and the adapter does not bring them"
             raise InputError(adapter.place, what)
-        merged = self._adapted(model).merge_and_unload()
-        if set(merged.state_dict()) != before:
-            odd = sorted(set(merged.state_dict()) ^ before)[0]
-            raise InputError(adapter.place, f"{self._name}: peft cannot merge it whole ({odd} is left over)")
-        odd = next((name for name, p in merged.named_parameters() if not torch.isfinite(p).all()), None)
-        if odd is not None:
-            raise InputError(adapter.place, f"merged into its base, {odd} is not finite", "train the adapter again")
-        return merged.to(dtype)
+        return self._adapted(model).eval()
 
     @property
     def _name(self) -> str:
@@ -206,7 +224,8 @@ class _Merge:
 
 
 def _embedding(key: str) -> bool:
-    return key.endswith(("embed_tokens.weight", "word_embeddings.weight", "lm_head.weight"))
+    plain = key.replace(".base_layer.", ".")  # beside an update of them, too, peft saves them whole
+    return plain.endswith(("embed_tokens.weight", "word_embeddings.weight", "lm_head.weight"))
 
 
 def require_peft(where: str) -> Any:

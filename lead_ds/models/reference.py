@@ -12,9 +12,11 @@ from torch import Tensor
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_settings
+from lead_ds.io.located import located
 from lead_ds.models.files import family_of
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.labels import relevance_logit
+from lead_ds.models.merging import unmerged
 from lead_ds.models.quiet import quiet
 
 TOLERANCE = 2e-5  # of the largest value, or of 1 where that is smaller
@@ -43,7 +45,8 @@ def compare(scorer: Kind, encoder: TextEncoder, texts: Sequence[str] = TEXTS) ->
     """The largest difference between ours and the reference's vectors, token vectors or scores of texts, in float32.
 
     Texts are read as queries and as passages; of a model of pairs, each with the next one. The reference reads the model's
-    files alone, without settings. equal: whether the difference is within `TOLERANCE` of the largest value (of 1 if smaller).
+    files alone, without settings; of an adapter those of its merged copy, its weights as peft computes them, not merged.
+    equal: whether the difference is within `TOLERANCE` of the largest value (of 1 if smaller).
     Raises InputError for a kind that sentence-transformers does not read in this way.
     """
     with torch.no_grad(), quiet():
@@ -75,10 +78,15 @@ def _reference(scorer: Kind) -> Any:
     if scorer.use.library != "sentence-transformers" and family_of(path) != scorer.family:
         what = f"sentence-transformers has no {scorer.use.name} of this form to compare with"
         raise InputError("--compare", what, "compare it with its card's code")
-    options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": bool(scorer.config.trust_remote_code)}
+    trust = bool(scorer.config.trust_remote_code)
+    options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": trust}
     model = getattr(sentence_transformers, scorer.family)(
-        path, device="cpu", model_kwargs={"dtype": torch.float32}, **options
+        located(path), device="cpu", model_kwargs={"dtype": torch.float32}, **options
     )
+    adapted = unmerged(path, trust_remote_code=trust, allow_pickle=scorer.config.allow_pickle)
+    if adapted is not None:
+        inside = (adapted, adapted.base_model)  # with its head, and without
+        model[0].model = next(part for part in inside if type(part) is type(model[0].model))
     if model.tokenizer.pad_token is None:  # it refuses to pad a batch of one, which needs none
         model.tokenizer.pad_token = model.tokenizer.eos_token
     return model.eval()

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 from typing import Any
 
 from torch import nn
 
 from lead_ds.errors import InputError
+from lead_ds.models.dtypes import weight_dtypes
 
-_PACKAGES = {
-    "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
-    "gptq": "gptqmodel",
-    "awq": "gptqmodel",
-    "quanto": "optimum.quanto",
-    "hqq": "hqq",
-    "compressed-tensors": "compressed_tensors",
-    "eetq": "eetq",
-    "fbgemm_fp8": "fbgemm_gpu",
-    "aqlm": "aqlm",
-}
+_EXTRA = ("bitsandbytes", "torchao", "compressed-tensors")
+_SCALED = {"I8", "F8_E4M3", "F8_E5M2"}  # safetensors' names of numbers that mean nothing without a scale
 
 
 def quantised_by(shape: Any) -> str | None:
@@ -45,9 +36,15 @@ def check_trainable(shape: Any, path: str) -> None:
 
 
 def check_quantised(shape: Any, path: str) -> None:
-    """Refuse quantised weights where they would be sharded, and where the package that reads them is absent."""
+    """Refuse quantised weights where they would be sharded, where transformers cannot read them here, and where nothing says how.
+
+    transformers itself would read weights of a method that it does not know as if they were plain.
+    """
     method = quantised_by(shape)
     if method is None:
+        if odd := sorted(_SCALED & set(weight_dtypes(path))):
+            what = f"its weights are quantised ({odd[0]}), and its config.json has no quantization_config"
+            raise InputError(path, what, "restore that file, or name the model as it was before")
         return
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -55,11 +52,15 @@ def check_quantised(shape: Any, path: str) -> None:
         raise InputError(
             path, f"its weights are quantised ({method}), and cannot be sharded", "set placement: replicate"
         )
-    package = _PACKAGES.get(method, method)
-    if package != "fp8" and importlib.util.find_spec(package.split(".")[0]) is None:
-        raise InputError(
-            path, f"its weights are quantised by {method}, which is not installed", f"pip install {package}"
-        )
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(shape.quantization_config), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except Exception as error:  # a foreign file can be wrong in any way, and so can a package
+        what = f"its weights are quantised ({method}): {str(error)[:200]}"
+        remedy = 'pip install "lead-ds[quantised]"' if method in _EXTRA else "name the model as it was before"
+        raise InputError(path, what, remedy) from error
 
 
 def keep_experts_together(model: nn.Module) -> list[str]:

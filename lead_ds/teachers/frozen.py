@@ -26,7 +26,7 @@ from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_config
 from lead_ds.models.merging import merge_adapter
 from lead_ds.models.packing_check import check_packing
-from lead_ds.models.special_weights import keep_experts_together
+from lead_ds.models.special_weights import keep_experts_together, quantised_by
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
@@ -215,10 +215,10 @@ def depth_needed(settings: TeacherRole, losses: Any) -> int | None:
 
 
 def choose_placement(settings: TeacherRole, dtype: torch.dtype, ranks: Ranks, depth: int | None = None) -> str:
-    """`auto`: a copy per rank where it takes less than a third of the memory there is, else shards."""
+    """`auto`: a copy per rank where it takes less than a third of the memory there is, or is quantised; else shards."""
     if settings.placement != "auto" or settings.offload != "none":
         return "replicate" if settings.placement == "replicate" else "zero3"
-    if ranks.world == 1:
+    if ranks.world == 1 or quantised_by(read_model_config(settings)) is not None:
         return "replicate"
     needed = count_parameters(settings, depth) * dtype.itemsize
     if ranks.device.type == "cuda":

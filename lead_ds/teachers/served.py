@@ -5,7 +5,7 @@ Dimensions: A micro-batches of B queries, N passages of each, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -69,9 +69,11 @@ class ServedSettings(TeacherSettings):
     @field_validator("extra")
     @classmethod
     def _extra(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
+        for name in _names(value):
             if any(word in name.lower() for word in _SECRET) and "tokens" not in name.lower():
                 raise ValueError(f"{name} looks like a key, which would be written down: set key_variable")
+        if value.get("output_dtype", "float") != "float":
+            raise ValueError("output_dtype: vectors are read as floats: take it out")
         return value
 
     @model_validator(mode="after")
@@ -85,6 +87,14 @@ class ServedSettings(TeacherSettings):
         if self.model is not None and self.api == "tei":
             raise ValueError("model is ignored by tei, which serves one: take it out")
         return self
+
+
+def _names(tree: Any) -> Iterator[str]:
+    """Every key in a tree of JSON."""
+    if isinstance(tree, dict):
+        yield from map(str, tree)
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _names(inner)
 
 
 class ServedLookup:

@@ -5,6 +5,8 @@ Dimensions: B texts, N passages of a query, D width.
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import os
 import random
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -50,6 +53,8 @@ class Client:
         found = os.environ.get(name, "").strip()
         if not found:
             raise InputError("teacher.key_variable", f"{name} is not set", "export it with the server's key")
+        if not found.isascii() or not found.isprintable():  # the HTTP library would refuse it, and repeat it
+            raise InputError("teacher.key_variable", f"{name} holds what no header can carry", "export the key alone")
         return found
 
     def ask(self, questions: Questions, keep: Callable[[Questions, np.ndarray], None]) -> None:
@@ -118,7 +123,8 @@ class Client:
     def _once(self, http: Any, questions: Questions, key: str) -> np.ndarray:
         library = _library()
         try:
-            answer = http.post(self.settings.url, json=body_of(self.settings, questions))
+            body = json.dumps(body_of(self.settings, questions))  # in ASCII: half a character is sent as JSON has it
+            answer = http.post(self.settings.url, content=body, headers={"Content-Type": "application/json"})
         except (library.InvalidURL, library.UnsupportedProtocol) as error:
             raise InputError("teacher.url", f"{self.settings.url} cannot be asked: {error}") from None
         except (library.HTTPError, OSError) as error:
@@ -127,17 +133,20 @@ class Client:
         if status in _BUSY:
             raise _Again(f"status {status}", _retry_after(answer.headers.get("Retry-After")))
         if status != 200:
-            said = _safe(" ".join(answer.text.split())[:200], key)
-            raise InputError(self.settings.url, f"answers with status {status}: {said}", _remedy(status))
+            said = answer.headers.get("Location", "") if 300 <= status < 400 else answer.text
+            what = f"answers with status {status}: {_safe(said, key)}"
+            raise InputError(self.settings.url, what, _remedy(status))
         try:
             tree = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Again("an answer that is not JSON") from None
+        if isinstance(tree, dict) and tree.get("error"):
+            raise _Again(_safe(f"an error in its answer: {tree['error']}", key))
         try:
             found = read_answer(self.settings.api, tree, len(questions))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             said = str(error) if type(error) is ValueError else f"another form: {type(error).__name__} {error}"
-            raise _Again(_safe(f"an answer of {said}"[:200], key)) from None
+            raise _Again(_safe(f"an answer of {said}", key)) from None
         return found
 
 
@@ -158,8 +167,9 @@ def body_of(settings: Any, questions: Questions) -> dict[str, Any]:
 def read_answer(api: str, tree: Any, count: int) -> np.ndarray:
     """Vectors [count, D] or scores [count], float32, in the order of the questions.
 
+    A vector may be text: base64 of little-endian float32, as OpenAI has it.
     Raises ValueError for another count, an index that is twice there or none, widths that differ, numbers that are not
-    finite; KeyError, TypeError or IndexError for another form.
+    finite; KeyError, TypeError, IndexError or OverflowError for another form.
     """
     rows = tree if api == "tei" else tree[_PLURAL.get(api, "data")]
     if len(rows) != count:
@@ -170,7 +180,7 @@ def read_answer(api: str, tree: Any, count: int) -> np.ndarray:
         place = row["index"]
         if type(place) is not int or not 0 <= place < count or found[place] is not None:
             raise ValueError(f"index {place!r} of {count}")
-        found[place] = row[field]
+        found[place] = _decoded(row[field]) if isinstance(row[field], str) else row[field]
     if api == "embeddings" and len({len(vector) for vector in found}) > 1:
         raise ValueError("vectors of several widths")
     with np.errstate(over="ignore"):
@@ -180,6 +190,10 @@ def read_answer(api: str, tree: Any, count: int) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError("numbers that are not finite")
     return array
+
+
+def _decoded(vector: str) -> list[float]:
+    return np.frombuffer(base64.b64decode(vector, validate=True), "<f4").tolist()
 
 
 def _retry_after(said: str | None) -> float | None:
@@ -197,6 +211,8 @@ def _retry_after(said: str | None) -> float | None:
 
 
 def _remedy(status: int) -> str:
+    if 300 <= status < 400:
+        return "the key would go where it points, so it is not followed: set teacher.url to that if you trust it"
     if status in (401, 403):
         return "check the key in the variable that teacher.key_variable names"
     if status in (404, 405):
@@ -205,8 +221,10 @@ def _remedy(status: int) -> str:
 
 
 def _safe(text: str, key: str) -> str:
-    """A message without the key, should a server repeat it."""
-    return text.replace(key, "***") if key else text
+    """A message in one short line without the key, should a server repeat it: also as JSON or an address has it."""
+    for form in {key, json.dumps(key)[1:-1], quote(key, safe="")} - {""}:
+        text = text.replace(form, "***")
+    return " ".join(text.split())[:200]
 
 
 def _library() -> Any:

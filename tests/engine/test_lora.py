@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lead_ds.config import StudentConfig, load_config
+from lead_ds.engine.distributed.ranks import free_port
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_encoder, load_student
 from lead_ds.models.lora import add_lora, without_lora
 from lead_ds.plan.requirements import requirements
 from lead_ds.settings.train import LoraConfig
-from tests.engine.running import copy_run
+from tests.engine.jobs import losses_of
+from tests.engine.running import copy_run, steps_of
+from tests.helpers.forked import IMPORTED_WITH, forked, run_command
 from tests.helpers.launch import launch
 from tests.models.tiny_models import tiny_model, tokens_of
 
@@ -121,3 +127,70 @@ def test_one_process_goes_on_exactly(configure: Callable[..., Path], tmp_path: P
 @pytest.mark.slow
 def test_sharded_runs_go_on_exactly(configure: Callable[..., Path]) -> None:
     _continued([configure(f"zero{stage}", **_sections(stage)) for stage in (1, 2, 3)], 2)
+
+
+class Started:
+    """A command on two processes, as a launcher would start them."""
+
+    def __init__(self, log: Path, *words: str) -> None:
+        self.log = log
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
+        everywhere = {**os.environ, **IMPORTED_WITH, **place}
+        self.ranks = [
+            forked(run_command, list(words), {**everywhere, "RANK": rank, "LOCAL_RANK": rank}, str(log), str(log))
+            for rank in "01"
+        ]
+
+    def killed_after(self, step: int, output: Path) -> None:
+        """Wait for a step, then kill both at once, as the end of their machine would."""
+        deadline = time.monotonic() + 600
+        while steps_of(output) < step:
+            assert all(rank.exitcode is None for rank in self.ranks), self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        for rank in self.ranks:
+            os.kill(rank.pid, signal.SIGKILL)
+        assert self.ended() == [-signal.SIGKILL] * 2
+
+    def ended(self) -> list[int]:
+        """The processes' statuses."""
+        for rank in self.ranks:
+            rank.join(600)
+            rank.kill()
+            rank.join()
+        return [rank.exitcode for rank in self.ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "stage"), [("warmup", 1), ("warmup", 2), ("warmup", 3), ("distill", 2)])
+def test_a_run_that_is_killed_goes_on_exactly(
+    configure: Callable[..., Path], tmp_path: Path, command: str, stage: int
+) -> None:
+    """Killed by SIGKILL while it trains, behind a checkpoint, twice: the losses and the weights of a run that was not."""
+    steps = 40
+    sections = _sections(stage)
+    sections["train"] |= {"steps": steps, "save_every": 4, "keep": 2}
+    of = ["--of", "teacher"] if command == "warmup" else []
+    whole, harmed = (tmp_path / name for name in ("whole", "harmed"))
+    words = {folder: [command, str(configure(folder.name, **sections)), *of, "--quiet"] for folder in (whole, harmed)}
+    first = Started(tmp_path / "whole.log", *words[whole])
+    assert first.ended() == [0, 0], first.log.read_text()[-3000:]
+    Started(tmp_path / "killed.log", *words[harmed]).killed_after(6, harmed)
+    reached = steps_of(harmed)
+    assert 6 <= reached < steps, "it was over"
+    Started(tmp_path / "again.log", *words[harmed], "--resume").killed_after(reached + 6, harmed)
+    assert reached + 6 <= steps_of(harmed) < steps, "it was over"
+    last = Started(tmp_path / "last.log", *words[harmed], "--resume")
+    assert last.ended() == [0, 0], last.log.read_text()[-3000:]
+    assert losses_of(harmed) == losses_of(whole)
+    assert len(losses_of(whole)) == steps
+    product = "model" if command == "warmup" else "student"
+    one, other = (load_file(folder / product / "model.safetensors") for folder in (whole, harmed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not any("lora" in name for name in one)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from lead_ds.teachers.served_ahead import ask_ahead
 from tests.cli.test_bad_input import lead_ds
 from tests.helpers.launch import launch
 from tests.helpers.rooms import save_bert, settings
-from tests.helpers.server import ModelServer, serving
+from tests.helpers.server import ModelServer, questions, serving
 
 SECRET = "sk-never-to-be-seen"
 TEXTS = [(f"text {i}",) for i in range(10)]
@@ -89,6 +90,78 @@ def test_every_answer_is_kept_and_nothing_is_asked_twice(server: ModelServer, tm
         served(server, tmp_path / "answers", model="other")
 
 
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ('{"data": [{"index": 0, "embedding": [1, null]}]}', "numbers that are not finite"),
+        ('{"data": [{"index": 0, "embedding": [1' + "0" * 400 + "]}]}", "OverflowError"),
+        ('{"data": [{"index": 0, "embedding": "AAAA"}]}', "buffer size must be a multiple"),
+        ('{"data": [{"index": 0, "embedding": "no numbers"}]}', "an answer of"),
+        ('{"data": [{"index": 0, "embedding": [[1], [2]]}]}', "shape"),
+        ('{"data": [{"index": 0, "embedding": []}]}', "shape"),
+        ('{"data": [{"index": "0", "embedding": [1]}]}', "index '0' of 1"),
+        ('{"data": [{"embedding": [1]}]}', "KeyError 'index'"),
+        ('{"data": {"index": 0}}', "another form: TypeError"),
+        ('{"error": {"message": "the model is loading"}}', "the model is loading"),
+        ("[" * 100_000, "not JSON"),
+        ("null", "another form: TypeError"),
+        ("", "not JSON"),
+    ],
+)
+def test_an_answer_of_another_form_is_named(server: ModelServer, tmp_path: Path, body: str, what: str) -> None:
+    lookup = served(server, tmp_path, tries=2)
+    server.always, server.good = f"body:{body}", 0
+    with pytest.raises(RunError, match=f"no good answer in 2 tries: .*{what}") as caught:
+        lookup.asked([("one",)])
+    assert len(str(caught.value)) < 500
+    assert len(lookup.answers) == 0
+
+
+def test_vectors_as_text_and_text_of_any_kind(server: ModelServer, tmp_path: Path) -> None:
+    lookup = served(server, tmp_path)
+    texts = [(text,) for text in (*TEXTS_OF_MODELS, "half a character: \ud83e", "a\0b", "\u2028", "e\u0301", "\u00e9")]
+    server.always, server.good = "base64", 0
+    found = lookup.asked(texts)
+    assert [found[text].tolist() for text in texts] == plain([text for (text,) in texts])
+    assert len(lookup.answers) == len(texts), "texts that look alike are two"
+    before = len(server.asked)
+    again = served(server, tmp_path).asked(texts)
+    assert len(server.asked) == before
+    assert all(np.array_equal(again[text], found[text]) for text in texts)
+
+
+@pytest.mark.parametrize("status", ["301", "302", "307", "308"])
+def test_a_key_goes_nowhere_else(
+    server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    monkeypatch.setenv("LEAD_TEST_KEY", SECRET)
+    with serving(plain) as other:
+        server.always, server.good, server.elsewhere = status, 0, other.url()
+        lookup = served(server, tmp_path, key_variable="LEAD_TEST_KEY")
+        with pytest.raises(InputError, match=f"status {status}: {other.url()} .*it is not followed"):
+            lookup.asked(TEXTS)
+        assert not other.headers
+
+
+@pytest.mark.parametrize("key", ["sk-\u043a\u043b\u044e\u0447", "sk-two\nlines", 'sk-"quoted"/and\\more+'])
+def test_a_key_that_is_odd_is_told_to_nobody(
+    server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("LEAD_TEST_KEY", key)
+    lookup = served(server, tmp_path, key_variable="LEAD_TEST_KEY", tries=2)
+    if key.isascii() and key.isprintable():
+        padding = "x" * 190  # so that a message cut to its length would end within the key
+        for form in (key, json.dumps(key), quote(key, safe="")):
+            server.faults = [f"body:{json.dumps({'error': padding + form})}"] * 9
+            with pytest.raises(RunError) as caught:
+                lookup.asked(TEXTS)
+            assert "sk-" not in str(caught.value)
+    else:
+        with pytest.raises(InputError, match="LEAD_TEST_KEY holds what no header can carry") as refused:
+            lookup.asked(TEXTS)
+        assert "sk-" not in str(refused.value)
+
+
 @pytest.mark.parametrize("api", ["tei", "cohere", "jina", "vllm"])
 def test_scores_through_every_interface(server: ModelServer, tmp_path: Path, api: str) -> None:
     lookup = served(server, tmp_path, url=server.url(f"/{api}"), api=api, model=None if api == "tei" else "tiny")
@@ -129,6 +202,8 @@ def test_a_key_is_nowhere_but_in_the_request(
         ({"url": "http://me:secret@host/v1"}, "holds a key"),
         ({"url": "http://host/v1?api_key=x"}, "holds a key"),
         ({"extra": {"api_key": "x"}}, "looks like a key"),
+        ({"extra": {"more": [{"Authorization": "x"}]}}, "looks like a key"),
+        ({"extra": {"output_dtype": "ubinary"}}, "vectors are read as floats"),
         ({"model": None}, "model is missing"),
         ({"api": "tei"}, "model is ignored by tei"),
         ({"api": "jina", "scale": "cosine"}, "is of vectors"),
@@ -269,3 +344,34 @@ def test_evaluate_orders_candidates(rooms: Path, tmp_path: Path, server: ModelSe
     for passage, score in said["q40"].items():
         [vector] = plain(dataset.corpus.texts(dataset.corpus.rows([passage])))
         assert score == pytest.approx(np.dot(query, vector), rel=1e-5)
+
+
+@pytest.mark.parametrize("api", ["embeddings", "tei", "vllm"])
+def test_mine_chooses_by_a_served_models_scores(rooms: Path, tmp_path: Path, server: ModelServer, api: str) -> None:
+    """A server that dies on the way: what it answered is not asked again."""
+    dataset = Dataset.open(rooms / "data")
+    url = server.url("/v1/embeddings" if api == "embeddings" else f"/{api}")
+    arguments: list[Any] = ["mine", "--data", rooms / "data", "--out", tmp_path / "groups.jsonl", "--number", 3]
+    arguments += ["--depth", 8, "--rescore", url]
+    given = [f"api={api}", f"answers={tmp_path / 'answers'}", "tries=2", "pause=0.01", "concurrent=1"]
+    given += [] if api == "tei" else ["model=m"]
+    arguments += [word for setting in given for word in ("--rescore-set", setting)]
+    server.always, server.good = "500", 2
+    dead = lead_ds(*arguments)
+    assert dead.returncode == 1
+    assert "no good answer in 2 tries: status 500" in dead.stderr
+    begun = len(server.asked)  # two of which were answered
+    server.always = ""
+    done = lead_ds(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert not questions(server.asked[:2]) & questions(server.asked[begun:])
+    before = len(server.asked)
+    assert lead_ds(*arguments, "--rescore-set", "kind=served").returncode == 0
+    assert len(server.asked) == before, "a rerun asks nothing"
+    groups = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
+    assert any(len(group["negatives"]) == 3 for group in groups)
+    for group in groups[:9]:
+        [query] = plain(dataset.queries.texts(dataset.queries.rows([group["query_id"]])))
+        for name, score in group["scores"].items():
+            [vector] = plain(dataset.corpus.texts(dataset.corpus.rows([name])))
+            assert score == pytest.approx(np.dot(query, vector), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import threading
@@ -11,11 +12,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
+
 Vectors = Callable[[list[str]], list[list[float]]]
 
 
 class ModelServer(ThreadingHTTPServer):
-    """`/v1/embeddings`, `/tei`, `/cohere`, `/jina`, `/vllm`. Each of `faults` spoils one request; `always` every one."""
+    """`/v1/embeddings`, `/tei`, `/cohere`, `/jina`, `/vllm`. Each of `faults` spoils one request; `always` every one.
+
+    A fault is a name, a status, or "body:" and what is sent in place of an answer.
+    """
 
     daemon_threads = True
 
@@ -26,6 +32,7 @@ class ModelServer(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.always = ""
         self.good = 10**9  # answers before `always` begins
+        self.elsewhere = ""  # where a status of 3xx points
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.busiest = self.busy = 0
@@ -90,12 +97,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "wider":
             for row in rows:
                 row[name] = [*row[name], 1.0]
+        elif fault == "base64":
+            for row in rows:
+                row[name] = base64.b64encode(np.array(row[name], "<f4").tobytes()).decode()
         elif fault == "slow":
             time.sleep(1.0)
         data = json.dumps({"data": rows} if tree is None else tree).encode()
         if fault.isdigit():
             said = f"status {fault} for {self.headers.get('Authorization', '')}".encode()
-            self._send(int(fault), said, {"Retry-After": "0.4"} if fault == "429" else {})
+            more = {"Location": self.server.elsewhere} if fault.startswith("3") else {}
+            self._send(int(fault), said, {"Retry-After": "0.4"} if fault == "429" else more)
+        elif fault.startswith("body:"):
+            self._send(200, fault.removeprefix("body:").encode())
         elif fault == "garbage":
             self._send(200, b"<html>busy</html>")
         elif fault == "cut":
@@ -123,6 +136,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _texts(body: dict[str, Any]) -> list[str]:
     return next(body[name] for name in ("input", "texts", "documents", "text_2") if name in body)
+
+
+def questions(bodies: list[dict[str, Any]]) -> set[tuple[str | None, str]]:
+    """What requests asked: (query, text), of embeddings (None, text)."""
+    return {(body.get("query") or body.get("text_1"), text) for body in bodies for text in _texts(body)}
 
 
 @contextmanager

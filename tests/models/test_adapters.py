@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lead_ds.config import TeacherConfig
 from lead_ds.errors import InputError
@@ -18,8 +19,9 @@ from lead_ds.io.files import model_checksum, model_files
 from lead_ds.io.located import located
 from lead_ds.models.inspection import inspect_model
 from lead_ds.models.load import kind_of, load_encoder, load_scorer, load_teacher
-from lead_ds.models.reference import TEXTS
+from lead_ds.models.reference import TEXTS, compare
 from lead_ds.teachers.frozen import FrozenTeacher
+from tests.formats.vectors import late
 from tests.helpers.launch import launch
 from tests.helpers.tiny import tiny_tokenizer
 from tests.models.tiny_models import tiny_model, tokens_of
@@ -43,7 +45,7 @@ def adapt(base: str, folder: Path, head: str = "base", settings: Any = None, **m
     """Save an adapter of random weights, on top of `base`."""
     torch.manual_seed(3)
     model = _HEADS[head].from_pretrained(base, **({"num_labels": 1} if head == "classifier" else {}))
-    settings = settings or peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", **more)
+    settings = settings or peft.LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **more})
     adapted = peft.get_peft_model(model, settings)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -75,6 +77,10 @@ def states(path: str, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         ("bert", {"settings": "ia3"}),
         ("bert", {"settings": "loha"}),
         ("bert", {"modules_to_save": ["word_embeddings"], "bias": "all"}),
+        ("qwen3", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("qwen3", {"target_modules": ["q_proj"], "trainable_token_indices": [50, 60]}),
+        ("qwen3", {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}),
+        ("bert", {"target_modules": ["query", "value"], "lora_bias": True, "layers_to_transform": [0, 2]}),
     ],
 )
 def test_an_adapter_is_merged_as_peft_reads_it(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
@@ -138,27 +144,75 @@ def test_an_adapter_of_a_language_model_names_no_kind(tmp_path: Path) -> None:
     torch.testing.assert_close(ours[kept], whole[kept], rtol=0, atol=2e-5)
 
 
-def test_modules_beside_an_adapter_are_honoured(tmp_path: Path) -> None:
-    """As sentence-transformers saves one: modules, prompts and tokenizer of its own, the adapter in place of weights."""
+def dense_adapter(folder: Path) -> tuple[str, str]:
+    """As sentence-transformers saves one, and its base: modules, prompts and tokenizer of its own, no weights."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    base = tiny_model(tmp_path / "base", "bert")
+    base = tiny_model(folder / "base", "bert")
     modules = [Transformer(base), Pooling(32, "mean"), Normalize()]
-    model = SentenceTransformer(modules=modules, prompts={"query": "ask: "})
-    path = tmp_path / "adapter"
-    model.save_pretrained(str(path))
+    SentenceTransformer(modules=modules, prompts={"query": "ask: "}).save_pretrained(str(folder / "adapter"))
+    return without_weights(folder / "adapter", base), base
+
+
+def late_adapter(folder: Path) -> tuple[str, str]:
+    """Of a late-interaction model, whose projection stands beside it whole."""
+    base = tiny_model(folder / "base", "bert", layers=2)
+    return without_weights(Path(late(folder)), base), base
+
+
+def pair_adapter(folder: Path) -> tuple[str, str]:
+    """Of a cross-encoder, whose scoring head the adapter brings, on an encoder that has none."""
+    base = tiny_model(folder / "base", "bert")
+    return adapt(base, folder / "adapter", "classifier", task_type="SEQ_CLS", modules_to_save=["classifier"]), base
+
+
+def without_weights(path: Path, base: str) -> str:
+    """An adapter of `base` in place of the weights in a folder."""
     for name in ("model.safetensors", "config.json"):
         (path / name).unlink()
-    adapt(base, path)
-    found = inspect_model(str(path))
+    return adapt(base, path)
+
+
+def test_modules_beside_an_adapter_are_honoured(tmp_path: Path) -> None:
+    path, base = dense_adapter(tmp_path)
+    found = inspect_model(path)
     assert (found.facts["pooling"], found.facts["prompts"]["query"]) == ("mean", "ask: ")
     assert found.facts["adapter"] == {"type": "LORA", "base": base, "r": 4, "with": []}
-    model[0].model = said(str(path), base)
+
+
+@pytest.mark.parametrize("made", [dense_adapter, late_adapter, pair_adapter])
+def test_compare_has_peft_compute_the_weights(tmp_path: Path, made: Any) -> None:
+    path, _ = made(tmp_path)
+    found = inspect_model(path, ["dtype=fp32"])
+    told = compare(found.scorer, found.encoder, TEXTS[:6])
+    assert told["equal"], told
+    copy = Path(located(path)) / "model.safetensors"  # it is not our merged copy that is compared with itself
+    save_file({name: 1.01 * x for name, x in load_file(copy).items()}, copy, metadata={"format": "pt"})
+    spoiled = inspect_model(path, ["dtype=fp32"])
+    assert not compare(spoiled.scorer, spoiled.encoder, TEXTS[:6])["equal"]
+
+
+def test_a_base_at_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's cache holds two of them; `revision` is of the base."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    home, bases = tmp_path / "hub" / "models--someone--base", {}
+    (home / "refs").mkdir(parents=True)
+    for number, name in enumerate(("main", "tuned")):
+        commit = f"{number}" * 40
+        bases[name] = tiny_model(home / "snapshots" / commit, "bert", seed=number)
+        (home / "refs" / name).write_text(commit)
+    path = adapt(bases["tuned"], tmp_path / "adapter")
+    _edited(path, base_model_name_or_path="someone/base", revision="tuned")
+    tokens = tokens_of((7, 7))
     with torch.no_grad():
-        ours = found.scorer.embed(found.encoder.queries(list(TEXTS)))
-    theirs = torch.tensor(model.eval().encode_query(list(TEXTS), batch_size=1))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+        theirs = said(path, bases["tuned"])(**tokens).last_hidden_state
+    torch.testing.assert_close(states(path, tokens), theirs, rtol=0, atol=2e-5)
+    _edited(path, revision="gone")
+    with pytest.raises(InputError, match="its base model someone/base is no folder here"):
+        load_encoder(path)
 
 
 def test_modules_of_the_base_serve_an_adapter_without(tmp_path: Path) -> None:
@@ -273,7 +327,12 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, monkeypatch: p
     (Path(path) / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="pickle"):
         load_encoder(path)
-    path = adapt(base, tmp_path / "other")
+    path, shape = adapt(base, tmp_path / "other"), Path(base) / "config.json"
+    plain = shape.read_text()
+    shape.write_text(json.dumps(json.loads(plain) | {"quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(InputError, match=r"its base is quantised.*as it was before, in base_model_name_or_path"):
+        load_encoder(path)
+    shape.write_text(plain)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"needs the package peft.*lead-ds\[adapters\]"):
         load_encoder(path)
