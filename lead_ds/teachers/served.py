@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lead_ds.data.groups.group import Group, Groups
 from lead_ds.data.reads import ModelBatch, Reads
@@ -62,8 +63,15 @@ class ServedSettings(TeacherSettings):
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError("is not an address: http://HOST:PORT/PATH")
-        if "@" in parts.netloc or any(word in parts.query.lower() for word in _SECRET):
-            raise ValueError("holds a key, which would be written down: set key_variable")
+        if "@" in parts.netloc or any(word in (parts.query + parts.fragment).lower() for word in _SECRET):
+            raise _secret("holds a key, which would be written down")
+        return value
+
+    @field_validator("key_variable")
+    @classmethod
+    def _variable(cls, value: str | None) -> str | None:
+        if value is not None and not value.isidentifier():
+            raise _secret("is no name of a variable")
         return value
 
     @field_validator("extra")
@@ -87,6 +95,11 @@ class ServedSettings(TeacherSettings):
         if self.model is not None and self.api == "tei":
             raise ValueError("model is ignored by tei, which serves one: take it out")
         return self
+
+
+def _secret(what: str) -> PydanticCustomError:
+    """An error that does not repeat what was given, which may be a key."""
+    return PydanticCustomError("secret", what, {"remedy": "name the variable that holds the key in key_variable"})  # type: ignore[arg-type]
 
 
 def _names(tree: Any) -> Iterator[str]:

@@ -29,6 +29,7 @@ from lead_ds.models.load import load_encoder, load_scorer, load_teacher, load_te
 from lead_ds.models.reference import TEXTS as TEXTS_OF_MODELS
 from lead_ds.teachers.served import ServedLookup, ServedSettings
 from lead_ds.teachers.served_ahead import ask_ahead
+from lead_ds.teachers.served_order import open_served
 from tests.cli.test_bad_input import lead_ds
 from tests.helpers.launch import launch
 from tests.helpers.rooms import save_bert, settings
@@ -201,6 +202,8 @@ def test_a_key_is_nowhere_but_in_the_request(
         ({"url": "localhost:80"}, "is not an address"),
         ({"url": "http://me:secret@host/v1"}, "holds a key"),
         ({"url": "http://host/v1?api_key=x"}, "holds a key"),
+        ({"url": "http://host/v1#token=x"}, "holds a key"),
+        ({"key_variable": "sk-0"}, "is no name of a variable"),
         ({"extra": {"api_key": "x"}}, "looks like a key"),
         ({"extra": {"more": [{"Authorization": "x"}]}}, "looks like a key"),
         ({"extra": {"output_dtype": "ubinary"}}, "vectors are read as floats"),
@@ -213,6 +216,13 @@ def test_settings_that_cannot_work(change: dict[str, Any], what: str) -> None:
     given = {"kind": "served", "url": "http://host/v1", "api": "embeddings", "model": "m"}
     with pytest.raises(ValidationError, match=what):
         ServedSettings(**(given | change))
+
+
+@pytest.mark.parametrize("setting", ["url=http://me:{}@host/v1", "url=http://host/v1?api_key={}", "key_variable={}"])
+def test_a_key_in_the_wrong_place_is_not_repeated(setting: str) -> None:
+    with pytest.raises(InputError, match="name the variable that holds the key in key_variable") as caught:
+        open_served("http://host/v1", ["api=tei", setting.format(SECRET)])
+    assert SECRET not in str(caught.value)
 
 
 def test_nobody_answers(tmp_path: Path) -> None:
