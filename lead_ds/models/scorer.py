@@ -134,7 +134,13 @@ class Scorer(nn.Module):
         checkpoint_activations(self.model)
 
     def compile_layers(self, **settings: Any) -> None:
-        """torch.compile each transformer layer on its own, so that capturing hooks stay outside of the graphs."""
+        """torch.compile each transformer layer on its own, so that capturing hooks stay outside of the graphs.
+
+        Layers share their graphs: one for each of padded or not, one text or several, trained or not, before and after
+        torch has learned that shapes vary. Those are more than the 8 after which torch would run layers uncompiled.
+        """
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
         for layer in self.capture.layers:
             layer.forward = torch.compile(layer.forward, **settings)
 
