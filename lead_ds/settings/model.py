@@ -60,7 +60,7 @@ class ModelConfig(Section):
 class TextConfig(ModelConfig):
     """Of kinds that read a text alone, queries apart from passages."""
 
-    instead: ClassVar = {"max_length": "set query_length and passage_length"}
+    instead: ClassVar[dict[str, str]] = {"max_length": "set query_length and passage_length"}
 
     query_length: Positive | None = Field(
         None, description="tokens of a query, its prompt among them; null: as many as the model's files say"
@@ -71,7 +71,7 @@ class TextConfig(ModelConfig):
 class PairConfig(ModelConfig):
     """Of kinds that read a query and a passage as one text."""
 
-    instead: ClassVar = {
+    instead: ClassVar[dict[str, str]] = {
         "query_length": "set max_length, of the two together",
         "passage_length": "set max_length, of the two together",
         "pooling": "take it out: its head decides which state is read",

@@ -37,7 +37,10 @@ _EXPANDED = 32  # tokens that a query is filled up to where neither a setting no
 class ColBERTConfig(TextConfig):
     """A late-interaction model: what its token states become, and which of them count."""
 
-    instead: ClassVar = {**TextConfig.instead, "projection": "set token_dim, the width of its tokens' vectors"}
+    instead: ClassVar[dict[str, str]] = {
+        **TextConfig.instead,
+        "projection": "set token_dim, the width of its tokens' vectors",
+    }
 
     kind: Literal["colbert"] = "colbert"
     normalize: bool | None = Field(

@@ -38,7 +38,7 @@ _MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our names and se
 class DualEncoderConfig(TextConfig):
     """A dual encoder: how its token states become one vector."""
 
-    instead: ClassVar = {**TextConfig.instead, "token_dim": "set projection, the width of its vectors"}
+    instead: ClassVar[dict[str, str]] = {**TextConfig.instead, "token_dim": "set projection, the width of its vectors"}
 
     kind: Literal["dual_encoder"] = "dual_encoder"
     pooling: Literal["auto", "cls", "mean", "last"] = Field(

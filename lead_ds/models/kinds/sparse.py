@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class SparseConfig(TextConfig):
     """A sparse encoder: what its files say of its pooling is kept; of a masked language model it is SPLADE's maximum."""
 
-    instead: ClassVar = {
+    instead: ClassVar[dict[str, str]] = {
         **TextConfig.instead,
         "token_dim": "take it out: its vectors are as wide as the vocabulary",
         "pooling": "take it out: a sparse encoder pools its logits by the maximum",
