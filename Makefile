@@ -40,11 +40,12 @@ test-quantised: $(VENV)/.test  ## quantised teachers, with the packages that rea
 	$(VENV)-quantised/bin/python -m pip install -q "bitsandbytes>=0.46.1" "torchao>=0.12" "compressed-tensors>=0.15"
 	$(VENV)-quantised/bin/python -m pytest tests/models/test_quantised.py
 
+# Of those that are built for this Python: NumPy 1.26 is not for 3.13. DeepSpeed has no wheel.
 test-lowest:  ## a tiny run with the lowest versions that pyproject.toml allows, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install -q uv setuptools wheel
 	$(VENV)-lowest/bin/uv pip compile -q pyproject.toml --extra cpu --extra demo --resolution lowest-direct \
-	  --python $(VENV)-lowest/bin/python -o $(VENV)-lowest/lowest.txt
+	  --only-binary :all: --no-binary deepspeed --python $(VENV)-lowest/bin/python -o $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest/bin/python "$$(grep '^torch==' $(VENV)-lowest/lowest.txt)"
 	DS_BUILD_OPS=0 $(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest/bin/python \
 	  -r $(VENV)-lowest/lowest.txt --no-build-isolation-package deepspeed
