@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from lead_ds.models.files import transformer_folder
 from lead_ds.models.quiet import quiet
 
 _MARK = "merged.json"
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module)\.")
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
@@ -224,7 +226,7 @@ class _Merge:
 
 
 def _embedding(key: str) -> bool:
-    plain = key.replace(".base_layer.", ".")  # beside an update of them, too, peft saves them whole
+    plain = _WRAPPED.sub(".", key)  # beside an update of them, too, peft saves them whole
     return plain.endswith(("embed_tokens.weight", "word_embeddings.weight", "lm_head.weight"))
 
 

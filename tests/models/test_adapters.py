@@ -100,6 +100,20 @@ def test_an_adapter_is_merged_as_peft_reads_it(tmp_path: Path, family: str, more
     assert float((theirs - alone)[kept].abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("saved", [None, ["embed_tokens"]])
+def test_an_adapter_that_brings_new_words(tmp_path: Path, saved: list[str] | None) -> None:
+    base = tiny_model(tmp_path / "base", "qwen3")
+    model = transformers.AutoModel.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved)).eval()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    tokens = tokens_of((7, 7))
+    tokens["input_ids"][0, 0] = model.config.vocab_size - 1
+    with torch.no_grad():
+        theirs = adapted(**tokens).last_hidden_state
+    torch.testing.assert_close(states(str(tmp_path / "adapter"), tokens), theirs, rtol=0, atol=2e-5)
+
+
 def test_a_head_that_the_adapter_brings(tmp_path: Path) -> None:
     """RankLLaMA's form: a language model as base, a score layer in the adapter."""
     base = tiny_model(tmp_path / "base", "llama", "causal")
