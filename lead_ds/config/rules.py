@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from lead_ds.settings.roles import CachedRole, TeacherRole
+from lead_ds.settings.roles import CachedRole, Span, TeacherRole
 from lead_ds.settings.run import Run
 
 
@@ -177,15 +177,43 @@ def several_teachers_share(config: Run) -> Iterator[Broken]:
         yield Broken("teachers", what, "name the losses of each: leave it out of all but one")
 
 
+def teachers_come_and_go(config: Run) -> Iterator[Broken]:
+    """Every teacher teaches at some step of the run, and at every step there is something to learn."""
+    spans, steps = {key: span_of(one) for key, one in config.taught.items()}, config.train.steps
+    if not config.losses.needs_teacher or set(spans.values()) <= {Span()}:
+        return
+    for key, span in spans.items():
+        for name, value in (("after", span.after + 1), ("until", span.until or 0)):
+            if value > steps:
+                what = f"{getattr(span, name)} is beyond the run's last step, train.steps: {steps}"
+                yield Broken(f"{key}.{name}", what, "lower it, or raise train.steps")
+        if span != Span() and getattr(config.taught[key], "train", False):
+            name = "after" if span.after else "until"
+            yield Broken(f"{key}.{name}", "is of a frozen teacher, and this one learns along", "take it out")
+    if len(config.losses.needing(*_GIFTS)) == len(config.losses.active):
+        for first in phases(config):
+            if not any(span.holds(first) for span in spans.values()):
+                what = f"nothing teaches at step {first + 1}, and no loss does without a teacher"
+                yield Broken("teachers", what, "close the gap between until of one and after of the next")
+    for name in config.losses.needing("features") if config.mix.vectors == "concatenate" else ():
+        own = {spans[key] for key, teacher in config.taught.items() if name in fed(config, teacher)}
+        if len(own) > 1:
+            what = f"concatenate: teachers of losses.{name} teach at different steps, and its width would change"
+            yield Broken("mix.vectors", what, "set it to fold")
+
+
 def mixtures_are_of_several(config: Run) -> Iterator[Broken]:
-    """How teachers are put together is read where several feed a loss of that sort."""
-    feeds = [fed(config, teacher) for teacher in config.taught.values()]
+    """How teachers are put together is read where several feed a loss of that sort, at one step."""
     for name, usual, need, sort in (
         ("relevance", "weight", "final", "of final relevance"),
         ("vectors", "fold", "features", "of vectors"),
     ):
         set_to, losses = getattr(config.mix, name), config.losses.needing(need)
-        if set_to != usual and not any(sum(loss in names for names in feeds) > 1 for loss in losses):
+        if set_to != usual and not any(
+            sum(loss in fed(config, one) for one in config.taught.values() if span_of(one).holds(step)) > 1
+            for loss in losses
+            for step in phases(config)
+        ):
             yield Broken(
                 f"mix.{name}", f"{set_to} is ignored: no loss {sort} is fed by several teachers", "take it out"
             )
@@ -293,6 +321,7 @@ RULES: tuple[Rule, ...] = (
     a_lens_path_names_a_lens,
     several_teachers_share,
     teacher_gives_what_losses_read,
+    teachers_come_and_go,
     mixtures_are_of_several,
     overlap_has_a_teacher_to_run_ahead,
     patience_has_evaluations,
@@ -334,6 +363,18 @@ def fed(config: Run, teacher: Any) -> frozenset[str]:
         return reading & frozenset(teacher.losses)
     lacking = set(_GIFTS) - teacher_class(teacher.kind).given(teacher)
     return reading - frozenset(config.losses.needing(*lacking) if lacking else ())
+
+
+def span_of(teacher: Any) -> Span:
+    """The steps at which a teacher teaches."""
+    return Span(getattr(teacher, "after", 0), getattr(teacher, "until", None))
+
+
+def phases(config: Run) -> list[int]:
+    """The steps, from 0, at which the teachers that teach are others than before; the first among them."""
+    spans = [span_of(teacher) for teacher in config.taught.values()]
+    changes = {0, *(span.after for span in spans), *(span.until for span in spans if span.until is not None)}
+    return sorted(step for step in changes if step < config.train.steps)
 
 
 def reads_pairs(kind: str) -> bool:

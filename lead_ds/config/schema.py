@@ -9,14 +9,14 @@ from pydantic import Field, field_validator, model_validator
 
 from lead_ds.config.losses import AnyLosses, LossesConfig, losses_section
 from lead_ds.config.models import AnyStudent, AnyTeacher, OneTeacher, TeacherConfig
-from lead_ds.config.rules import broken, fed
+from lead_ds.config.rules import broken, fed, span_of
 from lead_ds.errors import InputError
 from lead_ds.settings.base import BITS, PACE, Means, Place, Section, Seed
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.modes import refusal
 from lead_ds.settings.pipeline import PipelineConfig
 from lead_ds.settings.plugins import load_plugins
-from lead_ds.settings.roles import MixConfig, Share, TeacherRole
+from lead_ds.settings.roles import MixConfig, Share, Span, TeacherRole
 from lead_ds.settings.train import (
     DeepSpeedFiles,
     EvaluationConfig,
@@ -86,6 +86,10 @@ class Config(Section):
     def cotrained(self) -> TeacherRole | None:
         """The teacher that is trained along; None where every one is frozen."""
         return next((one for one in self.taught.values() if isinstance(one, TeacherRole) and one.train), None)
+
+    def spans(self) -> dict[str, Span]:
+        """The steps at which each teacher teaches, by its key."""
+        return {key: span_of(one) for key, one in self.taught.items()}
 
     def alone(self, place: int | None) -> Config:
         """The run with one of its several teachers, for what reads one. Raises InputError where it is not said which."""

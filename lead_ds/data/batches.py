@@ -56,7 +56,9 @@ class Window:
     query_ids: list[str]
     passage_ids: list[str]
     student: list[ModelBatch]  # one per micro-batch
-    teachers: list[list[ModelBatch]]  # of each, batches of whole groups, equally many on every rank
+    teachers: list[
+        list[ModelBatch]
+    ]  # of each, batches of whole groups, equally many on every rank; of none: not read now
     passage_keys: Tensor  # int64 [A*B*N]; equal keys are the same passage
     positive_keys: Tensor  # int64 [A*B, M]; each query's known positives, padded with -1
 
@@ -169,8 +171,8 @@ class Batches:
         order = _permutation(self.seed, epoch, len(self.groups))
         return [Drawn(int(order[slot]), epoch) for slot in slots]
 
-    def window(self, step: int) -> Window:
-        """Draw and tokenise one window."""
+    def window(self, step: int, due: bool = False) -> Window:
+        """Draw and tokenise one window. due: a teacher that does not teach at this step is given nothing."""
         epoch = step // self.steps_per_epoch
         drawn = self._drawn(step)
         rows = np.array([row for row, _ in drawn], np.int64)
@@ -181,9 +183,12 @@ class Batches:
         for row, group in enumerate(groups):
             positive_keys[row, : len(group.positive_keys)] = group.positive_keys
         student = self.student.batches(rows, groups)
-        teachers = [teacher.batches(rows, groups) for teacher in self.teachers.values()]
+        teachers = [
+            teacher.batches(rows, groups) if not due or teacher.span.holds(step) else []
+            for teacher in self.teachers.values()
+        ]
         for encoders, teacher in zip(self.aligned, teachers, strict=True):
-            if encoders is not None:
+            if encoders is not None and teacher:
                 for *batches, some in zip(teacher, student, in_parts(groups, self.batch_size), strict=True):
                     _align(encoders, batches, some)
         return Window(
@@ -224,7 +229,7 @@ class Batches:
                 for step in range(start, stop):
                     if closed.is_set():
                         return
-                    window = self.window(step)
+                    window = self.window(step, due=True)
                     offer(window.pin_memory() if pin else window)
             except BaseException as error:  # the consumer raises it
                 offer(error)
@@ -320,7 +325,7 @@ class _Steps(Dataset[Any]):
         if index >= len(self):
             raise IndexError(index)
         try:
-            return self.batches.window(self.start + index)
+            return self.batches.window(self.start + index, due=True)
         except LeadError as error:  # returned: raised here, the DataLoader would wrap it in another type
             return error
 

@@ -19,6 +19,7 @@ from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
 from lead_ds.errors import InputError
+from lead_ds.settings.roles import Span
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Reads:
     queries_at_once: int | None = None  # with GradCache
     by_words: bool = False  # its attention is compared with the student's, by the words that both see
     tokens: TokenCache | None = None
+    span: Span = Span()  # noqa: RUF009  # immutable; the steps at which it is read in training
 
     @property
     def reads_texts(self) -> bool:

@@ -11,7 +11,7 @@ from lead_ds.errors import InputError
 from lead_ds.losses.loss import Loss, LossSettings, register
 from lead_ds.losses.vectors import final_vectors
 from lead_ds.losses.views import Views
-from lead_ds.settings.base import Weight
+from lead_ds.settings.base import NonNegative, Weight
 
 
 class FlopsSettings(LossSettings):
@@ -19,6 +19,9 @@ class FlopsSettings(LossSettings):
 
     queries: Weight = Field(1.0, description="how much the vectors of queries count, times weight")
     passages: Weight = Field(1.0, description="how much those of passages count, times weight")
+    warmup_steps: NonNegative = Field(
+        0, description="steps over which the weight grows to what is set, as their square; 0: it counts whole at once"
+    )
 
     @model_validator(mode="after")
     def _of_something(self) -> Self:
@@ -43,7 +46,9 @@ def flops(vectors_BV: Tensor) -> Tensor:
 class Flops(Loss):
     """L = queries * FLOPS(q) + passages * FLOPS(p), of the vectors [V] of this process's micro-batch: see `flops`.
 
-    Reports how many terms of a query and of a passage are not zero. Paria et al., arXiv 2004.05665.
+    Its weight grows as the square of the steps, until `warmup_steps`, as SPLADE's does (arXiv 2109.10086): a vector that is
+    drawn to no terms before it has learned any has no way back. Reports how many terms of a query and of a passage are
+    not zero. Paria et al., arXiv 2004.05665.
 
     Raises InputError for a student without vectors of texts.
 
@@ -56,6 +61,11 @@ class Flops(Loss):
     """
 
     name, Settings, needs = "flops", FlopsSettings, frozenset()
+
+    def strength(self, step: int) -> float:
+        """See `Loss`."""
+        steps = self.settings.warmup_steps
+        return float(min(1.0, ((step + 1) / steps) ** 2)) if steps else 1.0
 
     def forward(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar, and the mean number of terms of a query and of a passage."""

@@ -116,6 +116,10 @@ class Loss(nn.Module, metaclass=_LossType):
         A statistic of the loss's own name stands for the scalar where losses are reported.
         """
 
+    def strength(self, step: int) -> float:
+        """How much of its weight counts at a step, the first being 0; of it alone, so that a resumed run goes on as it was."""
+        return 1.0
+
     @property
     def sample(self) -> int:
         """How many texts it is fitted on before the first step; 0: none."""

@@ -37,11 +37,16 @@ NOTHING = Captured()
 
 @dataclass(frozen=True)
 class Asked:
-    """The layers that a step compares: of each term of the objective, and what the models must therefore give."""
+    """What a step compares: the layers of each term of the objective, and what the models must therefore give.
+
+    step: its number, from 0. terms: those that count at it; None: all. The teachers that teach decide them, and their shares.
+    """
 
     pairs: Mapping[str, Layers]
     student: Captured = NOTHING
     teachers: Sequence[Captured] = (NOTHING,)
+    step: int = 0
+    terms: Sequence[Term] | None = None
 
 
 NOTHING_ASKED = Asked({})
@@ -134,24 +139,47 @@ class Objective(nn.ModuleDict):
     ) -> None:
         terms = terms_of(losses, taught, relevance, vectors)
         super().__init__({term.key: _made(losses, term, shape, taught) for term in terms})
-        self.terms, self.taught, self.shape = terms, max(1, len(taught)), shape
+        self.terms, self.shape = terms, shape
+        self.weights = [teacher.weight for teacher in taught] or [1.0]
         if shape.dims:
             check_widths(shape.dims, shape.student.width)
         self.changes = changes_of(shape)
         if not len(self):
             raise InputError("losses", "every weight is 0, there is nothing to learn", "give one loss a weight")
 
-    def asked(self, pairs: Sequence[Mapping[str, Layers]]) -> Asked:
-        """What the models must give for losses that compare the layers `pairs`, by teacher and loss."""
+    def asked(
+        self, pairs: Sequence[Mapping[str, Layers]], step: int = 0, teaching: Sequence[int] | None = None
+    ) -> Asked:
+        """What the models must give at a step for losses that compare the layers `pairs`, by teacher and loss.
+
+        teaching: the teachers, by place, that teach at it; None: all.
+        """
+        terms = self.terms if teaching is None else self.terms_of(teaching)
         chosen = {
             term.key: pairs[term.teachers[0]][term.loss]
-            for term in self.terms
+            for term in terms
             if term.how == "alone" and pairs and term.loss in pairs[term.teachers[0]]
         }
 
-        read_by = [[term.key for term in self.terms if place in term.teachers] for place in range(self.taught)]
+        read_by = [[term.key for term in terms if place in term.teachers] for place in range(len(self.weights))]
         teachers = [self._captured(chosen, 0, keys) for keys in read_by]
-        return Asked(chosen, self._captured(chosen, 1, list(chosen)), teachers)
+        return Asked(chosen, self._captured(chosen, 1, list(chosen)), teachers, step, terms)
+
+    def terms_of(self, teaching: Sequence[int]) -> list[Term]:
+        """The terms that count where some of the teachers teach, each with its share of its loss among those that do."""
+        if len(teaching) == len(self.weights):
+            return self.terms
+        found: list[Term] = []
+        for term in self.terms:
+            if not self._loss(term.key).needs - {"labels"}:
+                found.append(term)
+            elif places := [place for place in term.teachers if place in teaching]:
+                feeding = {place for one in self.terms if one.loss == term.loss for place in one.teachers}
+                whole = sum(self.weights[place] for place in feeding.intersection(teaching))
+                shares = [self.weights[place] / whole for place in places]
+                now = {"shares": shares} if len(term.teachers) > 1 else {"share": shares[0]}
+                found.append(replace(term, teachers=places, **now))
+        return found
 
     def rows(self, asked: Asked) -> dict[str, Layers]:
         """The layers compared, by the row of metrics.jsonl in which statistics of them stand."""
@@ -160,10 +188,14 @@ class Objective(nn.ModuleDict):
     def forward(self, views: Sequence[Views], asked: Asked) -> ObjectiveOutput:
         """Loss, parts and layer statistics of one micro-batch, whose `views`, by teacher, hold the requested layers."""
         weighted, parts, layers = list[Tensor](), dict[str, Tensor](), dict[str, dict[str, Tensor]]()
-        for term in self.terms:
+        terms = self.terms if asked.terms is None else asked.terms
+        counting = {term.key for term in terms}
+        idle = [loss for term, loss in self.losses() if term.key not in counting]
+        weighted += [_idle(loss) for loss in idle if next(loss.parameters(), None) is not None]
+        for term in terms:
             loss = self._loss(term.key)
             value, statistics = self._said(term, self._views(term, views, asked))
-            weighted.append(loss.settings.weight * term.share * value)
+            weighted.append(loss.settings.weight * loss.strength(asked.step) * term.share * value)
             if term.suffix:
                 parts[term.loss] = parts.get(term.loss, 0.0) + term.share * value.detach()
             parts |= {term.key: value.detach()}
@@ -210,6 +242,22 @@ class Objective(nn.ModuleDict):
         loss = self[key]
         assert isinstance(loss, Loss)
         return loss
+
+
+def _idle(loss: Loss) -> Tensor:
+    """0, with a gradient of zeros for the weights of a loss that does not count: ZeRO-3 would keep their last one.
+
+    It would be clipped together with the others'. In the module's own forward, where ZeRO-3 has gathered them.
+    """
+
+    def nothing() -> Tensor:
+        return torch.stack([x.sum() for x in loss.parameters()]).sum() * 0.0
+
+    loss.forward = nothing  # type: ignore[assignment]
+    try:
+        return loss()  # type: ignore[no-any-return]
+    finally:
+        del loss.forward
 
 
 def _made(losses: Losses, term: Term, shape: LossShape, taught: Sequence[Taught]) -> Loss:

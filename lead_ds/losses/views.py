@@ -192,7 +192,7 @@ class Views:
         own = {part.name: getattr(self, part.name) for part in fields(Views)}
         return _Mapped(**{**own, "student": self.student.mapped(change)}, source=self, change=change)
 
-    def beside(self, teacher: Side, groups: Sequence[Groups | None] = (None, None)) -> Views:
+    def beside(self, teacher: Side | None, groups: Sequence[Groups | None] = (None, None)) -> Views:
         """The same student with another teacher; what is known of the student's final state is not computed again."""
         own = {part.name: getattr(self, part.name) for part in fields(Views) if part.init}
         own |= {"teacher": teacher, "groups": groups, "_known": {}, "_layers": {}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -67,13 +67,32 @@ class TeacherRole(ModelConfig, Trained):
         return self
 
 
+class Span(NamedTuple):
+    """The steps at which something happens, from 0: `after` and all that follow, but for `until` and later."""
+
+    after: int = 0
+    until: int | None = None
+
+    def holds(self, step: int) -> bool:
+        """Whether it happens at a step."""
+        return self.after <= step and (self.until is None or step < self.until)
+
+
 class Share(Section):
-    """Of one teacher among several: how much it counts, and for which losses."""
+    """Of one teacher among several: how much it counts, for which losses, and at which steps."""
 
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="how much it counts beside the others")
     losses: list[str] | None = Field(
         None, min_length=1, description="names of the losses that it feeds; null: all that it can give something to"
     )
+    after: NonNegative = Field(0, description="steps that pass before it teaches")
+    until: Positive | None = Field(None, description="the last step at which it teaches; null: to the end")
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Share:
+        if self.until is not None and self.until <= self.after:
+            raise ValueError(f"until: {self.until} is not behind after: {self.after}: it would teach at no step")
+        return self
 
 
 class MixConfig(Section):

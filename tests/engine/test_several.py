@@ -13,10 +13,12 @@ import yaml
 
 from lead_ds.config import load_config
 from lead_ds.engine.distributed.agreement import facts
-from lead_ds.engine.training.distill import distill
+from lead_ds.engine.distributed.ranks import ranks
+from lead_ds.engine.training.distill import distill, open_inputs, settled
 from lead_ds.errors import InputError
 from lead_ds.plan.placement import Cluster, make_plan
 from lead_ds.plan.requirements import requirements
+from lead_ds.report import write_report
 from tests.engine.jobs import losses_of
 from tests.engine.running import copy_run
 from tests.helpers.launch import launch
@@ -94,7 +96,73 @@ def test_two_processes_equal_one(rooms: Path, tmp_path: Path) -> None:
     assert "teachers.1.placement=replicate" in plan.changes
 
 
+def growing(rooms: Path, folder: Path, name: str, **sections: Any) -> Path:
+    """A run with teachers that come and go: the first alone, then both models, then the scores alone."""
+    path = several(rooms, folder, name, **sections)
+    tree = yaml.safe_load(path.read_text())
+    for teacher, span in zip(tree["teachers"], ({"until": 2}, {"after": 1, "until": 3}, {"after": 3}), strict=True):
+        teacher |= span
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_teachers_come_and_go(rooms: Path, tmp_path: Path) -> None:
+    plain, sharded = ({"student": f"ds_configs/student_zero{stage}.json"} for stage in (1, 3))
+    train = {"steps": 5, "lr": 1e-2, "clip": 0.1}
+    alone = growing(rooms, tmp_path, "alone", deepspeed=plain, train=train)
+    both = [
+        growing(rooms, tmp_path, f"both{place}", deepspeed=zero, train={**train, "batch_size": 2})
+        for place, zero in enumerate((plain, sharded))
+    ]
+    [[found]] = launch(JOB, 1, configs=[str(alone)])
+    [split, _] = launch(JOB, 2, configs=list(map(str, both)))
+    assert len(found) == 5, found
+    for other in split:  # ZeRO-3 too, where a map that rests would keep its last gradient, and clip the others'
+        np.testing.assert_allclose(other, found, rtol=1e-5)
+    rows = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
+    told = [{name for name in row["parts"] if ":" in name} for row in rows if "parts" in row]
+    first, second = ({f"{name}:{place}" for name in ("response", "layer", "embedding")} for place in (0, 1))
+    assert told == [first, first | second, second, {"response:2"}, {"response:2"}]
+    parts = rows[1]["parts"]
+    assert parts["response"] == pytest.approx((2 * parts["response:0"] + parts["response:1"]) / 3)
+    assert rows[4]["loss"] == pytest.approx(rows[4]["parts"]["response"])
+
+    for step in (2, 4):
+        half = copy_run(alone, f"resumed{step}", step=step)
+        distill(load_config(half), resume=True, quiet=True)
+        assert losses_of(tmp_path / f"resumed{step}") == losses_of(tmp_path / "alone")
+    with pytest.raises(InputError, match=r"teachers\.2\.after changed"):
+        distill(load_config(copy_run(alone, "changed", step=4), ["teachers.2.after=2"]), resume=True, quiet=True)
+    write_report(tmp_path / "alone")
+
+
+def test_only_the_teacher_that_teaches_is_given_texts(rooms: Path, tmp_path: Path) -> None:
+    config = load_config(growing(rooms, tmp_path, "run", train={"steps": 5}))
+    with ranks() as all_ranks:
+        batches = open_inputs(settled(config), all_ranks)[2]
+    given = [[bool(batch) for batch in window.teachers] for window in batches.windows(0, 5)]
+    assert given == [
+        [True, False, False],
+        [True, True, False],
+        [False, True, False],
+        [False, False, True],
+        [False, False, True],
+    ]
+    assert all(batches.window(0).teachers)  # what is measured before the first step reads every one
+
+
 REFUSED = {
+    "no step": ({"teachers.1": {"after": 3, "until": 3}}, "teachers.1: until: 3 is not behind after: 3"),
+    "too late": ({"teachers.1": {"after": 4}}, "teachers.1.after: 4 is beyond the run's last step, train.steps: 4"),
+    "too long": ({"teachers.1": {"until": 5}}, "teachers.1.until: 5 is beyond the run's last step"),
+    "gap": (
+        {"teachers.0": {"until": 2}, "teachers.1": {"after": 3}},
+        "teachers: nothing teaches at step 3, and no loss does without a teacher",
+    ),
+    "never mixed": (
+        {"teachers.0": {"until": 2}, "teachers.1": {"after": 2}, "mix": {"relevance": "nll"}},
+        "mix.relevance: nll is ignored",
+    ),
     "beside": ({"teacher": {"kind": "scores"}}, "teachers: are given beside teacher"),
     "weight": ({"teachers": [{"kind": "scores", "weight": 2.0}]}, "teachers.0.weight: is ignored"),
     "unknown loss": ({"teachers.1": {"losses": ["respons"]}}, "teachers.1.losses: names respons"),

@@ -25,6 +25,8 @@ from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.retrieval.search import Searcher
 from lead_ds.retrieval.sparse import SparseVectors, finite_rows
 from lead_ds.teachers.teach import teach
+from tests.engine.jobs import losses_of
+from tests.engine.running import copy_run
 from tests.models.tiny_models import tiny_model
 
 LOSSES: dict[str, Any] = {"contrastive": {"weight": 1.0}, "response": {"weight": 1.0}, "layer": {"weight": 0.0}}
@@ -64,6 +66,27 @@ def test_a_run_makes_what_sentence_transformers_reads_and_flops_make_it_sparse(
     for ours, says in ((encoder.queries, theirs.encode_query), (encoder.passages, theirs.encode_document)):
         with torch.no_grad():
             torch.testing.assert_close(scorer.embed(ours(TEXTS)), says(TEXTS).to_dense(), atol=2e-5, rtol=0)
+
+
+def test_flops_grow_over_steps_and_over_a_resumed_run(
+    configure: Callable[..., Path], masked: str, tmp_path: Path
+) -> None:
+    flops = {"weight": 0.5, "warmup_steps": 4}
+    train = {"steps": 6, "batch_size": 4, "evaluate_every": 0, "save_every": 2, "keep": 3}
+    path = run_of(configure, masked, losses={"response": {"weight": 0.0}, "flops": flops}, train=train)
+    distill(load_config(path), quiet=True)
+
+    def shares(folder: Path) -> list[float]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            (row["loss"] - row["parts"]["contrastive"]) / (0.5 * row["parts"]["flops"])
+            for row in rows
+            if "parts" in row
+        ]
+
+    assert shares(tmp_path / "run") == pytest.approx([1 / 16, 4 / 16, 9 / 16, 1, 1, 1], rel=1e-4)
+    distill(load_config(copy_run(path, "half", step=2)), resume=True, quiet=True)
+    assert losses_of(tmp_path / "half") == losses_of(tmp_path / "run")
 
 
 def test_it_is_a_teacher_in_packed_rows_too(configure: Callable[..., Path], masked: str, tmp_path: Path) -> None:

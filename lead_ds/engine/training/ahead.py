@@ -22,10 +22,10 @@ from lead_ds.teachers.teacher import Teacher, TeacherView
 T = TypeVar("T")
 
 
-def answers(teachers: Sequence[Teacher], window: Window, asked: Asked) -> list[TeacherView]:
-    """What each teacher gives for a window, by its one forward."""
+def answers(teachers: Sequence[Teacher], window: Window, asked: Asked) -> list[TeacherView | None]:
+    """What each teacher gives for a window, by its one forward; None of one that does not teach now."""
     given = zip(teachers, window.teachers, asked.teachers, strict=True) if teachers else ()
-    return [teacher.window(batches, layers, taps) for teacher, batches, (layers, taps) in given]
+    return [teacher.window(batches, layers, taps) if batches else None for teacher, batches, (layers, taps) in given]
 
 
 class AheadTeachers:
@@ -42,7 +42,7 @@ class AheadTeachers:
         self.teachers = list(teachers.values())
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._begun: tuple[int, list[TeacherView]] | None = None
+        self._begun: tuple[int, list[TeacherView | None]] | None = None
 
     def begin(self, window: Window, asked: Asked) -> None:
         """Start a window's forward; on a CPU, where there is nothing to overlap, do it."""
@@ -51,7 +51,7 @@ class AheadTeachers:
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             self._begun = window.step, answers(self.teachers, window, asked)
 
-    def take(self, window: Window, asked: Asked) -> list[TeacherView]:
+    def take(self, window: Window, asked: Asked) -> list[TeacherView | None]:
         """What was begun for `window`; begun now where it is a run's first."""
         if self._begun is None or self._begun[0] != window.step:
             self.begin(window, asked)
@@ -60,7 +60,7 @@ class AheadTeachers:
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
-            for features in (part for view in views for part in (view.final, view.layers)):
+            for features in (part for view in views if view is not None for part in (view.final, view.layers)):
                 for tensor in [] if features is None else features.tensors():
                     tensor.record_stream(current)  # its memory is the other stream's to use again
         return views

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.student_dir import save_student
 from lead_ds.models.vocabulary import check_vocabulary
+from lead_ds.settings.roles import Span
 from lead_ds.teachers.frozen import at_once
 from lead_ds.teachers.informative import informative
 from lead_ds.teachers.open import teacher_class
@@ -244,6 +246,7 @@ def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ra
             teachers[key] = Reads(text, at_once=at_once(settings, config.data))
         else:
             teachers[key] = teacher_class(settings.kind).reads(Lesson.of(config, key), groups, ranks)
+        teachers[key] = replace(teachers[key], span=rules.span_of(settings))
     return Batches(groups, student, teachers, config.data, config.train, seed=config.seed, ranks=ranks)
 
 
@@ -366,7 +369,9 @@ def describe(config: Config, ranks: Ranks, student: Any, teachers: Mapping[str, 
     several = config.teacher is None
     for key, teacher in teachers.items():
         feeds = f"; feeds {', '.join(sorted(rules.fed(config, config.taught[key])))}" if several else ""
-        lines.append(teacher.describe() + feeds)
+        span = rules.span_of(config.taught[key])
+        when = "" if span == Span() else f" at steps {span.after + 1} to {span.until or config.train.steps}"
+        lines.append(teacher.describe() + feeds + when)
     return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ class Training:
         state: dict[str, Any],
     ) -> None:
         self.config, self.ranks, self.engine, self.teachers = config, ranks, engine, list(teachers.values())
-        self.keys, self.checked = list(teachers), False  # whether teachers were seen to give finite numbers
+        self.keys, self.checked = list(teachers), set[str]()  # which teachers were seen to give finite numbers
         self.batches, self.evaluator = batches, evaluator
         self.checkpoints, self.recorder = books.checkpoints, books.recorder
         self.watchdog, self.parts = books.watchdog, books.parts
@@ -144,11 +144,11 @@ class Training:
                 self.ahead.begin(following, self._asked(step + 1))
         else:
             views = answers(self.teachers, window, asked)
-        if not self.checked:
-            for key, teacher, view, batches in zip(self.keys, self.teachers, views, window.teachers, strict=False):
+        for key, teacher, view, batches in zip(self.keys, self.teachers, views, window.teachers, strict=False):
+            if view is not None and key not in self.checked:
                 check_finite(key, teacher, view, batches, self.ranks)
                 say_constant(key, view, self.batches.group, self.ranks)
-            self.checked = True
+                self.checked.add(key)
         sums = StepSums(self.trainee.losses.rows(asked))
         for index in range(len(window.student)):
             self._at("student forward")
@@ -161,7 +161,7 @@ class Training:
         self._at("statistics")
         self.recorder.step(step + 1, sums, lr, window.query_ids)
 
-    def micro(self, window: Window, index: int, asked: Asked, views: Sequence[TeacherView]) -> Micro:
+    def micro(self, window: Window, index: int, asked: Asked, views: Sequence[TeacherView | None]) -> Micro:
         """A window's micro-batch as the trained module takes it, with the frozen teachers' output for it."""
         device, batch, group = self.ranks.device, window.student[index], self.batches.group
         queries = len(window.query_ids) // len(window.student)
@@ -178,7 +178,7 @@ class Training:
             batch.to(device),
             self.scope,
             asked,
-            [side_of(view, index, slice(first, last), group) for view in views],
+            [None if view is None else side_of(view, index, slice(first, last), group) for view in views],
             window.teachers[0][index].to(device) if self.trainee.teacher is not None else None,
             keys,
             groups or [(None, None)],
@@ -232,4 +232,5 @@ class Training:
         return self.config.train.lr * factor
 
     def _asked(self, step: int) -> Asked:
-        return self.trainee.losses.asked(self.selection.pairs(step))
+        teaching = [place for place, span in enumerate(self.config.spans().values()) if span.holds(step)]
+        return self.trainee.losses.asked(self.selection.pairs(step), step, teaching)

@@ -67,14 +67,14 @@ class RankScope(Scope):
 class Micro:
     """One micro-batch, on the device, as the trained module takes it.
 
-    taught: the output for it of each teacher that is not trained. teacher: the texts of one that is. keys: where
-    duplicates are masked. groups: of each teacher, see `Views`.
+    taught: the output for it of each teacher that is not trained, None of one that does not teach now. teacher: the texts of
+    one that is. keys: where duplicates are masked. groups: of each teacher, see `Views`.
     """
 
     student: ModelBatch
     scope: Scope
     asked: Asked = NOTHING_ASKED
-    taught: Sequence[Side] = ()
+    taught: Sequence[Side | None] = ()
     teacher: ModelBatch | None = None
     keys: tuple[Tensor, Tensor] | None = None
     groups: Sequence[tuple[Groups | None, ...]] = ((None, None),)
