@@ -49,6 +49,12 @@ def teach(
         help="Of a dual encoder, keep vectors of every query and passage. Of the final layer and these: 9,10,11 or "
         "last:3, all, final (no other), auto (those that losses.layer reads).",
     ),
+    stored: str | None = typer.Option(
+        None,
+        "--stored",
+        metavar="DTYPE",
+        help="Of --vectors: float16 (default), or float32, which loses nothing and takes twice the space.",
+    ),
     teacher: int | None = ONE,
     shard_groups: int | None = typer.Option(None, "--shard-groups", min=1, help="Groups of a file; default: by kind."),
     shard_texts: int | None = typer.Option(
@@ -67,7 +73,8 @@ def teach(
     Holds every positive and negative that a group lists, for any seed. Run it again after a kill to finish.
 
     Such a cache compares a query with its own passages. A dual encoder compares it with every passage of the batch. So
-    does a cache of its vectors, which is larger: each text once, 2 bytes x width x (layers + 1). It takes any
+    does a cache of its vectors, which is larger: each text once, 2 bytes x width x (layers + 1). Texts alone have no
+    other. It takes any
     losses.layer that reads no other layers, any losses and any teacher.scale:
 
     lead-ds teach run.yaml --vectors last:3 --out vectors
@@ -86,7 +93,7 @@ def teach(
     if settings.teacher is not None and settings.teacher.kind == "served":
         from lead_ds.teachers.served_ahead import ask_ahead
 
-        if any(given is not None for given in (out, vectors, shard_groups, shard_texts)):
+        if any(given is not None for given in (out, vectors, stored, shard_groups, shard_texts)):
             raise typer.BadParameter(
                 "a served teacher's answers go to teacher.answers as they are: --epochs alone is read"
             )
@@ -95,13 +102,18 @@ def teach(
         return
     if (shard_groups if vectors is not None else shard_texts) is not None:
         raise typer.BadParameter("--shard-texts goes with --vectors, --shard-groups without")
+    if stored not in (None, "float16", "float32") or (stored and vectors is None):
+        raise typer.BadParameter("--stored is float16 or float32, and goes with --vectors")
     name = "teacher_cache" if vectors is None else "teacher_vectors"
     folder = out or Path(settings.output) / (name if teacher is None else f"{name}_{teacher}")
     options: dict[str, Any] = {"vectors": vectors, "epochs": epochs, "shard_size": shard_groups or shard_texts}
+    options |= {"stored": stored} if stored else {}
     cache = run(settings, folder, command=["lead-ds", *sys.argv[1:]], quiet=quiet, **options)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    say(layer_table(cache.manifest["measured"]))
-    say(f"\n{len(cache)} groups, {cache.held()}, {size / 1e6:.1f} MB: {folder}")
+    if "measured" in cache.manifest:
+        say(layer_table(cache.manifest["measured"]) + "\n")
+    what = "groups" if "measured" in cache.manifest else "texts"
+    say(f"{len(cache)} {what}, {cache.held()}, {size / 1e6:.1f} MB: {folder}")
     say(f"distil from it: lead-ds distill {config} {key}.kind=cached {key}.path={folder}")
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lead_ds.data.groups.group import Groups
+from lead_ds.data.groups.mixture import MixedGroups
 from lead_ds.data.reads import ModelBatch, Reads
 from lead_ds.data.taught.relevance import RelevanceCache, TeacherCache, read_manifest
 from lead_ds.data.taught.vectors import VectorCache
@@ -35,7 +37,7 @@ class CachedTeacher(Teacher):
 
     Settings = CachedRole
     gives = frozenset({"final", "layers", "features"})
-    placement = "cached"
+    placement, reads_alone = "cached", True
 
     def __init__(self, cache: TeacherCache, settings: CachedRole, device: torch.device) -> None:
         self.cache, self.settings, self.device = cache, settings, device
@@ -167,12 +169,11 @@ def open_cache(lesson: Lesson, groups: Groups, ranks: Ranks) -> TeacherCache:
             raise InputError(cache.folder, f"was made of other data: {name} ({source}) differs", _ANEW)
     if negatives <= facts["fewest_negatives"]:
         return cache
-    draws, epochs = facts["draws"], epochs_of(lesson.train, len(groups), ranks)
+    draws, epochs = facts["draws"], epochs_of(lesson.train, groups, lesson.seed, ranks)
     needed = {"seed": lesson.seed, "negatives": negatives, "epochs": epochs}
     for name, value in needed.items():
         had = None if draws is None else draws[name]
-        enough = had is not None and (had == value if name == "seed" else had >= value)
-        if not enough:
+        if had is None or (had != value if name == "seed" else not np.all(np.array(had) >= value)):
             what = (
                 f"a group lists {facts['fewest_negatives']} negatives, {negatives} are drawn, at random: with "
                 f"{name} {value}, the cache holds those of {name} {had}"
@@ -181,7 +182,10 @@ def open_cache(lesson: Lesson, groups: Groups, ranks: Ranks) -> TeacherCache:
     return cache
 
 
-def epochs_of(train: TrainConfig, groups: int, ranks: Ranks) -> int:
-    """Epochs that a run begins."""
-    step = ranks.world * train.batch_size * train.accumulation
-    return -(-train.steps // max(1, groups // step))
+def epochs_of(train: TrainConfig, groups: Groups, seed: int, ranks: Ranks) -> int | list[int]:
+    """Epochs that a run begins; of a mixture, of each set."""
+    together = ranks.world * train.batch_size
+    step = together * train.accumulation
+    if isinstance(groups, MixedGroups):
+        return groups.epochs(train.steps * step, seed, together)
+    return -(-train.steps // max(1, len(groups) // step))

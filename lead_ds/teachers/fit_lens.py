@@ -75,6 +75,8 @@ def fit_lens(config: Run, out: Path, fit: Fit, *, command: Sequence[str] = (), q
     asked = fittable(config)
     with opened(config, asked, out) as (ranks, config, groups, encoder), owned(out, "another lead-ds fit-lens", ranks):
         settings: TeacherRole = config.teacher
+        if groups.alone:
+            raise InputError(groups.path, "holds texts alone: a lens is fitted to groups", "name groups, or lens: head")
         facts = agreed(ranks, lambda: check_folder(out, lens_identity(settings, encoder, config.seed)))
         states = read_states(config, out / "states", groups, encoder, fit.groups, ranks, quiet=quiet)
         parts = agreed(ranks, lambda: split(states.positives, fit.held_out, config.seed))

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.groups.group import Group, Groups
+from lead_ds.data.groups.mixture import MixedGroups
 from lead_ds.data.groups.open import open_groups
+from lead_ds.data.taught.vectors import VectorCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens, score_mask
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first, once
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
 from lead_ds.engine.distributed.ranks import ranks as joined_ranks
-from lead_ds.errors import InputError
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress
 from lead_ds.io.shards import turns
@@ -55,21 +56,19 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
         check_shared(out, ranks)
         teacher = agreed(ranks, lambda: settled_model(settings))
         groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(teacher)))
-        if groups.alone:
-            raise InputError(groups.path, "holds texts alone, and no groups", "let the teacher read them in training")
-        if config.data.sets:
-            raise InputError("data.sets", "are several, and one is read here", "name the path of one of them")
         agreed(ranks, lambda: check_room(encoder, "teacher"))
         yield ranks, config.model_copy(update={"teacher": teacher}), groups, encoder  # type: ignore[attr-defined]
 
 
 @dataclass
 class Shard:
-    """Texts of consecutive groups: each group's query, and its candidates by key."""
+    """Texts of groups: each group's query, and its candidates by key."""
 
     queries: list[str]
     keys: list[np.ndarray]
     passages: list[str]  # C, group after group
+    rows: Sequence[int] = ()  # of the groups
+    asking: list[bool] | None = None  # C, of texts alone: which are read as queries
 
     @cached_property
     def owners(self) -> np.ndarray:
@@ -77,9 +76,9 @@ class Shard:
         return np.repeat(np.arange(len(self.keys)), [len(keys) for keys in self.keys])
 
     @classmethod
-    def read(cls, groups: Groups, rows: Sequence[int], negatives: int, draws: dict[str, int] | None) -> Shard:
+    def read(cls, groups: Groups, rows: Sequence[int], negatives: int, draws: dict[str, Any] | None) -> Shard:
         """Every passage that a draw of these groups may choose."""
-        shard = cls([], [], [])
+        shard = cls([], [], [], rows)
         for row in rows:
             pool = groups.pool(row)
             found = dict(zip(pool.keys.tolist(), pool.passages, strict=True))
@@ -98,10 +97,14 @@ class Shard:
         return cls([drawn.query for drawn in draws], [drawn.keys for drawn in draws], passages)
 
 
-def drawn_besides(groups: Groups, row: int, negatives: int, draws: dict[str, int] | None) -> Iterator[Group]:
+def drawn_besides(groups: Groups, row: int, negatives: int, draws: dict[str, Any] | None) -> Iterator[Group]:
     """A group's draws of the epochs of `draws`, where its pool alone does not decide which passages they take."""
     if draws is not None and groups.offered(row) < negatives:
-        for epoch in range(draws["epochs"]):
+        epochs = draws["epochs"]
+        if isinstance(epochs, list):  # of a mixture, by set
+            assert isinstance(groups, MixedGroups)
+            epochs = epochs[groups.set_of(row)[0]]
+        for epoch in range(epochs):
             yield groups.draw(row, draws["seed"], epoch)
 
 
@@ -259,15 +262,24 @@ class VectorReader(Reader):
         """See `Reader`."""
         return len(shard.queries) + len(shard.passages)
 
+    def forwards(self, shard: Shard) -> int:
+        """See `Reader`."""
+        return -(-len(set(self._texts(shard))) // self.batch_size)
+
     def look(self, tokens: Tokens) -> Tensor:
         """[K + 1, B, D]."""
         return self.teacher.read(tokens, self.layers)
 
     def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
         """See `Reader`."""
-        texts, rows = once(shard.queries or shard.passages)
+        texts, rows = once(self._texts(shard))
         read, done = np.empty((0, 0, 0), np.float32), 0
-        tokenize = self.encoder.queries if shard.queries else self.encoder.passages
+
+        def tokenize(some: list[Any]) -> Tokens:
+            if shard.asking is not None:
+                return self.encoder.alone([text for text, _ in some], [asks for _, asks in some])
+            return self.encoder.queries(some) if shard.queries else self.encoder.passages(some)
+
         for places, _, vectors_KBD in self.run(texts, tokenize):
             found = vectors_KBD.float().transpose(0, 1).cpu().numpy()
             if not len(read):
@@ -276,6 +288,37 @@ class VectorReader(Reader):
             done += len(places)
             tell(done / len(texts))
         return read[rows] if len(texts) < len(rows) else read
+
+    def _texts(self, shard: Shard) -> Sequence[Any]:
+        """The texts of a shard; of texts alone, each with whether it is asking."""
+        if shard.asking is not None:
+            return [*zip(shard.passages, shard.asking, strict=True)]
+        return shard.queries or shard.passages
+
+
+class ComparingReader(Reader):
+    """Reads no text: compares vectors that were kept of all of them. Relevance as that of `RelevanceReader`."""
+
+    def __init__(self, vectors: VectorCache, scale: Scale) -> None:
+        self.vectors, self.scale = vectors, scale
+
+    def forwards(self, shard: Shard) -> int:
+        """See `Reader`."""
+        return 0
+
+    def look(self, tokens: Tokens) -> Tensor:
+        """See `Reader`: never called."""
+        raise NotImplementedError
+
+    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+        """See `Reader`."""
+        found = [np.empty((0, len(self.vectors.layers) + 1), np.float32)]
+        for place, (row, keys) in enumerate(zip(shard.rows, shard.keys, strict=True)):
+            told = {name: torch.from_numpy(x) for name, x in self.vectors.said([row], [keys]).items()}
+            features = VectorFeatures(told["queries"], told["passages"], self.scale)
+            found.append(features.group_relevance(len(keys)).logits[:, 0].T.numpy())
+            tell((place + 1) / len(shard.keys))
+        return np.concatenate(found)
 
 
 def write_in_turns(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from lead_ds.data.groups.open import open_groups
 from lead_ds.engine.distributed.agreement import agreed, check_agreement
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
@@ -33,11 +35,15 @@ def _ask(config: Run, epochs: int | None, quiet: bool, ranks: Ranks) -> tuple[in
     groups = open_groups(config.data)
     lookup = ServedTeacher.reads(Lesson.of(config), groups, ranks).lookup
     assert isinstance(lookup, ServedLookup)
-    draws = {"seed": config.seed, "epochs": epochs or epochs_of(config.train, len(groups), ranks)}
+    draws = {"seed": config.seed, "epochs": epochs or epochs_of(config.train, groups, config.seed, ranks)}
     rows = range(len(groups))[ranks.rank :: ranks.world]
     with progress("asking", len(rows), "groups", shown=ranks.main and not quiet) as meter:
         for first in range(0, len(rows), _AT_ONCE):
             some = rows[first : first + _AT_ONCE]
+            if groups.alone:
+                lookup.read(np.array(some), [groups.draw(row, config.seed, 0) for row in some])
+                meter.advance(len(some))
+                continue
             shard = Shard.read(groups, some, config.data.negatives, draws)
             owners = shard.owners.tolist()
             pairs = [(shard.queries[owner], text) for owner, text in zip(owners, shard.passages, strict=True)]

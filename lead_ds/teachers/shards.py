@@ -5,10 +5,11 @@ Dimensions: T layers of the teacher, K chosen ones, D width.
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,21 +17,26 @@ from lead_ds.data.groups.group import Groups
 from lead_ds.data.taught import relevance as relevance_files
 from lead_ds.data.taught import vectors as vector_files
 from lead_ds.data.taught.relevance import RelevanceCache, TeacherCache, identity
-from lead_ds.data.taught.vectors import VectorCache, index_arrays, index_path, shards_of, vector_arrays
+from lead_ds.data.taught.vectors import Listing, VectorCache, index_path, shards_of, vector_arrays
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic
 from lead_ds.io.shards import Arrays, damage, mapped, save_arrays
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import read_model_config
+from lead_ds.relevance import Scale
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
-from lead_ds.teachers.reading import Reader, RelevanceReader, Shard, VectorReader, drawn_besides
+from lead_ds.teachers.reading import Reader, RelevanceReader, Shard, VectorReader, drawn_besides, say
 
 GROUPS_OF_PAIRS, GROUPS_OF_TEXTS = 512, 2048  # of a shard; texts that its groups share are read once
 TEXTS = 4096  # of a shard of vectors
+Stored = Literal["float16", "float32"]
+TEXTS_READ = "texts_read"  # a folder that is gone once relevance is written
+_REPEATED = 1.02  # passages read for a passage, at which it pays to keep their vectors until all are compared
+_OF_DISK = 0.5  # what these may take of the free space
 
 
 class Shards(ABC):
@@ -102,7 +108,36 @@ class RelevanceShards(Shards):
 
     def facts(self) -> dict[str, Any]:
         """See `Shards`."""
-        return {"scale": stored_scale(self.settings.kind, self.settings.scale)}
+        return {"scale": self.scale}
+
+    @property
+    def scale(self) -> Scale:
+        """In which scale relevance is stored."""
+        return stored_scale(self.settings.kind, self.settings.scale)
+
+    def texts(self, layers: int) -> VectorShards:
+        """Where the vectors of all texts are kept meanwhile, from every layer, whole."""
+        out = self.out / TEXTS_READ
+        return VectorShards(self.config, self.settings, out, self.groups, range(layers), "float32")
+
+    def worth_reading_once(self, manifest: dict[str, Any], teacher: FrozenTeacher) -> bool:
+        """Whether shards would read many passages again, and their vectors can be kept until all are compared."""
+        kind = KINDS[self.settings.kind]
+        if not kind.gives_vectors or kind.sparse or len(self.groups) <= manifest["shard_groups"]:
+            return False
+        if (self.out / TEXTS_READ).exists():
+            return True
+        listing = self.texts(0).listing(manifest["facts"]["draws"])
+        again, texts = listing.read_by(manifest["shard_groups"]), len(np.unique(listing.keys))
+        if again < _REPEATED * texts:
+            return False
+        size = (texts + len(np.unique(listing.asked))) * (manifest["layers"] + 1) * teacher.scorer.features_width * 4
+        free = shutil.disk_usage(self.out).free
+        if size > _OF_DISK * free:
+            what = f"vectors of {size / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free"
+            say(f"{texts} passages are read {again / texts:.1f} times each: to read each once would take {what}")
+            return False
+        return True
 
     def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
         """Groups of a shard: few enough that every rank has work until the end, and that a kill costs little."""
@@ -150,18 +185,27 @@ class VectorShards(Shards):
         "distil from the teacher itself; where they are not finite, set teacher.dtype=bf16",
     )
 
-    def __init__(self, config: Run, settings: TeacherRole, out: Path, groups: Groups, layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: Run,
+        settings: TeacherRole,
+        out: Path,
+        groups: Groups,
+        layers: Sequence[int],
+        stored: Stored = "float16",
+    ) -> None:
+        """stored: what deviations are kept in; float32 loses nothing."""
         super().__init__(config, settings, out, groups)
-        self.layers = list(layers)
-        self._index: Arrays | None = None
+        self.layers, self.stored = list(layers), np.dtype(stored)
+        self._listing: Listing | None = None
 
     def facts(self) -> dict[str, Any]:
         """See `Shards`."""
-        return {"vectors": self.layers}
+        return {"vectors": self.layers, "stored_in": self.stored.name}
 
     def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
         """Texts of a shard, chosen as groups are; and how many there are of each kind."""
-        index = self._index = self._scan(manifest["facts"]["draws"])
+        index = self.listing(manifest["facts"]["draws"]).index(self.groups.alone)
         queries, passages = len(index["query_groups"]), len(index["passages"])
         size = asked or max(1, min(TEXTS, -(-passages // (4 * world))))
         return {"shard_texts": size, "queries": queries, "passages": passages, "width": teacher.scorer.features_width}
@@ -171,15 +215,16 @@ class VectorShards(Shards):
         path = index_path(self.out)
         if path.exists() and damage(path, identity(manifest)) is None:
             return
-        arrays = self._index or self._scan(manifest["facts"]["draws"])
+        arrays = self.listing(manifest["facts"]["draws"]).index(self.groups.alone)
         with atomic(path) as temporary:
             save_arrays(temporary, arrays, identity(manifest))
 
     def describe(self, manifest: dict[str, Any]) -> str:
         """See `Shards`."""
         texts = manifest["queries"] + manifest["passages"]
-        size = texts * (len(self.layers) + 1) * manifest["width"] * 2
+        size = texts * (len(self.layers) + 1) * manifest["width"] * self.stored.itemsize
         held = f"{manifest['queries']} queries and {manifest['passages']} passages"
+        held = f"{texts} texts" if self.groups.alone else held
         return f"vectors of {held}, {size / 1e6:.1f} MB"
 
     def paths(self, manifest: dict[str, Any]) -> list[Path]:
@@ -203,6 +248,10 @@ class VectorShards(Shards):
         index, mine = mapped(index_path(self.out))[0], slice(place * size, (place + 1) * size)
         if kind == "queries":
             return Shard([self.groups.pool(int(row)).query for row in index["query_groups"][mine]], [], [])
+        if self.groups.alone:
+            pools = [self.groups.pool(row) for row in index["passage_groups"][mine].tolist()]
+            asking = [pool.role == "query" for pool in pools]
+            return Shard([], [], [pool.passages[0] for pool in pools], asking=asking)
         owners = np.unique(index["passage_groups"][mine]).tolist()
         read = Shard.read(self.groups, owners, self.config.data.negatives, manifest["facts"]["draws"])
         texts = dict(zip(np.concatenate(read.keys).tolist(), read.passages, strict=True))
@@ -210,17 +259,19 @@ class VectorShards(Shards):
 
     def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
         """See `Shards`."""
-        return vector_arrays(said)
+        return vector_arrays(said, self.stored.type)
 
-    def _scan(self, draws: dict[str, int] | None) -> Arrays:
-        """Look through all groups for the texts that training may draw."""
+    def listing(self, draws: dict[str, Any] | None) -> Listing:
+        """What all groups list, with what training may draw besides; looked through once."""
 
         def listed(row: int) -> tuple[int, np.ndarray]:
             query, keys = self.groups.listed(row)
             more = [drawn.keys for drawn in drawn_besides(self.groups, row, self.config.data.negatives, draws)]
             return query, np.concatenate([keys, *more])
 
-        return index_arrays(listed(row) for row in range(len(self.groups)))
+        if self._listing is None:
+            self._listing = Listing(listed(row) for row in range(len(self.groups)))
+        return self._listing
 
 
 def layers_to_keep(config: Run, asked: str) -> list[int]:

@@ -3,7 +3,8 @@ vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.taught.relevance import VERSION, TeacherCache, identity, read_manifest
+from lead_ds.data.taught.vectors import VectorCache
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
@@ -31,8 +33,8 @@ from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import data_facts, teacher_facts
 from lead_ds.teachers.informative import worth_of_cache
 from lead_ds.teachers.lens import open_lens
-from lead_ds.teachers.reading import Reader, opened, say, write_in_turns
-from lead_ds.teachers.shards import RelevanceShards, Shards, VectorShards, layers_to_keep
+from lead_ds.teachers.reading import ComparingReader, Reader, opened, say, write_in_turns
+from lead_ds.teachers.shards import TEXTS_READ, RelevanceShards, Shards, Stored, VectorShards, layers_to_keep
 from lead_ds.teachers.teacher import Lesson
 
 
@@ -41,6 +43,7 @@ def teach(
     out: Path,
     *,
     vectors: str | None = None,
+    stored: Stored = "float16",
     epochs: int | None = None,
     shard_size: int | None = None,
     command: Sequence[str] = (),
@@ -48,34 +51,24 @@ def teach(
 ) -> TeacherCache:
     """Write the teacher's output for every training group to `out`, or finish what an earlier call began.
 
-    Relevance within the groups, from every layer; or with `vectors` (see `layers_to_keep`) vectors of all their texts. Every
-    process calls this, on a file system they share. epochs: whose random negatives are included, where groups list too
-    few. Default: those that train.steps take on as many processes as now. shard_size: groups, or texts, of a file.
+    Relevance within the groups, from every layer; or with `vectors` (see `layers_to_keep`) vectors of all their texts, in
+    `stored`. Every process calls this, on a file system they share. epochs: whose random negatives are included, where
+    groups list too few. Default: those that train.steps take on as many processes as now. shard_size: groups, or texts, of a file.
     Raises InputError where the input cannot work or `out` holds another cache; RunError, with the finished shards
     intact, where the work fails.
     """
     asked = teachable(config, vectors is not None)
     with opened(config, asked, out) as (ranks, config, groups, encoder), owned(out, "another lead-ds teach", ranks):
         settings: TeacherRole = config.teacher
-        shards = agreed(ranks, lambda: shards_of(config, settings, out, groups, vectors))
-        manifest = ranks.from_main(
-            agreed(ranks, lambda: begin(config, shards, encoder, epochs, ranks) if ranks.main else {})
-        )
+        shards = agreed(ranks, lambda: shards_of(config, out, groups, vectors, stored))
+        facts = agreed(ranks, lambda: facts_of(config, groups, encoder, epochs, ranks) if ranks.main else {})
+        manifest = ranks.from_main(agreed(ranks, lambda: begin(shards, facts) if ranks.main else {}))
         dtype = str(teacher_dtype(settings, ranks.device))
         if manifest["layers"] is None or (todo := unfinished_of(shards, manifest, ranks)):
             torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
             teacher = build_teacher(Lesson.of(config), ranks)
             if manifest["layers"] is None:
-                manifest |= {"layers": teacher.num_layers, **provenance(command, ranks.world)}
-                manifest |= ranks.from_main(
-                    agreed(
-                        ranks,
-                        lambda: shards.sizes(shard_size, teacher, manifest, ranks.world) if ranks.main else {},
-                    )
-                )
-                if ranks.main:
-                    write_json(out / MANIFEST, manifest)
-                ranks.barrier()
+                manifest = complete(shards, manifest, shard_size, teacher, ranks, command)
                 todo = unfinished_of(shards, manifest, ranks)
             if ranks.main and not quiet:
                 held, whole = teacher.parameter_bytes()
@@ -83,21 +76,79 @@ def teach(
                 say(f"teacher {reading_line(teacher.scorer, encoder, *sample(groups))}")
                 say(f"{held / 1e6:.1f} of {whole / 1e6:.1f} MB of parameters on each rank; {shards.describe(manifest)}")
             window = config.train.batch_size * config.train.accumulation * (1 + config.data.negatives)
-            reader = shards.reader(teacher, encoder, settings.batch_size or window)
+            batch_size = settings.batch_size or window
+
+            def read_by(some: Shards) -> Reader:
+                return some.reader(teacher, encoder, batch_size)
+
+            reader = read_by(shards)
+            if isinstance(shards, RelevanceShards):
+                reader = read_once(shards, manifest, facts, read_by, ranks, quiet) or reader
             write_shards(shards, reader, manifest, todo, ranks, quiet)
         ranks.barrier()
         cache = agreed(ranks, lambda: shards.cache.open(out, verify=False))
-        if "measured" not in cache.manifest:
+        if ranks.main:
+            shutil.rmtree(out / TEXTS_READ, ignore_errors=True)
+        if "measured" not in cache.manifest and not groups.alone:
             agreed(ranks, lambda: note_worth(config, cache, groups) if ranks.main else None)
         ranks.barrier()
         return agreed(ranks, lambda: shards.cache.open(out, verify=False))
 
 
-def shards_of(config: Run, settings: TeacherRole, out: Path, groups: Groups, vectors: str | None) -> Shards:
-    """What is to be kept."""
+def shards_of(config: Run, out: Path, groups: Groups, vectors: str | None, stored: Stored) -> Shards:
+    """What is to be kept. Raises InputError for what texts alone do not have."""
+    settings: TeacherRole = config.teacher
+    if groups.alone and config.data.negatives:
+        raise InputError("data.negatives", "is ignored: texts alone have no negatives", "set it to 0")
     if vectors is None:
+        if groups.alone:
+            what = "holds texts alone: relevance is of a query and its passages"
+            raise InputError(groups.path, what, "keep vectors: --vectors final")
         return RelevanceShards(config, settings, out, groups)
-    return VectorShards(config, settings, out, groups, layers_to_keep(config, vectors))
+    return VectorShards(config, settings, out, groups, layers_to_keep(config, vectors), stored)
+
+
+def read_once(
+    shards: RelevanceShards,
+    manifest: dict[str, Any],
+    facts: dict[str, Any],
+    read_by: Callable[[Shards], Reader],
+    ranks: Ranks,
+    quiet: bool,
+) -> Reader | None:
+    """What compares vectors of all texts, each read once into a cache of its own; None where it pays to read shard by shard.
+
+    facts: see `facts_of`. read_by: what reads a shard of some shards. Every process calls this.
+    """
+    teacher = read_by(shards).teacher
+    if not ranks.from_main(agreed(ranks, lambda: ranks.main and shards.worth_reading_once(manifest, teacher))):
+        return None
+    texts = shards.texts(teacher.num_layers)
+    told = ranks.from_main(agreed(ranks, lambda: begin(texts, facts) if ranks.main else {}))
+    if told["layers"] is None:
+        told = complete(texts, told, None, teacher, ranks)
+    left = unfinished_of(texts, told, ranks)
+    write_shards(texts, read_by(texts), told, left, ranks, quiet)
+    ranks.barrier()
+    return ComparingReader(agreed(ranks, lambda: VectorCache.open(texts.out, verify=False)), shards.scale)
+
+
+def complete(
+    shards: Shards, manifest: dict[str, Any], size: int | None, teacher: Any, ranks: Ranks, command: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A new manifest with layers and sizes, written. Every process calls this."""
+    manifest = {**manifest, "layers": teacher.num_layers, **provenance(command, ranks.world)}
+
+    def sizes() -> dict[str, int]:
+        found = shards.sizes(size, teacher, manifest, ranks.world) if ranks.main else {}
+        if ranks.main:
+            shards.out.mkdir(parents=True, exist_ok=True)
+            write_json(shards.out / MANIFEST, manifest | found)
+        return found
+
+    manifest |= ranks.from_main(agreed(ranks, sizes))
+    ranks.barrier()
+    return manifest
 
 
 def unfinished_of(shards: Shards, manifest: dict[str, Any], ranks: Ranks) -> list[int]:
@@ -138,10 +189,12 @@ def teachable(config: Run, vectors: bool = False) -> TeacherRole:
     return teacher
 
 
-def begin(config: Run, shards: Shards, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
-    """The manifest of a cache that an earlier call began, if it is of the same; else a new one, with layers None."""
-    out = shards.out
-    facts = {**facts_of(config, shards.groups, encoder, epochs, ranks), **shards.facts()}
+def begin(shards: Shards, facts: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a cache that an earlier call began, if it is of the same; else a new one, with layers None.
+
+    facts: see `facts_of`.
+    """
+    out, facts = shards.out, {**facts, **shards.facts()}
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
         had = "vectors" if "vectors" in manifest["facts"] else "relevance"
@@ -150,8 +203,7 @@ def begin(config: Run, shards: Shards, encoder: TextEncoder, epochs: int | None,
         check_facts(out, f"holds the {had}", manifest["facts"], facts)
         return manifest
     refuse_strangers(out, "*-*.safetensors")
-    assert config.teacher is not None
-    return {"facts": facts, "layers": None, "teacher_path": config.teacher.path}
+    return {"facts": facts, "layers": None, "teacher_path": shards.settings.path}
 
 
 def facts_of(config: Run, groups: Groups, encoder: TextEncoder, epochs: int | None, ranks: Ranks) -> dict[str, Any]:
@@ -159,10 +211,10 @@ def facts_of(config: Run, groups: Groups, encoder: TextEncoder, epochs: int | No
     teacher = config.teacher
     assert teacher is not None
     fewest = min(groups.offered(row) for row in range(len(groups)))
-    draws = None
+    draws: dict[str, Any] | None = None
     if fewest < config.data.negatives:
         draws = {"seed": config.seed, "negatives": config.data.negatives}
-        draws["epochs"] = epochs or epochs_of(config.train, len(groups), ranks)
+        draws["epochs"] = epochs or epochs_of(config.train, groups, config.seed, ranks)
         say(
             f"a group lists {fewest} of {config.data.negatives} negatives: the random ones of {draws['epochs']} epochs are "
             "included; mined ones would do for any seed and length (lead-ds mine)"

@@ -123,7 +123,7 @@ def test_run_facts_and_student_name_the_teacher(taught: Taught) -> None:
 def test_two_processes_and_a_sharded_teacher_change_nothing(
     taught: Taught, configure: Configure, rooms: Path, tmp_path: Path
 ) -> None:
-    kinds = ["colbert", "cross_encoder"]
+    kinds = ["dual_encoder", "colbert", "cross_encoder"]
     configs = [
         str(configure(kind, kind, extra_teacher={**EXTRA.get(kind, {}), "placement": "zero3"}, train=TRAIN))
         for kind in kinds

@@ -13,7 +13,7 @@ import yaml
 
 from lead_ds.config import load_config
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.taught.vectors import VectorCache, index_arrays, vector_arrays
+from lead_ds.data.taught.vectors import Listing, VectorCache, vector_arrays
 from lead_ds.engine.training.distill import settled
 from lead_ds.errors import InputError
 from lead_ds.io.shards import mapped
@@ -242,7 +242,9 @@ def test_refusals_end_with_status_2_and_change_nothing(kept: Kept) -> None:
 
 
 def test_rows_of_an_index_are_distinct_texts() -> None:
-    index = index_arrays([(7, np.array([5, 2])), (3, np.array([2, 9])), (7, np.array([9, 1]))])
+    listing = Listing([(7, np.array([5, 2])), (3, np.array([2, 9])), (7, np.array([9, 1]))])
+    assert (listing.read_by(1), listing.read_by(2), listing.read_by(3)) == (6, 5, 4)
+    index = listing.index()
     assert {name: array.tolist() for name, array in index.items()} == {
         "queries": [1, 0, 1],
         "query_groups": [1, 0],

@@ -28,7 +28,7 @@ Role = Literal["query", "passage"]
 ENDS = re.compile(r"\.(jsonl|json|txt|text|parquet)(\.gz)?$")
 FIELDS: dict[str, Role] = {"query": "query", "text": "passage", "passage": "passage", "document": "passage"}
 _SHAPE = '{"text"} or {"query"}, with "title" and "role" (query or passage) if there are any'
-_BLOCK = 4 << 20
+_ASKING = 1  # what the key of a text that is read as a query differs by: its vector is not that of the passage
 
 
 class TextsAlone:
@@ -71,14 +71,14 @@ class TextsAlone:
         """See `Groups.draw`: the same text, whatever the others are."""
         file, place = self._file_of(row)
         text, role = file[place]
-        key = key_of(text)
+        key = key_of(text) ^ (_ASKING if role == "query" else 0)
         name = f"{file.path.name}:{place}"
         return Group(name, "", [name], [text], np.array([key], np.int64), np.zeros(0, np.int64), role=role)
 
     def pool(self, row: int) -> Pool:
         """See `Groups.pool`."""
         group = self.draw(row, 0, 0)
-        return Pool("", group.keys, group.passages)
+        return Pool("", group.keys, group.passages, group.role)
 
     def listed(self, row: int) -> tuple[int, np.ndarray]:
         """See `Groups.listed`."""

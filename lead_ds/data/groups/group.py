@@ -39,6 +39,7 @@ class Pool:
     query: str
     keys: np.ndarray  # int64 [n], distinct
     passages: list[str]
+    role: Literal["query", "passage"] | None = None  # see Group
 
 
 class Groups(Protocol):

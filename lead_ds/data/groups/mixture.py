@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from lead_ds.data.groups.group import Group, Groups, Pool
 from lead_ds.data.groups.shuffle import shuffled
 from lead_ds.errors import InputError
+from lead_ds.io.facts import digest
 from lead_ds.settings.data import DataSet
+
+T = TypeVar("T", Group, Pool)
 
 CYCLE = 4096  # draws over which the shares are exact, to one draw
 _SHIFT = 56  # the bits above this one hold the set's number, so that keys of different sets never collide
@@ -44,6 +47,7 @@ class MixedGroups:
         named = list(zip(sets, groups, strict=True))
         self.sources = {f"{of.label}: {name}": path for of, one in named for name, path in one.sources.items()}
         self.checksums = {f"{of.label}: {name}": told for of, one in named for name, told in one.checksums.items()}
+        self.checksums["sets"] = digest([[of.label, of.prompts] for of in sets])  # rows and texts depend on them
         if len({one.alone for one in groups}) > 1:
             what = "some sets hold groups, some hold texts alone, and a loss reads one or the other"
             raise InputError("data.sets", what, "mix sets of one sort")
@@ -65,15 +69,10 @@ class MixedGroups:
 
     def draw(self, row: int, seed: int, epoch: int, progress: float | None = None) -> Group:
         """See `Groups.draw`: with the prompts of its set."""
-        at, place = self._set_of(row)
-        group, prompts = self._groups[at].draw(place, seed, epoch, progress), self._sets[at].prompts
-        query, passage = prompts.get("query", ""), prompts.get("passage", "")
-        if group.role == "query":
-            passage = query
+        at, place = self.set_of(row)
+        group = self._groups[at].draw(place, seed, epoch, progress)
         return replace(
-            group,
-            query=query + group.query,
-            passages=[passage + text for text in group.passages],
+            self._prompted(at, group),
             keys=group.keys ^ (at << _SHIFT),
             positive_keys=group.positive_keys ^ (at << _SHIFT),
             query_key=-1,  # of its set, and without the prompt
@@ -81,24 +80,24 @@ class MixedGroups:
 
     def pool(self, row: int) -> Pool:
         """See `Groups.pool`."""
-        at, place = self._set_of(row)
+        at, place = self.set_of(row)
         pool = self._groups[at].pool(place)
-        return replace(pool, keys=pool.keys ^ (at << _SHIFT))
+        return replace(self._prompted(at, pool), keys=pool.keys ^ (at << _SHIFT))
 
     def listed(self, row: int) -> tuple[int, np.ndarray]:
         """See `Groups.listed`."""
-        at, place = self._set_of(row)
+        at, place = self.set_of(row)
         query, keys = self._groups[at].listed(place)
         return query ^ (at << _SHIFT), keys ^ (at << _SHIFT)
 
     def offered(self, row: int) -> int:
         """See `Groups.offered`."""
-        at, place = self._set_of(row)
+        at, place = self.set_of(row)
         return self._groups[at].offered(place)
 
     def where(self, row: int) -> str:
         """See `Groups.where`."""
-        at, place = self._set_of(row)
+        at, place = self.set_of(row)
         return self._groups[at].where(place)
 
     def scored(self) -> MixedGroups:
@@ -106,9 +105,24 @@ class MixedGroups:
         groups = [one.scored() for one in self._groups]
         return MixedGroups(self._sets, groups, alpha=self._alpha, apart=self._apart)
 
-    def _set_of(self, row: int) -> tuple[int, int]:
+    def epochs(self, draws: int, seed: int, together: int) -> list[int]:
+        """How often each set is begun in a run's first `draws` draws; once at least. together: see `drawn`."""
+        unit = together if self._apart else 1
+        taken = self._sampling.taken(-(-draws // unit), seed)
+        sizes = np.diff(self._ends, prepend=0).tolist()
+        return [max(1, -(-count * unit // size)) for count, size in zip(taken, sizes, strict=True)]
+
+    def set_of(self, row: int) -> tuple[int, int]:
+        """The number of a row's set, and the row in that."""
         at = int(np.searchsorted(self._ends, row, "right"))
         return at, row - (int(self._ends[at - 1]) if at else 0)
+
+    def _prompted(self, at: int, texts: T) -> T:
+        """The texts of a set's group or pool behind its prompts."""
+        prompts = self._sets[at].prompts
+        query, passage = prompts.get("query", ""), prompts.get("passage", "")
+        before = query if texts.role == "query" else passage
+        return replace(texts, query=query + texts.query, passages=[before + text for text in texts.passages])
 
 
 class Sampling:
@@ -130,6 +144,12 @@ class Sampling:
         sets, before = _order(tuple(self.counts.tolist()), seed, cycle)
         at = int(sets[place])
         return at, cycle * int(self.counts[at]) + int(before[place])
+
+    def taken(self, draws: int, seed: int) -> list[int]:
+        """Of each set, how many of the first `draws` draws are of it."""
+        cycles, rest = divmod(draws, self.cycle)
+        sets, _ = _order(tuple(self.counts.tolist()), seed, cycles)
+        return (cycles * self.counts + np.bincount(sets[:rest], minlength=len(self.counts))).tolist()  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
 """A teacher's vectors on disk: of every query and passage that training may draw, from chosen layers, each text once.
 
 Any two texts can then be compared, as with the dual encoder itself: a query with every passage of a batch. Beside the manifest
-lie an index and shards of consecutive queries or passages, safetensors files that are mapped into memory. The index holds
+lie an index and shards of consecutive queries or passages, safetensors files that are mapped into memory. Texts alone are
+passages, and there are no queries. The index holds
 
     queries         int64 [G]   of each group, the row of its query
     query_groups    int64 [Q]   of each query, a group that asks it
@@ -20,7 +21,9 @@ as deviations, by less than a thousandth of it (benchmarks/throughput.md).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +64,7 @@ class VectorCache(TeacherCache):
         lost = np.flatnonzero(known[np.minimum(places, len(known) - 1)] != drawn)
         if len(lost):
             raise self.lacks(int(rows[int(lost[0]) // len(keys[0])]))
-        asked = index["queries"][np.asarray(rows)]
+        asked = index["queries"][np.asarray(rows)] if self.manifest["queries"] else np.zeros(0, np.int64)
         return {"queries": self._vectors("queries", asked), "passages": self._vectors("passages", places)}
 
     def _vectors(self, kind: Kind, rows: np.ndarray) -> np.ndarray:
@@ -95,18 +98,32 @@ def shard_paths(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return [shard_path(folder, kind, shard) for kind, shard in shards_of(manifest)]
 
 
-def index_arrays(listed: Iterable[tuple[int, np.ndarray]]) -> Arrays:
-    """The arrays of an index. `listed`: of each group, the key of its query and those of the passages that may be drawn."""
-    asked, keys = zip(*listed, strict=True)
-    _, query_groups, queries = np.unique(np.array(asked, np.int64), return_index=True, return_inverse=True)
-    passages, first = np.unique(np.concatenate(keys), return_index=True)
-    owners = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
-    return {
-        "queries": queries.astype(np.int64),
-        "query_groups": query_groups.astype(np.int64),
-        "passages": passages.astype(np.int64),
-        "passage_groups": owners[first].astype(np.int64),
-    }
+class Listing:
+    """Of each group the key of its query and those of the passages that may be drawn: 8 bytes for each, however many."""
+
+    def __init__(self, listed: Iterable[tuple[int, np.ndarray]]) -> None:
+        asked, counts, keys = array("q"), array("q"), array("q")
+        for query, drawn in listed:
+            asked.append(query)
+            counts.append(len(drawn))
+            keys.frombytes(drawn.astype(np.int64).tobytes())
+        self.asked, self.counts, self.keys = (np.frombuffer(x, np.int64) for x in (asked, counts, keys))
+
+    def read_by(self, groups: int) -> int:
+        """How many passages are read where each shard of `groups` groups reads its own, each once."""
+        ends = np.concatenate([[0], np.cumsum(self.counts)])[[*range(0, len(self.counts), groups), len(self.counts)]]
+        return sum(len(np.unique(self.keys[first:last])) for first, last in pairwise(ends))
+
+    def index(self, alone: bool = False) -> Arrays:
+        """The arrays of an index. alone: of texts alone, which have no queries."""
+        none = np.zeros(0, np.int64)
+        queries, query_groups = none, none
+        if not alone:
+            _, query_groups, queries = np.unique(self.asked, return_index=True, return_inverse=True)
+        passages, first = np.unique(self.keys, return_index=True)
+        owners = np.searchsorted(np.cumsum(self.counts), first, "right")
+        found = {"queries": queries, "query_groups": query_groups, "passages": passages, "passage_groups": owners}
+        return {name: x.astype(np.int64) for name, x in found.items()}
 
 
 def vector_arrays(vectors: np.ndarray, dtype: type[np.floating[Any]] = np.float16) -> Arrays:

@@ -120,4 +120,4 @@ def _cut(order: list[int], lengths: Sequence[int], batch_size: int, budget: int 
 
 
 def _characters(item: Any) -> int:
-    return len(item) if isinstance(item, str) else sum(map(len, item))
+    return len(item) if isinstance(item, str) else sum(len(part) for part in item if isinstance(part, str))
