@@ -81,14 +81,20 @@ def encode(
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
         scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, check_settings(settings)))
-        agreed(here, lambda: scorer.refuse_sparse(scorer.config.path, "encode writes a table of vectors"))
+        if scorer.sparse:
+            if dtype != "float32":
+                raise InputError(
+                    "--dtype", f"{dtype} is of dense vectors, and {model} gives sparse ones", "leave it out"
+                )
+            dtype = "sparse"
         agreed(here, lambda: tell_reading(opened, dataset, here))
         facts = model_facts(model, scorer)
         if scorer.config.dtype not in ("auto", "fp32"):
             facts["read_as"] = scorer.config.dtype  # an encode of other numbers cannot finish this one
         how = Encoding(batch_of(batch_size, here.device), here.device, cast(Any, precision))
         stored = Stored(cast(Any, dtype))
-        vectors = encode_to(out, scorer.embed, encoder, texts, facts, how, stored, peers=here)
+        read = scorer.ranked if scorer.sparse else scorer.embed
+        vectors = encode_to(out, read, encoder, texts, facts, how, stored, peers=here)
         if here.main:
             print(f"{len(vectors)} vectors of {vectors.dimension} in {vectors.shards} shards: {out}")
 
@@ -115,6 +121,8 @@ def index(
 ) -> None:
     """Build a FAISS index from encoded vectors. Vectors are added in chunks, so that they need not fit in memory.
 
+    Of a sparse encoder's vectors: an inverted index; run it again after a kill to finish.
+
     lead-ds index --vectors vectors --out index --factory IVF4096,Flat
     """
     choice("--layout", layout, "shard", "replicate")
@@ -136,7 +144,7 @@ def index(
 
         asks = model_facts(query_model, open_encoder(query_model, "cpu")[0])
     built: Any = build_index(opened, out, factory, gpus=gpus, layout=layout, queries=asks, rescore=finer)  # type: ignore[arg-type]
-    print(f"{factory}: {len(opened)} vectors: {built or out}")
+    print(f"{'inverted' if opened.dtype == 'sparse' else factory}: {len(opened)} vectors: {built}")
 
 
 def search(

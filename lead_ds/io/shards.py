@@ -20,7 +20,8 @@ from lead_ds.io.facts import ANOTHER_FOLDER
 Arrays = dict[str, np.ndarray]
 
 MANIFEST = "manifest.json"
-_DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in (("I64", "<i8"), ("F32", "<f4"), ("F16", "<f2"))}
+_KINDS = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "F16": "<f2"}
+_DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 _LARGEST_HEADER = 1 << 20
 
 

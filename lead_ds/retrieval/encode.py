@@ -33,6 +33,7 @@ STRETCH = 8192  # texts tokenised at once and sorted by length together: little 
 SHARD_ROWS = 65_536
 FULL = 512  # tokens of a text of full length, where the model reads more: a batch must fit in memory
 IDS = "ids.txt"
+SPARSE = "sparse"
 AGAIN = "delete the folder, and run lead-ds encode again"
 _ANOTHER = "delete it, or choose another folder"
 
@@ -71,10 +72,11 @@ class Encoding:
 class Stored:
     """How vectors are stored: their dtype, and how many are in a shard (None: as many as give every process some).
 
-    dtype: int8 is calibrated on a sample of the texts; binary and ubinary are packed signs.
+    dtype: int8 is calibrated on a sample of the texts; binary and ubinary are packed signs; sparse: float32 without its zeros,
+    of a model of sparse vectors.
     """
 
-    dtype: Literal["float32", "float16", "int8", "binary", "ubinary"] = "float32"
+    dtype: Literal["float32", "float16", "int8", "binary", "ubinary", "sparse"] = "float32"
     shard_rows: int | None = None
 
 
@@ -160,7 +162,10 @@ def encode_share(
 
 
 class Vectors:
-    """Vectors on disk: shards [n, D] as .npy files, memory-mapped, with their ids and a manifest of where they came from."""
+    """Vectors on disk: shards [n, D] as .npy files, memory-mapped, with their ids and a manifest of where they came from.
+
+    Sparse ones: as scipy's .npz files, a shard in memory at a time.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -180,6 +185,8 @@ class Vectors:
             raise InputError(folder, what, "run lead-ds encode again to finish it")
         if not (folder / IDS).is_file():
             raise InputError(folder / IDS, "no such file", AGAIN)
+        if vectors.dtype == SPARSE:
+            return vectors
         width = -(-vectors.dimension // 8) if vectors.dtype.endswith("binary") else vectors.dimension
         for shard in range(vectors.shards):
             if vectors.block(shard).dtype.kind != {"ubinary": "u", "int8": "i", "binary": "i"}.get(vectors.dtype, "f"):
@@ -194,7 +201,7 @@ class Vectors:
     @property
     def dimension(self) -> int:
         """D."""
-        if self.dtype in SMALL:
+        if self.dtype in (*SMALL, SPARSE):
             return int(self.manifest["dimension"])
         return int(self.block(0).shape[-1]) if self.block(0).ndim else 0
 
@@ -234,7 +241,7 @@ class Vectors:
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return self.folder / f"vectors-{shard:05d}.npy"
+        return self.folder / f"vectors-{shard:05d}.{'npz' if self.dtype == SPARSE else 'npy'}"
 
     def rows(self, shard: int) -> range:
         """The rows that a shard holds."""
@@ -252,6 +259,17 @@ class Vectors:
         except Exception as error:  # numpy parses the header as Python, which can go wrong in as many ways
             reason = str(error).split(". ")[0] or type(error).__name__
             raise InputError(self.path(shard), f"is damaged: {reason}", AGAIN) from None
+
+    def sparse(self, shard: int) -> SparseVectors:
+        """A shard of sparse vectors. Raises InputError for a file that is not one, or not of this folder."""
+        try:
+            found = SparseVectors.read(self.path(shard))
+        except Exception as error:  # numpy's and scipy's, of a file that is cut or no archive
+            reason = str(error).split(". ")[0] or type(error).__name__
+            raise InputError(self.path(shard), f"is damaged: {reason}", AGAIN) from None
+        if found.rows.shape != (len(self.rows(shard)), self.dimension):
+            raise InputError(self.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
+        return found
 
     def ids(self) -> list[str]:
         """The id of every row. Raises InputError where there are not as many as vectors."""
@@ -300,6 +318,8 @@ def encode_to(
     with owned(folder, "another lead-ds encode", peers):
         agreed: dict[str, Any] | LeadError = {}
         small = _calibrated(folder, embed, encoder, texts, how, stored, peers) if stored.dtype in SMALL else {}
+        if stored.dtype == SPARSE:
+            small = {"dimension": model["dimension"]}
         if peers.rank == 0:
             shard_rows = stored.shard_rows or min(SHARD_ROWS, -(-len(texts) // (peers.world * batch_size)) * batch_size)
             facts = {
@@ -342,7 +362,11 @@ def encode_to(
                     meter=meter,
                 )
                 if shard is not None:
-                    _write_shard(vectors.path(shard), encoded.cpu().numpy(), stored.dtype, small.get("ranges"))
+                    if isinstance(encoded, SparseVectors):
+                        with atomic(vectors.path(shard)) as temporary:
+                            encoded.write(temporary)
+                    else:
+                        _write_shard(vectors.path(shard), encoded.cpu().numpy(), stored.dtype, small.get("ranges"))
         peers.barrier()
         return Vectors.open(folder)
 
@@ -378,7 +402,7 @@ def _agree(folder: Path, facts: dict[str, Any], texts: Texts) -> dict[str, Any]:
         known = {key: old.get(key) for key in facts} | {"shard_rows": facts["shard_rows"]}
         check_facts(folder, "holds vectors", known, facts, _ANOTHER)
         return old
-    refuse_strangers(folder, "vectors-*.npy", _ANOTHER)
+    refuse_strangers(folder, "vectors-*.np[yz]", _ANOTHER)
     with atomic(folder / IDS) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for name in texts.ids:
             if "\n" in name or "\r" in name:

@@ -32,7 +32,7 @@ def exact_search(
     if isinstance(queries_QD, SparseVectors) or isinstance(passages, SparseVectors):
         assert isinstance(queries_QD, SparseVectors)
         assert isinstance(passages, SparseVectors)
-        return sparse_search(queries_QD, passages, k)
+        return sparse_search(queries_QD, passages.blocks(), k)
     queries_QD = _tensor(queries_QD)
     device = torch.device(device) if device is not None else queries_QD.device
     queries = [part.to(device, torch.float32) for part in queries_QD.split(QUERY_BLOCK)]

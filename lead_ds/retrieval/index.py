@@ -18,7 +18,7 @@ from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
-from lead_ds.retrieval.encode import IDS, Side, Vectors, read_ids
+from lead_ds.retrieval.encode import IDS, SPARSE, Side, Vectors, read_ids
 from lead_ds.retrieval.small import RESCORED, SMALL, quantise, rescore, unsigned
 
 INDEX, META, RESCORE = "index.faiss", "index.json", "rescore"
@@ -50,15 +50,23 @@ def build_index(
     Vectors of signs become a binary index, searched by Hamming distance (Flat, IVF4096, HNSW32); int8 ones a Flat of 8 bits.
     rescore: finer vectors of the same texts, by which candidates are scored again; copied into `out`, and mapped when
     searched. Default: of signs, these themselves.
+    Sparse vectors become an inverted index (`lead_ds.retrieval.inverted`).
     `out` holds the index, the ids, and what the vectors were made of. Raises InputError for a factory string that FAISS
     does not know, or too few vectors for it; RunError when FAISS or the disk fails.
     """
-    import faiss
-
     out = Path(out)
     if queries is not None and queries["dimension"] != vectors.dimension:
         what = f"gives vectors of {queries['dimension']} dimensions, the index is of {vectors.dimension}"
         raise InputError("--query-model", what, "name a model in the same space")
+    if vectors.dtype == SPARSE:
+        from lead_ds.retrieval.inverted import FACTORY, build_inverted
+
+        for name, ignored in (("factory", factory not in ("Flat", FACTORY)), ("gpus", gpus), ("rescore", rescore)):
+            if ignored:
+                raise InputError(name, "is of dense vectors, and these are sparse", "leave it out")
+        return build_inverted(vectors, out, quiet=quiet, queries=queries)
+    import faiss
+
     with owned(out, "another lead-ds index"):
         if (out / META).exists():
             raise InputError(out, "already holds an index", "choose another folder, or delete it")
@@ -112,16 +120,22 @@ def build_index(
                 raise RunError(out / INDEX, f"cannot be written: {_reason(error)}", "check the free space") from None
         with atomic(out / IDS) as temporary:
             shutil.copyfile(vectors.folder / IDS, temporary)
-        asks: dict[str, Any] = {} if queries is None else {"queries": queries}
         if finer is not None:
             _copy(finer, out / RESCORE)
-        asks |= {} if vectors.dtype not in SMALL else {"dtype": vectors.dtype}
-        facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
-        # Vectors of any dtype live in one space: how these were computed does not matter to a query.
-        facts["model"] = {key: value for key, value in facts["model"].items() if key != "read_as"}
         # Last: its presence is what marks the folder as holding an index.
-        write_json(out / META, {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts, **asks})
+        write_json(out / META, facts_of(vectors, factory, queries))
         return out
+
+
+def facts_of(vectors: Vectors, factory: str, queries: dict[str, Any] | None) -> dict[str, Any]:
+    """What an index is, and of what it was made. queries: facts of another model that may ask it."""
+    facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
+    # Vectors of any dtype live in one space: how these were computed does not matter to a query.
+    facts["model"] = {key: value for key, value in facts["model"].items() if key != "read_as"}
+    facts |= {} if queries is None else {"queries": queries}
+    facts |= {"dtype": vectors.dtype} if vectors.dtype in (*SMALL, SPARSE) else {}
+    facts |= {"shard_rows": vectors.manifest["shard_rows"]} if vectors.dtype == SPARSE else {}
+    return {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts}
 
 
 class Index:
@@ -149,10 +163,15 @@ class Index:
         scored again by finer vectors, where the index has such (default: RESCORED); 0: none. Raises InputError when the folder
         holds no index, or the index has no such parameter.
         """
-        import faiss
-
         folder = Path(folder)
         meta = read_json(folder / META, "make it with lead-ds index")
+        if meta.get("dtype") == SPARSE:
+            from lead_ds.retrieval.inverted import InvertedIndex
+
+            given = {"gpus": gpus, "nprobe": nprobe, "ef_search": ef_search, "rescored": rescored}
+            return InvertedIndex.of(folder, meta, given)
+        import faiss
+
         try:
             # Mapped, not read: an index larger than memory can be searched, its pages come when they are looked at.
             # Older versions of FAISS map IVF lists only.
@@ -208,7 +227,7 @@ class Index:
             what = f"was made with the prompt {self.meta['prompt']!r}, the model now has {side.prompt!r}"
             raise InputError(self.folder, what, "use the model as it was, or encode and index again")
 
-    def search(self, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries_QD: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 [Q, k] and rows int64 [Q, k], best first; row -1 where the index found fewer.
 
         Where the index has finer vectors, more candidates are scored again by these; of signs alone, scores are how many agree

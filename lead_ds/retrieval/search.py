@@ -93,7 +93,6 @@ class Searcher:
         scorer, encoder = open_encoder(model, device)
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
-            scorer.refuse_sparse(scorer.config.path, "an index is of dense ones")
             opened = Index.open(index, **index_settings)
             return cls.over_index(scorer, encoder, scorer.config.path, opened, corpus, document_model)
         assert corpus is not None
@@ -192,7 +191,8 @@ class Searcher:
         scores: Tensor | np.ndarray
         found: Tensor | np.ndarray
         if isinstance(self.passages, Index):
-            scores, found = self.passages.search(vectors_QD.cpu().numpy(), deep)
+            asked = vectors_QD if isinstance(vectors_QD, SparseVectors) else vectors_QD.cpu().numpy()
+            scores, found = self.passages.search(asked, deep)
         else:
             with torch.no_grad():
                 scores, found = exact_search(vectors_QD, self.passages, deep)

@@ -5,7 +5,8 @@ Q queries, P passages, B texts, V entries of the vocabulary, k results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,27 @@ class SparseVectors:
         """The rows of several, in order."""
         return cls(sparse.vstack([part.rows for part in parts], format="csr"))
 
+    @classmethod
+    def read(cls, path: Path) -> SparseVectors:
+        """What `write` wrote. Raises what numpy and scipy raise for what is not such a file."""
+        return cls(sparse.load_npz(path).tocsr())
+
+    def write(self, path: Path) -> None:
+        """As scipy's .npz, which `scipy.sparse.load_npz` reads."""
+        with path.open("wb") as file:
+            sparse.save_npz(file, self.rows, compressed=False)
+
     def __len__(self) -> int:
         return int(self.rows.shape[0])
+
+    def postings(self) -> Any:
+        """[V, B]: a row for every term."""
+        return self.rows.T.tocsr()
+
+    def blocks(self) -> Iterator[tuple[int, Any]]:
+        """(first row, postings) of every PASSAGE_BLOCK of them."""
+        for start in range(0, len(self), PASSAGE_BLOCK):
+            yield start, SparseVectors(self.rows[start : start + PASSAGE_BLOCK]).postings()
 
     def products(self, at: Sequence[int], other: SparseVectors, row: int) -> list[float]:
         """Inner products of the rows `at` with one row of `other`."""
@@ -58,26 +78,20 @@ def finite_rows(vectors_BV: Tensor) -> Tensor:
     return finite_B
 
 
-def sparse_search(queries: SparseVectors, passages: SparseVectors, k: int) -> tuple[Tensor, Tensor]:
+def sparse_search(queries: SparseVectors, blocks: Iterable[tuple[int, Any]], k: int) -> tuple[Tensor, Tensor]:
     """Scores float32 [Q, k] and rows int64 [Q, k] of the passages with the largest inner products, best first.
 
-    A passage that shares no term with a query scores 0, and is not found: its row is -1, as in an inverted index. Fewer than
-    k passages: k is their number.
+    blocks: (first row, postings [V, rows]) of consecutive passages, one at a time in memory. A passage that shares no term
+    with a query scores 0, and is not found: its row is -1, as in an inverted index. Fewer than k passages: k is their number.
     """
-    blocks = [
-        (start, passages.rows[start : start + PASSAGE_BLOCK].T.tocsr())  # postings: a row for every term
-        for start in range(0, len(passages), PASSAGE_BLOCK)
-    ]
-    scores, rows = list[Tensor](), list[Tensor]()
-    for begin in range(0, len(queries), QUERY_BLOCK):
-        asked, best = queries.rows[begin : begin + QUERY_BLOCK], list[tuple[Tensor, Tensor]]()
-        for start, postings_VP in blocks:
+    parts = [queries.rows[begin : begin + QUERY_BLOCK] for begin in range(0, len(queries), QUERY_BLOCK)]
+    best = [list[tuple[Tensor, Tensor]]() for _ in parts]
+    for start, postings_VP in blocks:
+        for asked, found in zip(parts, best, strict=True):
             scores_QP = torch.from_numpy((asked @ postings_VP).toarray())
             scores_Qk, rows_Qk = scores_QP.topk(min(k, scores_QP.shape[1]), dim=1)
-            best = [merge_top_k([*best, (scores_Qk, rows_Qk + start)], k)]
-        scores.append(best[0][0])
-        rows.append(best[0][1])
-    scores_Qk, rows_Qk = torch.cat(scores), torch.cat(rows)
+            found[:] = [merge_top_k([*found, (scores_Qk, rows_Qk + start)], k)]
+    scores_Qk, rows_Qk = (torch.cat([found[0][which] for found in best]) for which in (0, 1))
     return scores_Qk, rows_Qk.where(scores_Qk > 0, -1)
 
 

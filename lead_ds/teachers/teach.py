@@ -53,7 +53,8 @@ def teach(
 
     Relevance within the groups, from every layer; or with `vectors` (see `layers_to_keep`) vectors of all their texts, in
     `stored`. Every process calls this, on a file system they share. epochs: whose random negatives are included, where
-    groups list too few. Default: those that train.steps take on as many processes as now. shard_size: groups, or texts, of a file.
+    groups list too few. Default: those that train.steps take on as many processes as now. shard_size: groups, or texts, of a
+    file.
     Raises InputError where the input cannot work or `out` holds another cache; RunError, with the finished shards
     intact, where the work fails.
     """

@@ -56,9 +56,7 @@ class Kind(Scorer):
     lens_form: ClassVar[Literal["scores", "vectors"] | None] = (
         None  # of a tuned lens; None: no one state per text to read
     )
-    sparse: ClassVar[bool] = (
-        False  # vectors as wide as the vocabulary, mostly zeros: searched as such, never a table on disk
-    )
+    sparse: ClassVar[bool] = False  # vectors as wide as the vocabulary, mostly zeros: searched and kept as such
     can_be_student: ClassVar[bool] = True
     can_be_trained: ClassVar[bool] = True  # False: a frozen teacher only
 
@@ -188,7 +186,7 @@ class Kind(Scorer):
     def refuse_sparse(cls, path: str, what: str) -> None:
         """Raise InputError where its vectors are sparse: `what` would hold each as wide as the vocabulary."""
         if cls.sparse:
-            remedy = "evaluate, search and mine take the model itself; sentence-transformers' SparseEncoder encodes"
+            remedy = "encode, index, search, evaluate and mine take the model itself"
             raise InputError(path, f"its vectors are sparse, and {what}", remedy)
 
     def embed(self, tokens: Tokens) -> Tensor:
