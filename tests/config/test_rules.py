@@ -115,6 +115,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "has the student's dtype, which is fp32",
         {"student": {"dtype": "bf16"}},
     ),
+    "teachers_come_and_go": (
+        {"teacher": None, "teachers": [{"path": "-", "kind": "cross_encoder", "until": 9}], "train": {"steps": 5}},
+        "teachers.0.until",
+        "9 is beyond the run's last step, train.steps: 5",
+        {"train": {"steps": 9}},
+    ),
     "lora_is_of_the_student": (
         {"teacher": {"train": True}, "train": {"lora": {"r": 4}}},
         "train.lora",
