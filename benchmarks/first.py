@@ -100,13 +100,14 @@ def maxsim_exact(q: Tensor, d: Tensor, **how: Any) -> Tensor:
 
 def attention_kl_cases(small: bool) -> Iterator[Case]:
     """Grouped keys, padding, a causal window; the widest heads."""
-    padded = {"mask": torch.arange(70) < torch.tensor([[70], [33], [1]]), "causal": True, "window": 20}
+    length, common, widest = (35, 16, 24) if small else (70, 64, 256)
+    padded = {"mask": torch.arange(length) < torch.tensor([[length], [33], [1]]), "causal": True, "window": 20}
     for name, (heads, keys, width), how in (
-        ("plain", (4, 4, 64), {"mask": None}),
-        ("grouped, padded, causal window", (4, 2, 64), padded),
-        ("heads of 256", (2, 2, 32 if small else 256), {"mask": None}),
+        ("plain", (2, 2, common), {"mask": None}),
+        ("grouped, padded, causal window", (4, 2, common), padded),
+        ("the widest heads", (2, 2, widest), {"mask": None}),
     ):
-        shapes = {"tq": (3, heads, 70, width), "tk": (3, keys, 70, width)}
+        shapes = {"tq": (3, heads, length, width), "tk": (3, keys, length, width)}
         fixed = {key: torch.randn(shape) for key, shape in shapes.items()}
         yield Case(name, fixed, {f"s{key[1]}": torch.randn(shape) for key, shape in shapes.items()}, how)
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from lead_ds.kernels.dispatch import ADA, AMPERE, CDNA, HOPPER
+from lead_ds.kernels.dispatch import ADA, AMPERE, BLACKWELL, CDNA, HOPPER
 
 KERNEL_MODULES = (
     "lead_ds.kernels.maxsim.triton_kernel",
@@ -39,7 +39,7 @@ CHIPS = {
     "sm_80": Chip("cuda", 80, 32, AMPERE),
     "sm_89": Chip("cuda", 89, 32, ADA),
     "sm_90": Chip("cuda", 90, 32, HOPPER),
-    "sm_100": Chip("cuda", 100, 32, HOPPER),
+    "sm_100": Chip("cuda", 100, 32, BLACKWELL),
     "sm_120": Chip("cuda", 120, 32, ADA),
     "gfx942": Chip("hip", "gfx942", 64, CDNA),
 }

@@ -26,6 +26,8 @@ IMPLEMENTATIONS = ("auto", "triton", "torch")
 # Shared memory of a block, which is what bounds a tile: of H100, H200 and B200; of A100; of Ada and of consumer Blackwell
 # (sm_86, sm_89, sm_120); of AMD's CDNA (gfx942).
 HOPPER, AMPERE, ADA, CDNA = 227 << 10, 163 << 10, 99 << 10, 64 << 10
+# B200 has as much as Hopper, and sums that do not lie in registers: a key of its own, for tables that care.
+BLACKWELL = HOPPER + 1
 
 # Ampere is the first architecture with the bfloat16 tensor cores and asynchronous copies that the kernels are built on.
 _OLDEST_CAPABILITY = (8, 0)
@@ -120,7 +122,7 @@ def accumulation_dtype(dtype: "torch.dtype") -> "torch.dtype":
 
 
 def shared_memory(tensor: "torch.Tensor") -> int:
-    """Bytes of shared memory that one block may have on the tensor's device: the key of the tables of tiles."""
+    """The key of the tables of tiles: bytes of shared memory that one block may have on the tensor's device."""
     return _shared_memory(tensor.get_device()) if tensor.is_cuda else HOPPER
 
 
@@ -207,6 +209,8 @@ def _shared_memory(device: int) -> int:
     import torch
 
     properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None and properties.major == 10:
+        return BLACKWELL
     return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
 
 

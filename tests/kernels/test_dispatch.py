@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lead_ds.kernels import dispatch, maxsim
-from lead_ds.kernels.dispatch import AMPERE, HOPPER, probe, tiles_for, with_fallback
+from lead_ds.kernels.dispatch import AMPERE, BLACKWELL, HOPPER, probe, tiles_for, with_fallback
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,9 +108,13 @@ def test_out_of_resources_becomes_one_line_with_a_remedy() -> None:
         launch(Greedy(), (1,), torch.zeros(1), torch.zeros(1, device="meta"))
 
 
-def test_tiles_are_chosen_by_what_a_block_may_have() -> None:
+def test_tiles_are_chosen_by_what_a_block_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    for major, key in ((9, HOPPER), (10, BLACKWELL)):
+        found = SimpleNamespace(major=major, shared_memory_per_block_optin=HOPPER)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=found: found)
+        assert dispatch._shared_memory.__wrapped__(0) == key
     table = {AMPERE: "middle", HOPPER: "large"}
-    assert tiles_for(table, HOPPER) == "large"
+    assert tiles_for(table, HOPPER) == tiles_for(table, BLACKWELL) == "large"
     assert tiles_for(table, HOPPER - 1) == "middle"
     assert tiles_for(table, 1000) == "middle"
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from lead_ds.kernels.dispatch import ADA, AMPERE, CDNA, HOPPER
+from lead_ds.kernels.dispatch import ADA, AMPERE, BLACKWELL, CDNA, HOPPER
 
 
 class Tiles(NamedTuple):
@@ -114,3 +114,5 @@ TABLE: dict[int, dict[tuple[str, int, int], Tiles]] = {
         ("both", 4, 128): Tiles(16, 32, 8, 1),
     },
 }
+# Hopper's tile would spill there, and this one on Hopper.
+TABLE[BLACKWELL] = TABLE[HOPPER] | {("dk", 2, 128): Tiles(64, 64, 8, 1)}
