@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from lead_ds.config import Config
-from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
+from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, zero_stage
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.step import Micro, side
 from lead_ds.errors import InputError
@@ -21,7 +21,7 @@ from lead_ds.losses.views import Side, Views
 from lead_ds.models.dtypes import has_bfloat16
 from lead_ds.models.load import DTYPES
 from lead_ds.models.scorer import Scorer
-from lead_ds.models.special_weights import keep_experts_together
+from lead_ds.models.special_weights import check_trained_sharded, reach_all_experts
 from lead_ds.settings.model import ModelConfig
 
 
@@ -76,7 +76,12 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
             scorer.recompute = config.train.grad_cache is not None
         if scorer is not None and config.train.compile:
             scorer.compile_layers()
-    keep_experts_together(trainee)
+    if zero_stage(tree) == 3:
+        check_trained_sharded(trainee)
+        # DeepSpeed gathers the experts of some classes as one, and fails at their second forward pass of a step.
+        tree["zero_optimization"].setdefault("leaf_module", {"classes": []})
+    else:
+        reach_all_experts(trainee)
     groups = parameter_groups(trainee, config)
     # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's is as good there.
     optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=ranks.device.type == "cuda")
