@@ -13,7 +13,7 @@ from lead_ds.retrieval.metrics import Scores
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from lead_ds.pipeline.plan import Recipe
+    from lead_ds.pipeline.recipe import Recipe
 
 MAIN = "distilled"
 SAMPLES = 10_000  # sign flips of a significance test

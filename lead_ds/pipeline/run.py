@@ -14,8 +14,8 @@ from typing import Any
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import alone
 from lead_ds.io.owner import owned
-from lead_ds.pipeline.plan import Recipe
 from lead_ds.pipeline.process import PLAIN, Run, find_launcher, spawn
+from lead_ds.pipeline.recipe import Recipe
 from lead_ds.pipeline.results import collect, write_results
 from lead_ds.pipeline.stage import Finding, Records, Stage, make_room
 

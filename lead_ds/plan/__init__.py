@@ -1,8 +1,8 @@
 """Memory of a run, per GPU and by part, for every way to place the teacher - before anything is loaded."""
 
+from lead_ds.plan.memory import StudentMemory, TeacherMemory, student_memory, teacher_memory
 from lead_ds.plan.placement import Cluster, Estimate, Plan, Requirements, make_plan
 from lead_ds.plan.shapes import ModelShape, Parameter
-from lead_ds.plan.states import StudentStates, TeacherStates, student_states, teacher_states
 from lead_ds.plan.table import activation_table, plan_json, plan_table
 
 __all__ = [
@@ -12,12 +12,12 @@ __all__ = [
     "Parameter",
     "Plan",
     "Requirements",
-    "StudentStates",
-    "TeacherStates",
+    "StudentMemory",
+    "TeacherMemory",
     "activation_table",
     "make_plan",
     "plan_json",
     "plan_table",
-    "student_states",
-    "teacher_states",
+    "student_memory",
+    "teacher_memory",
 ]

@@ -9,8 +9,8 @@ from typing import Any
 
 from lead_ds.config import Config, StudentConfig, TeacherConfig
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.plan.memory import student_memory, teacher_memory
 from lead_ds.plan.shapes import ModelShape
-from lead_ds.plan.states import student_states, teacher_states
 
 PLACEMENTS = ("replicate", "zero3", "zero3+cpu", "zero3+nvme")
 GIB = 1 << 30
@@ -145,7 +145,7 @@ class _Calculator:
     def estimate(self, choice: Choice) -> Estimate:
         r, cluster = self.r, self.cluster
         trained = [r.student, *(teacher.shape for teacher in r.teachers if r.cotrained)]
-        student = student_states(trained, r.student_zero[choice.stage], r.student_element, cluster.world)
+        student = student_memory(trained, r.student_zero[choice.stage], r.student_element, cluster.world)
         activations = r.student_activations(choice.checkpointing, None)
         parts = {
             "student parameters": student.parameters,
@@ -158,7 +158,7 @@ class _Calculator:
         if r.teachers and not r.cotrained:
             zero, placed = r.teacher_zero.get(choice.placement, {}), choice.placement
             states = [
-                teacher_states(teacher.shape, placed, zero, teacher.element, cluster.world, cluster.gpus)
+                teacher_memory(teacher.shape, placed, zero, teacher.element, cluster.world, cluster.gpus)
                 for teacher in r.teachers
             ]
             parts["teacher shard"] = sum(teacher.shard for teacher in states)

@@ -36,8 +36,8 @@ def _losses(run: RunRecord) -> bytes | None:
         axes = figure.add_subplot(rows, columns, i + 1)
         steps, values = run.series(name)
         axes.plot(steps, values, color=PALE, linewidth=0.8)
-        window = max(1, len(values) // 50)
-        axes.plot(steps, _smooth(values, window), color=ACCENT, linewidth=1.6)
+        width = max(1, len(values) // 50)
+        axes.plot(steps, _smooth(values, width), color=ACCENT, linewidth=1.6)
         axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
         if i >= len(names) - columns:
             axes.set_xlabel("step")
@@ -83,9 +83,9 @@ def _metrics(run: RunRecord) -> bytes | None:
     return png(figure)
 
 
-def _smooth(values: list[float], window: int) -> np.ndarray:
+def _smooth(values: list[float], width: int) -> np.ndarray:
     """A centred moving mean that shortens at the ends."""
-    kernel = np.ones(2 * window - 1)
+    kernel = np.ones(2 * width - 1)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 

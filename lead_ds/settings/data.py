@@ -112,7 +112,7 @@ class DataConfig(DataFiles):
         return self
 
     @property
-    def parts(self) -> dict[str, DataConfig]:
+    def by_name(self) -> dict[str, DataConfig]:
         """Each set by its name, as if it were alone; of no mixture, itself."""
         shared = self.model_dump(exclude={"sets", "alpha", "batches", *DataFiles.model_fields})
         files = {one.label: one.model_dump(include={*DataFiles.model_fields}) for one in self.sets}

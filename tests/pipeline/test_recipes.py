@@ -9,7 +9,7 @@ import yaml
 
 from lead_ds.config import load_config
 from lead_ds.errors import InputError
-from lead_ds.pipeline.plan import Recipe
+from lead_ds.pipeline.recipe import Recipe
 from lead_ds.pipeline.run import run_pipeline
 from tests.helpers.launch import ROOT
 from tests.helpers.rooms import settings

@@ -17,7 +17,7 @@ from lead_ds.cli import operations
 from lead_ds.config import Config, StudentConfig, TeacherConfig
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, teacher_deepspeed_config
 from lead_ds.models.load import load_student, load_teacher
-from lead_ds.plan import Cluster, make_plan, student_states, teacher_states
+from lead_ds.plan import Cluster, make_plan, student_memory, teacher_memory
 from lead_ds.plan import requirements as found
 from lead_ds.plan.activations import Ledger, _fused_attention, forward_bytes
 from lead_ds.plan.advice import describe
@@ -146,7 +146,7 @@ def test_adamw_state_to_the_byte(bert: str) -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     real = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim())
-    planned = student_states([shape], {"stage": 0}, 4, 1)
+    planned = student_memory([shape], {"stage": 0}, 4, 1)
     assert planned.moments == real
     assert planned.parameters == sum(p.nbytes for p in model.parameters())
     assert planned.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -168,7 +168,7 @@ def test_deepspeed_engine_state_to_the_byte(bert: str, stage: int, dtype: str) -
     real = launch("tests.plan.engine_bytes:student", 2, path=bert, stage=stage, dtype=dtype)
     _, shape = found.meta_model(settings(bert, stage).student, "student")
     zero = read_deepspeed_config(f"ds_configs/student_zero{stage}.json")["zero_optimization"]
-    planned = student_states([shape], zero, {"fp32": 4, "bf16": 2}[dtype], 2)
+    planned = student_memory([shape], zero, {"fp32": 4, "bf16": 2}[dtype], 2)
     for rank in real:
         assert rank == {"parameters": planned.parameters, "master": planned.master, "moments": planned.moments}
 
@@ -179,7 +179,7 @@ def test_sharded_teacher_to_the_byte(bert: str) -> None:
     assert config.teacher is not None
     _, shape = found.meta_model(config.teacher, "teacher")
     zero = read_deepspeed_config("ds_configs/teacher_zero3.json")["zero_optimization"]
-    planned = teacher_states(shape, "zero3", zero, 2, 2, 2)
+    planned = teacher_memory(shape, "zero3", zero, 2, 2, 2)
     for rank in real:
         assert rank["shard"] == planned.shard
         assert rank["resident"] == 2 * sum(p.numel for p in shape.parameters if p.numel <= 10 * 30)

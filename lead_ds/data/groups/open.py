@@ -23,7 +23,7 @@ def open_groups(config: DataConfig) -> Groups:
     """
     if not config.sets:
         return open_set(config)
-    groups = [open_set(part) for part in config.parts.values()]
+    groups = [open_set(part) for part in config.by_name.values()]
     return MixedGroups(config.sets, groups, alpha=config.alpha, apart=config.batches == "apart")
 
 

@@ -82,7 +82,7 @@ def facts(config: Any) -> dict[str, str]:
         found |= {f"deepspeed.{key}": json.dumps(value) for key, value in flat(source, name)}
     found |= {f"version of {name}": version for name, version in versions().items()}
     names, files = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz"), dict[str, Path]()
-    for label, part in config.data.parts.items():
+    for label, part in config.data.by_name.items():
         at, folder = f"{label}: " if config.data.sets else "", Path(part.path)
         train = folder / part.train
         files |= {f"{at}data.train": train, **{at + name: folder / name for name in names}}

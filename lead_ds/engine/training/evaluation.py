@@ -152,7 +152,7 @@ def open_evaluator(config: Config, encoder: TextEncoder, ranks: Ranks) -> Evalua
     output = Path(config.output)
     opened = {
         name: Evaluator.open(config.model_copy(update={"data": part, "output": str(output / name)}), encoder, ranks)
-        for name, part in config.data.parts.items()
+        for name, part in config.data.by_name.items()
     }
     each = {name: evaluator for name, evaluator in opened.items() if evaluator is not None}
     return Evaluators(each) if each else None

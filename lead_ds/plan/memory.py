@@ -15,7 +15,7 @@ from lead_ds.plan.shapes import ModelShape, Parameter
 
 
 @dataclass(frozen=True)
-class StudentStates:
+class StudentMemory:
     """Bytes of what is trained, on each GPU; `host`: those that are offloaded to each rank's share of the machine's memory."""
 
     parameters: int
@@ -33,7 +33,7 @@ class StudentStates:
 
 
 @dataclass(frozen=True)
-class TeacherStates:
+class TeacherMemory:
     """Bytes of a frozen teacher: on each GPU; `host` and `disk`: on each machine."""
 
     shard: int
@@ -42,7 +42,7 @@ class TeacherStates:
     disk: int = 0
 
 
-def student_states(shapes: Sequence[ModelShape], zero: dict[str, Any], element: int, world: int) -> StudentStates:
+def student_memory(shapes: Sequence[ModelShape], zero: dict[str, Any], element: int, world: int) -> StudentMemory:
     """States of the models in one engine (the student; a co-trained teacher beside it).
 
     zero: the "zero_optimization" section of a DeepSpeed configuration; element: bytes of a parameter; world: ranks.
@@ -52,7 +52,7 @@ def student_states(shapes: Sequence[ModelShape], zero: dict[str, Any], element: 
     frozen = sum(p.numel for p in parameters if not p.trainable)
     stage = int(zero.get("stage", 0))
     if stage == 0:
-        return StudentStates(
+        return StudentMemory(
             parameters=element * (trained + frozen),
             gradients=element * trained,
             master=0 if element == 4 else 4 * trained,
@@ -65,7 +65,7 @@ def student_states(shapes: Sequence[ModelShape], zero: dict[str, Any], element: 
         groups = [sum(p.numel for p in group) for group in _groups(shapes)]
         partition = sum(-(-numel // (2 * world)) * 2 for numel in groups)
         double = 2 if zero.get("overlap_comm") else 1
-        states = StudentStates(
+        states = StudentMemory(
             parameters=element * (partition * world + frozen),
             gradients=element * (trained if stage == 1 else partition),
             master=4 * partition,
@@ -76,7 +76,7 @@ def student_states(shapes: Sequence[ModelShape], zero: dict[str, Any], element: 
     else:
         partition = sum(-(-p.numel // world) for p in parameters if p.trainable)
         share = sum(-(-p.numel // world) for p in parameters)
-        states = StudentStates(
+        states = StudentMemory(
             parameters=element * share,
             gradients=element * partition,
             master=4 * partition,
@@ -87,23 +87,23 @@ def student_states(shapes: Sequence[ModelShape], zero: dict[str, Any], element: 
     return _offloaded(states, zero)
 
 
-def teacher_states(
+def teacher_memory(
     shape: ModelShape, placement: str, zero: dict[str, Any], element: int, world: int, per_node: int
-) -> TeacherStates:
+) -> TeacherMemory:
     """States of a frozen teacher: placement "replicate", "zero3", "zero3+cpu" or "zero3+nvme"."""
     if placement == "replicate":
-        return TeacherStates(shard=element * shape.numel, gathered=0)
+        return TeacherMemory(shard=element * shape.numel, gathered=0)
     share = element * sum(-(-p.numel // world) for p in shape.parameters)
     gathered = element * gathered_elements(shape, zero)
     if placement == "zero3":
         hpz = int(_number(zero, "zero_hpz_partition_size", per_node)) if "zero_hpz_partition_size" in zero else 1
         second = element * sum(-(-p.numel // hpz) for p in shape.parameters) if hpz > 1 else 0
-        return TeacherStates(shard=share + second, gathered=gathered)
+        return TeacherMemory(shard=share + second, gathered=gathered)
     if placement == "zero3+cpu":
-        return TeacherStates(shard=0, gathered=gathered, host=share * per_node)
+        return TeacherMemory(shard=0, gathered=gathered, host=share * per_node)
     offload = zero.get("offload_param", {})
     buffers = int(offload.get("buffer_count", 5)) * int(_number(offload, "buffer_size", 16 * shape.width**2)) * element
-    return TeacherStates(shard=0, gathered=gathered, host=buffers * per_node, disk=share * per_node)
+    return TeacherMemory(shard=0, gathered=gathered, host=buffers * per_node, disk=share * per_node)
 
 
 def gathered_elements(shape: ModelShape, zero: dict[str, Any]) -> int:
@@ -127,7 +127,7 @@ def _groups(shapes: Sequence[ModelShape]) -> list[list[Parameter]]:
     return [group for group in groups if group]
 
 
-def _offloaded(states: StudentStates, zero: dict[str, Any]) -> StudentStates:
+def _offloaded(states: StudentMemory, zero: dict[str, Any]) -> StudentMemory:
     """Optimizer state, and at stage 3 parameters, moved off the GPU where the configuration has it so."""
     from dataclasses import replace
 

@@ -381,7 +381,7 @@ class Recipe:
     def _training_files(self, config: Config, groups: str) -> tuple[Path, ...]:
         """What a training command reads of the data, beside the groups that a stage makes."""
         files: list[Path] = []
-        for part in config.data.parts.values():
+        for part in config.data.by_name.values():
             folder = Path(part.path)
             files += self._graph.files("corpus.jsonl", "queries.jsonl", data=folder)
             if (folder / part.train).is_dir():  # of texts alone
