@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,52 +11,21 @@ from lead_ds.config.losses import AnyLosses, LossesConfig, losses_section
 from lead_ds.config.models import AnyStudent, AnyTeacher, OneTeacher, TeacherConfig
 from lead_ds.config.rules import broken, fed, span_of
 from lead_ds.errors import InputError
-from lead_ds.settings.base import BITS, PACE, Means, Place, Section, Seed
-from lead_ds.settings.data import DataConfig
 from lead_ds.settings.modes import refusal
-from lead_ds.settings.pipeline import PipelineConfig
 from lead_ds.settings.plugins import load_plugins
-from lead_ds.settings.roles import MixConfig, Share, Span, TeacherRole
-from lead_ds.settings.train import (
-    DeepSpeedFiles,
-    EvaluationConfig,
-    Impl,
-    MonitorConfig,
-    ProfileConfig,
-    TrainConfig,
-)
+from lead_ds.settings.roles import MixConfig, Share, Span
+from lead_ds.settings.run import Run
 
 
-class Config(Section):
+class Config(Run):
     """A whole run: see `ds_configs/recipes/` for complete examples."""
 
-    plugins: list[Place] = Field(
-        [],
-        description="Python files (x.py) or modules to import first: the losses that they register can be used below",
-    )
-    seed: Seed = 888
     teacher: AnyTeacher | None = None
     teachers: list[OneTeacher] = Field(
         [], description="several, in place of teacher: each its section, with weight and the losses that it feeds"
     )
-    mix: MixConfig = MixConfig()
     student: AnyStudent
-    data: DataConfig
     losses: AnyLosses = Field(default_factory=lambda: losses_section()())
-    train: TrainConfig = TrainConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    deepspeed: DeepSpeedFiles = DeepSpeedFiles()
-    monitor: Annotated[MonitorConfig, PACE] = MonitorConfig()
-    profile: Annotated[ProfileConfig | None, PACE] = Field(
-        None, description="true, or the section: a table and a trace of some steps"
-    )
-    kernels: Annotated[Impl, BITS] = Field(
-        "auto", description="triton, torch (chunked, no CUDA needed), or auto by device"
-    )
-    output: Annotated[Place, Means("place", shared=True)] = "runs/lead"
-    pipeline: Annotated[PipelineConfig | None, PACE] = Field(
-        None, description="read by `lead-ds pipeline` alone; null: its defaults"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -75,17 +44,6 @@ class Config(Section):
     @classmethod
     def _profile(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
-
-    @property
-    def taught(self) -> dict[str, Any]:
-        """The teachers' sections, by the dotted key that each has."""
-        several = {f"teachers.{place}": one for place, one in enumerate(self.teachers)}
-        return several if self.teacher is None else {"teacher": self.teacher, **several}
-
-    @property
-    def cotrained(self) -> TeacherRole | None:
-        """The teacher that is trained along; None where every one is frozen."""
-        return next((one for one in self.taught.values() if isinstance(one, TeacherRole) and one.train), None)
 
     def spans(self) -> dict[str, Span]:
         """The steps at which each teacher teaches, by its key."""
@@ -108,12 +66,6 @@ class Config(Section):
     def losses_of(self, key: str) -> LossesConfig:
         """The losses that the teacher at `key` feeds; every other has no weight."""
         return self.losses.only(fed(self, self.taught[key]))
-
-    @property
-    def lens_folder(self) -> Path:
-        """Where the tuned lens of the only teacher is, or will be; of several, each names its own."""
-        named = getattr(self.teacher, "lens_path", None)
-        return Path(self.output) / "lens" if named is None else Path(named)
 
     @field_validator("output")
     @classmethod
