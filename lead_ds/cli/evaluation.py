@@ -8,24 +8,7 @@ from typing import Any
 
 import typer
 
-from lead_ds.cli.options import (
-    BATCH,
-    DIM,
-    DOCUMENT_MODEL,
-    EF_SEARCH,
-    GPUS,
-    KEEP_IDENTICAL,
-    LAYOUT,
-    NPROBE,
-    QUERY_MODEL,
-    RESCORED,
-    SETTINGS,
-    batch_of,
-    check_settings,
-    choice,
-    tell_reading,
-    two_models,
-)
+from lead_ds.cli import options
 from lead_ds.errors import InputError
 
 MEASURES = typer.Option("RR@10 nDCG@10 AP@1000 R@100 R@1000", "--measures", help="Names of ir-measures.")
@@ -33,12 +16,12 @@ LEVEL = typer.Option(1, "--relevance-level", min=1, help="Judgements from here o
 
 
 def evaluate(
-    settings: list[str] | None = SETTINGS,
+    settings: list[str] | None = options.SETTINGS,
     model: str | None = typer.Option(
         None, "--model", help="A model's directory: a dual encoder searches the corpus, exactly; others rerank."
     ),
-    query_model: Path | None = QUERY_MODEL,
-    document_model: Path | None = DOCUMENT_MODEL,
+    query_model: Path | None = options.QUERY_MODEL,
+    document_model: Path | None = options.DOCUMENT_MODEL,
     kind: str | None = typer.Option(
         None,
         "--kind",
@@ -57,25 +40,25 @@ def evaluate(
         "--index",
         help="With --model, a dual encoder: what `lead-ds index` wrote, searched instead of the corpus.",
     ),
-    dim: int | None = DIM,
+    dim: int | None = options.DIM,
     precision: str | None = typer.Option(
         None,
         "--precision",
         help="Hold the corpus' vectors so, each in turn, and tell bytes beside quality: float32,int8,binary.",
     ),
-    rescored: int | None = RESCORED,
-    gpus: int = GPUS,
-    layout: str = LAYOUT,
-    nprobe: int | None = NPROBE,
-    ef_search: int | None = EF_SEARCH,
+    rescored: int | None = options.RESCORED,
+    gpus: int = options.GPUS,
+    layout: str = options.LAYOUT,
+    nprobe: int | None = options.NPROBE,
+    ef_search: int | None = options.EF_SEARCH,
     out: Path | None = typer.Option(None, "--out", help="With --model: write what it ranked, as a TREC run."),
     qrels: Path | None = typer.Option(None, "--qrels", help="With --run alone: the judgements."),
     measures: str = MEASURES,
     relevance_level: int = LEVEL,
-    keep_identical: bool = KEEP_IDENTICAL,
+    keep_identical: bool = options.KEEP_IDENTICAL,
     per_query: bool = typer.Option(False, "--per-query", help="Also each query's values (with --json)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
-    batch_size: int | None = BATCH,
+    batch_size: int | None = options.BATCH,
 ) -> None:
     """Metrics of a model on a dataset, of an index, or of a TREC run.
 
@@ -102,7 +85,7 @@ def evaluate(
     """
     documents: str | None = None
     if model is not None or query_model is not None or document_model is not None:
-        found_model, documents = two_models(model, query_model, document_model)
+        found_model, documents = options.two_models(model, query_model, document_model)
         model = found_model
     if documents is not None and (settings or kind or depth or run):
         what = "two models search the corpus, as they are: settings, --kind, --run and --depth are for reranking"
@@ -132,12 +115,12 @@ def evaluate(
         what = "is of a dual encoder that searches the corpus: --index, --kind, --depth, --run, --out and --per-query are not"
         raise InputError("--precision", what, "give --model and --data alone")
     for held in precisions:
-        choice("--precision", held, "float32", "int8", "binary", "ubinary")
-    choice("--layout", layout, "shard", "replicate")
+        options.choice("--precision", held, "float32", "int8", "binary", "ubinary")
+    options.choice("--layout", layout, "shard", "replicate")
     if kind is not None:
         from lead_ds.models.kinds.kind import KINDS
 
-        choice("--kind", kind, *KINDS, "served")
+        options.choice("--kind", kind, *KINDS, "served")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
@@ -163,8 +146,8 @@ def evaluate(
         }
         with ranks() as here:
             if here.main:
-                searched = open_encoder(str(model), here.device, dim, check_settings(settings, documents))
-                tell_reading(searched, Dataset.open(data))
+                searched = open_encoder(str(model), here.device, dim, options.check_settings(settings, documents))
+                options.tell_reading(searched, Dataset.open(data))
                 task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
                 scores = evaluate_index(searched, index, task, out=out, **search)
                 tell(scores, json_file, per_query)
@@ -172,15 +155,15 @@ def evaluate(
     if documents is not None:
         from lead_ds.retrieval.two_models import evaluate_two
 
-        check_settings(settings, documents)
+        options.check_settings(settings, documents)
         with ranks() as here:
             task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
             query, document = agreed(
                 here, lambda: [open_encoder(str(path), here.device, dim) for path in (model, documents)]
             )
             for one in (query, document):
-                agreed(here, lambda: tell_reading(one, task.dataset, here))  # noqa: B023 - called at once
-            size = batch_of(batch_size, here.device)
+                agreed(here, lambda: options.tell_reading(one, task.dataset, here))  # noqa: B023 - called at once
+            size = options.batch_of(batch_size, here.device)
             scores = evaluate_two(query, document, task, batch_size=size, peers=here, out=out)
             if here.main:
                 tell(scores, json_file, per_query)
@@ -209,27 +192,27 @@ def evaluate(
         dataset = Dataset.open(data)
         judged = dataset.qrels(split)
         task = Task(dataset, split, names, relevance_level, keep_identical=keep_identical)
-        given = [*check_settings(settings), *([] if dim is None else [f"dim={dim}"])]
+        given = [*options.check_settings(settings), *([] if dim is None else [f"dim={dim}"])]
         opened = agreed(here, lambda: Reranker.open(model, kind, given, here.device))
-        agreed(here, lambda: tell_reading((opened.scorer, opened.encoder), dataset, here))
+        agreed(here, lambda: options.tell_reading((opened.scorer, opened.encoder), dataset, here))
         if precisions:
             from lead_ds.retrieval.evaluate_small import evaluate_small
 
-            size = batch_of(batch_size, here.device)
+            size = options.batch_of(batch_size, here.device)
             rows = evaluate_small(opened.scorer, opened.encoder, task, precisions, batch_size=size, peers=here)
             if here.main:
                 tell_rows(rows, len(dataset.corpus), json_file)
             return
-        options: dict[str, Any] = {"batch_size": batch_of(batch_size, here.device), "peers": here, "out": out}
+        how: dict[str, Any] = {"batch_size": options.batch_of(batch_size, here.device), "peers": here, "out": out}
         if opened.scorer.gives_vectors and run is None and depth is None:
-            scores = evaluate_model(opened.scorer, opened.encoder, task, **options)
+            scores = evaluate_model(opened.scorer, opened.encoder, task, **how)
         else:
             kept: dict[str, Any] = {"keep_identical": keep_identical}
             found = agreed(
                 here, lambda: find_candidates(dataset, judged, depth or DEPTH, run, **kept) if here.main else {}
             )
             found = here.from_main(found)
-            scores = evaluate_reranked(opened.scorer, opened.encoder, task, found, **options)
+            scores = evaluate_reranked(opened.scorer, opened.encoder, task, found, **how)
         if here.main:
             tell(scores, json_file, per_query)
 
@@ -240,7 +223,7 @@ def compare(
     qrels: Path = typer.Option(..., "--qrels", help="The judgements, of BEIR's or TREC's form."),
     measures: str = MEASURES,
     relevance_level: int = LEVEL,
-    keep_identical: bool = KEEP_IDENTICAL,
+    keep_identical: bool = options.KEEP_IDENTICAL,
     json_file: Path | None = typer.Option(None, "--json", help="Write the values here; - for standard output."),
 ) -> None:
     """Compare two TREC runs: is the difference more than chance?

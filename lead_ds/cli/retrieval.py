@@ -9,24 +9,7 @@ from typing import Any, cast
 
 import typer
 
-from lead_ds.cli.options import (
-    BATCH,
-    DIM,
-    DOCUMENT_MODEL,
-    EF_SEARCH,
-    GPUS,
-    KEEP_IDENTICAL,
-    LAYOUT,
-    NPROBE,
-    QUERY_MODEL,
-    RESCORED,
-    SETTINGS,
-    batch_of,
-    check_settings,
-    choice,
-    tell_reading,
-    two_models,
-)
+from lead_ds.cli import options
 from lead_ds.errors import InputError
 
 MODEL = typer.Option(..., "--model", help="A student, sentence-transformers or Hugging Face directory.")
@@ -34,7 +17,7 @@ DATA = typer.Option(..., "--data", help="A folder with corpus.jsonl, queries.jso
 
 
 def encode(
-    settings: list[str] | None = SETTINGS,
+    settings: list[str] | None = options.SETTINGS,
     model: str = MODEL,
     data: Path = DATA,
     out: Path = typer.Option(..., "--out", help="Where the vectors go: memory-mapped .npy shards, ids, a manifest."),
@@ -48,8 +31,8 @@ def encode(
         help="fp32, bf16 or fp16 (GPU), of the model's matrix products. bf16: near three times as fast on a CPU with AMX. int8, "
         "binary or ubinary: as --dtype.",
     ),
-    dim: int | None = DIM,
-    batch_size: int | None = BATCH,
+    dim: int | None = options.DIM,
+    batch_size: int | None = options.BATCH,
 ) -> None:
     """Encode a corpus (or its queries). Run it again after a kill to finish; under a launcher, every rank does its share.
 
@@ -59,11 +42,11 @@ def encode(
 
     deepspeed --module lead_ds encode --model runs/x/student --data data/msmarco --out vectors
     """
-    choice("--kind", kind, "corpus", "queries")
+    options.choice("--kind", kind, "corpus", "queries")
     from lead_ds.retrieval.small import SMALL
 
-    choice("--dtype", dtype, "float32", "float16", *SMALL)
-    choice("--precision", precision, "fp32", "bf16", "fp16", *SMALL)
+    options.choice("--dtype", dtype, "float32", "float16", *SMALL)
+    options.choice("--precision", precision, "fp32", "bf16", "fp16", *SMALL)
     if precision in SMALL:
         if dtype not in ("float32", precision):
             raise InputError("--dtype", f"{dtype} and --precision {precision} were both given", "give one of them")
@@ -75,23 +58,25 @@ def encode(
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import model_facts
 
-    queries, documents = two_models(model, None, None)
+    queries, documents = options.two_models(model, None, None)
     model = (documents or queries) if kind == "corpus" else queries
     with ranks() as here:
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
-        scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, check_settings(settings)))
+        scorer, encoder = opened = agreed(
+            here, lambda: open_encoder(model, here.device, dim, options.check_settings(settings))
+        )
         if scorer.sparse:
             if dtype != "float32":
                 raise InputError(
                     "--dtype", f"{dtype} is of dense vectors, and {model} gives sparse ones", "leave it out"
                 )
             dtype = "sparse"
-        agreed(here, lambda: tell_reading(opened, dataset, here))
+        agreed(here, lambda: options.tell_reading(opened, dataset, here))
         facts = model_facts(model, scorer)
         if scorer.config.dtype not in ("auto", "fp32"):
             facts["read_as"] = scorer.config.dtype  # an encode of other numbers cannot finish this one
-        how = Encoding(batch_of(batch_size, here.device), here.device, cast(Any, precision))
+        how = Encoding(options.batch_of(batch_size, here.device), here.device, cast(Any, precision))
         stored = Stored(cast(Any, dtype))
         read = scorer.ranked if scorer.sparse else scorer.embed
         vectors = encode_to(out, read, encoder, texts, facts, how, stored, peers=here)
@@ -111,7 +96,7 @@ def index(
         help="Finer vectors of the same texts, to score candidates again by. Default for signs: themselves.",
     ),
     gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs to train and fill it on."),
-    layout: str = LAYOUT,
+    layout: str = options.LAYOUT,
     data: Path | None = typer.Option(None, "--data", help="Check that the vectors are of this dataset as it is now."),
     query_model: str | None = typer.Option(
         None,
@@ -125,7 +110,7 @@ def index(
 
     lead-ds index --vectors vectors --out index --factory IVF4096,Flat
     """
-    choice("--layout", layout, "shard", "replicate")
+    options.choice("--layout", layout, "shard", "replicate")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.retrieval.encode import Vectors, check_texts
     from lead_ds.retrieval.index import build_index
@@ -160,8 +145,8 @@ def search(
         help="A setting of the model: passage_length=256, query_prompt='query: ' ...",
         metavar="KEY=VALUE",
     ),
-    query_model: Path | None = QUERY_MODEL,
-    document_model: Path | None = DOCUMENT_MODEL,
+    query_model: Path | None = options.QUERY_MODEL,
+    document_model: Path | None = options.DOCUMENT_MODEL,
     data: Path | None = typer.Option(
         None, "--data", help="Searched directly where there is no --index; shows texts of hits."
     ),
@@ -172,13 +157,13 @@ def search(
     split: str | None = typer.Option(None, "--split", help="Only the queries that are judged in qrels/SPLIT.tsv."),
     out: Path | None = typer.Option(None, "--out", help="Write a TREC run instead of showing hits."),
     tag: str = typer.Option("lead-ds", "--tag", help="The run's name in the TREC file."),
-    dim: int | None = DIM,
-    gpus: int = GPUS,
-    layout: str = LAYOUT,
-    nprobe: int | None = NPROBE,
-    ef_search: int | None = EF_SEARCH,
-    rescored: int | None = RESCORED,
-    keep_identical: bool = KEEP_IDENTICAL,
+    dim: int | None = options.DIM,
+    gpus: int = options.GPUS,
+    layout: str = options.LAYOUT,
+    nprobe: int | None = options.NPROBE,
+    ef_search: int | None = options.EF_SEARCH,
+    rescored: int | None = options.RESCORED,
+    keep_identical: bool = options.KEEP_IDENTICAL,
     as_json: bool = typer.Option(False, "--json", help="Print hits as JSON lines."),
 ) -> None:
     """Search: a question from the command line, or all queries of a dataset into a TREC run.
@@ -189,7 +174,7 @@ def search(
 
     lead-ds search --model runs/x/student --data data --index index --split test -k 1000 --out run.trec
     """
-    choice("--layout", layout, "shard", "replicate")
+    options.choice("--layout", layout, "shard", "replicate")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.data.collections.qrels import write_run
     from lead_ds.retrieval.evaluate import open_encoder
@@ -205,9 +190,9 @@ def search(
         )
     if out is not None:
         check_search_names(data, index, tag, out)
-    queries, documents = two_models(model, query_model, document_model)
-    opened = open_encoder(queries, dim=dim, settings=check_settings(given, documents))
-    tell_reading(opened, None if data is None else Dataset.open(data))
+    queries, documents = options.two_models(model, query_model, document_model)
+    opened = open_encoder(queries, dim=dim, settings=options.check_settings(given, documents))
+    options.tell_reading(opened, None if data is None else Dataset.open(data))
     settings |= {"document_model": documents}
     searcher = Searcher.open(opened, data, quiet=bool(as_json), **settings)
     if query and out is None:
@@ -234,7 +219,7 @@ def search(
 
 
 def mine(
-    settings: list[str] | None = SETTINGS,
+    settings: list[str] | None = options.SETTINGS,
     data: Path = DATA,
     out: Path = typer.Option(..., "--out", help="The training groups to write (JSON lines)."),
     model: str | None = typer.Option(None, "--model", help="Negatives by this model's exact search."),
@@ -293,17 +278,16 @@ def mine(
     from lead_ds.settings.mining import MineSettings
     from lead_ds.settings.parse import parse_section
 
-    options: dict[str, Any] = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio}
-    options["similar"] = similar
-    options |= {"sample": sample, "seed": seed, "keep_identical": keep_identical, "relabel": relabel}
-    how = parse_section(MineSettings, options, "mine")
+    wanted: dict[str, Any] = {"number": number, "skip": skip, "depth": depth, "margin": margin, "ratio": ratio}
+    wanted |= {"similar": similar, "sample": sample, "seed": seed, "keep_identical": keep_identical, "relabel": relabel}
+    how = parse_section(MineSettings, wanted, "mine")
     if rescore_settings and rescore is None:
         raise InputError("--rescore-set", "is of a model that scores, and none is given", "add --rescore")
     dataset = Dataset.open(data)
     source: ModelLike = run or "bm25"
     if model is not None:
-        source = open_encoder(model, settings=check_settings(settings))
-        tell_reading(source, dataset)
+        source = open_encoder(model, settings=options.check_settings(settings))
+        options.tell_reading(source, dataset)
     again = None
     if rescore is not None and ("kind=served" in rescore_settings or "://" in rescore):
         from lead_ds.teachers.served_order import open_served, order
@@ -314,7 +298,7 @@ def mine(
         from lead_ds.retrieval.rescore import open_teacher
         from lead_ds.retrieval.rescore import rescore as score_again
 
-        teacher = open_teacher(rescore, check_settings(rescore_settings))
+        teacher = open_teacher(rescore, options.check_settings(rescore_settings))
         again = partial(score_again, teacher, dataset, folder=out.with_name(f"{out.name}.scores"))
     mined = run_mine(source, dataset, out, split, how, rescored=again)
     left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)

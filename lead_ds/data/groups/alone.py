@@ -34,8 +34,8 @@ _ASKING = 1  # what the key of a text that is read as a query differs by: its ve
 class TextsAlone:
     """Texts as groups of one passage and no query each. Picklable.
 
-    A text is read as a query or as a passage: as `data.role` says, else as its own "role", or the name of its field,
-    says, else as the name of its file does: a file whose name begins with "quer" holds queries.
+    A text is read as a query or as a passage: as `data.role` says, else as its own "role" or the name of its field
+    says. Else the name of its file says it: one that begins with "quer" holds queries.
     """
 
     alone = True
