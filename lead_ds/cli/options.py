@@ -61,7 +61,7 @@ def two_models(model: Any, query_model: Any, document_model: Any) -> tuple[str, 
         return str(query_model), str(document_model)
     if query_model is not None or document_model is not None or model is None:
         what = "give --model, or both of --query-model and --document-model"
-        raise InputError("--model", "of queries and documents: one, or two", what)
+        raise InputError("--model", "one model must be given, or two: one of queries and one of documents", what)
     return routes(model) or (str(model), None)
 
 

@@ -162,7 +162,7 @@ def refuse_equal(groups: Sequence[Group], path: Path) -> None:
         what = "have one text as their positive and all their negatives"
     else:
         return
-    raise InputError(path, f"{len(groups)} groups, at even distances, {what}", "see what wrote the file")
+    raise InputError(path, f"{len(groups)} groups, taken from all over it, {what}", "check what wrote the file")
 
 
 def split(batch: ModelBatch, encoder: TextEncoder, n: int, cuts: Cuts) -> ModelBatch:

@@ -61,4 +61,4 @@ def hub_folder(path: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, ignore_patterns=ignored, local_files_only=alone))
     except Exception as error:  # whatever the HTTP library of the day raises
-        raise InputError(path, "it is not to be had from the hub", "check the name and the network") from error
+        raise InputError(path, "was not found on the hub", "check the name and the network") from error

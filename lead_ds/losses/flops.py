@@ -74,7 +74,9 @@ class Flops(Loss):
         weights = {side: getattr(self.settings, side) for side in some}
         if not any(weights.values()):
             raise InputError(
-                "losses.flops", "counts queries alone, and texts alone stand among passages", "set passages"
+                "losses.flops",
+                "counts terms of queries only, and every text here is a passage",
+                "set its passages above 0",
             )
         loss = torch.stack([weights[side] * flops(x) for side, x in some.items()]).sum()
         return loss, {f"terms_{side}": (x.detach() != 0).sum(1).float().mean() for side, x in some.items()}

@@ -76,5 +76,5 @@ class Spread(Loss):
         of = {"queries": (vectors.queries, None), "passages": (vectors.passages, different_PP)}
         some = [spread_out(*of[kind]) for kind in self.settings.of if len(of[kind][0])]
         if not some:
-            raise InputError("losses.spread.of", "is of queries, and texts alone stand among passages", "add passages")
+            raise InputError("losses.spread.of", "names queries only, and every text here is a passage", "add passages")
         return torch.stack(some).mean()

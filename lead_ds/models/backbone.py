@@ -121,7 +121,9 @@ def load_model(
         )
     headless = sorted(missing - set(lost))
     if headless and family in ("causal", "masked"):
-        raise InputError(config.path, f"its weights lack the language-model head ({headless[0]})")
+        raise InputError(
+            config.path, f"its weights lack the language-model head ({headless[0]})", "use another kind or model"
+        )
     if headless and family == "classifier" and not new_head:
         raise _no_head(config, shape)
     return model.eval()

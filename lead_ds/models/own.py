@@ -144,12 +144,12 @@ class OwnEncoder(DualEncoder):
 
     def cut(self, dim: int) -> None:
         """Raises InputError: the module itself decides."""
-        raise InputError(_name(self.model), "gives vectors as they are", "leave dim out")
+        raise InputError(_name(self.model), "is your own module: its vectors cannot be cut", "leave dim out")
 
     def project(self, weight_TD: Tensor) -> None:
         """Raises InputError: the module itself decides."""
         raise InputError(
-            _name(self.model), "has no modules behind it to add one to", "set losses.embedding.keep: false"
+            _name(self.model), "is your own module: no layer can be added behind it", "set losses.embedding.keep: false"
         )
 
     def tapping(self, tap_layers: Sequence[int]) -> Any:

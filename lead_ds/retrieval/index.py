@@ -261,7 +261,7 @@ def small_factory(factory: str, dtype: str, gpus: int) -> str:
     if not dtype.endswith("binary"):
         return factory
     if gpus:
-        raise InputError("gpus", "an index of signs is searched on the CPU", "use gpus 0")
+        raise InputError("gpus", "an index of binary vectors is searched on the CPU", "use --gpus 0")
     return factory if factory.startswith("B") else "B" + factory.removesuffix(",Flat")
 
 

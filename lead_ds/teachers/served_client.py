@@ -126,7 +126,7 @@ class Client:
             body = json.dumps(body_of(self.settings, questions))  # in ASCII: half a character is sent as JSON has it
             answer = http.post(self.settings.url, content=body, headers={"Content-Type": "application/json"})
         except (library.InvalidURL, library.UnsupportedProtocol) as error:
-            raise InputError("teacher.url", f"{self.settings.url} cannot be asked: {error}") from None
+            raise InputError("teacher.url", f"{self.settings.url}: {error}", "give a whole http:// address") from None
         except (library.HTTPError, OSError) as error:
             raise _Again(_safe(f"{type(error).__name__}: {error}", key)) from None
         status = answer.status_code

@@ -72,7 +72,7 @@ def test_a_passage_compared_with_nothing_is_told(configure: Configure, capsys: p
 @pytest.mark.parametrize(
     ("query", "passages", "told"),
     [
-        ("same", ["passage {}", "other {}"], "4 groups, at even distances, have the same query"),
+        ("same", ["passage {}", "other {}"], "4 groups, taken from all over it, have the same query"),
         ("query {}", ["same", "same"], "have one and the same passage"),
         ("query {}", ["text {}", "text {}"], "have one text as their positive and all their negatives"),
         ("query {}", ["text {}", "other"], None),

@@ -218,7 +218,7 @@ def new_layer(config: ModelConfig, key: str, width: int, have: int | None, *, fr
     """
     if have is not None:
         if have != width:
-            raise InputError(key, f"{width} requested of a model that comes with one to {have}")
+            raise InputError(key, f"{width} requested of a model that comes with one to {have}", "take it out")
         return False
     if frozen and config.weights == "pretrained":
         what = f"is {width}, and the model at {config.path} has no such layer: a frozen teacher's would stay random"
