@@ -21,6 +21,7 @@ from lead_ds.io.hub import hub_settings
 from lead_ds.io.located import find_file, located
 from lead_ds.models.backbone import Family, read_model_config
 from lead_ds.models.files import family_of, read_json, saved_modules, transformer_folder
+from lead_ds.models.library import heavy_later, sentence_transformers
 from lead_ds.models.quiet import quiet
 from lead_ds.settings.model import ModelConfig
 
@@ -40,7 +41,7 @@ def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text:
     text: with its tokenizer, and no weights at all; otherwise with the weights of its modules, and no tokenizer. In neither
     case with those of the transformer. Raises InputError for what cannot be read, or would be read otherwise than there.
     """
-    import sentence_transformers
+    library = sentence_transformers()
     from sentence_transformers.base.modules import Transformer
 
     saved = family_of(config.path) == family
@@ -51,9 +52,9 @@ def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text:
     where = hub_settings(config.path) | {"trust_remote_code": bool(config.trust_remote_code)}
     settings: dict[str, Any] = {"device": str(torch.get_default_device())}
     weights = not text and config.weights == "pretrained"
-    with _told(config), quiet(), _apart(config, shape, text=text, weights=weights):
+    with heavy_later(), _told(config), quiet(), _apart(config, shape, text=text, weights=weights):
         if saved:
-            return getattr(sentence_transformers, family)(located(config.path), **where, **settings)
+            return getattr(library, family)(located(config.path), **where, **settings)
         inside = where | {"subfolder": folder}
         transformer = Transformer(
             located(config.path),
@@ -61,7 +62,7 @@ def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text:
             config_kwargs=dict(inside),
             processor_kwargs=dict(inside),
         )
-        return getattr(sentence_transformers, family)(modules=[transformer], **settings)
+        return getattr(library, family)(modules=[transformer], **settings)
 
 
 def save_chain(chain: Any, folder: str, tokenizer: Any, states: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:

@@ -16,6 +16,7 @@ from lead_ds.io.located import located
 from lead_ds.models.files import family_of
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.labels import relevance_logit
+from lead_ds.models.library import sentence_transformers
 from lead_ds.models.merging import unmerged
 from lead_ds.models.quiet import quiet
 
@@ -72,15 +73,13 @@ def compare(scorer: Kind, encoder: TextEncoder, texts: Sequence[str] = TEXTS) ->
 
 
 def _reference(scorer: Kind) -> Any:
-    import sentence_transformers
-
     path = scorer.config.path
     if scorer.use.library != "sentence-transformers" and family_of(path) != scorer.family:
         what = f"sentence-transformers has no {scorer.use.name} of this form to compare with"
         raise InputError("--compare", what, "compare it with its card's code")
     trust = bool(scorer.config.trust_remote_code)
     options: dict[str, Any] = hub_settings(path) | {"trust_remote_code": trust}
-    model = getattr(sentence_transformers, scorer.family)(
+    model = getattr(sentence_transformers(), scorer.family)(
         located(path), device="cpu", model_kwargs={"dtype": torch.float32}, **options
     )
     adapted = unmerged(path, trust_remote_code=trust, allow_pickle=scorer.config.allow_pickle)

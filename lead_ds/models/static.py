@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lead_ds.errors import InputError
 from lead_ds.io.located import find_file
 from lead_ds.models.files import family_of, static_folder
+from lead_ds.models.library import sentence_transformers
 
 _NAMES = ("embedding.weight", "embeddings")  # sentence-transformers' and model2vec's
 
@@ -93,7 +94,7 @@ def static_tokenizer(path: str) -> tuple[Any, Any, int]:
 
 def static_chain(path: str) -> Any:
     """The modules of a directory that model2vec saved without those of sentence-transformers."""
-    from sentence_transformers import SentenceTransformer
+    library = sentence_transformers()
     from sentence_transformers.base.modules import Normalize
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -103,4 +104,4 @@ def static_chain(path: str) -> Any:
     modules: list[nn.Module] = [StaticEmbedding.load(path)]
     if read_json(path, "config.json").get("normalize"):
         modules.append(Normalize())
-    return SentenceTransformer(modules=modules, device="cpu")
+    return library.SentenceTransformer(modules=modules, device="cpu")

@@ -15,6 +15,7 @@ from lead_ds.models.backbone import check_layers
 from lead_ds.models.chain import open_chain
 from lead_ds.models.files import family_of
 from lead_ds.models.kinds.dual_encoder import DualEncoder
+from lead_ds.models.library import sentence_transformers
 from lead_ds.models.static import StaticModel, static_chain, static_shape, static_tokenizer
 from lead_ds.models.text import Reading
 
@@ -36,7 +37,7 @@ class StaticEncoder(DualEncoder):
         cls, config: Any, dtype: torch.dtype, layers: Sequence[int] | None, *, student: bool, frozen: bool
     ) -> Any:
         """A scorer in evaluation mode. Arguments and errors as `Kind.load`."""
-        from sentence_transformers import SentenceTransformer
+        library = sentence_transformers()
         from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 
         shape = static_shape(config.path)
@@ -45,7 +46,7 @@ class StaticEncoder(DualEncoder):
             raise InputError("pooling", f"{config.pooling}: a StaticEmbedding is the mean of its tokens", "take it out")
         if config.weights == "random":
             embedding = StaticEmbedding(static_tokenizer(config.path)[1], embedding_dim=shape.hidden_size)
-            chain: Any = SentenceTransformer(modules=[embedding], device=str(torch.get_default_device()))
+            chain: Any = library.SentenceTransformer(modules=[embedding], device=str(torch.get_default_device()))
             weights_VD = torch.randn(shape.vocab_size, shape.hidden_size)
         else:
             chain = open_chain(config, cls.family) if family_of(config.path) else static_chain(config.path)

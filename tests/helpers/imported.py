@@ -2,7 +2,7 @@
 
 import importlib
 
-NAMES = ["deepspeed", "sentence_transformers", "transformers.models.bert.modeling_bert"]
+NAMES = ["deepspeed", "transformers.models.bert.modeling_bert"]
 NAMES += ["bm25s", "faiss", "ir_measures"]  # which not every machine has
 NAMES += ["lead_ds.engine.training.distill", "lead_ds.engine.training.warmup", "lead_ds.teachers.teach"]
 NAMES += ["lead_ds.models.chain", "lead_ds.retrieval.evaluate", "lead_ds.retrieval.mine", "lead_ds.retrieval.search"]
@@ -14,3 +14,5 @@ for name in NAMES:
     except ModuleNotFoundError as error:
         if name.startswith("lead_ds") or error.name != name:
             raise
+
+importlib.import_module("lead_ds.models.library").sentence_transformers()
