@@ -46,7 +46,7 @@ def flops(vectors_BV: Tensor) -> Tensor:
 class Flops(Loss):
     """L = queries * FLOPS(q) + passages * FLOPS(p), of the vectors [V] of this process's micro-batch: see `flops`.
 
-    Its weight grows as the square of the steps, until `warmup_steps`, as SPLADE's does (arXiv 2109.10086): a vector that is
+    Its weight grows as the square of the steps, until `warmup_steps`, as SPLADE's does (arXiv 2109.10086). A vector that is
     drawn to no terms before it has learned any has no way back. Reports how many terms of a query and of a passage are
     not zero. Paria et al., arXiv 2004.05665.
 

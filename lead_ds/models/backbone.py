@@ -293,7 +293,7 @@ def _told(config: ModelConfig) -> Iterator[None]:
                 "set allow_pickle: true if you trust it",
             )
         elif isinstance(error, OSError) and not Path(config.path).is_dir():
-            what, remedy = "no such directory, and not to be had from the hub", "check the name and the network"
+            what, remedy = "no such directory, and not found on the hub", "check the name and the network"
         elif isinstance(error, OSError):
             what, remedy = "not a complete model: config.json or model.safetensors is absent or unreadable", ""
         else:

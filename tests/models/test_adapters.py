@@ -273,7 +273,7 @@ def test_the_base_is_found_from_here_and_from_the_adapter(tmp_path: Path, monkey
     shutil.copytree("base", adapter / "base")
     with pytest.raises(InputError, match="one folder from here and another one"):
         load_encoder("adapter")
-    for missing, what in (("../gone", "is not there"), ("some/model", "was not found on the hub"), ("", "no base")):
+    for missing, what in (("../gone", "is not there"), ("some/model", "not found on the hub"), ("", "no base")):
         name(missing)
         with pytest.raises(InputError, match=what):
             load_encoder("adapter")

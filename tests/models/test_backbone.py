@@ -51,7 +51,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.timeout(120)  # every file would be tried again for half a minute
 @pytest.mark.usefixtures("no_hub")
 def test_a_hub_that_is_away_is_told_at_once() -> None:
-    _refused("was not found on the hub", StudentConfig(path="lead-ds-tests/no-such-model"))
+    _refused("not found on the hub", StudentConfig(path="lead-ds-tests/no-such-model"))
 
 
 def test_pickled_weights_only_with_leave(tmp_path: Path) -> None:
