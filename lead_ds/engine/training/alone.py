@@ -9,7 +9,10 @@ from lead_ds.teachers.open import teacher_class
 
 def refuse_what_needs_groups(config: Config) -> None:
     """Raise InputError for what texts alone cannot serve: there is no judgement, no negative, no text to compare with."""
+    by_vectors = set(config.losses.needing("features")) - set(config.losses.needing("labels", "final", "attention"))
     for name in config.losses.needing("labels", "final", "layers", "attention"):
+        if name in by_vectors:  # of layers, too: each text's own
+            continue
         what = "compares a query with its passages, and texts alone have none"
         raise InputError(f"losses.{name}.weight", what, "set it to 0, or bring training groups")
     reading = {"student": rules.gives_vectors(config.student.kind)}
