@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch.nn.functional import normalize
 
 from lead_ds.config import load_config
 from lead_ds.engine.training.distill import distill
 from lead_ds.errors import InputError
+from lead_ds.models.load import load_encoder
 from tests.engine.jobs import losses_of
 from tests.helpers.rooms import TEACHERS, settings
 from tests.models.tiny_models import tiny_model
 
 OFF = {name: {"weight": 0.0} for name in ("contrastive", "response", "layer")}
 TRAIN = {"steps": 2, "batch_size": 4, "save_every": 1, "evaluate_every": 0, "keep": 2}
+TEXTS = ["what is a river", "the river runs past a long wall and into the sea", "stone"]
 Change = Callable[[dict[str, Any], Path], None]
 
 
@@ -122,7 +126,7 @@ def written(rooms: Path, folder: Path, *names: str) -> Path:
     tree = settings(rooms, folder / "+".join(names), train=TRAIN, losses=losses, evaluation={"split": None})
     tree["data"]["path"] = str(folder / "data")
     for name in names:
-        (WHAT | HOW)[name](tree, folder)
+        (WHAT | HOW | {"wide": put(student={"dims": [8, 32]})})[name](tree, folder)  # as wide as the map that is kept
     path = folder / f"{'+'.join(names)}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -173,3 +177,23 @@ def test_a_pair_trains_and_how_leaves_the_loss(rooms: Path, folder: Path, run: s
         assert first(*names) == pytest.approx(first(*plain), rel=1e-4 if "packed" in names else 1e-5)
     else:
         assert first(*names) != first(*names[:-1])
+
+
+@pytest.mark.parametrize("run", ["keep+wide", "int8+lora", "width+average", "texts+dims", "layers+growing"])
+def test_what_is_saved_is_read_alike_by_sentence_transformers(rooms: Path, folder: Path, run: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    names = run.split("+")
+    if not (folder / run / "student").exists():
+        distill(load_config(written(rooms, folder, *names)), quiet=True)
+    student = folder / run / "student"
+    scorer, encoder = load_encoder(student)
+    for dim in (None, 8) if {"dims", "wide"} & {*names} else (None,):
+        theirs = SentenceTransformer(str(student), device="cpu", truncate_dim=dim)
+        for tokens, said in ((encoder.queries, theirs.encode_query), (encoder.passages, theirs.encode_document)):
+            with torch.no_grad():
+                ours = scorer.eval().embed(tokens(TEXTS))[:, :dim]
+            norm = dim is not None and scorer.unit
+            expected = said(TEXTS, convert_to_tensor=True, normalize_embeddings=norm)
+            torch.testing.assert_close(normalize(ours, dim=-1) if norm else ours, expected, atol=2e-5, rtol=0)
+    assert ours.shape[1] == (8 if dim else scorer.vector_width)
