@@ -176,7 +176,7 @@ def search(
     """
     options.choice("--layout", layout, "shard", "replicate")
     from lead_ds.data.collections.dataset import Dataset
-    from lead_ds.data.collections.qrels import write_run
+    from lead_ds.data.collections.qrels import run_writer
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import Searcher
 
@@ -214,7 +214,9 @@ def search(
         judged = dataset.qrels(split) if split else None
         ids = list(dataset.queries.ids if judged is None else judged)
         texts = dataset.queries.texts(dataset.queries.rows(ids))
-    write_run(out, searcher.run(ids, texts, k, quiet=False, keep_identical=keep_identical, judged=judged), tag)
+    with run_writer(out, tag) as write:
+        for part in searcher.runs(ids, texts, k, quiet=False, keep_identical=keep_identical, judged=judged):
+            write(part)
     print(f"{len(ids)} queries: {out}")
 
 
@@ -319,13 +321,14 @@ def check_search_names(data: Path | None, index: Path | None, tag: str, out: Pat
     """Refuse, before the work, ids and a tag that a run cannot hold."""
     from lead_ds.data.collections.dataset import Dataset, check_run_names
     from lead_ds.data.collections.qrels import blank_name
-    from lead_ds.retrieval.encode import IDS, read_ids
+    from lead_ds.data.collections.texts import Ids
+    from lead_ds.retrieval.encode import IDS
 
     if data is not None:
         check_run_names(Dataset.open(data), out, tag)
     elif blank_name([tag]):
         raise InputError("--tag", f"{tag!r} holds white space, or nothing", "use one word")
-    elif index is not None and (name := blank_name(read_ids(index / IDS, "build the index again"))) is not None:
+    elif index is not None and (name := blank_name(Ids.of_lines(index / IDS, "build the index again"))) is not None:
         raise InputError(
             index / IDS, f"the id {name} holds white space, which a TREC run cannot", "rename and index again"
         )

@@ -130,9 +130,10 @@ def read_arrays(path: Path, key: Signature) -> Arrays | None:
                 return None
             header = json.loads(file.read(length))
             start = file.tell()
-            if header["key"] != key or os.fstat(file.fileno()).st_size != start + header["bytes"]:
+            size = os.fstat(file.fileno()).st_size
+            if header["key"] != key or size != start + header["bytes"]:
                 return None
-        whole = np.memmap(path, np.uint8, "r", offset=0)
+        whole = mapped_bytes(path, size)
         arrays = {}
         for part in header["arrays"]:
             dtype = np.dtype(part["dtype"])
@@ -141,6 +142,21 @@ def read_arrays(path: Path, key: Signature) -> Arrays | None:
         return arrays
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def mapped_bytes(path: Path, size: int) -> np.ndarray:
+    """The first `size` bytes of a file, at least one, mapped into memory to be read: uint8 [size]. Raises OSError.
+
+    Python's mmap keeps a descriptor for each mapping. Caches have thousands of files, a process often 1,024 descriptors.
+    """
+    import torch
+
+    try:
+        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from None
+    whole.flags.writeable = False
+    return whole
 
 
 def _decompressed(path: Path) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 
 from lead_ds.errors import InputError
 from lead_ds.io.facts import ANOTHER_FOLDER
+from lead_ds.io.mapped import mapped_bytes
 
 Arrays = dict[str, np.ndarray]
 
@@ -83,7 +84,7 @@ def mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if size != start + max((part["data_offsets"][1] for part in header.values()), default=0):
         raise ValueError("cut short")
-    whole = np.memmap(path, np.uint8, "r")
+    whole = mapped_bytes(path, size)
     arrays = {}
     for name, part in header.items():
         first, last = part["data_offsets"]

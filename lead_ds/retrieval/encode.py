@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.collections.texts import Texts
+from lead_ds.data.collections.texts import Ids, Texts
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.longest_first import Tokenised, longest_first
 from lead_ds.errors import InputError, LeadError, RunError
@@ -271,20 +271,12 @@ class Vectors:
             raise InputError(self.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
         return found
 
-    def ids(self) -> list[str]:
-        """The id of every row. Raises InputError where there are not as many as vectors."""
-        ids = read_ids(self.folder / IDS, AGAIN)
+    def ids(self) -> Sequence[str]:
+        """The id of every row, read when it is needed. Raises InputError where there are not as many as vectors."""
+        ids = Ids.of_lines(self.folder / IDS, AGAIN)
         if len(ids) != len(self):
             raise InputError(self.folder / IDS, f"holds {len(ids)} ids of {len(self)} vectors", AGAIN)
         return ids
-
-
-def read_ids(path: Path, remedy: str) -> list[str]:
-    """The lines of a file of ids. Raises InputError with `remedy` when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read: {error}", remedy) from None
 
 
 def check_texts(facts: dict[str, Any], texts: Texts, where: object) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,19 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset, check_run_names
-from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, write_run
+from lead_ds.data.collections.qrels import Qrels, Run, read_qrels, read_run, run_writer
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
-from lead_ds.errors import InputError, RunError
+from lead_ds.errors import InputError
 from lead_ds.io.notes import say_once
-from lead_ds.io.progress import progress
 from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind, kinds_that
 from lead_ds.models.vocabulary import check_vocabulary
-from lead_ds.retrieval.encode import PLAIN, Encoding, encode_share
-from lead_ds.retrieval.exact import exact_search, merge_top_k
-from lead_ds.retrieval.identical import with_spare, without_identical
+from lead_ds.retrieval.encode import Encoding
+from lead_ds.retrieval.encoded import Encoded, encode_both
+from lead_ds.retrieval.identical import each_without_identical, with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
-from lead_ds.retrieval.peers import ALONE, Peers, largest_share, share
+from lead_ds.retrieval.peers import ALONE, Peers
 from lead_ds.retrieval.precision import Embed
-from lead_ds.retrieval.sparse import SparseVectors
 from lead_ds.settings.model import ModelConfig
 
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
@@ -149,10 +146,36 @@ def evaluate_model(
 
     with evaluating(scorer):
         encoded = encode_both(read, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
-    run = find(encoded, task, qrels)
-    if peers.rank == 0 and out is not None:
-        write_run(out, run)
-    return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
+    return measured(encoded, task, qrels, out, quiet=quiet)
+
+
+def measured(
+    encoded: Encoded, task: Task, qrels: Qrels, out: str | Path | None = None, *, quiet: bool = False
+) -> Scores:
+    """The measures of what a task's queries find, as deep as these look; equal on every process. out: a TREC run to write."""
+    deep, corpus, peers = depth(task.measures), task.dataset.corpus, encoded.peers
+    if task.keep_identical:
+        runs = encoded.runs(deep, quiet=quiet)
+    else:
+        found = encoded.runs(with_spare(deep, qrels, corpus, len(corpus)), quiet=quiet)
+        runs = each_without_identical(found, deep, qrels)
+    if peers.rank == 0:
+        return peers.from_main(score_each(runs, task, qrels, out))
+    for _ in runs:  # what this process finds goes to process 0
+        pass
+    return peers.from_main(Scores({}, {}))
+
+
+def score_each(runs: Iterable[Run], task: Task, qrels: Qrels, out: str | Path | None = None) -> Scores:
+    """`Task.scores` of the queries of all `runs`, which are every judged one. A run is scored, written to `out`, and let go."""
+    per_query: dict[str, dict[str, float]] = {name: {} for name in task.measures}
+    with nullcontext() if out is None else run_writer(out) as write:
+        for run in runs:
+            if write is not None:
+                write(run)
+            for name, values in task.scores(run, {query: qrels[query] for query in run}).per_query.items():
+                per_query[name] |= values
+    return Scores({name: sum(values.values()) / len(qrels) for name, values in per_query.items()}, per_query)
 
 
 def evaluate_widths(
@@ -172,8 +195,7 @@ def evaluate_widths(
         encoded = encode_both(scorer.ranked, encoder, task.dataset, list(qrels), how, peers=peers, quiet=quiet)
     scores: dict[int, Scores] = {}
     for dim in dims:
-        run = find(encoded.truncated(dim, unit=scorer.unit or scorer.by_cosine), task, qrels)
-        scores[dim] = peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
+        scores[dim] = measured(encoded.truncated(dim, unit=scorer.unit or scorer.by_cosine), task, qrels, quiet=quiet)
     return scores
 
 
@@ -186,104 +208,6 @@ def evaluating(scorer: Kind) -> Iterator[None]:
         yield
     finally:
         scorer.train(training)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Vectors of all queries [Q, D], and of this process's passages [P', D], whose first row is `start`.
-
-    Tensors, or SparseVectors.
-    """
-
-    queries: Any
-    passages: Any
-    start: int
-    query_ids: Sequence[str]
-    passage_ids: Sequence[str]
-    peers: Peers
-
-    def truncated(self, dim: int, *, unit: bool) -> Encoded:
-        """The first `dim` dimensions of every vector, at length 1 where `unit`."""
-        cut = [x[:, :dim] for x in (self.queries, self.passages)]
-        queries_QD, passages_PD = (torch.nn.functional.normalize(x, dim=-1) if unit else x for x in cut)
-        return replace(self, queries=queries_QD, passages=passages_PD)
-
-    def search(self, k: int) -> Run:
-        """The k best passages of every query: query id -> passage id -> score, on process 0; {} elsewhere."""
-        if len(self.passages):
-            scores_Qk, rows_Qk = exact_search(self.queries, self.passages, k)
-        else:  # more processes than passages
-            queries = len(self.query_ids)
-            scores_Qk, rows_Qk = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
-        rows_Qk = (rows_Qk + self.start).where(rows_Qk >= 0, -1)  # -1: nothing found
-        found = self.peers.all((scores_Qk.cpu().numpy(), rows_Qk.cpu().numpy()))
-        if self.peers.rank != 0:
-            return {}
-        scores_Qk, rows_Qk = merge_top_k([(torch.from_numpy(s), torch.from_numpy(r)) for s, r in found], k)
-        return make_run(self.query_ids, scores_Qk.tolist(), rows_Qk.tolist(), self.passage_ids)
-
-
-def find(encoded: Encoded, task: Task, qrels: Qrels) -> Run:
-    """What is found for a task's queries, as deep as its measures look."""
-    deep, corpus = depth(task.measures), task.dataset.corpus
-    if task.keep_identical:
-        return encoded.search(deep)
-    return without_identical(encoded.search(with_spare(deep, qrels, corpus, len(corpus))), deep, qrels)
-
-
-def encode_both(
-    embed: Embed,
-    encoder: TextEncoder,
-    dataset: Dataset,
-    query_ids: Sequence[str],
-    how: Encoding = PLAIN,
-    *,
-    peers: Peers = ALONE,
-    quiet: bool = False,
-    documents: tuple[Embed, TextEncoder] | None = None,
-) -> Encoded:
-    """Vectors of queries and of a dataset's corpus; every process encodes its share. documents: what encodes the corpus, where
-    that is another model."""
-    corpus, texts = dataset.corpus, dataset.queries
-    query_rows = texts.rows(query_ids).tolist()
-    own_queries, own_passages = share(len(query_rows), peers), share(len(corpus), peers)
-    shown = peers.rank == 0 and not quiet
-    with progress("encoding for evaluation", len(own_queries) + len(own_passages), "texts", shown=shown) as meter:
-        counts = (len(query_rows), len(corpus)) if peers.world > 1 else (0, 0)
-        forwards = [-(-largest_share(count, peers) // how.batch_size) for count in counts]
-        rows = [query_rows[i] for i in own_queries]
-        queries_QD = encode_share(embed, encoder, "queries", texts.texts, rows, how, forwards=forwards[0], meter=meter)
-        reader = documents or (embed, encoder)
-        passages_PD = encode_share(
-            *reader, "corpus", corpus.texts, own_passages, how, forwards=forwards[1], meter=meter
-        )
-    if peers.world > 1:
-        sent = queries_QD if isinstance(queries_QD, SparseVectors) else queries_QD.cpu().numpy()
-        shares: list[Any] = [vectors for vectors in peers.all(sent) if len(vectors)]
-        if isinstance(shares[0], SparseVectors):
-            queries_QD = SparseVectors.joined(shares)
-        else:
-            queries_QD = torch.from_numpy(np.concatenate(shares)).to(how.device)
-    return Encoded(queries_QD, passages_PD, own_passages.start, query_ids, corpus.ids, peers)
-
-
-def make_run(
-    query_ids: Sequence[str], scores: Sequence[Sequence[float]], rows: Sequence[Sequence[int]], ids: Sequence[str]
-) -> Run:
-    """query id -> passage id -> score, best first, from search results by row; negative rows (nothing found) left out.
-
-    Raises RunError naming query and passage of a score that is not finite.
-    """
-    run = {
-        query: {ids[row]: score for row, score in zip(found, row_scores, strict=True) if row >= 0}
-        for query, found, row_scores in zip(query_ids, rows, scores, strict=True)
-    }
-    for query, ranking in run.items():
-        if not all(map(math.isfinite, ranking.values())):
-            passage = next(name for name, score in ranking.items() if not math.isfinite(score))
-            what = f"the score of passage {passage!r} for query {query!r} is not finite"
-            raise RunError("search", what, "the vectors of either hold numbers that are not, or are too large")
-    return run
 
 
 def draw_queries(qrels: Qrels, count: int, seed: int) -> Qrels:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.collections.qrels import Qrels, Run
+from lead_ds.data.collections.qrels import Run
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.retrieval.encode import Encoding
-from lead_ds.retrieval.evaluate import Encoded, Task, dual_encoder, encode_both, evaluating, find, make_run
+from lead_ds.retrieval.encoded import Encoded, encode_both, make_run
+from lead_ds.retrieval.evaluate import Task, dual_encoder, evaluating, measured
 from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.metrics import Scores
 from lead_ds.retrieval.peers import ALONE, Peers
@@ -64,14 +65,9 @@ def evaluate_small(
             held = {"": Signs.of(encoded, None), "signs": Signs.of(encoded, signs)}
             held["int8"] = Signs.of(encoded, _int8(encoded).passages)
         for by, vectors in held.items():
-            run = find(vectors, task, qrels)
-            scores = peers.from_main(_scores(task, run, qrels) if peers.rank == 0 else Scores({}, {}))
+            scores = measured(vectors, task, qrels, quiet=quiet)
             rows.append(Row(precision, by, bytes_of(precision, width), scores))
     return rows
-
-
-def _scores(task: Task, run: Run, qrels: Qrels) -> Scores:
-    return task.scores(run, qrels)
 
 
 def _int8(encoded: Encoded) -> Encoded:

@@ -6,7 +6,7 @@ judged relevant: then the equal ids are chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from lead_ds.data.collections.qrels import Run
 from lead_ds.data.collections.texts import Texts
@@ -24,15 +24,24 @@ def with_spare(k: int, query_ids: Iterable[str], passages: Texts | Iterable[str]
 
 def without_identical(run: Run, k: int, judged: Judged | None = None, *, quiet: bool = False) -> Run:
     """The k best passages of every query without the one that has the query's id; reported once unless `quiet`."""
-    out: Run = {}
+    [out] = each_without_identical([run], k, judged, quiet=quiet)
+    return out
+
+
+def each_without_identical(
+    runs: Iterable[Run], k: int, judged: Judged | None = None, *, quiet: bool = False
+) -> Iterator[Run]:
+    """`without_identical`, of one run after the other; reported after the last."""
     dropped = 0
-    for query, found in run.items():
-        if query in found and (judged or {}).get(query, {}).get(query, 0) <= 0:
-            found = {passage: score for passage, score in found.items() if passage != query}
-            dropped += 1
-        best = found.items() if len(found) <= k else sorted(found.items(), key=lambda item: -item[1])[:k]
-        out[query] = dict(best)
+    for run in runs:
+        out: Run = {}
+        for query, found in run.items():
+            if query in found and (judged or {}).get(query, {}).get(query, 0) <= 0:
+                found = {passage: score for passage, score in found.items() if passage != query}
+                dropped += 1
+            best = found.items() if len(found) <= k else sorted(found.items(), key=lambda item: -item[1])[:k]
+            out[query] = dict(best)
+        yield out
     if dropped and not quiet:
         who = "1 query found itself" if dropped == 1 else f"{dropped} queries found themselves"
         say_once(f"{who}: a passage with the id of its query is left out, as in BEIR (--keep-identical keeps it)")
-    return out

@@ -6,19 +6,20 @@ D width of a vector.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from lead_ds.data.collections.texts import Ids
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
-from lead_ds.retrieval.encode import IDS, SPARSE, Side, Vectors, read_ids
+from lead_ds.retrieval.encode import IDS, SPARSE, Side, Vectors
 from lead_ds.retrieval.small import RESCORED, SMALL, quantise, rescore, unsigned
 
 INDEX, META, RESCORE = "index.faiss", "index.json", "rescore"
@@ -141,7 +142,7 @@ def facts_of(vectors: Vectors, factory: str, queries: dict[str, Any] | None) -> 
 class Index:
     """An index of `build_index`, loaded for search."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], index: Any, ids: list[str], gpus: int) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any], index: Any, ids: Sequence[str], gpus: int) -> None:
         self.folder, self.meta, self.ids, self._index, self._gpus = folder, meta, ids, index, gpus
         self._finer: Vectors | None = None
         self._rescored = 0
@@ -181,7 +182,7 @@ class Index:
             index: Any = read(str(folder / INDEX), 0 if gpus or signs else mapped)
         except (RuntimeError, OSError) as error:
             raise InputError(folder, f"its index cannot be read: {_reason(error)}", "build it again") from None
-        ids = read_ids(folder / IDS, "build the index again")
+        ids = Ids.of_lines(folder / IDS, "build the index again")
         width = int(meta.get("dimension", 0))
         if not index.ntotal == len(ids) == meta.get("count") or index.d != (8 * -(-width // 8) if signs else width):
             raise InputError(folder, "its index, ids and index.json do not belong together", "build it again")
@@ -325,7 +326,8 @@ def _sample(vectors: Vectors, count: int, *, signs: bool = False) -> np.ndarray:
     parts = []
     for shard, block in enumerate(vectors.blocks()):
         own = vectors.rows(shard)
-        some = block[rows[(rows >= own.start) & (rows < own.stop)] - own.start]
+        first, last = np.searchsorted(rows, [own.start, own.stop])
+        some = block[rows[first:last] - own.start]
         parts.append(unsigned(some) if signs else vectors.floats(some))
     return np.concatenate(parts)
 

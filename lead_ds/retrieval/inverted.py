@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from lead_ds.data.collections.texts import Ids
 from lead_ds.errors import InputError
 from lead_ds.io.facts import digest
 from lead_ds.io.files import atomic, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import damage, mapped, refuse_strangers, save_arrays, unfinished
-from lead_ds.retrieval.encode import IDS, Vectors, read_ids
+from lead_ds.retrieval.encode import IDS, Vectors
 from lead_ds.retrieval.index import META, Index, check_k, facts_of
 from lead_ds.retrieval.sparse import SparseVectors, sparse_search
 
@@ -74,7 +75,7 @@ class InvertedIndex(Index):
         for name, value in given.items():
             if value:
                 raise InputError(folder, f"an inverted index has no {name}", "leave it out")
-        ids = read_ids(folder / IDS, _AGAIN)
+        ids = Ids.of_lines(folder / IDS, _AGAIN)
         shards = -(-int(meta["count"]) // int(meta["shard_rows"]))
         if len(ids) != meta["count"]:
             raise InputError(folder, "its ids and index.json do not belong together", _AGAIN)

@@ -6,13 +6,12 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, read_run
@@ -20,11 +19,11 @@ from lead_ds.errors import InputError
 from lead_ds.io.files import atomic
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
-from lead_ds.retrieval.encode import Encoding, encode_share
-from lead_ds.retrieval.evaluate import ModelLike, encode_both, open_encoder
+from lead_ds.retrieval.encode import Encoding
+from lead_ds.retrieval.encoded import AT_ONCE, encode_both
+from lead_ds.retrieval.evaluate import ModelLike, open_encoder
 from lead_ds.retrieval.identical import with_spare
 from lead_ds.retrieval.index import check_k
-from lead_ds.retrieval.sparse import SparseVectors
 from lead_ds.settings.mining import MineSettings
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted
@@ -78,11 +77,7 @@ def mine(
     deep = depth if keep else with_spare(depth, positives, dataset.corpus, len(dataset.corpus))
     out = Path(out)
     with owned(out.parent, "another lead-ds mine", record=f".{out.name}.owner.json"):
-        run = _candidates(source, dataset, positives, deep, by_score, batch_size, quiet)
-        if not set(run) & set(positives):
-            raise InputError(split, "the run has none of its queries", "check that run and split belong together")
-        if rescored is not None:
-            run = rescored(_to_rescore(run, positives, deep))
+        runs = _candidates(source, dataset, positives, deep, by_score, batch_size, quiet)
         counts = {"positive": 0, "itself": 0, "rank": 0, "score": 0, "copy": 0}
         negatives = short = unscored = relabelled = 0
         with (
@@ -90,31 +85,33 @@ def mine(
             temporary.open("w", encoding="utf-8") as file,
             progress("choosing negatives", len(positives), "queries", shown=not quiet) as meter,
         ):
-            for query, names in positives.items():
-                found = run.get(query, {})
-                if not keep and query in found and query not in names:
-                    found = {name: score for name, score in found.items() if name != query}
-                    counts["itself"] += 1
-                chosen, more = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
-                names, relabelled = [*names, *more], relabelled + len(more)
-                scores = {name: found[name] for name in (*names, *chosen) if name in found}
-                group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
-                if scores:
-                    group["scores"] = scores
-                file.write(json.dumps(group, ensure_ascii=False, allow_nan=False) + "\n")
-                negatives += len(chosen)
-                short += len(chosen) < settings.number
-                unscored += by_score and not found.keys() >= set(names)
-                meter.advance(1)
+            for run in runs:
+                scored = run if rescored is None else rescored(_to_rescore(run, positives, deep))
+                for query in run:
+                    names, found = positives[query], scored.get(query, {})
+                    if not keep and query in found and query not in names:
+                        found = {name: score for name, score in found.items() if name != query}
+                        counts["itself"] += 1
+                    chosen, more = _choose(query, names, found, qrels[query], dataset, settings, depth, counts)
+                    names, relabelled = [*names, *more], relabelled + len(more)
+                    scores = {name: found[name] for name in (*names, *chosen) if name in found}
+                    group: dict[str, Any] = {"query_id": query, "positives": names, "negatives": chosen}
+                    if scores:
+                        group["scores"] = scores
+                    file.write(json.dumps(group, ensure_ascii=False, allow_nan=False) + "\n")
+                    negatives += len(chosen)
+                    short += len(chosen) < settings.number
+                    unscored += by_score and not found.keys() >= set(names)
+                meter.advance(len(run))
         return Mined(len(positives), negatives, counts, short, unscored, relabelled)
 
 
 def _to_rescore(run: Run, positives: Mapping[str, Sequence[str]], depth: int) -> Run:
     """The `depth` best candidates of each query, and its positives."""
     found = {}
-    for query, names in positives.items():
-        best = sorted(run.get(query, {}).items(), key=lambda item: -item[1])[:depth]
-        found[query] = dict.fromkeys(names, 0.0) | dict(best)
+    for query, scores in run.items():
+        best = sorted(scores.items(), key=lambda item: -item[1])[:depth]
+        found[query] = dict.fromkeys(positives[query], 0.0) | dict(best)
     return found
 
 
@@ -127,17 +124,28 @@ def bm25_package() -> Any:
     return bm25s
 
 
-def bm25_run(
+def bm25_run(dataset: Dataset, query_ids: Sequence[str], k: int, *, quiet: bool = False) -> Run:
+    """The k best passages of every query by BM25. See `bm25_runs`."""
+    out: Run = {}
+    runs = bm25_runs(dataset, query_ids, k, quiet=quiet)
+    with progress("searching by BM25", len(query_ids), "queries", shown=not quiet) as meter:
+        for run in runs:
+            out |= run
+            meter.advance(len(run))
+    return out
+
+
+def bm25_runs(
     dataset: Dataset,
     query_ids: Sequence[str],
     k: int,
     *,
     also: Mapping[str, Sequence[str]] | None = None,
     quiet: bool = False,
-) -> Run:
-    """The k best passages of every query by BM25 (bm25s: lower case, English stop words). InputError without bm25s.
+) -> Iterator[Run]:
+    """The k best passages of every query by BM25 (bm25s: lower case, English stop words), AT_ONCE queries at a time.
 
-    also: passages of a query that are scored whatever their rank.
+    also: passages of a query that are scored whatever their rank. Raises InputError without bm25s.
     """
     bm25s = bm25_package()
     corpus, queries = dataset.corpus, dataset.queries
@@ -147,19 +155,24 @@ def bm25_run(
     if not words_of_corpus.vocab:
         raise InputError(corpus.path, "has no word that BM25 could look for", "mine with --model")
     retriever.index(words_of_corpus, show_progress=shown)
-    texts = queries.texts(queries.rows(query_ids))
-    tokens = bm25s.tokenize(texts, return_ids=False, show_progress=shown)
-    rows, scores = retriever.retrieve(tokens, k=min(k, len(corpus)), show_progress=shown)
-    run = {
-        query: {corpus.ids[row]: score for row, score in zip(found, values, strict=True) if score > 0}
-        for query, found, values in zip(query_ids, rows.tolist(), scores.tolist(), strict=True)
-    }
-    for query, words in zip(query_ids, tokens, strict=True):
-        missing = [name for name in (also or {}).get(query, ()) if name not in run[query]]
-        if missing:
-            scores_P = retriever.get_scores(words) if words else np.zeros(len(corpus))
-            run[query].update(zip(missing, scores_P[corpus.rows(missing)].tolist(), strict=True))
-    return run
+
+    def searched() -> Iterator[Run]:
+        for start in range(0, len(query_ids), AT_ONCE):
+            some = query_ids[start : start + AT_ONCE]
+            tokens = bm25s.tokenize(queries.texts(queries.rows(some)), return_ids=False, show_progress=False)
+            rows, scores = retriever.retrieve(tokens, k=min(k, len(corpus)), show_progress=False)
+            run = {
+                query: {corpus.ids[row]: score for row, score in zip(found, values, strict=True) if score > 0}
+                for query, found, values in zip(some, rows.tolist(), scores.tolist(), strict=True)
+            }
+            for query, words in zip(some, tokens, strict=True):
+                missing = [name for name in (also or {}).get(query, ()) if name not in run[query]]
+                if missing:
+                    scores_P = retriever.get_scores(words) if words else np.zeros(len(corpus))
+                    run[query].update(zip(missing, scores_P[corpus.rows(missing)].tolist(), strict=True))
+            yield run
+
+    return searched()
 
 
 def _candidates(
@@ -170,38 +183,42 @@ def _candidates(
     by_score: bool,
     batch_size: int,
     quiet: bool,
-) -> Run:
-    """The source's candidates, with its scores of the positives wherever it knows them; BM25's cost, and `by_score`
-    asks."""
-    if isinstance(source, Mapping):
-        return known_passages(
-            {query: dict(found) for query, found in source.items() if query in positives}, dataset, "run"
-        )
+) -> Iterator[Run]:
+    """The source's candidates of every query, AT_ONCE queries at a time, with its scores of the positives wherever it knows
+    them; BM25's cost, and `by_score` asks."""
     if source == "bm25":
-        return bm25_run(dataset, list(positives), depth, also=positives if by_score else None, quiet=quiet)
+        return bm25_runs(dataset, list(positives), depth, also=positives if by_score else None, quiet=quiet)
+    if isinstance(source, Mapping):
+        return _known(source, positives, dataset, "mine")
     if isinstance(source, str | Path) and Path(source).is_file():
-        return known_passages(
-            {q: found for q, found in read_run(source).items() if q in positives}, dataset, str(source)
-        )
+        return _known(read_run(source), positives, dataset, str(source))
     scorer, encoder = open_encoder(source)
-    queries, how = list(positives), Encoding(batch_size, next(scorer.parameters()).device)
-    encoded = encode_both(scorer.ranked, encoder, dataset, queries, how, quiet=quiet)
-    run = encoded.search(depth)
-    # A positive that is not among the candidates still has a score, which the margin needs.
-    names = sorted({name for query, found in positives.items() for name in found if name not in run[query]})
-    if names:
-        wanted = dataset.corpus.rows(names).tolist()
-        passages_PD = encode_share(scorer.ranked, encoder, "corpus", dataset.corpus.texts, wanted, how)
-        place = {name: i for i, name in enumerate(names)}
-        for i, query in enumerate(queries):
-            missing = [name for name in positives[query] if name not in run[query]]
-            if missing and isinstance(passages_PD, SparseVectors):
-                products = passages_PD.products([place[name] for name in missing], encoded.queries, i)
-                run[query].update(zip(missing, products, strict=True))
-            elif missing:
-                picked_MD = passages_PD[torch.tensor([place[name] for name in missing], device=how.device)]
-                run[query].update(zip(missing, (picked_MD @ encoded.queries[i]).tolist(), strict=True))
-    return run
+    how = Encoding(batch_size, next(scorer.parameters()).device)
+    encoded = encode_both(scorer.ranked, encoder, dataset, list(positives), how, quiet=quiet)
+
+    def searched() -> Iterator[Run]:
+        done = 0
+        for run in encoded.runs(depth):
+            # A positive that is not among the candidates still has a score, which the margin needs.
+            for place, (query, found) in enumerate(run.items(), done):
+                missing = [name for name in positives[query] if name not in found]
+                if missing:
+                    found.update(zip(missing, encoded.products(place, dataset.corpus.rows(missing)), strict=True))
+            done += len(run)
+            yield run
+
+    return searched()
+
+
+def _known(
+    run: Mapping[str, Mapping[str, float]], positives: Mapping[str, Sequence[str]], dataset: Dataset, where: str
+) -> Iterator[Run]:
+    """The queries of a run that is given, AT_ONCE at a time, and those that it lacks."""
+    if not set(run) & set(positives):
+        raise InputError(where, "the run has none of its queries", "check that run and split belong together")
+    queries = list(positives)
+    parts = (queries[start : start + AT_ONCE] for start in range(0, len(queries), AT_ONCE))
+    return (known_passages({query: dict(run.get(query, {})) for query in part}, dataset, where) for part in parts)
 
 
 def known_passages(run: Run, dataset: Dataset, where: str) -> Run:

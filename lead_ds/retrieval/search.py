@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.data.collections.qrels import Run, write_run
+from lead_ds.data.collections.qrels import Run
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
@@ -21,9 +21,10 @@ from lead_ds.io.progress import progress
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.router import Reader, check_space
 from lead_ds.retrieval.encode import Encoding, Side, check_texts, encode_share
-from lead_ds.retrieval.evaluate import ModelLike, Task, make_run, open_encoder
+from lead_ds.retrieval.encoded import AT_ONCE, make_run
+from lead_ds.retrieval.evaluate import ModelLike, Task, open_encoder, score_each
 from lead_ds.retrieval.exact import exact_search
-from lead_ds.retrieval.identical import Judged, with_spare, without_identical
+from lead_ds.retrieval.identical import Judged, each_without_identical, with_spare
 from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.metrics import Scores, depth
 from lead_ds.retrieval.sparse import SparseVectors
@@ -160,7 +161,11 @@ class Searcher:
         texts = [self.corpus.text(int(row)) if row >= 0 else "" for row in rows]
         return [Hit(name, score, text) for (name, score), text in zip(run.items(), texts, strict=True)]
 
-    def run(
+    def run(self, query_ids: Sequence[str], queries: Sequence[str], k: int | None = None, **how: Any) -> Run:
+        """The k best passages of every query: query id -> passage id -> score, best first. `how`: of `runs`, see which."""
+        return {query: found for run in self.runs(query_ids, queries, k, **how) for query, found in run.items()}
+
+    def runs(
         self,
         query_ids: Sequence[str],
         queries: Sequence[str],
@@ -170,8 +175,8 @@ class Searcher:
         quiet: bool = True,
         keep_identical: bool = True,
         judged: Judged | None = None,
-    ) -> Run:
-        """The k best passages of every query: query id -> passage id -> score, best first.
+    ) -> Iterator[Run]:
+        """`run`, of some of the queries at a time: what is found for all of them need not fit in memory.
 
         k: 1000 by default, or all where there are fewer. keep_identical: false leaves out the passage of a query's own id,
         unless it is `judged` relevant. Raises InputError for a k below 1 or beyond the passages.
@@ -181,23 +186,31 @@ class Searcher:
             raise InputError("k", f"{k} results cannot be searched for", "use at least 1")
         check_k(k, len(self.ids))
         deep = k if keep_identical else with_spare(k, query_ids, self.ids, len(self.ids))
+        found = self._found(query_ids, queries, deep, batch_size, quiet)
+        return found if keep_identical else each_without_identical(found, k, judged)
 
-        def texts(rows: Sequence[int]) -> list[str]:
-            return [queries[row] for row in rows]
-
-        with progress("encoding queries", len(queries), "queries", shown=not quiet) as meter:
-            how, rows = Encoding(batch_size, self.device), range(len(queries))
-            vectors_QD = encode_share(self.scorer.ranked, self.encoder, "queries", texts, rows, how, meter=meter)
+    def _found(
+        self, query_ids: Sequence[str], queries: Sequence[str], k: int, batch_size: int, quiet: bool
+    ) -> Iterator[Run]:
+        how = Encoding(batch_size, self.device)
         scores: Tensor | np.ndarray
         found: Tensor | np.ndarray
-        if isinstance(self.passages, Index):
-            asked = vectors_QD if isinstance(vectors_QD, SparseVectors) else vectors_QD.cpu().numpy()
-            scores, found = self.passages.search(asked, deep)
-        else:
-            with torch.no_grad():
-                scores, found = exact_search(vectors_QD, self.passages, deep)
-        run = make_run(query_ids, scores.tolist(), found.tolist(), self.ids)
-        return run if keep_identical else without_identical(run, k, judged)
+        with progress("searching", len(queries), "queries", shown=not quiet) as meter:
+            for start in range(0, len(queries), AT_ONCE):
+                some = queries[start : start + AT_ONCE]
+
+                def texts(rows: Sequence[int], some: Sequence[str] = some) -> list[str]:
+                    return [some[row] for row in rows]
+
+                vectors_QD = encode_share(self.scorer.ranked, self.encoder, "queries", texts, range(len(some)), how)
+                if isinstance(self.passages, Index):
+                    asked = vectors_QD if isinstance(vectors_QD, SparseVectors) else vectors_QD.cpu().numpy()
+                    scores, found = self.passages.search(asked, k)
+                else:
+                    with torch.no_grad():
+                        scores, found = exact_search(vectors_QD, self.passages, k)
+                yield make_run(query_ids[start : start + AT_ONCE], scores.tolist(), found.tolist(), self.ids)
+                meter.advance(len(some))
 
 
 def evaluate_index(
@@ -218,7 +231,5 @@ def evaluate_index(
     searcher = Searcher.open(model, dataset.folder, index=index, **settings)
     texts = dataset.queries.texts(dataset.queries.rows(list(qrels)))
     reading: dict[str, Any] = {"quiet": quiet, "keep_identical": task.keep_identical, "judged": qrels}
-    run = searcher.run(list(qrels), texts, min(depth(task.measures), len(searcher.ids)), **reading)
-    if out is not None:
-        write_run(out, run)
-    return task.scores(run, qrels)
+    runs = searcher.runs(list(qrels), texts, min(depth(task.measures), len(searcher.ids)), **reading)
+    return score_each(runs, task, qrels, out)

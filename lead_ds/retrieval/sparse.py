@@ -54,6 +54,9 @@ class SparseVectors:
     def __len__(self) -> int:
         return int(self.rows.shape[0])
 
+    def __getitem__(self, some: slice) -> SparseVectors:
+        return SparseVectors(self.rows[some])
+
     def postings(self) -> Any:
         """[V, B]: a row for every term."""
         return self.rows.T.tocsr()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lead_ds.data.collections.qrels import write_run
 from lead_ds.models.router import Reader, check_space
 from lead_ds.retrieval.encode import Encoding
-from lead_ds.retrieval.evaluate import Task, encode_both, evaluating, find
+from lead_ds.retrieval.encoded import encode_both
+from lead_ds.retrieval.evaluate import Task, evaluating, measured
 from lead_ds.retrieval.metrics import Scores
 from lead_ds.retrieval.peers import ALONE, Peers
 
@@ -33,7 +33,4 @@ def evaluate_two(
     with evaluating(scorer), evaluating(other):
         reading: dict[str, Any] = {"peers": peers, "quiet": quiet, "documents": (other.ranked, other_encoder)}
         encoded = encode_both(scorer.ranked, encoder, dataset, list(qrels), how, **reading)
-    run = find(encoded, task, qrels)
-    if peers.rank == 0 and out is not None:
-        write_run(out, run)
-    return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))
+    return measured(encoded, task, qrels, out, quiet=quiet)

@@ -17,7 +17,7 @@ from lead_ds.data.groups.group import Groups
 from lead_ds.data.taught import relevance as relevance_files
 from lead_ds.data.taught import vectors as vector_files
 from lead_ds.data.taught.relevance import RelevanceCache, TeacherCache, identity
-from lead_ds.data.taught.vectors import Listing, VectorCache, index_path, shards_of, vector_arrays
+from lead_ds.data.taught.vectors import Listing, VectorCache, index_path, shard_of, vector_arrays
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import atomic
@@ -66,8 +66,12 @@ class Shards(ABC):
         """How much there is to keep, for the user."""
 
     @abstractmethod
-    def paths(self, manifest: dict[str, Any]) -> list[Path]:
-        """The files of the shards."""
+    def count(self, manifest: dict[str, Any]) -> int:
+        """How many shards there are."""
+
+    @abstractmethod
+    def path(self, shard: int, manifest: dict[str, Any]) -> Path:
+        """The file of a shard."""
 
     @abstractmethod
     def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
@@ -87,7 +91,7 @@ class Shards(ABC):
 
     def save(self, manifest: dict[str, Any], shard: int, texts: Shard, said: np.ndarray) -> None:
         """Write a shard, whole or not at all. Raises RunError for what cannot be stored."""
-        path = self.paths(manifest)[shard]
+        path = self.path(shard, manifest)
         try:
             arrays = self.arrays(texts, said)
         except ValueError as error:
@@ -148,10 +152,13 @@ class RelevanceShards(Shards):
         """See `Shards`."""
         return f"{len(self.groups)} groups"
 
-    def paths(self, manifest: dict[str, Any]) -> list[Path]:
+    def count(self, manifest: dict[str, Any]) -> int:
         """See `Shards`."""
-        count = -(-len(self.groups) // manifest["shard_groups"])
-        return [relevance_files.shard_path(self.out, shard) for shard in range(count)]
+        return -(-len(self.groups) // int(manifest["shard_groups"]))
+
+    def path(self, shard: int, manifest: dict[str, Any]) -> Path:
+        """See `Shards`."""
+        return relevance_files.shard_path(self.out, shard)
 
     def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
         """See `Shards`."""
@@ -227,9 +234,13 @@ class VectorShards(Shards):
         held = f"{texts} texts" if self.groups.alone else held
         return f"vectors of {held}, {size / 1e6:.1f} MB"
 
-    def paths(self, manifest: dict[str, Any]) -> list[Path]:
+    def count(self, manifest: dict[str, Any]) -> int:
         """See `Shards`."""
-        return vector_files.shard_paths(self.out, manifest)
+        return vector_files.shards(manifest)
+
+    def path(self, shard: int, manifest: dict[str, Any]) -> Path:
+        """See `Shards`."""
+        return vector_files.shard_path(self.out, *shard_of(manifest, shard))
 
     def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
         """See `Shards`."""
@@ -237,14 +248,14 @@ class VectorShards(Shards):
 
     def amount(self, shard: int, manifest: dict[str, Any]) -> int:
         """See `Shards`."""
-        size, (kind, place) = manifest["shard_texts"], shards_of(manifest)[shard]
+        size, (kind, place) = manifest["shard_texts"], shard_of(manifest, shard)
         return min(size, manifest[kind] - place * size)
 
     def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
         """See `Shards`. A shard holds queries or passages alone."""
         if shard is None:
             return Shard([], [], [])
-        size, (kind, place) = manifest["shard_texts"], shards_of(manifest)[shard]
+        size, (kind, place) = manifest["shard_texts"], shard_of(manifest, shard)
         index, mine = mapped(index_path(self.out))[0], slice(place * size, (place + 1) * size)
         if kind == "queries":
             return Shard([self.groups.pool(int(row)).query for row in index["query_groups"][mine]], [], [])

@@ -155,7 +155,7 @@ def complete(
 def unfinished_of(shards: Shards, manifest: dict[str, Any], ranks: Ranks) -> list[int]:
     """Shards that are still to be made; what lies beside them is made now."""
     agreed(ranks, lambda: shards.prepare(manifest) if ranks.main else None)
-    owner, paths = identity(manifest), shards.paths(manifest)
+    owner, paths = identity(manifest), [shards.path(shard, manifest) for shard in range(shards.count(manifest))]
     return ranks.from_main(unfinished(paths, lambda path: damage(path, owner), say) if ranks.main else [])
 
 

@@ -17,7 +17,8 @@ from lead_ds.engine.training.distill import distill
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_encoder, load_scorer
 from lead_ds.plan.requirements import requirements
-from lead_ds.retrieval.evaluate import Task, evaluate_model, make_run
+from lead_ds.retrieval.encoded import make_run
+from lead_ds.retrieval.evaluate import Task, evaluate_model
 from lead_ds.retrieval.evaluate_small import evaluate_small
 from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.metrics import score_run

@@ -139,5 +139,5 @@ def test_vectors_keep_ids_that_are_lines(name: str, tmp_path: Path) -> None:
     encoder = TextEncoder("model", tokenizer)
     corpus = Texts.open(tmp_path / "corpus.jsonl", "corpus")
     encode_to(tmp_path / "out", lambda tokens: torch.ones(len(tokens["input_ids"]), 4), encoder, corpus, {})
-    assert Vectors.open(tmp_path / "out").ids() == ["p", name]
+    assert list(Vectors.open(tmp_path / "out").ids()) == ["p", name]
     assert read_json(tmp_path / "out" / MANIFEST, "")["count"] == 2

@@ -19,7 +19,7 @@ from lead_ds.data.reads import read
 from lead_ds.errors import InputError
 from lead_ds.models.load import load_encoder, load_student, load_teacher, load_text, settled_model
 from lead_ds.models.student_dir import save_student
-from lead_ds.retrieval.evaluate import encode_both
+from lead_ds.retrieval.encoded import encode_both
 from lead_ds.retrieval.rerank import Reranker
 from lead_ds.retrieval.search import Searcher
 from lead_ds.settings.data import DataConfig

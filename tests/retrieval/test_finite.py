@@ -18,7 +18,8 @@ from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.files import write_json
 from lead_ds.retrieval.encode import Vectors, encode_to
-from lead_ds.retrieval.evaluate import Task, evaluate_model, make_run, open_encoder
+from lead_ds.retrieval.encoded import make_run
+from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
 from lead_ds.retrieval.index import build_index
 from lead_ds.retrieval.rerank import Reranker, evaluate_reranked
 from lead_ds.settings.data import DataConfig

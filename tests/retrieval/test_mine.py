@@ -15,7 +15,8 @@ from lead_ds.data.collections.qrels import write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
 from lead_ds.retrieval.encode import Encoding
-from lead_ds.retrieval.evaluate import encode_both, open_encoder
+from lead_ds.retrieval.encoded import encode_both
+from lead_ds.retrieval.evaluate import open_encoder
 from lead_ds.retrieval.mine import MineSettings, mine
 from lead_ds.retrieval.rescore import open_teacher, rescore
 from lead_ds.settings.data import DataConfig

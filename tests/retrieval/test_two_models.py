@@ -15,7 +15,8 @@ from lead_ds.errors import InputError
 from lead_ds.models.load import load_encoder
 from lead_ds.models.router import routes
 from lead_ds.models.student_dir import save_student
-from lead_ds.retrieval.evaluate import Task, encode_both, open_encoder
+from lead_ds.retrieval.encoded import encode_both
+from lead_ds.retrieval.evaluate import Task, open_encoder
 from lead_ds.retrieval.search import Searcher
 from lead_ds.retrieval.two_models import evaluate_two
 

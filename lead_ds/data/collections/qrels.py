@@ -6,8 +6,8 @@ import gzip
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -117,26 +117,38 @@ def blank_name(names: Iterable[str]) -> str | None:
 
 
 def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str = "lead-ds") -> None:
-    """Write a TREC run, each query's passages by falling score, atomically; gzipped when `path` ends in `.gz`.
+    """Write a TREC run whole. See `run_writer`."""
+    with run_writer(path, tag) as write:
+        write(run)
 
-    Raises InputError for an id or a tag that holds white space, and for a score that is not finite: nothing is written that
-    `read_run` refuses. Raises RunError when it cannot be written.
+
+@contextmanager
+def run_writer(path: str | Path, tag: str = "lead-ds") -> Iterator[Callable[[Mapping[str, Mapping[str, float]]], None]]:
+    """What writes a TREC run part by part, each query's passages by falling score; gzipped when `path` ends in `.gz`.
+
+    The file has its name when the block ends well, and not before. Raises InputError for an id or a tag that holds white
+    space, and for a score that is not finite: nothing is written that `read_run` refuses. Raises RunError when it cannot be
+    written.
     """
     path = Path(path)
-    _refuse_unreadable(path, run, tag)
     temporary = ""
+
+    def write(run: Mapping[str, Mapping[str, float]]) -> None:
+        _refuse_unreadable(path, run, tag)
+        for query, ranking in run.items():
+            ranked = sorted(ranking.items(), key=lambda item: -item[1])
+            lines = (
+                f"{query} Q0 {passage} {rank} {float(score)!r} {tag}\n"
+                for rank, (passage, score) in enumerate(ranked, 1)
+            )
+            file.write("".join(lines).encode())
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as raw:
             file = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
-            for query, ranking in run.items():
-                ranked = sorted(ranking.items(), key=lambda item: -item[1])
-                lines = (
-                    f"{query} Q0 {passage} {rank} {float(score)!r} {tag}\n"
-                    for rank, (passage, score) in enumerate(ranked, 1)
-                )
-                file.write("".join(lines).encode())
+            yield write
             if file is not raw:
                 file.close()
             raw.flush()

@@ -15,7 +15,7 @@ import numpy as np
 
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import Block, Buffer, loads, read_blocks, require_file
-from lead_ds.io.mapped import Arrays, cached_arrays, open_buffer, signature
+from lead_ds.io.mapped import Arrays, cached_arrays, mapped_bytes, open_buffer, signature
 
 Kind = Literal["corpus", "queries"]
 _SHAPE = {"corpus": '{"_id", "title", "text"}', "queries": '{"_id", "text"}'}
@@ -113,10 +113,27 @@ class Texts:
 
 
 class Ids(Sequence[str]):
-    """Ids by row, decoded from one block of bytes when they are needed."""
+    """Ids by row, decoded from one block of bytes when they are needed. gap: bytes between an id and the next."""
 
-    def __init__(self, block: np.ndarray, starts: np.ndarray) -> None:
-        self._block, self._starts = block, starts
+    def __init__(self, block: np.ndarray, starts: np.ndarray, gap: int = 0) -> None:
+        self._block, self._starts, self._gap = block, starts, gap
+
+    @classmethod
+    def of_lines(cls, path: Path, remedy: str) -> Ids:
+        """The lines of a file, mapped into memory: ten million strings would take a gigabyte of each process.
+
+        Raises InputError with `remedy` when it cannot be read, or is not UTF-8 from its first line to its last.
+        """
+        try:
+            size = path.stat().st_size
+            block = mapped_bytes(path, size) if size else np.zeros(0, np.uint8)
+            starts = np.concatenate([[0], np.flatnonzero(block == ord("\n")) + 1])
+            ids = cls(block, starts.astype(np.uint32 if size < 1 << 32 else np.int64), gap=1)
+            for first in range(0, len(ids), 1 << 20):
+                ids[first : first + (1 << 20)]
+            return ids
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(path, f"cannot be read: {error}", remedy) from None
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -133,12 +150,13 @@ class Ids(Sequence[str]):
             cuts = self._starts[first : max(first, last) + 1].astype(np.int64)
             block = self._block[cuts[0] : cuts[-1]].tobytes()
             cuts -= cuts[0]
-            return [block[a:b].decode() for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
+            lasts = (cuts[1:] - self._gap).tolist()
+            return [block[a:b].decode() for a, b in zip(cuts[:-1].tolist(), lasts, strict=True)]
         if row < 0:
             row += len(self)
         if not 0 <= row < len(self):
             raise IndexError(row)
-        return self._block[int(self._starts[row]) : int(self._starts[row + 1])].tobytes().decode()
+        return self._block[int(self._starts[row]) : int(self._starts[row + 1]) - self._gap].tobytes().decode()
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), 65536):
@@ -147,7 +165,7 @@ class Ids(Sequence[str]):
     def take(self, rows: np.ndarray) -> list[str]:
         """The ids of many rows, in their order."""
         block = self._block.data
-        firsts, lasts = self._starts[rows].tolist(), self._starts[rows + 1].tolist()
+        firsts, lasts = self._starts[rows].tolist(), (self._starts[rows + 1] - self._gap).tolist()
         return [str(block[first:last], "utf-8") for first, last in zip(firsts, lasts, strict=True)]
 
     def equal(self, rows: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -155,7 +173,7 @@ class Ids(Sequence[str]):
         if not len(rows):
             return np.zeros(0, bool)
         width = words.shape[1] * 8
-        first, last = self._starts[rows].astype(np.int64), self._starts[rows + 1].astype(np.int64)
+        first, last = self._starts[rows].astype(np.int64), self._starts[rows + 1].astype(np.int64) - self._gap
         columns = np.arange(width)
         inside = columns < (last - first)[:, None]
         positions = np.where(inside, first[:, None] + columns, 0)

@@ -49,7 +49,8 @@ class VectorCache(TeacherCache):
     @property
     def paths(self) -> list[Path]:
         """See `TeacherCache`."""
-        return [index_path(self.folder), *shard_paths(self.folder, self.manifest)]
+        found = (shard_of(self.manifest, shard) for shard in range(shards(self.manifest)))
+        return [index_path(self.folder), *(shard_path(self.folder, *which) for which in found)]
 
     def held(self) -> str:
         """See `TeacherCache`."""
@@ -87,15 +88,15 @@ def shard_path(folder: Path, kind: Kind, shard: int) -> Path:
     return folder / f"{kind}-{shard:05d}.safetensors"
 
 
-def shards_of(manifest: dict[str, Any]) -> list[tuple[Kind, int]]:
-    """Every shard of a cache: what it holds, and its number among these."""
-    size = manifest["shard_texts"]
-    return [(kind, shard) for kind in KINDS for shard in range(-(-manifest[kind] // size))]
+def shards(manifest: dict[str, Any]) -> int:
+    """How many shards a cache has."""
+    return sum(-(-manifest[kind] // manifest["shard_texts"]) for kind in KINDS)
 
 
-def shard_paths(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The files of `shards_of`."""
-    return [shard_path(folder, kind, shard) for kind, shard in shards_of(manifest)]
+def shard_of(manifest: dict[str, Any], shard: int) -> tuple[Kind, int]:
+    """What a shard of a cache holds, and its number among these: those of queries come first."""
+    queries = -(-manifest["queries"] // manifest["shard_texts"])
+    return ("queries", shard) if shard < queries else ("passages", shard - queries)
 
 
 class Listing:
