@@ -1,6 +1,7 @@
 """What layer distillation brings, measured: the same student trained in many ways, tested on held-out collections.
 
     python -m benchmarks.quality build  --data DATA --work WORK
+    python -m benchmarks.quality texts  --data DATA --work WORK
     python -m benchmarks.quality mine   --models MODELS --work WORK
     python -m benchmarks.quality teach  --models MODELS --work WORK [--teacher ce de cb]
     python -m benchmarks.quality run    --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
@@ -43,7 +44,16 @@ from benchmarks.quality_arms import (
     cache_of,
     settings,
 )
-from benchmarks.quality_data import OTHERS, TRAINED_ON, Size, build_test, build_training, mine_by, without_dropout
+from benchmarks.quality_data import (
+    OTHERS,
+    TRAINED_ON,
+    Size,
+    build_test,
+    build_texts,
+    build_training,
+    mine_by,
+    without_dropout,
+)
 from lead_ds.config import Config, StudentConfig
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import LeadError
@@ -64,6 +74,11 @@ def build(args: argparse.Namespace) -> None:
     for name in TRAINED_ON:
         build_test(args.work / "dev" / name, name, args.data / name, size, "dev")
     write_json(args.work / SETTINGS, {"size": vars(size)})
+
+
+def texts(args: argparse.Namespace) -> None:
+    """Texts alone of the training sets, for `quality_queries.yaml`."""
+    build_texts(args.work / "texts" / "texts.txt", {name: args.data / name for name in TRAINED_ON})
 
 
 def mine(args: argparse.Namespace) -> None:
@@ -154,6 +169,7 @@ def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:
     scorer, encoder = open_encoder(model)
     if isinstance(model, StudentConfig):
         encoder = encoder.serving()
+    scorer = scorer.to(getattr(torch, args.dtype))
     started = time.perf_counter()
     for test in missing:
         dataset = Dataset.open(args.work / args.split / test)
@@ -161,7 +177,7 @@ def keep(args: argparse.Namespace, name: str, seed: int, make: Any) -> None:
         known[test] = scores.per_query
     facts = {"arm": name, "seed": seed, "steps": args.steps, "batch": args.batch, "lr": args.lr, "set": args.set or []}
     facts["negatives by"] = read_json(args.work / SETTINGS, "call `build` first").get("negatives by", "bm25")
-    facts |= {**told, "test_seconds": time.perf_counter() - started, **machine()}
+    facts |= {"tested_in": args.dtype, **told, "test_seconds": time.perf_counter() - started, **machine()}
     write_json(path, {**facts, "scores": known})
     means = {test: round(mean(known[test]["nDCG@10"]), 4) for test in known}
     print(f"{name}{args.tag} seed {seed}: {means}  {told.get('seconds', 0):.0f} s", flush=True)
@@ -244,6 +260,8 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--passages", type=int, default=2500, help="passages of a test corpus; 0: all")
     one.add_argument("--negatives", type=int, default=4, help="hard negatives of a query")
     one.set_defaults(call=build)
+    one = commands.add_parser("texts", parents=[every, data], help="training queries and sentences, without judgements")
+    one.set_defaults(call=texts)
     one = commands.add_parser("mine", parents=[every, models], help="negatives by the student in the place of BM25's")
     one.set_defaults(call=mine)
     one = commands.add_parser("teach", parents=[every, models, steps], help="run the teachers once")
@@ -256,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument(
         "--everywhere", nargs="*", default=names, help="arms that are also tested on the sets not trained on"
     )
+    one.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the tests")
     one.add_argument("--set", nargs="*", help="further settings, as KEY=JSON, for trials under another --tag")
     one.add_argument("--tag", default="", help="added to the names of results")
     one.set_defaults(call=run)

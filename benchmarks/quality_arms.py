@@ -31,8 +31,11 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "cb": {"kind": "colbert", "query_length": 32, "passage_length": 64},
 }
 # Every fourth layer of the dual encoder: a student that was never trained as a model of three layers, as users begin one.
-CUT = {"layers": [3, 7, 11], "pooling": "cls"}
+CUT = (3, 7, 11)
 CUT_LR = 2e-4
+# Its last three layers, where a dual encoder forms its vector; the steps begin nearer to the teacher, and may be larger.
+UPPER = (9, 10, 11)
+UPPER_LR = 5e-4
 TUNED_LR = 2e-4  # chosen, as the weights beside it, on dev queries
 DE_LAYERS = "3,6,7,8,9,10,11"  # whose vectors are kept: the upper half, and what `skip` takes
 # A unit-length model's relevance lies in [-1, 1]: 1/20 makes of it what a cross-encoder's logits are.
@@ -48,9 +51,9 @@ class Arm:
 
     source: what a teacher is read from. relevance: what `lead-ds teach` wrote of a query's own passages. vectors: of
     every text, so that all passages of the batch are compared. model: the model itself, where a dual encoder compares
-    the same, and `cotrain` trains it along (without dropout, as the student). cut: the student is cut out of the dual
-    encoder, and learns at CUT_LR. lr: another than the others'. beside: the arm of response KL that it is held against,
-    where that is not its teacher's own.
+    the same, and `cotrain` trains it along (without dropout, as the student). cut: the dual encoder's layers that are
+    the student, which learns at CUT_LR. dims: widths that it is trained in. lr: another than the others'. beside: the
+    arm of response KL that it is held against, where that is not its teacher's own.
     """
 
     name: str
@@ -60,7 +63,8 @@ class Arm:
     lens: bool = False
     source: Literal["relevance", "vectors", "model"] = "relevance"
     cotrain: bool = False
-    cut: bool = False
+    cut: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
     lr: float | None = None
     beside: str | None = None
 
@@ -124,15 +128,45 @@ ARMS = [
         lr=TUNED_LR,
         beside="response-de-tuned",
     ),
-    Arm("labels-cut", "cut student: labels only", None, cut=True),
-    Arm("response-cut", "cut student: labels + response KL, dual-encoder teacher", "de", source="vectors", cut=True),
+    Arm("labels-cut", "cut student: labels only", None, cut=CUT),
+    Arm("response-cut", "cut student: labels + response KL, dual-encoder teacher", "de", source="vectors", cut=CUT),
     Arm(
         "lead-cut",
         "cut student: LEAD, skip layers, dual-encoder teacher",
         "de",
         losses=_layer(select="skip"),
         source="vectors",
-        cut=True,
+        cut=CUT,
+    ),
+    Arm(
+        "upper",
+        "the teacher's last three layers: labels + response KL, weight 3",
+        "de",
+        losses={"response": {"weight": 3.0}},
+        source="vectors",
+        cut=UPPER,
+        lr=UPPER_LR,
+    ),
+    Arm(
+        "upper-aligned",
+        "the same + vectors, weight 5",
+        "de",
+        losses={"response": {"weight": 3.0}, "embedding": {"weight": 5.0, "into": "same"}},
+        source="vectors",
+        cut=UPPER,
+        lr=UPPER_LR,
+        beside="upper",
+    ),
+    Arm(
+        "upper-widths",
+        "the same, in two widths",
+        "de",
+        losses={"response": {"weight": 3.0}, "embedding": {"weight": 5.0, "into": "same"}},
+        source="vectors",
+        cut=UPPER,
+        lr=UPPER_LR,
+        beside="upper-aligned",
+        dims=(128, 384),
     ),
     Arm("response-cb", "labels + response KL, ColBERT teacher", "cb"),
     Arm("lead-cb", "LEAD, last 3 layers, ColBERT teacher", "cb", losses=_layer()),
@@ -163,7 +197,7 @@ def settings(
     student_temperature = COSINE_TEMPERATURE
     tree: dict[str, Any] = {
         "seed": seed,
-        "student": {**STUDENT, "path": str(models["cut" if arm.cut else "student"]), **(CUT if arm.cut else {})},
+        "student": {**STUDENT, "path": str(models["cut" if arm.cut else "student"]), **cut_of(arm)},
         "data": {"path": str(work / "train"), "negatives": negatives},
         "losses": {
             "contrastive": {"weight": 1.0, "temperature": student_temperature},
@@ -179,7 +213,7 @@ def settings(
         "train": {
             "steps": steps,
             "batch_size": batch,
-            "lr": CUT_LR if arm.cut else arm.lr or lr,
+            "lr": arm.lr or (CUT_LR if arm.cut else lr),
             "evaluate_every": 0,
             "save_every": steps,
             "log_every": 10,
@@ -195,6 +229,12 @@ def settings(
     return tree
 
 
+def cut_of(arm: Arm) -> dict[str, Any]:
+    """What of the student's section says that it is cut out of the dual encoder, and its widths."""
+    cut = {"layers": list(arm.cut), "pooling": "cls"} if arm.cut else {}
+    return {**cut, **({"dims": list(arm.dims)} if arm.dims else {})}
+
+
 def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[str, Any]:
     """Where an arm's teacher is read from."""
     assert arm.teacher is not None
@@ -202,7 +242,7 @@ def teacher_section(arm: Arm, work: Path, models: Mapping[str, Path]) -> dict[st
         return {"kind": "cached", "path": str(cache_of(arm, work))}
     assert not arm.cotrain or arm.teacher == "de", "only the dual encoder is there without dropout"
     path = models["cut" if arm.cotrain else arm.teacher]  # `cut` is the dual encoder without dropout
-    dtype = "auto" if arm.cotrain else "fp32"  # one that is trained has the student's
+    dtype = "auto" if arm.cotrain else "bf16"  # one that is trained has the student's
     return {**TEACHERS[arm.teacher], "path": str(path), "dtype": dtype, "train": arm.cotrain}
 
 

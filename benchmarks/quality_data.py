@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -63,6 +64,23 @@ def build_training(folder: Path, sets: Mapping[str, Path], size: Size) -> Path:
     keep_full(folder / "train.jsonl", size.negatives)
     write_json(folder / DONE, facts(size, sets))
     return folder
+
+
+def build_texts(path: Path, sets: Mapping[str, Path], seed: int = 888) -> None:
+    """Every training query, and of each set at most 12,000 sentences of its passages, two of each: texts on lines."""
+    generator, texts = random.Random(seed), []
+    for folder in sets.values():
+        dataset = Dataset.open(folder)
+        texts += dataset.queries.texts(dataset.queries.rows(sorted(dataset.qrels("train"))))
+        sentences = []
+        for start in range(0, len(dataset.corpus), 1000):
+            for passage in dataset.corpus.texts(range(start, min(start + 1000, len(dataset.corpus)))):
+                parts = [part.split() for part in re.split(r"(?<=[.!?])\s+", passage)]
+                parts = [part for part in parts if len(part) >= 5]
+                sentences += [" ".join(part[:24]) for part in generator.sample(parts, min(2, len(parts)))]
+        texts += generator.sample(sentences, min(12_000, len(sentences)))
+    with atomic(path) as temporary:
+        temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts if text.strip()), "utf-8")
 
 
 def mine_by(model: Path, folder: Path, negatives: int) -> None:

@@ -117,7 +117,7 @@ def rivals(name: str) -> dict[str, str]:
     if arm is None:
         return {column: column for column in COLUMNS}
     if arm.cut:
-        return {"labels": "labels-cut", "response": "response-cut"}
+        return {"labels": "labels-cut", "response": arm.beside or "response-cut"}
     return {"start": "start", "labels": "labels", "response": arm.beside or RESPONSE[arm.teacher]}
 
 
