@@ -87,8 +87,8 @@ def evaluate(
     if model is not None or query_model is not None or document_model is not None:
         found_model, documents = options.two_models(model, query_model, document_model)
         model = found_model
-    if documents is not None and (settings or kind or depth or run):
-        what = "two models search the corpus, as they are: settings, --kind, --run and --depth are for reranking"
+    if documents is not None and (kind or depth or run):
+        what = "two models search the corpus: --kind, --run and --depth are for reranking"
         raise InputError("--document-model", what, "give one or the other")
     if model is None and run is None:
         raise InputError("evaluate", "give --model with --data, or --run with --qrels", "see lead-ds evaluate --help")
@@ -146,21 +146,24 @@ def evaluate(
         }
         with ranks() as here:
             if here.main:
-                searched = open_encoder(str(model), here.device, dim, options.check_settings(settings, documents))
+                of_queries, of_documents = options.settings_of_two(settings, documents)
+                if of_documents:
+                    what = "is ignored: that model made the index"
+                    raise InputError(f"document.{of_documents[0]}", what, "give it to lead-ds encode")
+                searched = open_encoder(str(model), here.device, dim, of_queries)
                 options.tell_reading(searched, Dataset.open(data))
                 task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
-                scores = evaluate_index(searched, index, task, out=out, **search)
+                size = options.batch_of(batch_size, here.device)
+                scores = evaluate_index(searched, index, task, batch_size=size, out=out, **search)
                 tell(scores, json_file, per_query)
         return
     if documents is not None:
         from lead_ds.retrieval.two_models import evaluate_two
 
-        options.check_settings(settings, documents)
+        both = list(zip((model, documents), options.settings_of_two(settings, documents), strict=True))
         with ranks() as here:
             task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
-            query, document = agreed(
-                here, lambda: [open_encoder(str(path), here.device, dim) for path in (model, documents)]
-            )
+            query, document = agreed(here, lambda: [open_encoder(path, here.device, dim, own) for path, own in both])
             for one in (query, document):
                 agreed(here, lambda: options.tell_reading(one, task.dataset, here))  # noqa: B023 - called at once
             size = options.batch_of(batch_size, here.device)

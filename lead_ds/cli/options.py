@@ -12,7 +12,7 @@ _OF_RUNS = ("passes", "weights", "path")
 SETTINGS = typer.Argument(
     None,
     help="Settings of the model, as in a configuration's section of it: kind=K, passage_length=256, query_prompt='query: ', "
-    "pooling=mean, trust_remote_code=true ...",
+    "pooling=mean, trust_remote_code=true ... Of two models: query.KEY=VALUE and document.KEY=VALUE.",
     metavar="[KEY=VALUE]...",
 )
 BATCH = typer.Option(
@@ -65,13 +65,27 @@ def two_models(model: Any, query_model: Any, document_model: Any) -> tuple[str, 
     return routes(model) or (str(model), None)
 
 
-def check_settings(settings: list[str] | None, documents: str | None = None) -> list[str]:
-    """Settings of a model that a command reads. Raises InputError for those that only a run heeds, and for two models."""
+def settings_of_two(settings: list[str] | None, documents: str | None) -> tuple[list[str], list[str]]:
+    """Settings of the model of queries, and of that of documents; where one model is both, all are its.
+
+    Raises InputError as `check_settings`, and where two models are given and a setting says of neither that it is its.
+    """
+    if documents is None:
+        return check_settings(settings), []
+    found: dict[str, list[str]] = {"query": [], "document": []}
+    for setting in settings or []:
+        side, dot, own = setting.partition(".")
+        if not dot or side not in found:
+            raise InputError(
+                setting, "is a setting of one model, and two are given", f"write query.{setting} or document.{setting}"
+            )
+        found[side].append(own)
+    return check_settings(found["query"]), check_settings(found["document"])
+
+
+def check_settings(settings: list[str] | None) -> list[str]:
+    """Settings of a model that a command reads. Raises InputError for those that only a run heeds."""
     given = list(settings or [])
-    if given and documents is not None:
-        raise InputError(
-            given[0], "is a setting of one model, and two are given", "save it with the model: lead-ds export"
-        )
     for setting in given:
         name = setting.partition("=")[0].strip()
         if name in _OF_RUNS:

@@ -25,11 +25,11 @@ def encode(
     dtype: str = typer.Option(
         "float32", "--dtype", help="float32, float16, int8, binary or ubinary, of the stored vectors."
     ),
-    precision: str = typer.Option(
-        "fp32",
+    precision: str | None = typer.Option(
+        None,
         "--precision",
-        help="fp32, bf16 or fp16 (GPU), of the model's matrix products. bf16: near three times as fast on a CPU with AMX. int8, "
-        "binary or ubinary: as --dtype.",
+        help="fp32, bf16 or fp16 (GPU), of the model's matrix products; default: that of its weights, see the setting dtype. "
+        "bf16: near three times as fast on a CPU with AMX. int8, binary or ubinary: as --dtype.",
     ),
     dim: int | None = options.DIM,
     batch_size: int | None = options.BATCH,
@@ -46,14 +46,18 @@ def encode(
     from lead_ds.retrieval.small import SMALL
 
     options.choice("--dtype", dtype, "float32", "float16", *SMALL)
-    options.choice("--precision", precision, "fp32", "bf16", "fp16", *SMALL)
+    options.choice("--precision", precision or "fp32", "fp32", "bf16", "fp16", *SMALL)
     if precision in SMALL:
         if dtype not in ("float32", precision):
             raise InputError("--dtype", f"{dtype} and --precision {precision} were both given", "give one of them")
-        dtype, precision = precision, "fp32"
+        dtype, precision = precision, None
+    given = options.check_settings(settings)
+    if precision == "fp32":
+        given = ["dtype=fp32", *given]
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
+    from lead_ds.models.dtypes import dtype_of
     from lead_ds.retrieval.encode import Encoding, Stored, encode_to
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import model_facts
@@ -63,9 +67,7 @@ def encode(
     with ranks() as here:
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
-        scorer, encoder = opened = agreed(
-            here, lambda: open_encoder(model, here.device, dim, options.check_settings(settings))
-        )
+        scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, given))
         if scorer.sparse:
             if dtype != "float32":
                 raise InputError(
@@ -74,9 +76,9 @@ def encode(
             dtype = "sparse"
         agreed(here, lambda: options.tell_reading(opened, dataset, here))
         facts = model_facts(model, scorer)
-        if scorer.config.dtype not in ("auto", "fp32"):
-            facts["read_as"] = scorer.config.dtype  # an encode of other numbers cannot finish this one
-        how = Encoding(options.batch_of(batch_size, here.device), here.device, cast(Any, precision))
+        if (read_as := dtype_of(scorer)) != "fp32":
+            facts["read_as"] = read_as  # an encode of other numbers cannot finish this one
+        how = Encoding(options.batch_of(batch_size, here.device), here.device, cast(Any, precision or "fp32"))
         stored = Stored(cast(Any, dtype))
         read = scorer.ranked if scorer.sparse else scorer.embed
         vectors = encode_to(out, read, encoder, texts, facts, how, stored, peers=here)
@@ -85,6 +87,7 @@ def encode(
 
 
 def index(
+    settings: list[str] | None = options.SETTINGS,
     vectors: Path = typer.Option(..., "--vectors", help="What `lead-ds encode` wrote."),
     out: Path = typer.Option(..., "--out", help="Where the index goes."),
     factory: str = typer.Option(
@@ -121,13 +124,20 @@ def index(
         check_texts(
             opened.manifest, dataset.corpus if opened.manifest["kind"] == "corpus" else dataset.queries, vectors
         )
+    if rescore is not None and rescore.resolve() == vectors.resolve():
+        what = "is what the index itself is made of, and scores nothing more finely"
+        raise InputError("--rescore", what, "leave it out, or name vectors of float32 or int8")
     finer = None if rescore is None else Vectors.open(rescore)
     asks: dict[str, Any] | None = None
+    if settings and query_model is None:
+        raise InputError(settings[0], "is a setting of a model, and none is read", "add --query-model")
     if query_model is not None:
         from lead_ds.retrieval.evaluate import open_encoder
         from lead_ds.retrieval.search import model_facts
 
-        asks = model_facts(query_model, open_encoder(query_model, "cpu")[0])
+        asking = open_encoder(query_model, "cpu", settings=options.check_settings(settings))
+        options.tell_reading(asking, None)
+        asks = model_facts(query_model, asking[0])
     built: Any = build_index(opened, out, factory, gpus=gpus, layout=layout, queries=asks, rescore=finer)  # type: ignore[arg-type]
     print(f"{'inverted' if opened.dtype == 'sparse' else factory}: {len(opened)} vectors: {built}")
 
@@ -142,7 +152,7 @@ def search(
     given: list[str] | None = typer.Option(
         None,
         "--set",
-        help="A setting of the model: passage_length=256, query_prompt='query: ' ...",
+        help="A setting of the model: passage_length=256, query_prompt='query: ' ... Of two models: query.KEY=VALUE ...",
         metavar="KEY=VALUE",
     ),
     query_model: Path | None = options.QUERY_MODEL,
@@ -191,9 +201,19 @@ def search(
     if out is not None:
         check_search_names(data, index, tag, out)
     queries, documents = options.two_models(model, query_model, document_model)
-    opened = open_encoder(queries, dim=dim, settings=options.check_settings(given, documents))
-    options.tell_reading(opened, None if data is None else Dataset.open(data))
-    settings |= {"document_model": documents}
+    of_queries, of_documents = options.settings_of_two(given, documents)
+    opened = open_encoder(queries, dim=dim, settings=of_queries)
+    dataset = None if data is None else Dataset.open(data)
+    options.tell_reading(opened, dataset)
+    if documents is not None and index is None:
+        settings["document_model"] = reads = open_encoder(documents, dim=dim, settings=of_documents)
+        options.tell_reading(reads, dataset)
+    elif of_documents:
+        raise InputError(
+            f"document.{of_documents[0]}", "is ignored: that model made the index", "give it to lead-ds encode"
+        )
+    else:
+        settings["document_model"] = documents
     searcher = Searcher.open(opened, data, quiet=bool(as_json), **settings)
     if query and out is None:
         for text in query:

@@ -41,7 +41,10 @@ def export(
     if (document_model is not None) != (to == "router"):
         raise InputError("--document-model", "goes with --to router, and it with that", "give both, or neither")
     if document_model is not None:
-        check_settings(settings, str(document_model))
+        if settings:
+            raise InputError(
+                settings[0], "is ignored by --to router, which keeps both models as they are", "take it out"
+            )
         if data is not None:
             raise InputError("--data", "is not measured with --to router", "use lead-ds evaluate --model OUT --data")
         from lead_ds.models.router import save_router

@@ -257,6 +257,16 @@ def one_engine_has_one_dtype(config: Run) -> Iterator[Broken]:
         yield Broken(f"{next(iter(config.taught))}.dtype", what, f"set student.dtype: {teacher.dtype}, or take it out")
 
 
+def a_students_scale_is_of_its_layers(config: Run) -> Iterator[Broken]:
+    """A student's final relevance is what it will serve; its scale is that of its layers."""
+    if config.student.scale != "none" and not config.losses.needing("layers"):
+        what = f"{config.student.scale} is ignored: no loss reads its layers, and its final relevance is what it will serve"
+        remedy = "take it out" + (
+            "" if reads_pairs(config.student.kind) else "; student.normalize: true compares by cosine"
+        )
+        yield Broken("student.scale", what, remedy)
+
+
 def averages_have_checkpoints(config: Run) -> Iterator[Broken]:
     """What is averaged must have been kept; weights are searched by an evaluation."""
     train = config.train
@@ -327,6 +337,7 @@ RULES: tuple[Rule, ...] = (
     patience_has_evaluations,
     candidates_are_reranked,
     one_engine_has_one_dtype,
+    a_students_scale_is_of_its_layers,
     averages_have_checkpoints,
     lora_is_of_the_student,
     widths_are_of_vectors,

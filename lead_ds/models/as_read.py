@@ -12,6 +12,7 @@ import numpy as np
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
+from lead_ds.models.dtypes import dtype_of, published_in, setting_name
 from lead_ds.models.files import read_json
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import LENGTHS
@@ -19,21 +20,20 @@ from lead_ds.models.load import LENGTHS
 SAMPLE = 256  # texts of the data that are looked at
 _WHOLE = 1 << 30  # longer than any text: nothing is cut
 _FEW = 8  # tokens of a text that a prompt must leave
-_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def reading_of(scorer: Kind, encoder: TextEncoder) -> dict[str, Any]:
     """Kind, pooling, prompts, lengths, similarity and dtype, as JSON can hold them."""
-    dtype = str(next(scorer.parameters()).dtype).removeprefix("torch.")
     return {
         "kind": scorer.name,
         "pooling": getattr(scorer, "pooling", None),
         "normalize": getattr(scorer, "normalize", None),
         "prompts": {"query": encoder.query_prompt, "passage": encoder.passage_prompt},
-        "template": None if getattr(encoder, "layout", None) is None else str(encoder.layout),
+        "template": next((str(how) for name in ("layout", "message") if (how := getattr(encoder, name, None))), None),
         "lengths": {name: getattr(encoder, name) for name in LENGTHS if name in scorer.Settings.model_fields},
         "similarity": similarity_of(scorer),
-        "read_as": _NAMES.get(dtype, dtype),
+        "read_as": dtype_of(scorer),
+        "published_in": published_in(scorer.config.path) if hasattr(scorer, "chain") else None,  # not one's own module
     }
 
 
@@ -50,10 +50,9 @@ def reading_line(scorer: Kind, encoder: TextEncoder, queries: Sequence[str], pas
         parts.append(f"template {shown!r}")
     parts.append(" and ".join(f"{name} {tokens}" for name, tokens in facts["lengths"].items()))
     if facts["similarity"] is not None:
-        parts.append(facts["similarity"]["computed"])
-        if (scale := getattr(scorer.config, "scale", "none")) != "none":
-            parts.append(f"relevance by {'z-scores' if scale == 'standard' else scale}")
-    parts.append(facts["read_as"])
+        parts.append(compared_by(scorer, facts["similarity"]["computed"]))
+    published = setting_name(facts["published_in"] or facts["read_as"])
+    parts.append(facts["read_as"] + (f", published in {published}" if published != facts["read_as"] else ""))
     cut = {} if encoder.tokenizer is None else cut_share(encoder, queries, passages)
     shares = [f"{some['cut']:.1%} of {some['texts']} {side}" for side, some in cut.items() if some["texts"]]
     if shares:
@@ -77,8 +76,8 @@ def check_room(encoder: TextEncoder, where: str) -> None:
     """Raise InputError where a prompt or a template leaves too little of a text; `where`: whose lengths these are."""
     for name, left in room(encoder).items():
         if left < _FEW:
-            length = getattr(encoder, name)
-            what = f"is {length}, and its {'template' if encoder.layout else 'prompt'} leaves {max(left, 0)} tokens of a text"
+            length, by = getattr(encoder, name), "template" if encoder.layout or encoder.message else "prompt"
+            what = f"is {length}, and its {by} leaves {max(left, 0)} tokens of a text"
             key = ".".join(filter(None, [where, name]))
             raise InputError(key, what, f"raise it to {length - left + _FEW} at least, or shorten the prompt")
 
@@ -86,15 +85,15 @@ def check_room(encoder: TextEncoder, where: str) -> None:
 def room(encoder: TextEncoder) -> dict[str, int]:
     """Tokens that are left for a text, or the two of a pair, by the name of their length; where a prompt takes some."""
     prompts = {"queries": encoder.query_prompt, "passages": encoder.passage_prompt}
-    if encoder.tokenizer is None or not (any(prompts.values()) or encoder.layout):
+    if encoder.tokenizer is None or not (any(prompts.values()) or encoder.layout or encoder.message):
         return {}
     whole = replace(encoder, query_length=_WHOLE, passage_length=_WHOLE, max_length=_WHOLE)
     if encoder.reads_pairs:
         return {"max_length": encoder.max_length - len(whole.pair_rows([""], [""])[0][0])}
     left: dict[str, int] = {}
-    if prompts["queries"]:
+    if prompts["queries"] or encoder.message:
         left["query_length"] = encoder.query_length - len(whole.rows([""], "queries")[0][0])
-    if prompts["passages"]:
+    if prompts["passages"] or encoder.message:
         left["passage_length"] = encoder.passage_length - len(whole.rows([""], "passages")[0][0])
     return left
 
@@ -128,6 +127,16 @@ def similarity_of(scorer: Kind) -> dict[str, Any] | None:
         read_json(scorer.config.path, "config_sentence_transformers.json").get("similarity_fn_name") if files else None
     )
     return {"files": named, "computed": getattr(scorer, "similarity", "cosine" if scorer.unit else "dot")}
+
+
+def compared_by(scorer: Kind, served: str) -> str:
+    """By what its relevance is compared in a run: what it serves, unless `scale` of its section says otherwise."""
+    scale = getattr(scorer.config, "scale", "none")
+    if scale in ("none", served):
+        return served
+    named = "z-scores" if scale == "standard" else scale
+    final = getattr(scorer, "final_scale", scale) == scale
+    return f"{named} by its scale, {served} where it serves" if final else f"{served}, layers by {named}"
 
 
 def _cut(rows: Sequence[Any], length: int) -> dict[str, Any]:

@@ -65,6 +65,21 @@ def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text:
         return getattr(library, family)(modules=[transformer], **settings)
 
 
+_STATES = ("forward", "last_hidden_state", "token_embeddings")  # how sentence-transformers' Transformer is read
+
+
+def finished_output(path: str) -> str | None:
+    """Of a model that gives one vector a text by itself: how its output names it, as sentence-transformers has it; else None."""
+    own = read_json(path, f"{transformer_folder(path)}/sentence_bert_config.json".lstrip("/"))
+    text = own.get("modality_config", {}).get("text", {})
+    how = (text.get("method"), text.get("method_output_name"), own.get("module_output_name"))
+    if how in (_STATES, (None, None, None)):
+        return None
+    if how[0] != "forward" or how[2] != "sentence_embedding" or not isinstance(how[1], str):
+        return ""
+    return how[1]
+
+
 def save_chain(chain: Any, folder: str, tokenizer: Any, states: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
     """Write a directory as sentence-transformers writes it. states: the weights to write for a module, which may be sharded."""
     chain[0].processor = tokenizer
@@ -148,8 +163,16 @@ def _check(config: ModelConfig, family: str) -> None:
             what = "its weights come as pickle only, which can run code"
             raise InputError(where, what, "set allow_pickle: true if you trust it")
     own = read_json(config.path, f"{transformer_folder(config.path)}/sentence_bert_config.json".lstrip("/"))
-    if "message" in own.get("modality_config", {}) and family != "CrossEncoder":
-        what = "reads texts through a chat template, which is not supported"
+    output = finished_output(config.path) if family == "SentenceTransformer" else None
+    if output is not None and not (output and config.trust_remote_code):
+        what = (
+            "reads another output than the states of tokens (modality_config), which is done of code of its own alone"
+        )
+        raise InputError(
+            f"{config.path}/sentence_bert_config.json", what, "save it with Pooling behind its transformer"
+        )
+    if "message" in own.get("modality_config", {}) and family not in ("CrossEncoder", "SentenceTransformer"):
+        what = "reads texts through a chat template, which is done of a dual encoder and of pairs alone"
         raise InputError(f"{config.path}/sentence_bert_config.json", what, "save it with modality text alone")
 
 

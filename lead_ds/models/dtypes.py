@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from lead_ds.errors import InputError
 from lead_ds.io.located import find_file
@@ -23,6 +24,31 @@ def half_of(path: str, device: torch.device) -> torch.dtype:
 def has_bfloat16() -> bool:
     """Whether the GPU itself computes in bfloat16. V100 and T4 only emulate it, many times slower than float16."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def served_in(path: str, device: torch.device, *, generates: bool) -> torch.dtype:
+    """The dtype in which a model encodes, ranks or scores where no setting says.
+
+    On a CPU float32. On a GPU that of 16 bits in which it was published, where the GPU has it; else float32, a language model
+    that scores (generates) as `half_of` has it.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    if generates or published_in(path) == "float16":
+        return half_of(path, device)
+    if published_in(path) == "bfloat16" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def dtype_of(scorer: nn.Module) -> str:
+    """The dtype of a model's weights, as settings name it."""
+    return setting_name(str(next(scorer.parameters()).dtype).removeprefix("torch."))
+
+
+def setting_name(dtype: str) -> str:
+    """bfloat16 -> bf16, and so on; another name as it is."""
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
 
 
 def published_in(path: str) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lead_ds.errors import InputError
+from lead_ds.models.backbone import is_decoder
 
 PoolingMode = Literal["cls", "mean", "lasttoken"]  # sentence-transformers' names
 
@@ -35,9 +36,16 @@ def classification_head(model: Any, path: str) -> Head:
         return Head("lasttoken", model.score)
     if isinstance(getattr(model, "pre_classifier", None), nn.Linear):  # DistilBERT
         return Head("cls", lambda x: classifier(drop(torch.relu(model.pre_classifier(x)))))
-    if isinstance(getattr(model, "head", None), nn.Module) and isinstance(classifier, nn.Linear):  # ModernBERT
-        pooling: PoolingMode = "mean" if model.config.classifier_pooling == "mean" else "cls"
+    named = {"cls": "cls", "bos": "cls", "mean": "mean"}.get(str(getattr(model.config, "classifier_pooling", None)))
+    pooling: Any = "lasttoken" if is_decoder(model.config) else named
+    if (
+        pooling and isinstance(getattr(model, "head", None), nn.Module) and isinstance(classifier, nn.Linear)
+    ):  # ModernBERT
         return Head(pooling, lambda x: classifier(drop(model.head(x))))
+    if (
+        pooling and isinstance(getattr(model, "dense", None), nn.Linear) and isinstance(classifier, nn.Linear)
+    ):  # EuroBERT
+        return Head(pooling, lambda x: classifier(model.activation(model.dense(x))))
     if hasattr(classifier, "dense") and hasattr(classifier, "out_proj"):  # RoBERTa, XLM-R, ELECTRA, MPNet, CamemBERT
         return Head("cls", lambda x: classifier(x.unsqueeze(1)))
     for owner in (model, model.base_model):  # DeBERTa; BERT and its kin
@@ -47,7 +55,7 @@ def classification_head(model: Any, path: str) -> Head:
     raise InputError(
         path,
         f"the scoring head of a {model.config.model_type} is not known",
-        "BERT, RoBERTa, XLM-R, ELECTRA, MPNet, DistilBERT, DeBERTa, ModernBERT and decoders with a score head are",
+        "those of BERT, RoBERTa, XLM-R, ELECTRA, MPNet, DistilBERT, DeBERTa, ModernBERT, EuroBERT (bos, mean) and decoders are",
     )
 
 

@@ -102,7 +102,7 @@ def _with_roles(
     tokenizer = encoder.tokenizer
     special = set(tokenizer.all_special_ids)
     roles = ["special" if token in special else "text" for token in row]
-    if text is not None and tokenizer.is_fast:
+    if text is not None and tokenizer.is_fast and encoder.message is None:
         (spans,), begin = encoder.spans([text[1]], text[0])
         for i, (start, end) in enumerate(spans[: len(row)]):
             if end > start:  # special tokens stand for no characters

@@ -10,7 +10,7 @@ import torch
 
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import read_model_config
-from lead_ds.models.dtypes import half_of
+from lead_ds.models.dtypes import served_in
 from lead_ds.models.files import RECORD, family_of, read_json
 from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.special_weights import check_trainable
@@ -44,7 +44,12 @@ def load_teacher(config: Any, dtype: torch.dtype, depth: int | None = None) -> K
 def load_student(config: Any, dtype: torch.dtype) -> Kind:
     """The scorer of a student's configuration, in training mode, cut to `layers` where those are given."""
     check_trainable(read_model_config(config), config.path)
-    return KINDS[config.kind].load(config, dtype, layers=getattr(config, "layers", None), student=True).train()
+    student = KINDS[config.kind].load(config, dtype, layers=getattr(config, "layers", None), student=True)
+    if not student.can_be_student:
+        raise InputError(
+            config.path, "is a frozen teacher only: its own code finishes its vectors", "choose another model"
+        )
+    return student.train()
 
 
 def load_text(config: Any) -> TextEncoder:
@@ -108,7 +113,7 @@ def load_scorer(
     """A model of any kind in evaluation mode (not yet on `device`), and its tokenisation as its files say.
 
     kind: None: what its files say. settings: `key=value` of the kind's section, which win over the files, or `kind=K`. Weights
-    are float32 unless `dtype` is given, a decoder reranker's on CUDA of 16 bits (see `half_of`).
+    are as `dtype` says, else of `served_in`'s dtype.
     Raises InputError for a directory that holds another kind of model, and for an unknown setting.
     """
     record = read_json(path, RECORD)
@@ -124,12 +129,8 @@ def load_scorer(
         apply_override(tree, setting, found.Settings)
     recorded = {"scale": record["scale"]} if found.gives_vectors and "scale" in record else {}
     config = parse_section(found.Settings, {"path": path, "kind": name, **recorded, **tree}, path)
-    if config.dtype != "auto":
-        dtype = DTYPES[config.dtype]
-    elif found.head == "causal" and torch.device(device).type == "cuda":
-        dtype = half_of(path, torch.device(device))
-    else:
-        dtype = torch.float32
+    generates = found.head == "causal"
+    dtype = DTYPES.get(config.dtype) or served_in(path, torch.device(device), generates=generates)
     encoder = found.read_text(config)
     config = with_lengths(config, lambda _: encoder)
     return found.load(config, dtype, student=found.gives_vectors, frozen=not found.gives_vectors), encoder

@@ -200,5 +200,5 @@ def _last_state(output: Any, path: str) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() != 3:
         names = ", ".join(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
         what = f"its own code gives no states of tokens (last_hidden_state) but {names}"
-        raise InputError(path, what, "its layers cannot be read; cache or serve its vectors instead")
+        raise InputError(path, what, "of a frozen teacher, set placement: replicate; else cache or serve its vectors")
     return found

@@ -36,7 +36,13 @@ class Seq2SeqReranker(LLMReranker):
         chain = open_chain(config, cls.family, "seq2seq")
         model = load_model(config, "seq2seq", dtype)
         cls.complete(chain, model, config, frozen=True)
-        return cls(chain, model, config).eval()
+        return cls.of_parts(chain, model, config, student=False).eval()
+
+    @classmethod
+    def logits_of(cls, model: Any, tokens: Tokens) -> Tensor:
+        """See `PairScorer`."""
+        start_B1 = torch.full_like(tokens["input_ids"][:, :1], model.config.decoder_start_token_id)
+        return model(**tokens, decoder_input_ids=start_B1).logits[:, 0]
 
     @property
     def backbone(self) -> Any:

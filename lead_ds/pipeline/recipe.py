@@ -11,6 +11,7 @@ from lead_ds.config import Config, load_config
 from lead_ds.errors import InputError
 from lead_ds.io.fingerprints import Fingerprints
 from lead_ds.models.kinds.kind import KINDS, kinds_that
+from lead_ds.pipeline.ready import Ready, reading_settings
 from lead_ds.pipeline.settings import deciding, existing, flat, options_of
 from lead_ds.pipeline.stage_graph import Made, Reads, StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
@@ -38,16 +39,6 @@ class Given:
 
     models: tuple[str, ...]
     tree: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A model that is searched with: its path, the stage that makes it, and what decides of it where none does."""
-
-    path: str
-    needs: list[str]
-    inputs: dict[str, str]
-    models: tuple[str, ...]
 
 
 class Recipe:
@@ -258,8 +249,9 @@ class Recipe:
         if stage:
             made = self.stages[stage].folder / "run" / ("student" if model == MAIN else "model")
             return Ready(str(made), [stage], {}, ())
-        path = self._as_it_comes(model)
-        return Ready(path, [], {"model": self.fingerprints.model(path)}, (path,))
+        path, settings = self._as_it_comes(model), reading_settings(section)
+        inputs = {"model": self.fingerprints.model(path)} | ({"settings": " ".join(settings)} if settings else {})
+        return Ready(path, [], inputs, (path,), settings)
 
     def _as_it_comes(self, model: str) -> str:
         """The path of a model that no stage trains. Raises InputError for one that is only made when training starts."""
@@ -275,7 +267,7 @@ class Recipe:
         options = options_of(settings.model_dump(exclude_defaults=True))
         self._graph.add(
             name,
-            ["encode", "--model", model.path, "--data", data, *options, "--out"],
+            ["encode", *model.settings, "--model", model.path, "--data", data, *options, "--out"],
             Made("vectors", ("vectors/*",), repairs=True),
             {"encode": settings.model_dump(exclude={"batch_size"} | ({"dim"} if settings.dim is None else set()))}
             | model.inputs,
@@ -311,8 +303,7 @@ class Recipe:
         qrels = f"qrels/{item.split}.tsv"
         two = own is not documents
         inputs = own.inputs | ({"documents": documents.path, **documents.inputs} if two and documents.inputs else {})
-        models = ["--query-model", own.path, "--document-model", documents.path] if two else ["--model", own.path]
-        folder = self.stages[index].folder / "index"
+        folder, models = self.stages[index].folder / "index", own.asking(documents if two else None)
         command = ["search", *models, "--data", data, "--index", folder, *options_of(options)]
         self._graph.add(
             search,

@@ -79,7 +79,7 @@ class Searcher:
         batch_size: int = 64,
         device: str | None = None,
         quiet: bool = False,
-        document_model: str | Path | None = None,
+        document_model: ModelLike | None = None,
         **index_settings: Any,
     ) -> Searcher:
         """Load a model with an index (`index_settings` of `Index.open`), or encode the corpus of `data` now.
@@ -95,6 +95,7 @@ class Searcher:
         corpus = None if data is None else Dataset.open(data).corpus
         if index is not None:
             opened = Index.open(index, **index_settings)
+            assert document_model is None or isinstance(document_model, (str, Path))
             return cls.over_index(scorer, encoder, scorer.config.path, opened, corpus, document_model)
         assert corpus is not None
         documents = None if document_model is None else open_encoder(document_model, device, scorer.dim)
@@ -112,6 +113,9 @@ class Searcher:
     ) -> Searcher:
         """The model loaded from `path` over an index. Raises InputError as `open`."""
         facts, width = model_facts(path, scorer), index.meta["dimension"]
+        if scorer.dim not in (None, width):
+            what = f"is {scorer.dim}, and {index.folder} has vectors of {width} dimensions"
+            raise InputError("dim", what, "leave it out: an index is read at its own width; encode --dim makes another")
         asks = index.meta.get("queries") == facts  # the index was made for its queries
         own = index.meta["model"] == {**facts, "dimension": width}
         if scorer.dim is None and width < facts["dimension"] and (own or document_model is not None):
@@ -218,6 +222,7 @@ def evaluate_index(
     index: str | Path,
     task: Task,
     *,
+    batch_size: int = 64,
     out: str | Path | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -231,5 +236,6 @@ def evaluate_index(
     searcher = Searcher.open(model, dataset.folder, index=index, **settings)
     texts = dataset.queries.texts(dataset.queries.rows(list(qrels)))
     reading: dict[str, Any] = {"quiet": quiet, "keep_identical": task.keep_identical, "judged": qrels}
+    reading["batch_size"] = batch_size
     runs = searcher.runs(list(qrels), texts, min(depth(task.measures), len(searcher.ids)), **reading)
     return score_each(runs, task, qrels, out)

@@ -101,6 +101,12 @@ def _describe(error: Any, section: type[Section]) -> tuple[str, str]:
         return "unknown key", f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
     if "remedy" in error.get("ctx", {}):  # an error of ours, which knows what to do
         return error["msg"], error["ctx"]["remedy"]
+    if error["type"] == "model_type":
+        names = [name for found in _sections_at(location, section) for name in found.known_fields()]
+        return (
+            f"is a section, got {error['input']!r}",
+            f"set it to {{}} for its defaults, or to {{KEY: VALUE}} of {', '.join(names)}",
+        )
     if error["type"] == "missing":
         return "is required", "add it to the configuration"
     message = error["msg"].removeprefix("Value error, ")

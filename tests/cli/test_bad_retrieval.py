@@ -177,6 +177,27 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "to evaluate an index of cells that it lacks": (nothing, OF_INDEX + " --nprobe 4", ["Flat index has no nprobe"]),
     "to rerank what an index finds": (nothing, OF_INDEX + " --depth 9", ["--index", "reranking"]),
     "an unknown layout": (nothing, SEARCH + " --layout both", ["--layout", "'both' is unknown", "shard or replicate"]),
+    "an index read at fewer dimensions": (
+        nothing,
+        OF_INDEX + " --dim 8",
+        ["dim: is 8", "vectors of 16", "leave it out"],
+    ),
+    "vectors that score themselves": (
+        nothing,
+        INDEX + " --rescore vectors",
+        ["--rescore", "is what the index itself is made of"],
+    ),
+    "a setting of no model": (nothing, INDEX + " pooling=mean", ["pooling=mean", "add --query-model"]),
+    "a setting of neither of two models": (
+        nothing,
+        "evaluate --query-model model --document-model model --data data pooling=mean",
+        ["pooling=mean", "write query.pooling=mean or document.pooling=mean"],
+    ),
+    "a setting of the model that made the index": (
+        nothing,
+        SEARCH.replace("--model model", "--query-model model --document-model model") + " --set document.pooling=mean",
+        ["document.pooling=mean", "that model made the index", "lead-ds encode"],
+    ),
     "cells of no index": (nothing, EVALUATE + " --nprobe 4", ["--nprobe", "add --index"]),
     "an index without a model": (nothing, EVALUATE + " --index index", ["--index", "add --model"]),
     "unknown factory string": (nothing, INDEX + " --factory IFV16,Flat", ["factory", "'IFV16,Flat'"]),

@@ -109,6 +109,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "is ignored by a dual_encoder, which searches the whole corpus",
         {"student": {"kind": "cross_encoder"}},
     ),
+    "a_students_scale_is_of_its_layers": (
+        {"student": {"scale": "cosine"}, "losses": {"layer": {"weight": 0}}},
+        "student.scale",
+        "cosine is ignored: no loss reads its layers",
+        {"student": {"scale": "none"}},
+    ),
     "one_engine_has_one_dtype": (
         {"teacher": {"train": True, "dtype": "bf16"}, "student": {"dtype": "fp32"}},
         "teacher.dtype",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lead_ds.config import Config, TeacherConfig
 from lead_ds.engine.training.distill import distill
 from lead_ds.errors import InputError
-from lead_ds.models.dtypes import half_of, published_in
+from lead_ds.models.dtypes import half_of, published_in, served_in
 from lead_ds.models.load import load_scorer
 from lead_ds.settings.parse import parse_section
 from lead_ds.teachers.frozen import teacher_dtype
@@ -60,18 +60,21 @@ def test_a_teacher_that_overflows_ends_the_run_before_its_first_update(
 def test_auto_is_what_the_checkpoint_was_published_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, path = torch.device("cuda"), save_bert(tmp_path / "bert", layers=1, width=16)
     config = json.loads((path / "config.json").read_text())
-    for named, has, dtype in (
-        ("bfloat16", True, torch.bfloat16),
-        ("bfloat16", False, torch.float16),
-        ("float16", True, torch.float16),
-        ("float32", True, torch.float16),
-        (None, True, torch.float16),
+    for named, has, dtype, serves in (
+        ("bfloat16", True, torch.bfloat16, torch.bfloat16),
+        ("bfloat16", False, torch.float16, torch.float32),
+        ("float16", True, torch.float16, torch.float16),
+        ("float32", True, torch.float16, torch.float32),
+        (None, True, torch.float16, torch.float32),
     ):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
         tree = {key: x for key, x in config.items() if key not in ("dtype", "torch_dtype")}
         (path / "config.json").write_text(json.dumps(tree | ({"torch_dtype": named} if named else {})))
         assert published_in(str(path)) == (named or "float32")  # its weights say so
         assert half_of(str(path), gpu) == dtype
+        assert served_in(str(path), gpu, generates=False) == serves
+        assert served_in(str(path), gpu, generates=True) == dtype
+        assert served_in(str(path), torch.device("cpu"), generates=True) == torch.float32
         assert teacher_dtype(TeacherConfig(kind="dual_encoder", path=str(path)), gpu) == dtype
     assert half_of(str(path), torch.device("cpu")) == torch.bfloat16
     assert teacher_dtype(TeacherConfig(kind="dual_encoder", path=str(path), dtype="fp32"), gpu) == torch.float32

@@ -20,8 +20,9 @@ Scores = Callable[[str, list[str], list[str]], Tensor]
 class Format:
     """A way in which models are kept. write: fills a folder and returns the path to read.
 
-    refused: what the one line says where the format is not read. reference: scores of pairs by the card's code; None:
-    the class of sentence-transformers that its files name.
+    refused: what the one line says where the format is not read: everywhere, or as a student alone (not_as_student).
+    reference: scores of pairs, or vectors of texts (of both sides alike), by the card's code; None: the class of
+    sentence-transformers that its files name.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Format:
     refused: str | None = None
     reference: Scores | None = None
     source: str = "sentence-transformers 6"
+    not_as_student: bool = False
     pairs: bool = False  # a model of pairs, which `encode` does not read
 
 

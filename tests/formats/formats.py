@@ -1,6 +1,6 @@
 """All formats."""
 
-from tests.formats import pairs, vectors
+from tests.formats import pairs, published, vectors
 from tests.formats.format import FORMATS
 
-__all__ = ["FORMATS", "pairs", "vectors"]
+__all__ = ["FORMATS", "pairs", "published", "vectors"]

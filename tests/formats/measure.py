@@ -33,7 +33,8 @@ def measured(form: Format, folder: Path) -> dict[str, float | str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = form.write(folder)
-    expected = None if form.refused is not None else _expected(form, path, _opened(form, path)[0])
+    never = form.refused is not None and not form.not_as_student
+    expected = None if never else _expected(form, path, _opened(form, path)[0])
     found: dict[str, float | str] = {}
     for reader, read in _readers(form).items():
         late = expected is not None and not form.pairs and not _opened(form, path)[0].gives_vectors
@@ -42,7 +43,8 @@ def measured(form: Format, folder: Path) -> dict[str, float | str]:
         ):
             found[reader] = "-"
         else:
-            found[reader] = _refused(form, path, read) if expected is None else _gap(read(path), expected)
+            no = expected is None or (form.not_as_student and reader == "student")
+            found[reader] = _refused(form, path, read) if no else _gap(read(path), expected or {})
     return found
 
 
@@ -119,7 +121,8 @@ def _tree(form: Format, section: Any) -> dict[str, Any]:
 def _expected(form: Format, path: str, scorer: Any) -> Read:
     """What the reference gives, one text at a time."""
     if form.reference is not None:
-        return {"pairs": list(form.reference(path, TEXT, NEXT))}
+        said = list(form.reference(path, TEXT, NEXT))
+        return {"pairs": said} if form.pairs else {"queries": said, "passages": said}
     import sentence_transformers
 
     trusted = bool(scorer.config.trust_remote_code)

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.formats.format import FORMATS, a_format, change, dense, pool, put, saved, unit
 from tests.helpers.tiny import tiny_tokenizer
+from tests.models import reranker_cards as rerankers
 from tests.models.tiny_models import tiny_model
 
 PROMPTS = {"prompts": {"query": "query: ", "document": "passage: "}}
@@ -227,14 +228,52 @@ def _code_unnamed(folder: Path) -> str:
     return with_code(folder)
 
 
-@a_format(
-    "NV-Embed: code that gives finished vectors",
-    settings=("trust_remote_code=true",),
-    refused="gives no states of tokens",
-    source="remote code",
-)
+_OWN = {"settings": ("trust_remote_code=true",), "source": "its card's code", "not_as_student": True}
+_OWN |= {"refused": "is a frozen teacher only"}
+
+
+def finished(path: str, texts: list[str], _: list[str]) -> torch.Tensor:
+    """What a model's own code gives for each text, at length 1; states are averaged."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModel.from_pretrained(path, trust_remote_code=True).eval()
+    found = []
+    for text in texts:
+        said = model(**tokenizer(text, truncation=True, return_tensors="pt"))["sentence_embeddings"]
+        found.append(said.reshape(-1, said.shape[-1]).mean(0))
+    return nn.functional.normalize(torch.stack(found), dim=-1)
+
+
+_FINISHED = "super().forward(*args, **more).last_hidden_state"
+
+
+@a_format("NV-Embed: code that gives finished vectors", reference=finished, **_OWN)
 def _code_vectors(folder: Path) -> str:
-    return with_code(folder, 'return {"sentence_embeddings": super().forward(*args, **more).last_hidden_state[:, 0]}')
+    return with_code(folder, f'return {{"sentence_embeddings": {_FINISHED}[:, 0, :16]}}')
+
+
+@a_format("NV-Embed: code that gives finished states", reference=finished, **_OWN)
+def _code_states(folder: Path) -> str:
+    return with_code(folder, f'return {{"sentence_embeddings": {_FINISHED}.tanh()}}')
+
+
+@a_format("code of its own, finished vectors named in modality_config", **(_OWN | {"source": "remote code"}))
+def _code_named(folder: Path) -> str:
+    path = with_code(folder, f'return {{"vector": {_FINISHED}[:, 0]}}')
+    modules = json.loads((Path(path) / "modules.json").read_text())
+    put(path, "modules.json", [module for module in modules if not module["type"].endswith("Pooling")])
+    read = {"method": "forward", "method_output_name": "vector"}
+    named = {"modality_config": {"text": read}, "module_output_name": "sentence_embedding"}
+    return change(path, "sentence_bert_config.json", **named)
+
+
+@a_format("the pooler's output in place of states of tokens", refused="reads another output than")
+def _pooler(folder: Path) -> str:
+    path = saved(folder, "bert", unit())
+    read = {"method": "forward", "method_output_name": "pooler_output"}
+    named = {"modality_config": {"text": read}, "module_output_name": "sentence_embedding"}
+    return change(path, "sentence_bert_config.json", **named)
 
 
 _MIXED = "found = super().forward(*args, **more); found.last_hidden_state = found.last_hidden_state * 2; return found"
@@ -249,6 +288,19 @@ def with_code(folder: Path, forward: str = _MIXED) -> str:
     )
     (Path(path) / "own_code.py").write_text(code)
     return change(path, "config.json", auto_map={"AutoModel": "own_code.Own"})
+
+
+@a_format("a decoder with a chat template, which sentence-transformers puts texts to")
+def _message(folder: Path) -> str:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+
+    origin = rerankers.made(folder / "origin", "base", rerankers.CHAT, positions=130)
+    modules = [Transformer(origin), pool("lasttoken"), unit()]
+    model = SentenceTransformer(modules=modules, prompts={"query": "Find it.", "document": ""})
+    assert "message" in model[0].modality_config
+    model.save_pretrained(str(folder / "saved"), create_model_card=False)
+    return str(folder / "saved")
 
 
 def late(folder: Path, **more: Any) -> str:
@@ -307,7 +359,7 @@ def pylate(folder: Path, **keys: Any) -> str:
     """A directory as PyLate writes it."""
     from safetensors.torch import save_file
 
-    path = tiny_model(folder, "bert", layers=2)
+    path = tiny_model(folder, keys.pop("family", "bert"), layers=2, **keys.pop("shape", {}))
     tree = [("", f"{OLD}.Transformer"), ("1_Dense", "pylate.models.Dense.Dense")]
     put(
         path,

@@ -49,6 +49,7 @@ def made(folder: Path, head: str = "causal", chat: str | None = None, *, positio
     tokenizer.chat_template = chat
     tokenizer.save_pretrained(path)
     auto = {"causal": transformers.AutoModelForCausalLM, "classifier": transformers.AutoModelForSequenceClassification}
+    auto |= {"base": transformers.AutoModel}
     model = auto[head].from_pretrained(path)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from lead_ds.config import StudentConfig, TeacherConfig
 from lead_ds.errors import InputError
 from lead_ds.models.as_read import check_room, reading_line, room
-from lead_ds.models.load import load_encoder, load_scorer, load_student, load_text, with_lengths
+from lead_ds.models.load import load_encoder, load_scorer, load_student, load_teacher, load_text, with_lengths
 from lead_ds.models.reference import compare
 from lead_ds.models.student_dir import save_student
 from tests.helpers.tiny import tiny_tokenizer
@@ -121,6 +121,19 @@ def test_the_line_of_a_model(saved: Path) -> None:
     line = reading_line(scorer, encoder, ["owl", "bee"], LONG)
     told = "dual_encoder; pooling mean; query prompt 'which: '; query_length 130 and passage_length 40; cosine; fp32; "
     assert line == f"{saved}: {told}cut: 0.0% of 2 queries and 50.0% of 2 passages"
+
+
+def test_the_line_says_by_what_a_run_compares_and_in_which_numbers(saved: Path) -> None:
+    def line(*settings: str, teaches: bool = False) -> str:
+        config = TeacherConfig(kind="dual_encoder", path=str(saved), scale="cosine")
+        scorer, encoder = load_encoder(str(saved), ["normalize=false", *settings])
+        if teaches:
+            scorer = load_teacher(config.model_copy(update={"normalize": False}), torch.float32)
+        return reading_line(scorer, encoder, [], [])
+
+    assert line().endswith("; dot; fp32")
+    assert line("scale=cosine", "dtype=bf16").endswith("; dot, layers by cosine; bf16, published in fp32")
+    assert line(teaches=True).endswith("; cosine by its scale, dot where it serves; fp32")
 
 
 def test_a_prompt_that_leaves_too_little_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ def test_a_static_student_learns_and_is_saved_as_it_was(tmp_path: Path) -> None:
         load_student(StudentConfig(path=config.path, pooling="cls"), torch.float32)
 
 
+def test_finished_vectors_have_no_layers(tmp_path: Path) -> None:
+    path = with_code(tmp_path, 'return {"sentence_embeddings": super().forward(*args, **more).last_hidden_state[:, 0]}')
+    config = TeacherConfig(kind="dual_encoder", path=path, trust_remote_code=True)
+    teacher, encoder = load_teacher(config, torch.float32), load_text(config)
+    assert (teacher.has_layers, teacher.num_layers, teacher.pooling) == (False, 0, "by its own code")
+    batch = ModelBatch(group=1, queries=encoder.queries(TEXTS), passages=encoder.passages(TEXTS))
+    with torch.no_grad():
+        assert teacher(batch).final.relevance().logits.shape == (1, 3, 3)
+        with pytest.raises(InputError, match="no layer can be read so"):
+            teacher(batch, layers=[0])
+    with pytest.raises(InputError, match="is a frozen teacher only"):
+        load_student(StudentConfig(path=path, trust_remote_code=True), torch.float32)
+
+
 def test_code_of_its_own_is_run_only_where_that_is_said(tmp_path: Path) -> None:
     path = with_code(tmp_path)
     own, native = (

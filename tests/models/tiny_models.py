@@ -18,7 +18,7 @@ FAMILIES = ENCODERS + DECODERS
 
 _TOKENIZERS: dict[str, TokenizerKind] = {
     **dict.fromkeys(("roberta", "xlm-roberta"), "unigram"),
-    **dict.fromkeys(DECODERS, "bpe"),
+    **dict.fromkeys((*DECODERS, "eurobert", "lfm2", "modernbert-decoder", "qwen3_moe"), "bpe"),
     "cohere": "bpe",
     "granite": "bpe",
 }

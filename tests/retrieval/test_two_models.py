@@ -71,6 +71,17 @@ def test_by_directory_by_two_names_and_by_index(
     by_name = ("--query-model", student, "--document-model", teacher)
     assert expected in run(*asked, *by_name)
     assert expected in run(*asked, "--model", router)
+    settings = ("query.query_prompt=which: ", "document.passage_length=6")
+    own = [
+        open_encoder(str(path), "cpu", None, [word.partition(".")[2]])
+        for path, word in zip((student, teacher), settings, strict=True)
+    ]
+    scores = evaluate_two(*own, task, quiet=True).mean["nDCG@10"]
+    capsys.readouterr()
+    assert f"nDCG@10  {scores:.4f}" in run(*asked, *by_name, *settings)
+    search = ("search", "--data", data, *by_name, *(word for setting in settings for word in ("--set", setting)))
+    assert "query prompt 'which: '" in (told := run(*search, "--json", "what grinds rock"))
+    assert "passage_length 6" in told
 
     run("encode", "--model", router, "--data", data, "--out", tmp_path / "v")
     run("index", "--vectors", tmp_path / "v", "--out", tmp_path / "i", "--query-model", student)

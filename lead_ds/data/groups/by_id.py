@@ -50,11 +50,8 @@ class IdGroups:
         self.identical = len(same)
         self._known = KnownPositives(self._query, self._positive_starts, self._positives, same)
         if not self._known.leave(len(self.corpus), config.negatives):
-            raise InputError(
-                self.corpus.path,
-                f"{len(self.corpus)} passages are too few for {config.negatives} negatives of every query, beside its positives",
-                "lower data.negatives",
-            )
+            what = f"{len(self.corpus)} passages are too few for {config.negatives} negatives of every query"
+            raise InputError("data.negatives", f"{what}, beside its positives, in {self.corpus.path}", "lower it")
 
     @classmethod
     def open(cls, config: DataConfig, path: Path, form: str) -> IdGroups:

@@ -118,13 +118,15 @@ class TokenCache:
         """The cache of an encoder's tokens, complete: what is missing is made now, by all processes that call this.
 
         place: a folder, or true for the folder of derived files (`cache_dir`). None where a model's tokens of a pair do not
-        follow from those of its two texts (a reranker's prompt, most slow tokenizers). Raises InputError for groups that
-        hold their own texts; RunError where the folder cannot be written.
+        follow from those of its two texts (a reranker's prompt, most slow tokenizers), and where texts go through a chat
+        template. Raises InputError for groups that hold their own texts; RunError where the folder cannot be written.
         """
         if not isinstance(groups, IdGroups):
             what = "groups that carry their texts have no corpus whose tokens could be kept"
             raise InputError("data.token_cache", what, "set it to false, or bring the data to the canonical layout")
         pairs = None
+        if encoder.message is not None:
+            return None
         if encoder.reads_pairs:
             pairs = PairForm.of(encoder, _probes(groups))
             if pairs is None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.tokens.layouts import Layout
+from lead_ds.data.tokens.layouts import Layout, Message
 from lead_ds.errors import InputError
 
 Tokens = dict[str, Tensor]
@@ -65,6 +65,7 @@ class TextEncoder:
     unpooled: tuple[int, int] | None = None  # tokens of a query's and a passage's prompt, where pooling leaves them out
     words: int | None = None  # of a model that has fewer embeddings than its tokenizer has tokens: how many
     layout: Layout | None = None  # of a pair's prompt; None: the tokenizer's own pairs
+    message: Message | None = None  # the chat template that a text alone is put to; None: prompt and text as they are
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def serving(self) -> TextEncoder:
@@ -81,7 +82,7 @@ class TextEncoder:
         Late interaction: `score_mask` marks the tokens that count. With query expansion every row is filled up with mask
         tokens, which count in the score.
         """
-        rows, types = self._encode([self.query_prompt + text for text in texts], None, length or self.query_length)
+        rows, types = self._rows(texts, "queries", length or self.query_length)
         return self.query_tokens(rows, types, length)
 
     def query_tokens(self, rows: Rows, types: Rows | None = None, length: int | None = None) -> Tokens:
@@ -106,8 +107,7 @@ class TextEncoder:
 
         Late interaction: `score_mask` marks the tokens that count: all real ones, without punctuation where that is masked.
         """
-        rows, types = self._encode([self.passage_prompt + text for text in texts], None, length or self.passage_length)
-        return self.passage_tokens(rows, types)
+        return self.passage_tokens(*self._rows(texts, "passages", length or self.passage_length))
 
     def passage_tokens(self, rows: Rows, types: Rows | None = None) -> Tokens:
         """`passages`, of their tokens."""
@@ -130,9 +130,18 @@ class TextEncoder:
     def rows(self, texts: Sequence[str], kind: Literal["queries", "passages"]) -> tuple[Rows, Rows | None]:
         """Token ids, and token types where the model uses them, of each text as `queries` or `passages` cut it, without
         padding: `padded` makes tokens of any of them."""
+        return self._rows(texts, kind, self.query_length if kind == "queries" else self.passage_length)
+
+    def _rows(
+        self, texts: Sequence[str], kind: Literal["queries", "passages"], length: int
+    ) -> tuple[Rows, Rows | None]:
         prompt = self.query_prompt if kind == "queries" else self.passage_prompt
-        length = self.query_length if kind == "queries" else self.passage_length
-        return self._encode([prompt + text for text in texts], None, length)
+        if self.message is None:
+            return self._encode([prompt + text for text in texts], None, length)
+        with self._lock:
+            rows, types = self.message.rows(texts, prompt, "query" if kind == "queries" else "document", length)
+            self._forget_truncation()
+        return rows, types if self.token_types else None
 
     def alone(self, texts: Sequence[str], asking: Sequence[bool]) -> Tokens:
         """Texts in one table: those that are asking as `queries`, the others as `passages` reads them. Not late interaction."""
@@ -155,8 +164,9 @@ class TextEncoder:
 
         Special tokens have empty spans. Raises InputError where the tokenizer does not know them.
         """
-        if not self.tokenizer.is_fast:
-            raise InputError(self.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
+        if not self.tokenizer.is_fast or self.message is not None:
+            what = "its tokenizer gives no offsets" if self.message is None else "a chat template gives no offsets"
+            raise InputError(self.path, what, "use a model with a tokenizer.json and without a chat template")
         prompt = self.query_prompt if kind == "queries" else self.passage_prompt
         length = self.query_length if kind == "queries" else self.passage_length
         with self._lock:
@@ -173,7 +183,7 @@ class TextEncoder:
 
     def reads_like(self, other: TextEncoder) -> bool:
         """Whether both give every text the same tokens."""
-        if not (self.tokenizer.is_fast and other.tokenizer.is_fast):
+        if not (self.tokenizer.is_fast and other.tokenizer.is_fast) or self.message or other.message:
             return False
         settings = ("query_prompt", "passage_prompt", "query_length", "passage_length", "expansion")
         same = all(getattr(self, name) == getattr(other, name) for name in settings)

@@ -154,18 +154,36 @@ class Conversation:
         self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int
     ) -> tuple[Rows, Rows | None]:
         """See `Layout`. Raises ValueError where the template has no place for a query and a passage."""
-        limits = {"text": {"max_length": length}, "chat_template": {"max_length": length}}
-        pairs = list(zip(queries, passages, strict=True))
-        found = self.reader.preprocess(pairs, prompt=self.prompt or None, processing_kwargs=limits)
-        masks = found["attention_mask"].bool()
-        kept = [
-            [row[mask].tolist() for row, mask in zip(found[name], masks, strict=True)] if name in found else None
-            for name in ("input_ids", "token_type_ids")
-        ]
-        return kept[0] or [], kept[1]
+        return _rendered(self.reader, list(zip(queries, passages, strict=True)), length, prompt=self.prompt or None)
 
     def __str__(self) -> str:
         return str(self.reader.tokenizer.chat_template)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A chat template that a text alone is put to, its prompt as the system's message, as sentence-transformers does it."""
+
+    reader: Any  # its Transformer, without weights
+
+    def rows(self, texts: Sequence[str], prompt: str, task: str, length: int) -> tuple[Rows, Rows | None]:
+        """Token ids of each text, and token types where there are some. task: query or document, which a template may ask for."""
+        return _rendered(self.reader, list(texts), length, prompt=prompt or None, task=task)
+
+    def __str__(self) -> str:
+        return str(self.reader.tokenizer.chat_template)
+
+
+def _rendered(reader: Any, inputs: list[Any], length: int, **how: Any) -> tuple[Rows, Rows | None]:
+    """Token ids and types of what sentence-transformers' Transformer makes of texts or pairs, without padding."""
+    limits = {"text": {"max_length": length}, "chat_template": {"max_length": length}}
+    found = reader.preprocess(inputs, processing_kwargs=limits, **how)
+    masks = found["attention_mask"].bool()
+    kept = [
+        [row[mask].tolist() for row, mask in zip(found[name], masks, strict=True)] if name in found else None
+        for name in ("input_ids", "token_type_ids")
+    ]
+    return kept[0] or [], kept[1]
 
 
 def _dropped(offsets: Sequence[Span], spans: dict[str, list[Span]], excess: int) -> set[int]:

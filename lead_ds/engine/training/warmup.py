@@ -65,6 +65,7 @@ def warmup_config(config: Config, of: str = "student") -> Config:
         if rules.gives_vectors(tree["student"]["kind"]):
             tree["evaluation"] |= EvaluationConfig().model_dump(include={"run", "depth"})
     tree["losses"]["contrastive"]["teacher_temperature"] = None
+    tree["student"]["scale"] = "none"  # of its layers, which labels do not read
     tree["teacher"], tree["teachers"], tree["mix"] = None, [], {}
     for name, loss in tree["losses"].items():
         # A configuration that distils without labels can be warmed up, too.

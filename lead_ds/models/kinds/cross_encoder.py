@@ -97,6 +97,10 @@ print(model.predict([(query, passage)]))  # a logit: no sigmoid""",
         scores_KB = relevance_logit(logits, self.relevant).unflatten(0, (len(read), -1))
         return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)
 
+    def scores_of(self, logits: Tensor) -> Tensor:
+        """See `PairScorer`."""
+        return relevance_logit(logits, self.relevant)
+
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
         if getattr(self.config, "relevant_label", None) is not None:  # from now on its files say so
             names = {i: f"irrelevant {i}" for i in range(self.model.config.num_labels)}

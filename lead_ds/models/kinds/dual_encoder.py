@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.layouts import Message
 from lead_ds.data.tokens.tokenizer import end_with_eos
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder
@@ -131,6 +132,16 @@ print(model.similarity(queries, passages))""",
         return StaticEncoder.opened(config, dtype, how.get("layers"), student=student, frozen=frozen)
 
     @classmethod
+    def of_parts(cls, chain: Any, model: Any, config: Any, *, student: bool) -> Any:
+        """See `Kind`: of code that finishes its vectors one that has no layers."""
+        from lead_ds.models.finished_encoder import FinishedEncoder, finished_by
+
+        said = finished_by(model, config.path)
+        if said is not None:
+            return FinishedEncoder(chain, model, config, student=student, said=said)
+        return super().of_parts(chain, model, config, student=student)
+
+    @classmethod
     def read_text(cls, config: Any) -> TextEncoder:
         if static_folder(config.path) is not None:
             from lead_ds.models.static_encoder import StaticEncoder
@@ -143,7 +154,9 @@ print(model.similarity(queries, passages))""",
         if reading.chain is None and (config.pooling == "last" or decoder):
             end_with_eos(reading.tokenizer)
         lengths = {name: getattr(config, name) for name in ("query_length", "passage_length")}
-        return reading.encoder(lengths, unpooled=_unpooled(reading))
+        reader = None if reading.chain is None else reading.chain[0]
+        message = Message(reader) if reader is not None and "message" in reader.modality_config else None
+        return reading.encoder(lengths, unpooled=None if message else _unpooled(reading), message=message)
 
     @classmethod
     def complete(cls, chain: Any, model: Any, config: Any, *, frozen: bool) -> None:

@@ -95,7 +95,12 @@ class Kind(Scorer):
         cls.complete(chain, model, config, frozen=frozen)
         for module in list(chain)[1:]:
             module.to(dtype)
-        return cls(chain, model, config, student=student).eval()
+        return cls.of_parts(chain, model, config, student=student).eval()
+
+    @classmethod
+    def of_parts(cls, chain: Any, model: Any, config: Any, *, student: bool) -> Self:
+        """A scorer of modules that are loaded."""
+        return cls(chain, model, config, student=student)
 
     @classmethod
     def complete(cls, chain: Any, model: Any, config: Any, *, frozen: bool) -> None:
@@ -190,8 +195,11 @@ class Kind(Scorer):
             raise InputError(path, f"its vectors are sparse, and {what}", remedy)
 
     def embed(self, tokens: Tokens) -> Tensor:
-        """Final vectors [B, D] of texts, of a kind that gives such."""
-        return self(tokens=tokens)
+        """Final vectors [B, D] of texts, of a kind that gives such; those of length 1 as float32 has it, whatever the dtype."""
+        vectors_BD = self(tokens=tokens)
+        if vectors_BD.dtype == torch.float32 or not self.unit:
+            return vectors_BD
+        return nn.functional.normalize(vectors_BD.float(), dim=-1)  # 16 bits round the length, too
 
     def vectors_of(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Final vectors [B, D] of final token states [B, L, D], of a kind that gives such."""

@@ -59,8 +59,10 @@ class LLMReranker(PairScorer):
     def __init__(self, chain: Any, causal: Any, config: LLMRerankerConfig, *, student: bool = False) -> None:
         reading = Reading.of(config, self.family)
         how = _asked(config, reading)
-        rows_AD, bias_A = _head_rows(causal, answer_tokens(reading.tokenizer, config, how), config.path)
+        answers = answer_tokens(reading.tokenizer, config, how)
+        rows_AD, bias_A = _head_rows(causal, answers, config.path)
         super().__init__(chain, causal.base_model, config, student=student)
+        self.answers = answers
         self._pool = pooling(self.width, "lasttoken")
         # Buffers, not parameters: two rows are not worth sharding.
         self.register_buffer("rows_AD", rows_AD)
@@ -108,6 +110,17 @@ class LLMReranker(PairScorer):
             whole = bool(getattr(read_model_config(random), "is_encoder_decoder", False))
             backbone = load_model(random, "seq2seq" if whole else "base", torch.bfloat16, None if whole else depth)
         return backbone, backbone, int(backbone.config.get_text_config().hidden_size)
+
+    @classmethod
+    def logits_of(cls, model: Any, tokens: Tokens) -> Tensor:
+        """See `PairScorer`."""
+        last_B = tokens["attention_mask"].sum(1) - 1
+        return model(**tokens, use_cache=False).logits[torch.arange(len(last_B)), last_B]
+
+    def scores_of(self, logits: Tensor) -> Tensor:
+        """See `PairScorer`."""
+        yes, *no = self.answers
+        return (logits[:, yes] - (logits[:, no[0]] if no else 0.0)) / self.divisor
 
     def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         read = self.run(tokens, layers, lambda state: self._answering(state, tokens), through_norm=False)

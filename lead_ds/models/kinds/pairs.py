@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.errors import InputError
 from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind, reading_at_most
 from lead_ds.models.scorer import Output
+from lead_ds.models.special_weights import quantised_by
 from lead_ds.models.templates import Asked
 from lead_ds.models.text import Reading
 from lead_ds.relevance import ScoreFeatures
@@ -51,6 +54,41 @@ class PairScorer(Kind):
             query, passage = reading.query_prompt, reading.passage_prompt
         reading = replace(reading, query_prompt=query, passage_prompt=passage)
         return reading.encoder({"max_length": config.max_length}, reads_pairs=True, layout=layout)
+
+    @classmethod
+    def of_parts(cls, chain: Any, model: Any, config: Any, *, student: bool) -> Any:
+        """See `Kind`. Raises InputError for a model whose own forward gives other scores of a few tokens than are read here.
+
+        A structure does not show what a class does with its logits. A model without weights, and a sharded one, is not asked.
+        """
+        parameter = next(model.parameters())
+        if not _can_be_asked(model, parameter):
+            return super().of_parts(chain, model, config, student=student)
+        pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+        a, b, c, d = [token for token in range(3, 8) if token != pad][:4]
+        ids_BL = torch.tensor([[a, b, c, d], [c, a, pad or 0, pad or 0]], device=parameter.device)
+        mask_BL = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=parameter.device)
+        rows = 2 if pad is not None else 1  # classes of decoders take no padding where their configuration names none
+        tokens = {"input_ids": ids_BL[:rows], "attention_mask": mask_BL[:rows]}
+        with torch.no_grad():
+            said = cls.logits_of(model.eval(), tokens)
+            scorer = super().of_parts(chain, model, config, student=student).eval()
+            ours_B = scorer(tokens=tokens).float()
+            theirs_B = scorer.scores_of(said.float())
+        exact = parameter.dtype == torch.float32
+        if not torch.allclose(ours_B, theirs_B, rtol=1e-3 if exact else 0.05, atol=1e-3 if exact else 0.3):
+            what = f"a {model.config.model_type} computes its scores in another way than is known here"
+            raise InputError(config.path, what, "serve it, and set teacher.kind: served")
+        return scorer
+
+    @classmethod
+    def logits_of(cls, model: Any, tokens: Tokens) -> Tensor:
+        """What the whole model gives, of which `scores_of` makes scores: [B, labels]."""
+        return model(**tokens).logits
+
+    @abstractmethod
+    def scores_of(self, logits: Tensor) -> Tensor:
+        """[B]: the scores that the model's own logits mean."""
 
     @classmethod
     def features_of(cls, config: Any, width: int) -> tuple[int, int]:
@@ -112,6 +150,13 @@ class PairScorer(Kind):
 
     def facts(self, encoder: TextEncoder) -> list[str]:
         return [f"longest pair: {encoder.max_length} tokens"]
+
+
+def _can_be_asked(model: Any, parameter: Tensor) -> bool:
+    """Whether a model can be run as it is loaded: whole, and with kernels that its device has."""
+    whole = not (parameter.is_meta or hasattr(parameter, "ds_id") or quantised_by(model.config))
+    halves = parameter.dtype == torch.float16 or "flash" in str(model.config._attn_implementation)
+    return whole and not (halves and parameter.device.type == "cpu")
 
 
 def pooling(width: int, mode: str) -> nn.Module:
