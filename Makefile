@@ -60,11 +60,11 @@ lock: $(VENV)/.torch  ## the newest versions into requirements.lock, for Python 
 	  --python-version 3.10 --no-emit-package torch --no-emit-package triton --no-annotate --no-header \
 	  | grep -v '^nvidia-\|^cuda-' >> requirements.lock
 
-stress: $(VENV)/.test  ## kill a run 500 times at random moments, continue it each time, compare its losses
-	$(BIN)/python -m tests.engine.stress 500
+stress: $(VENV)/.test  ## kill runs and commands 500 times at random moments, continue each, compare; goes on with its log
+	$(BIN)/python -m tests.stress 500 --log benchmarks/results/stress.jsonl
 
 fuzz: $(VENV)/.test  ## give every reader 100,000 inputs that nobody wrote
-	$(BIN)/python -m tests.fuzz 100000
+	$(BIN)/python -m tests.fuzz 100000 --out benchmarks/results/fuzz.json
 
 lint: $(VENV)/.test  ## ruff
 	$(BIN)/ruff check .

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lead_ds.errors import InputError
 from lead_ds.io.hub import hub_file, hub_folder
+from lead_ds.io.json_text import parse_json
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -88,7 +88,7 @@ def _base(file: Path, settings: dict[str, Any], local: bool) -> Path:
 def _transformer(folder: Path) -> str:
     """The folder of the first module, where sentence-transformers saved it."""
     try:
-        found = json.loads((folder / "modules.json").read_text("utf-8"))[0]["path"]
+        found = parse_json((folder / "modules.json").read_text("utf-8"))[0]["path"]
     except (OSError, ValueError, LookupError, TypeError):
         return ""
     return found if isinstance(found, str) and ".." not in Path(found).parts else ""
@@ -106,7 +106,7 @@ def _has_weights(folder: Path) -> bool:
 
 def _object(file: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(file.read_text("utf-8"))
+        tree = parse_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(file, f"not readable as JSON: {error}", "restore the adapter's file") from None
     if not isinstance(tree, dict):

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.adapters import adapter_of
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.mapped import cached_arrays, signature
 
 # What decides a model's vectors, in a Hugging Face or sentence-transformers directory.
@@ -26,11 +29,10 @@ _PER_MODEL = {"README.md", "training_args.bin"}
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file to fill, renamed to `path` when the block ends well. Raises RunError when it cannot be written."""
-    temporary = ""
+    handle, temporary = -1, ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
+        handle, temporary = _temporary(path)
         yield Path(temporary)
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
@@ -39,11 +41,49 @@ def atomic(path: Path) -> Iterator[Path]:
             os.close(descriptor)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
+        temporary = ""
+    except write_errors() as error:
         raise RunError(path, f"cannot be written: {error}", "check the folder and the free space") from None
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # "" and -1: there is none
             os.unlink(temporary)
+        with suppress(OSError):
+            os.close(handle)
+
+
+def write_errors() -> tuple[type[Exception], ...]:
+    """What the writing of a file raises on a full disk: safetensors has an error of its own, which is no OSError."""
+    from safetensors import SafetensorError
+
+    return OSError, SafetensorError
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """An empty file beside `path`, open. Where there are locks it is the one that a killed process left, so that kills do not
+    fill the disk; what a living process holds is let alone."""
+    fresh = partial(tempfile.mkstemp, dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return fresh()
+    name = str(path.with_name(f".{path.name}.{socket.gethostname()}.tmp"))
+    try:
+        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:  # too long a name, or a link
+        return fresh()
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(handle)
+        # Another process may have renamed it to `path` since it was opened, and in a folder of all users it may be another's.
+        if os.path.samestat(found, os.stat(name)) and found.st_uid == os.geteuid() and found.st_nlink == 1:
+            os.ftruncate(handle, 0)
+            return handle, name
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:  # no locks here
+        os.unlink(name)
+    os.close(handle)
+    return fresh()
 
 
 @contextmanager
@@ -90,7 +130,7 @@ def _not_finite(value: Any, name: str = "") -> str:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError with `remedy` when it is absent or not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(path, "no such file", remedy) from None
     except (OSError, ValueError) as error:

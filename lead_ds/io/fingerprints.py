@@ -10,6 +10,7 @@ from typing import Any
 
 from lead_ds.errors import RunError
 from lead_ds.io.files import checksum, model_files, write_json
+from lead_ds.io.json_text import parse_json
 
 ABSENT = "absent"
 
@@ -21,7 +22,7 @@ class Fingerprints:
         self._memory = memory
         self._known: dict[str, list[Any]] = {}
         try:
-            known = json.loads(memory.read_text("utf-8"))
+            known = parse_json(memory.read_text("utf-8"))
             self._known = known if isinstance(known, dict) else {}
         except (OSError, ValueError):
             pass  # what is not remembered is read

@@ -9,6 +9,7 @@ import mmap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -42,6 +43,7 @@ except ImportError:
 Buffer = bytes | mmap.mmap
 
 BLOCK = 4 << 20
+LONGEST_LINE = 1 << 28  # bytes: a few kilobytes of a .gz or an archive can hold a line of any length
 _BOM = b"\xef\xbb\xbf"
 _UNREADABLE = (OSError, EOFError, zlib.error)  # EOFError, zlib.error: a gzip file that is cut or damaged
 
@@ -75,7 +77,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     with open_text(path) as file:
         number = 0
         try:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), ""), 1):
+                if len(line) > LONGEST_LINE:
+                    raise too_long(path, number)
                 if line.strip():
                     yield number, line.rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -113,6 +117,11 @@ def unreadable(path: Path, error: BaseException) -> InputError:
     return InputError(path, f"cannot be read: {error}", "check its permissions, or that it was copied whole")
 
 
+def too_long(path: object, number: int) -> InputError:
+    """What to raise for a line that no text is as long as."""
+    return InputError(f"{path}:{number}", f"a line of more than {LONGEST_LINE >> 20} MB", "is it text?")
+
+
 @dataclass
 class Block:
     """Consecutive records of a file with the byte offset at which each starts."""
@@ -137,7 +146,9 @@ def read_blocks(path: Path, buffer: Buffer) -> Iterator[Block]:
         if end < size:
             newline = buffer.rfind(b"\n", position, end)
             if newline < 0:  # a line longer than the block
-                newline = buffer.find(b"\n", end)
+                newline = buffer.find(b"\n", end, position + LONGEST_LINE)
+                if newline < 0 and size - position > LONGEST_LINE:
+                    raise too_long(path, number)
             end = newline + 1 if newline >= 0 else size
         raw = buffer[position:end]
         lines = raw.split(b"\n")

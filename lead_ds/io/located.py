@@ -17,6 +17,7 @@ from lead_ds.errors import RunError
 from lead_ds.io.adapters import WEIGHTS, Adapter, adapter_of
 from lead_ds.io.fingerprints import Fingerprints, digest
 from lead_ds.io.hub import hub_file
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.mapped import cache_dir, locked, signature
 
 _PLAIN = (".json", ".jsonl", ".txt", ".model", ".py", ".jinja", ".tiktoken", ".metadata", ".md")
@@ -109,7 +110,7 @@ def _fill(adapter: Adapter, base: Path, made: Path) -> None:
             shutil.copytree(modules / tree, made / tree, dirs_exist_ok=True)
     config = made / at / "config.json"
     if config.is_file():
-        shape = json.loads(config.read_text("utf-8"))
+        shape = parse_json(config.read_text("utf-8"))
         trained_on = architecture(adapter.settings, shape)
         if trained_on is not None:
             config.write_text(json.dumps(shape | {"architectures": [trained_on]}, indent=2) + "\n", "utf-8")
@@ -140,7 +141,7 @@ def _modules(folder: Path) -> list[str]:
     if not file.is_file():
         return []
     try:
-        found = [str(module.get("path", "")) for module in json.loads(file.read_text("utf-8"))]
+        found = [str(module.get("path", "")) for module in parse_json(file.read_text("utf-8"))]
     except (ValueError, AttributeError, TypeError):
         return []  # whoever reads it reports it
     return [name for name in found if ".." not in Path(name).parts and not Path(name).is_absolute()]

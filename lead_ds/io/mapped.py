@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lead_ds.errors import RunError
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.jsonl import Buffer, unreadable
 
 Arrays = dict[str, np.ndarray]
@@ -26,6 +27,7 @@ _MAGIC = b"LEADIDX1"
 _ALIGN = 64
 # Files below this size (on disk) are indexed in memory in well under a second; nothing is written for them.
 MIN_CACHED_BYTES = 8 << 20
+MOST_UNPACKED = 1 << 28  # bytes of a small .gz that are held in memory: some grow a thousandfold
 
 
 def cache_dir() -> Path:
@@ -48,13 +50,17 @@ def signature(path: Path) -> Signature:
 def open_buffer(path: Path) -> Buffer:
     """The bytes of `path` as something to slice: mapped into memory, or decompressed when it ends in `.gz`.
 
-    A small `.gz` is decompressed in memory; a big one once, into the cache folder. Raises InputError when `path` cannot
-    be read, RunError when the decompressed file cannot be written.
+    A small `.gz` is decompressed in memory; a big one, or one that grows beyond MOST_UNPACKED, once, into the cache folder.
+    Raises InputError when `path` cannot be read, RunError when the decompressed file cannot be written.
     """
     try:
         if path.suffix == ".gz":
             if path.stat().st_size < MIN_CACHED_BYTES:
-                return gzip.decompress(path.read_bytes())
+                with gzip.open(path, "rb") as packed:
+                    data = packed.read(MOST_UNPACKED + 1)
+                if len(data) <= MOST_UNPACKED:
+                    return data
+                del data
             path = _decompressed(path)
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -128,7 +134,7 @@ def read_arrays(path: Path, key: Signature) -> Arrays | None:
             length = int.from_bytes(file.read(8), "little")
             if length > 1 << 20:
                 return None
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             start = file.tell()
             size = os.fstat(file.fileno()).st_size
             if header["key"] != key or size != start + header["bytes"]:

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock, SoftFileLock, Timeout
 
 from lead_ds.errors import InputError, LeadError, RunError
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.notes import say_once
 
 T = TypeVar("T")
@@ -180,7 +181,7 @@ def _told(found: dict[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any] | None:
     """The record; None where there is none; {} of one that was cut."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError):

@@ -7,7 +7,6 @@ safetensors, which are mapped into memory, with a checksum and the identity of t
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from lead_ds.errors import InputError
 from lead_ds.io.facts import ANOTHER_FOLDER
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.mapped import mapped_bytes
 
 Arrays = dict[str, np.ndarray]
@@ -78,7 +78,7 @@ def mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _LARGEST_HEADER:
             raise ValueError("not a safetensors file")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         size = os.fstat(file.fileno()).st_size
     start = 8 + length
     metadata = header.pop("__metadata__", {})

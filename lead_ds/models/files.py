@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lead_ds.errors import InputError
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.located import find_file
 
 RECORD = "lead_ds.json"  # what this project adds to a model's directory: kind, lengths, scale, prompts of pairs
@@ -138,6 +138,6 @@ def _read(path: str, name: str) -> Any:
     if file is None:
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(file, f"not readable as JSON: {error}", "restore the model's file") from None

@@ -5,11 +5,11 @@ A key in none of these lists may change how a model is read. It is refused, unle
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from lead_ds.errors import InputError
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.located import find_file
 from lead_ds.models.files import family_of, read_json, saved_modules, transformer_folder
 
@@ -262,7 +262,7 @@ def check_keys(path: str) -> None:
         for key in (f"{name}_kwargs", f"{name}_args"):
             _check(path, f"sentence_bert_config.json: {key}", own.get(key) or {}, keys)
     modules = find_file(path, "modules.json")
-    for entry in json.loads(modules.read_text("utf-8")) if modules is not None else ():
+    for entry in parse_json(modules.read_text("utf-8")) if modules is not None else ():
         _check(path, "modules.json", entry, _ENTRY)
 
 

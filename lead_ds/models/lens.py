@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.errors import InputError
+from lead_ds.io.json_text import parse_json
 
 VERSION = 1
 WEIGHTS, RECORD = "lens.safetensors", "lens.json"
@@ -121,7 +122,7 @@ def load_lens(folder: Path, remedy: str) -> tuple[Lens, dict[str, Any]]:
     from safetensors.torch import load_file
 
     try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
+        record = parse_json((folder / RECORD).read_text("utf-8"))
         version = record["version"]
     except FileNotFoundError:
         raise InputError(folder, "holds no tuned lens", remedy) from None

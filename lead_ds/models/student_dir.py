@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lead_ds.errors import InputError
+from lead_ds.errors import InputError, RunError
+from lead_ds.io.files import write_errors
 from lead_ds.models.card import plain_card
 from lead_ds.models.files import RECORD
 from lead_ds.models.kinds.kind import Kind
@@ -64,16 +65,22 @@ def vacant(out: str | Path) -> Path:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes `folder`'s place when the block ends well; else nothing of it is left."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """A folder to fill that takes `folder`'s place when the block ends well; else nothing of it is left.
+
+    Raises RunError when it cannot be written."""
+    made = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield made
         made.chmod(0o755)  # mkdtemp's is private
         _sync(made)
         _put(made, folder)
+    except write_errors() as error:
+        raise RunError(folder, f"cannot be written: {error}", "check the folder and the free space") from None
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -6,7 +6,6 @@ Old and new never mix, and what was made before is found again when the change i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from lead_ds.errors import RunError
 from lead_ds.io.files import write_json
 from lead_ds.io.fingerprints import ABSENT, Fingerprints, digest
+from lead_ds.io.json_text import parse_json
 
 RECORD, LOG = "stage.json", "log.txt"
 State = Literal["done", "to resume", "to do"]
@@ -73,10 +73,13 @@ class Records:
     def read(self, stage: Stage) -> dict[str, Any] | None:
         """A stage's record; None where it was never begun."""
         try:
-            record = json.loads((stage.folder / RECORD).read_text("utf-8"))
+            record = parse_json((stage.folder / RECORD).read_text("utf-8"))
         except (OSError, ValueError):
             return None
-        return record if isinstance(record, dict) and isinstance(record.get("needs"), dict) else None
+        whole = isinstance(record, dict) and isinstance(record.get("needs"), dict)
+        if whole and record.get("finished"):
+            whole = isinstance(record.get("outputs"), dict)
+        return record if whole else None
 
     def begin(self, stage: Stage, needs: Mapping[str, str], **facts: Any) -> None:
         """Write that a stage was begun with these outputs of the stages that it needs."""

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 from lead_ds.data.collections.qrels import parse_judgements
 from lead_ds.errors import InputError
-from lead_ds.io.jsonl import parse_record, unreadable
+from lead_ds.io.jsonl import LONGEST_LINE, parse_record, too_long, unreadable
 from lead_ds.io.mapped import signature
 from lead_ds.prepare.source import Judgement, Part, Text, Tick
 
@@ -35,7 +35,6 @@ _UNREADABLE = (
     ValueError,  # offsets and names that cannot be
     KeyError,
 )
-LONGEST_LINE = 1 << 28  # bytes: a few kilobytes of an archive can hold a line of any length
 Lines = tuple[int, list[str]]  # the number of the first line (from 1), and lines without their ends
 
 
@@ -147,7 +146,7 @@ def read_blocks(file: File, tick: Tick) -> Iterator[Lines]:
             tick(position - done)
             done = position
             if len(rest) > LONGEST_LINE:
-                raise InputError(f"{file}:{number}", f"a line of more than {LONGEST_LINE >> 20} MB", "is it text?")
+                raise too_long(file, number)
             block = rest + chunk
             if chunk:
                 cut = block.rfind(b"\n") + 1

@@ -6,7 +6,6 @@ A library that guesses makes 1 of the id 001, nothing of the text NA, and one ro
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from lead_ds.data.groups.formats import LABELS
 from lead_ds.errors import InputError
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.jsonl import read_jsonl
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
@@ -73,6 +73,6 @@ def _value(column: str, field: str) -> Any:
     if column not in LABELS:
         return field
     try:
-        return json.loads(field)
+        return parse_json(field)
     except ValueError:
         return field

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lead_ds.io.json_text import parse_json
 from lead_ds.report.summary import Table, aligned
 
 
 def read_profile(run: Path) -> dict[str, Any] | None:
     """What a run's profile holds; None without one, or where it is damaged."""
     try:
-        profile = json.loads((run / "profile" / "profile.json").read_text(encoding="utf-8"))
+        profile = parse_json((run / "profile" / "profile.json").read_text(encoding="utf-8"))
         part_table(profile), operator_table(profile)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -5,7 +5,6 @@ K selected layer pairs of a step, T teacher layers, S steps or stretches of step
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lead_ds.errors import InputError
+from lead_ds.io.json_text import parse_json
 
 COLUMNS = 240  # of a heat map: longer runs are averaged over stretches of steps
 
@@ -81,7 +81,7 @@ def read_run_record(folder: str | Path) -> RunRecord:
     evaluations: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row["step"], int):
                 raise TypeError
             kind = evaluations if isinstance(row.get("evaluation"), dict) else steps
@@ -126,7 +126,7 @@ def _text(path: Path) -> str:
 
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_text(path) or "{}")
+        value = parse_json(_text(path) or "{}")
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

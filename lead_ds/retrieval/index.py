@@ -15,7 +15,7 @@ import torch
 
 from lead_ds.data.collections.texts import Ids
 from lead_ds.errors import InputError, RunError
-from lead_ds.io.files import atomic, read_json, write_json
+from lead_ds.io.files import atomic, data_checksum, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
@@ -124,7 +124,7 @@ def build_index(
         if finer is not None:
             _copy(finer, out / RESCORE)
         # Last: its presence is what marks the folder as holding an index.
-        write_json(out / META, facts_of(vectors, factory, queries))
+        write_json(out / META, facts_of(vectors, factory, queries) | {"checksum": data_checksum(out / INDEX)})
         return out
 
 
@@ -173,6 +173,9 @@ class Index:
             return InvertedIndex.of(folder, meta, given)
         import faiss
 
+        # FAISS trusts what it reads: of a damaged file it may never come back. An older index has no checksum.
+        if meta.get("checksum") is not None and meta["checksum"] != data_checksum(folder / INDEX):
+            raise InputError(folder / INDEX, "is not as it was written", "build it again")
         try:
             # Mapped, not read: an index larger than memory can be searched, its pages come when they are looked at.
             # Older versions of FAISS map IVF lists only.

@@ -12,6 +12,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run
 from lead_ds.errors import InputError
 from lead_ds.io.files import atomic, checksum, model_checksum
+from lead_ds.io.json_text import parse_json
 from lead_ds.retrieval.rerank import Reranker, rerank
 
 PART = 256  # queries whose scores are kept together
@@ -49,7 +50,7 @@ def rescore(
         path = folder / f"scores-{hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}.json.gz"
         if path.exists():
             try:
-                found.update(json.loads(gzip.decompress(path.read_bytes())))
+                found.update(parse_json(gzip.decompress(path.read_bytes())))
             except (OSError, EOFError, ValueError) as error:
                 raise InputError(path, f"cannot be read: {error}", "remove it: its queries are scored again") from None
             continue

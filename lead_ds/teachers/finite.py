@@ -1,4 +1,4 @@
-"""A teacher whose output is not finite, or says nothing, is found out at the first window, before it has taught anything."""
+"""A teacher whose output is not finite, or says nothing, is found out: at the first window, and at every step that is logged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def say_constant(key: str, view: TeacherView, group: int, ranks: Ranks) -> None:
         return
     logits_QN = view.final.group_relevance(group).logits[-1]
     if all(ranks.all(bool((logits_QN == logits_QN[:, :1]).all()))) and ranks.main:
-        what = "gives all passages of a query the same relevance, in the whole first window: losses over passages teach nothing"
+        what = "gives all passages of a query the same relevance, for all queries of a step: losses over passages teach nothing"
         say_once(f"{key}: {what} (see its lengths and template with lead-ds inspect, or its scores)")
 
 

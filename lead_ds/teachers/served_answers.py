@@ -14,6 +14,7 @@ import numpy as np
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.facts import differing
+from lead_ds.io.json_text import parse_json
 from lead_ds.teachers.served_client import Questions
 
 FILE = "answers.sqlite"
@@ -37,7 +38,7 @@ class Answers:
             store.execute("CREATE TABLE IF NOT EXISTS answers (question BLOB PRIMARY KEY, answer BLOB) WITHOUT ROWID")
             store.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT)")
             store.execute("INSERT OR IGNORE INTO facts VALUES ('model', ?)", [json.dumps(self.facts)])
-            held = json.loads(store.execute("SELECT value FROM facts WHERE name = 'model'").fetchone()[0])
+            held = parse_json(store.execute("SELECT value FROM facts WHERE name = 'model'").fetchone()[0])
         if changed := differing(held, self.facts):
             what = f"holds answers of another {', '.join(changed)}"
             raise InputError(self.folder, what, "set teacher.answers to another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lead_ds.config import load_config, save_config
 from lead_ds.data.batches import Batches
@@ -26,6 +28,8 @@ from lead_ds.models.load import load_text
 from lead_ds.relevance import ScoreFeatures
 from lead_ds.teachers.finite import say_constant
 from lead_ds.teachers.teacher import TeacherView
+from tests.helpers.batches import windows_of
+from tests.helpers.forked import lead_ds
 from tests.helpers.tiny import write_jsonl
 
 Configure = Callable[..., Path]
@@ -175,3 +179,30 @@ def test_a_lost_terminal_ends_a_run_with_a_checkpoint_and_nohup_does_not() -> No
     )
     done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+def test_a_teacher_that_says_nothing_after_the_first_step_is_told(configure: Configure, rooms: Path) -> None:
+    lines = [json.loads(line) for line in (rooms / "data" / "train.jsonl").read_text().splitlines()[:12]]
+    for line in lines:
+        names = dict.fromkeys([*line["positives"], *line["negatives"]])
+        line["scores"] = {name: float(place) for place, name in enumerate(names)}
+    write_jsonl(rooms / "data" / "later.jsonl", lines)
+    sections: dict[str, Any] = {
+        "data": {"train": "later.jsonl"},
+        "losses": {"layer": {"weight": 0.0}, "response": {"weight": 1.0}},
+        "train": {"steps": 3, "log_every": 2, "save_every": 100},
+    }
+    path = configure("later", **sections)
+    tree = yaml.safe_load(path.read_text())
+    tree["teacher"] = {"kind": "scores"}
+    path.write_text(yaml.safe_dump(tree))
+    third = windows_of(load_config(path), ALONE).window(2).query_ids
+    for line in lines:
+        if line["query_id"] in third:
+            line["scores"] = dict.fromkeys(line["scores"], 1.0)
+    write_jsonl(rooms / "data" / "later.jsonl", lines)
+    done = lead_ds("distill", path, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stderr.count("teacher: gives all passages of a query the same relevance, for all queries of a step") == 1
+    )

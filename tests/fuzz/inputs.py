@@ -12,7 +12,8 @@ from tests.fuzz.readers import Reader
 # What has broken readers before.
 NASTY = (
     b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\n\n", b"\t", b"\x1c", "\u2028\u3000".encode(),
-    b"{", b"}", b"[" * 200, b'"', b"'", b"&a *a", b"<<: *data", b"!!python/object:os.system", b"\\ud800", b"NaN", b"-Infinity",
+    b"{", b"}", b"[" * 200, b"[" * 3000, b'"', b"'", b"&a *a", b"<<: *data", b"!!python/object:os.system",
+    b"\\ud800", b"NaN", b"-Infinity",
     b"1e999", b"1e39", b"9" * 30, b"-1", b"0x1F", b"1_0", b"null", b"true", b"../../x", b"/etc/passwd", b"\x7f" * 9,
     b"\xff" * 8, b"\x00" * 8,
 )  # fmt: skip

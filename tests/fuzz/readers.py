@@ -9,8 +9,8 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ from lead_ds.data.collections.texts import Kind, Texts
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught import relevance
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
-from lead_ds.engine.records.checkpoint import MANIFEST as CHECKPOINT
-from lead_ds.engine.records.checkpoint import Checkpoints, checksum
 from lead_ds.errors import LeadError
 from lead_ds.io import shards
 from lead_ds.io.mapped import read_arrays, write_arrays
@@ -34,27 +32,30 @@ from lead_ds.prepare.plain_rows import plain_rows
 from lead_ds.retrieval.encode import IDS, MANIFEST, Vectors
 from lead_ds.retrieval.evaluate import evaluate_run
 from lead_ds.settings.data import DataConfig
+from tests.fuzz import made
+from tests.fuzz.made import CORPUS, QUERIES, among, files_of, lines
 
 
 @dataclass(frozen=True)
 class Reader:
     """Good files of one kind, and how they are read: the file of a folder that is the reader's own.
 
-    records: whether a file is JSON, or lines of it, whose values are worth exchanging for others.
+    records: whether a file is JSON, or lines of it, whose values are worth exchanging for others. share: of all inputs,
+    less where one takes long.
     """
 
     name: str
-    seeds: tuple[bytes, ...]
+    good: tuple[bytes, ...] | Callable[[], bytes]
     read: Callable[[Path], object]
     records: bool = False
+    share: float = 1.0
+
+    @property
+    def seeds(self) -> tuple[bytes, ...]:
+        """The good files."""
+        return self.good if isinstance(self.good, tuple) else (self.good(),)
 
 
-def lines(*records: object) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
-CORPUS = lines(*({"_id": f"p{i}", "title": "t" * (i % 2), "text": f"text {i} é"} for i in range(6)))
-QUERIES = lines({"_id": "q1", "text": "one"}, {"_id": "q2", "text": "two"})
 GROUPS = (
     lines(
         {"query_id": "q1", "positives": ["p1"], "negatives": ["p2", "p3"], "scores": {"p1": 2.5, "p2": 1}},
@@ -218,26 +219,23 @@ def kept() -> bytes:
         return (Path(folder) / "x").read_bytes()
 
 
-class _Alone:
-    rank, world, main = 0, 1, True
-
-    def from_main(self, value: Any) -> Any:
-        return value
+MODEL = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+MODEL += ("lead_ds.json", "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
-def checkpoint(part: str) -> Callable[[Path], object]:
-    def read(path: Path) -> None:
-        folder = path.parent / "checkpoints" / "step-00000003"
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"step": 3, "processes": 1, "config": {}}))
-        (folder / CHECKPOINT).write_text(json.dumps({"state.json": checksum(folder / "state.json")}))
-        target = folder.parent / part if part == "best.json" else folder / part
-        target.write_bytes(path.read_bytes())
-        found = Checkpoints(folder.parent, _Alone(), 3)  # type: ignore[arg-type]
-        found.newest(lambda text: None)
-        found.best()
-
-    return read
+def inside(
+    kind: str,
+    make: Callable[[Path], object],
+    read: Callable[[Path], object],
+    names: tuple[str, ...] = (),
+    share: float = 1,
+) -> list[Reader]:
+    """A reader for each file that `make` writes."""
+    files = files_of(make)
+    return [
+        Reader(f"{kind}: {name}", (files[name],), among(files, name, read), name.endswith(".json"), share)
+        for name in names or files
+    ]
 
 
 VECTORS = {part: vectors(part) for part in (MANIFEST, IDS, "vectors-00000.npy")}
@@ -271,14 +269,75 @@ READERS = {
         *(Reader(f"vectors: {part}", (good,), read, part == MANIFEST) for part, (good, read) in VECTORS.items()),
         Reader("safetensors", (tensors(),), lambda path: shards.damage(path, "cache")),
         Reader("kept arrays", (kept(),), lambda path: read_arrays(path, {"size": 3})),
-        Reader("checkpoint's manifest", (b'{"state.json": "00"}',), checkpoint(CHECKPOINT), True),
-        Reader("best checkpoint", (b'{"step": 3, "checkpoint": "step-00000003"}',), checkpoint("best.json"), True),
+        Reader("checkpoint's manifest", (b'{"state.json": "00"}',), made.checkpoint(made.CHECKPOINT), True),
+        Reader(
+            "checkpoint's state", (b'{"step": 3, "processes": 1, "config": {}}',), made.checkpoint("state.json"), True
+        ),
+        Reader("best checkpoint", (b'{"step": 3, "checkpoint": "step-00000003"}',), made.checkpoint("best.json"), True),
+        Reader(
+            "texts alone: records",
+            (lines({"text": "a", "title": "t"}, {"query": "b"}),),
+            made.texts_alone("x.jsonl"),
+            True,
+        ),
+        Reader("texts alone: lines", ("one\n\nzwei é\n".encode(),), made.texts_alone("queries.txt")),
+        Reader("texts alone: parquet", made.parquet, made.texts_alone("x.parquet"), share=0.5),
+        Reader("mixture", (made.PAIRS,), among({"a.jsonl": made.PAIRS}, "b.jsonl", made.mixture), True),
+        Reader("token cache", made.tokens, made.token_cache),
+        *inside("teacher cache", made.taught, made.taught_read),
+        Reader(
+            "teacher cache, unverified",
+            lambda: files_of(made.taught)["relevance-00000.safetensors"],
+            among(lambda: files_of(made.taught), "relevance-00000.safetensors", lambda f: made.taught_read(f, False)),
+        ),
+        *inside("vector cache", made.taught_as_vectors, made.taught_as_vectors_read),
+        *inside("served answers", made.answered, made.answers_read, share=0.5),
+        *inside("lens", made.fitted, made.lens_read),
+        Reader("metrics", (made.METRICS,), among({}, "metrics.jsonl", made.metrics), True),
+        Reader(
+            "stage record", (json.dumps(made.STAGE).encode(),), among({"out": b"x"}, "stage.json", made.stage), True
+        ),
+        Reader("fingerprints", (b"{}",), among({"out": b"x"}, "fingerprints.json", made.stage), True),
+        Reader(
+            "owner record",
+            lambda: json.dumps(made.owner._here()).encode(),
+            among({}, made.owner.RECORD, made.owners),
+            True,
+        ),
+        Reader("recipe", (made.RECIPE,), made.recipe, share=0.5),
+        *(
+            Reader(f"MS MARCO: {name}", (good,), among(made.MSMARCO, name, made.msmarco), share=0.5)
+            for name, good in made.MSMARCO.items()
+        ),
+        *inside("index", made.indexed, made.index_read, names=("index.json", "ids.txt")),
+        *(
+            Reader(
+                f"adapter: {name}",
+                partial(lambda name: made.adapted()[name], name),
+                among(made.adapted, name, read),
+                *how,
+            )
+            for name, read, how in (
+                ("adapter_config.json", made.adapter_read, (True,)),
+                ("adapter_model.safetensors", made.adapter_merged, (False, 0.02)),
+            )
+        ),
+        *(
+            Reader(
+                f"model: {name}",
+                partial(lambda name: made.model()[name], name),
+                among(made.model, name, made.model_read),
+                name.endswith(".json") and not name.startswith("tokenizer"),
+                0.05,
+            )
+            for name in MODEL
+        ),
     )
 }
 
 
-def feed(reader: Reader, content: bytes, folder: Path) -> None:
-    """Give `content` to a reader, in a folder of its own; anything but an error of ours is a finding."""
+def feed(reader: Reader, content: bytes, folder: Path) -> bool:
+    """Give `content` to a reader, in a folder of its own; whether it was read. Any error but ours is a finding."""
     path = folder / "file"
     path.write_bytes(content)
     try:
@@ -287,3 +346,5 @@ def feed(reader: Reader, content: bytes, folder: Path) -> None:
         told = str(error)
         assert "\n" not in told
         assert told.isprintable() or not told.isascii()
+        return False
+    return True

@@ -125,7 +125,7 @@ def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path)
     with pytest.raises(InputError, match="do not belong together"):
         Index.open(tmp_path)
     (tmp_path / "index.faiss").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not as it was written"):
         Index.open(tmp_path)
 
 
@@ -198,3 +198,13 @@ def test_another_model_is_refused(model: Path, data: Path, flat: Path, tmp_path:
         Searcher.open(tmp_path, index=flat)
     with pytest.raises(InputError, match="needs an index or a dataset"):
         Searcher.open(model)
+
+
+def test_a_damaged_index_is_refused_before_faiss_reads_it(vectors: Vectors, tmp_path: Path) -> None:
+    file = build_index(vectors, tmp_path / "index", "HNSW4", quiet=True) / "index.faiss"
+    Index.open(tmp_path / "index")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"index\.faiss: is not as it was written \(build it again\)"):
+        Index.open(tmp_path / "index")

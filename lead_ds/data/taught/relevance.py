@@ -14,7 +14,6 @@ within a group, which are small beside the raw dot products of a wide model.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from lead_ds.data.groups.group import Group
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.facts import digest
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.shards import MANIFEST, Arrays, damage, mapped
 
 VERSION = 1
@@ -184,12 +184,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     remedy = "teacher.path of kind: cached is a folder that lead-ds teach wrote"
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = parse_json(path.read_text("utf-8"))
         facts = manifest["facts"]
         known = facts["version"] == VERSION
-        facts["teacher"]["settings"], int(facts["data"]["groups"]), int(manifest["layers"])
-        for name in _VECTORS if "vectors" in facts else _RELEVANCE:
-            int(manifest[name])
+        facts["teacher"]["settings"]
+        sizes = {"groups": facts["data"]["groups"], "layers": manifest["layers"]}
+        sizes |= {name: manifest[name] for name in (_VECTORS if "vectors" in facts else _RELEVANCE)}
+        least = {"queries": 0, "layers": 0}  # texts alone have no queries
+        if odd := [name for name, size in sizes.items() if type(size) is not int or size < least.get(name, 1)]:
+            raise ValueError(f"{odd[0]} is not a number of them")
+        if not all(type(layer) is int for layer in facts.get("vectors", ())):
+            raise ValueError("vectors is not a list of layers")
     except FileNotFoundError:
         raise InputError(path, "no such file", remedy) from None
     except (OSError, ValueError, KeyError, TypeError) as error:

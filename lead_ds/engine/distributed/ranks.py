@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lead_ds.engine.distributed.launchers import ends_with_launchers
 from lead_ds.errors import RunError
 
 WAIT = 8.0  # seconds after which a wait is reported
@@ -112,7 +113,8 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
             dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=timeout_minutes)
         )
     try:
-        yield _this_rank()
+        with ends_with_launchers():
+            yield _this_rank()
     finally:
         # gloo aborts at exit otherwise. After a failure the others may be gone: destroying waits for nobody.
         if dist.is_initialized():

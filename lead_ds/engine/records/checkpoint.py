@@ -20,6 +20,7 @@ from typing import Any
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.universal import for_this_world, settle_steps, tensors_only
 from lead_ds.errors import RunError
+from lead_ds.io.json_text import parse_json
 
 PREFIX, PARTIAL, MANIFEST, BEST = "step-", ".partial", "manifest.json", "best.json"
 
@@ -56,7 +57,7 @@ class Checkpoints:
     def best(self) -> dict[str, Any] | None:
         """What best.json holds: the best evaluation and its checkpoint."""
         try:
-            found = json.loads((self.folder / BEST).read_text("utf-8"))
+            found = parse_json((self.folder / BEST).read_text("utf-8"))
         except (FileNotFoundError, ValueError):
             return None
         return found if isinstance(found, dict) and isinstance(found.get("checkpoint"), str) else None
@@ -78,10 +79,15 @@ class Checkpoints:
             for path in sorted(self.folder.glob(f"{PREFIX}*"), reverse=True):
                 if path.name.endswith(PARTIAL) or not path.is_dir():
                     continue
-                problem = damage(path)
+                problem, state = damage(path), {}
+                if problem is None:
+                    try:
+                        state = read_state(path)
+                    except ValueError as error:
+                        problem = str(error)
                 if problem is None:
                     self._good.add(path)
-                    found = (path, json.loads((path / "state.json").read_text("utf-8")))
+                    found = (path, state)
                     break
                 tell(f"checkpoint {path.name} is damaged ({problem}): falling back to the one before")
         return self.ranks.from_main(found)
@@ -111,7 +117,10 @@ class Checkpoints:
         if problem:
             return problem, 0
         self._good.add(path)
-        return "", int(json.loads((path / "state.json").read_text("utf-8"))["processes"])
+        try:
+            return "", int(read_state(path, "processes")["processes"])
+        except ValueError as error:
+            return str(error), 0
 
     def _prepare(self, partial: Path, engine: Any) -> None:
         if not self.ranks.main:
@@ -213,7 +222,7 @@ def move_aside(path: Path) -> Path:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder: a missing, changed or truncated file; None where it is whole."""
     try:
-        files = json.loads((path / MANIFEST).read_text("utf-8"))
+        files = parse_json((path / MANIFEST).read_text("utf-8"))
     except FileNotFoundError:
         return "no manifest"
     except (OSError, ValueError):
@@ -231,6 +240,17 @@ def damage(path: Path) -> str | None:
         except ValueError as error:  # no file can have that name
             return f"{name!r}: {error}"
     return None
+
+
+def read_state(path: Path, needed: str = "step") -> dict[str, Any]:
+    """What a checkpoint remembers beside the engine's state. Raises ValueError where it lacks the number `needed`."""
+    try:
+        state = parse_json((path / "state.json").read_text("utf-8"))
+        if isinstance(state[needed], int):
+            return dict(state)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError("state.json does not hold a run's state")
 
 
 def checksum(path: Path, sync: bool = False) -> str:

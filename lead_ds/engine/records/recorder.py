@@ -18,6 +18,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.distributed.signals import Stop
 from lead_ds.engine.records.callbacks import Callback, Callbacks, RunFacts
 from lead_ds.errors import RunError
+from lead_ds.io.json_text import parse_json
 from lead_ds.kernels.dispatch import builds_told
 from lead_ds.losses.objective import ObjectiveOutput
 from lead_ds.losses.selection import Layers
@@ -249,8 +250,8 @@ def trim_metrics(path: Path, start: int) -> None:
     kept = []
     for line in path.read_text("utf-8").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             continue
         if row.get("step", 0) <= start:
             kept.append(line + "\n")

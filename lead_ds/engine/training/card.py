@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import yaml
 
 from lead_ds.config import Config
 from lead_ds.engine.training.averaging import RECORD as AVERAGE
+from lead_ds.io.json_text import parse_json
 from lead_ds.models.card import front_matter
 from lead_ds.models.kinds.kind import KINDS
 
@@ -57,7 +57,7 @@ def model_card(config: Config, run: Path) -> str:
         lines += widths(config, evaluations)
     lines += ["## Training", ""]
     if (run / AVERAGE).exists():
-        lines += [averaged(json.loads((run / AVERAGE).read_text("utf-8")), config), ""]
+        lines += [averaged(parse_json((run / AVERAGE).read_text("utf-8")), config), ""]
     losses = [row for row in _rows(run / "metrics.jsonl") if "loss" in row]
     if losses:
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses[-1]["parts"].items())
@@ -66,7 +66,7 @@ def model_card(config: Config, run: Path) -> str:
     lines += ["```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```", ""]
     facts = run / "run.json"
     if facts.exists():
-        versions = json.loads(facts.read_text("utf-8"))["versions"]
+        versions = parse_json(facts.read_text("utf-8"))["versions"]
         lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
     return "\n".join(lines)
 
@@ -95,7 +95,7 @@ def read_as(teacher: Any, place: int, run: Path) -> str:
     """What a model was distilled from: the name of a teacher, and how it was read."""
     path, kind = getattr(teacher, "path", ""), teacher.kind
     if kind in ("cached", "scores"):  # the run knows whose relevance that is
-        facts = json.loads((run / "run.json").read_text("utf-8"))
+        facts = parse_json((run / "run.json").read_text("utf-8"))
         found = facts["teacher"] if "teacher" in facts else facts["teachers"][place]
         path, kind = found["path"], found["kind"]
     return f"`{Path(path).name}` ({kind.replace('_', ' ')})"
@@ -121,7 +121,7 @@ def _rows(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text("utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(parse_json(line))
+        except ValueError:
             continue  # a kill cut it short
     return rows

@@ -145,7 +145,7 @@ class Training:
         else:
             views = answers(self.teachers, window, asked)
         for key, teacher, view, batches in zip(self.keys, self.teachers, views, window.teachers, strict=False):
-            if view is not None and key not in self.checked:
+            if view is not None and (key not in self.checked or step % self.config.train.log_every == 0):
                 check_finite(key, teacher, view, batches, self.ranks)
                 say_constant(key, view, self.batches.group, self.ranks)
                 self.checked.add(key)

@@ -1,0 +1,1 @@
+"""Killed at random moments, again and again: every job continues as if nothing had happened."""
