@@ -118,8 +118,8 @@ class TokenCache:
         """The cache of an encoder's tokens, complete: what is missing is made now, by all processes that call this.
 
         place: a folder, or true for the folder of derived files (`cache_dir`). None where a model's tokens of a pair do not
-        follow from those of its two texts (a reranker's prompt, most slow tokenizers), and where texts go through a chat
-        template. Raises InputError for groups that hold their own texts; RunError where the folder cannot be written.
+        follow from those of its two texts (a reranker's prompt, most slow tokenizers). None, too, where texts go through
+        a chat template. Raises InputError for groups that hold their own texts; RunError where the folder cannot be written.
         """
         if not isinstance(groups, IdGroups):
             what = "groups that carry their texts have no corpus whose tokens could be kept"
