@@ -51,7 +51,8 @@ class Harmed:
         self.bytes = sum(path.stat().st_size for path in reference.rglob("*") if path.is_file())
 
     def _started(self, out: Path) -> Attempt:
-        return Attempt(self.work.begin(self.rooms, out), self.work.spots, out.with_suffix(".log"))
+        log = self.folder / f"{out.parent.name if self.disk else out.name}.log"  # not on the disk that is full
+        return Attempt(self.work.begin(self.rooms, out), self.work.spots, log)
 
     def begin(self, run: int) -> None:
         """Begin a run in a new folder."""
