@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from lead_ds.config.facts import GIFTS, computes, fed, gives_vectors, is_sparse, phases, reads_pairs, span_of, trained
 from lead_ds.settings.roles import CachedRole, Span, TeacherRole
 from lead_ds.settings.run import Run
 
@@ -135,7 +136,7 @@ def teacher_gives_what_losses_read(config: Run) -> Iterator[Broken]:
 
     for key, teacher in config.taught.items():
         alone, named = key == "teacher", getattr(teacher, "losses", None)
-        for need, what in _GIFTS.items() if alone or named is not None else ():
+        for need, what in GIFTS.items() if alone or named is not None else ():
             for name in config.losses.needing(need) if need not in teacher_class(teacher.kind).gives else ():
                 where, remedy = f"losses.{name}.weight", "set it to 0, or name the model itself with its kind"
                 if not alone:
@@ -190,7 +191,7 @@ def teachers_come_and_go(config: Run) -> Iterator[Broken]:
         if span != Span() and getattr(config.taught[key], "train", False):
             name = "after" if span.after else "until"
             yield Broken(f"{key}.{name}", "is of a frozen teacher, and this one learns along", "take it out")
-    if len(config.losses.needing(*_GIFTS)) == len(config.losses.active):
+    if len(config.losses.needing(*GIFTS)) == len(config.losses.active):
         for first in phases(config):
             if not any(span.holds(first) for span in spans.values()):
                 what = f"nothing teaches at step {first + 1}, and no loss does without a teacher"
@@ -343,74 +344,3 @@ RULES: tuple[Rule, ...] = (
     widths_are_of_vectors,
     first_dimensions_are_of_what_is_read,
 )
-
-
-def trained(config: Run) -> Iterator[tuple[str, TeacherRole]]:
-    """The models that the run trains, by section."""
-    yield "student", config.student  # type: ignore[misc]
-    if config.cotrained is not None:
-        yield next(iter(config.taught)), config.cotrained
-
-
-_GIFTS: dict[Any, str] = {
-    "layers": "layers to read",
-    "features": "vectors",
-    "attention": "attention maps",
-    "final": "scores",
-}
-
-
-def fed(config: Run, teacher: Any) -> frozenset[str]:
-    """The names of the losses with a weight that one of the run's teachers feeds.
-
-    An only teacher feeds every loss that reads one. One of several feeds those that it names, or all that it can.
-    """
-    from lead_ds.teachers.open import teacher_class
-
-    reading = frozenset(config.losses.needing(*_GIFTS))
-    if config.teacher is not None:
-        return reading
-    if teacher.losses is not None:
-        return reading & frozenset(teacher.losses)
-    lacking = set(_GIFTS) - teacher_class(teacher.kind).given(teacher)
-    return reading - frozenset(config.losses.needing(*lacking) if lacking else ())
-
-
-def span_of(teacher: Any) -> Span:
-    """The steps at which a teacher teaches."""
-    return Span(getattr(teacher, "after", 0), getattr(teacher, "until", None))
-
-
-def phases(config: Run) -> list[int]:
-    """The steps, from 0, at which the teachers that teach are others than before; the first among them."""
-    spans = [span_of(teacher) for teacher in config.taught.values()]
-    changes = {0, *(span.after for span in spans), *(span.until for span in spans if span.until is not None)}
-    return sorted(step for step in changes if step < config.train.steps)
-
-
-def reads_pairs(kind: str) -> bool:
-    """Whether models of a kind read a query and a passage as one text."""
-    from lead_ds.models.kinds.kind import KINDS
-
-    return kind in KINDS and KINDS[kind].reads_pairs
-
-
-def gives_vectors(kind: str) -> bool:
-    """Whether models of a kind give one vector per text."""
-    from lead_ds.models.kinds.kind import KINDS
-
-    return kind in KINDS and KINDS[kind].gives_vectors
-
-
-def is_sparse(kind: str) -> bool:
-    """Whether models of a kind give sparse vectors."""
-    from lead_ds.models.kinds.kind import KINDS
-
-    return kind in KINDS and KINDS[kind].sparse
-
-
-def computes(kind: str) -> bool:
-    """Whether a teacher of a kind runs a model."""
-    from lead_ds.teachers.open import teacher_class
-
-    return teacher_class(kind).computes

@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from lead_ds.config.facts import fed, span_of
 from lead_ds.config.losses import AnyLosses, LossesConfig, losses_section
 from lead_ds.config.models import AnyStudent, AnyTeacher, OneTeacher, TeacherConfig
-from lead_ds.config.rules import broken, fed, span_of
+from lead_ds.config.rules import broken
 from lead_ds.errors import InputError
 from lead_ds.settings.modes import refusal
 from lead_ds.settings.plugins import load_plugins

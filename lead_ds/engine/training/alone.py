@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lead_ds.config import Config, rules
+from lead_ds.config import Config
+from lead_ds.config.facts import gives_vectors
 from lead_ds.errors import InputError
 from lead_ds.teachers.open import teacher_class
 
@@ -15,7 +16,7 @@ def refuse_what_needs_groups(config: Config) -> None:
             continue
         what = "compares a query with its passages, and texts alone have none"
         raise InputError(f"losses.{name}.weight", what, "set it to 0, or bring training groups")
-    reading = {"student": rules.gives_vectors(config.student.kind)}
+    reading = {"student": gives_vectors(config.student.kind)}
     for key, settings in config.taught.items() if config.losses.needs_teacher else ():
         teacher = teacher_class(settings.kind)
         reading[key] = teacher.reads_alone and "features" in teacher.given(settings)

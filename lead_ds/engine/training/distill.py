@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lead_ds.config import Config, rules, save_config
+from lead_ds.config import Config, save_config
+from lead_ds.config.facts import span_of
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.groups.open import open_groups
@@ -32,6 +33,7 @@ from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.alone import refuse_what_needs_groups
 from lead_ds.engine.training.averaging import average
 from lead_ds.engine.training.card import model_card
+from lead_ds.engine.training.described import describe, kernels_used, readings
 from lead_ds.engine.training.evaluation import Evaluator, Evaluators, open_evaluator
 from lead_ds.engine.training.fitting import fit, keep_map, save_fitted
 from lead_ds.engine.training.given import NOTHING, Given, check_given
@@ -44,9 +46,8 @@ from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_stat
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
-from lead_ds.kernels.dispatch import probe_seconds, resolve
 from lead_ds.losses.objective import Objective
-from lead_ds.models.as_read import check_room, reading_line, sample
+from lead_ds.models.as_read import check_room
 from lead_ds.models.load import load_teacher, settled_model, with_lengths
 from lead_ds.models.lora import add_lora, without_lora
 from lead_ds.models.narrow import Kept
@@ -54,7 +55,6 @@ from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.student_dir import save_student
 from lead_ds.models.vocabulary import check_vocabulary
-from lead_ds.settings.roles import Span
 from lead_ds.teachers.frozen import at_once
 from lead_ds.teachers.informative import informative
 from lead_ds.teachers.open import teacher_class
@@ -246,7 +246,7 @@ def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ra
             teachers[key] = Reads(text, at_once=at_once(settings, config.data))
         else:
             teachers[key] = teacher_class(settings.kind).reads(Lesson.of(config, key), groups, ranks)
-        teachers[key] = replace(teachers[key], span=rules.span_of(settings))
+        teachers[key] = replace(teachers[key], span=span_of(settings))
     return Batches(groups, student, teachers, config.data, config.train, seed=config.seed, ranks=ranks)
 
 
@@ -336,43 +336,6 @@ def write_facts(
     save_kept(fitted[1], output)
     # Last: its presence is what marks the folder as holding a run.
     save_config(config, output / "config.yaml")
-
-
-def kernels_used(config: Config, ranks: Ranks) -> str:
-    """triton or torch: what `kernels` of the configuration means on this device."""
-    try:
-        return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
-    except ValueError as error:
-        raise InputError("kernels", str(error), "set kernels=auto, or torch") from None
-
-
-def readings(groups: Groups, batches: Batches, student: Any, teachers: Sequence[Any]) -> Iterator[str]:
-    """How student and teachers read texts, a line each, with what is cut of a sample of the training groups'."""
-    texts = sample(groups)
-    taught = zip(batches.teachers.items(), teachers, strict=True)
-    for role, scorer, reads in (
-        ("student", student, batches.student),
-        *((key, one, reads) for (key, reads), one in taught),
-    ):
-        if scorer is not None and reads.encoder is not None:
-            yield f"{role} {reading_line(scorer, reads.encoder, *texts)}"
-
-
-def describe(config: Config, ranks: Ranks, student: Any, teachers: Mapping[str, Teacher], groups: int) -> str:
-    """The first lines of a run."""
-    depth = f"{student.num_layers} layers, {student.width} wide"
-    kernels = kernels_used(config, ranks)
-    tried = f", tried in {probe_seconds(ranks.device):.1f} s" if kernels == "triton" else ""
-    run = f"{groups} groups; {ranks.world} process(es); {kernels} kernels{tried}"
-    role = "student" if config.taught else config.student.kind.replace("_", " ")
-    lines = [f"{role} {config.student.path}: {depth}; {run}"]
-    several = config.teacher is None
-    for key, teacher in teachers.items():
-        feeds = f"; feeds {', '.join(sorted(rules.fed(config, config.taught[key])))}" if several else ""
-        span = rules.span_of(config.taught[key])
-        when = "" if span == Span() else f" at steps {span.after + 1} to {span.until or config.train.steps}"
-        lines.append(teacher.describe() + feeds + when)
-    return "\n".join(lines)
 
 
 def export(

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lead_ds.config import Config, rules
+from lead_ds.config import Config
+from lead_ds.config.facts import fed
 from lead_ds.data.batches import Batches, Window
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
@@ -56,8 +57,7 @@ def keep_map(config: Config, student: Kind, taught: Sequence[Teacher | Scorer], 
     if section is None or not taught:
         return
     facts = [
-        Taught(ModelFacts(one.kind, 0), rules.fed(config, one), getattr(one, "weight", 1.0))
-        for one in config.taught.values()
+        Taught(ModelFacts(one.kind, 0), fed(config, one), getattr(one, "weight", 1.0)) for one in config.taught.values()
     ]
     terms = terms_of(config.losses, facts, config.mix.relevance, config.mix.vectors)
     term, *others = (term for term in terms if term.loss == "embedding")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lead_ds.config import Config
-from lead_ds.config.rules import fed
+from lead_ds.config.facts import fed
 from lead_ds.data.batches import Batches
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lead_ds.config import Config, StudentConfig, TeacherConfig, losses_section, rules
+from lead_ds.config import Config, StudentConfig, TeacherConfig, losses_section
+from lead_ds.config.facts import gives_vectors, reads_pairs
 from lead_ds.config.load import parse_config
 from lead_ds.engine.training.distill import train
 from lead_ds.errors import InputError
@@ -60,9 +61,9 @@ def warmup_config(config: Config, of: str = "student") -> Config:
         contrastive = tree["losses"]["contrastive"]
         contrastive["temperature"] = contrastive["teacher_temperature"] or contrastive["temperature"]
         # What the configuration sets for its student's relevance and evaluation may be nothing that the teacher has.
-        if rules.reads_pairs(tree["student"]["kind"]):
+        if reads_pairs(tree["student"]["kind"]):
             contrastive["scope"], tree["train"]["in_batch"] = "auto", "global"
-        if rules.gives_vectors(tree["student"]["kind"]):
+        if gives_vectors(tree["student"]["kind"]):
             tree["evaluation"] |= EvaluationConfig().model_dump(include={"run", "depth"})
     tree["losses"]["contrastive"]["teacher_temperature"] = None
     tree["student"]["scale"] = "none"  # of its layers, which labels do not read
