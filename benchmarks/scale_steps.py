@@ -231,8 +231,8 @@ def make_vectors(size: int, folder: Path) -> Facts:
     """Vectors to index, of floats and of signs, and what is nearest to each query."""
     import torch
 
-    from lead_ds.retrieval.encode import Vectors
     from lead_ds.retrieval.exact import exact_search
+    from lead_ds.retrieval.vectors import Vectors
 
     scale_data.vectors(folder / "floats", size)
     scale_data.vectors(folder / "signs", size, "ubinary")
@@ -246,8 +246,8 @@ def make_vectors(size: int, folder: Path) -> Facts:
 
 def build(kind: str, size: int, folder: Path) -> Facts:
     """An index."""
-    from lead_ds.retrieval.encode import Vectors
     from lead_ds.retrieval.index import build_index
+    from lead_ds.retrieval.vectors import Vectors
 
     source = Vectors.open(folder / ("signs" if kind == "binary" else "floats"))
     finer = Vectors.open(folder / "floats") if kind == "binary" else None

@@ -115,8 +115,8 @@ def index(
     """
     options.choice("--layout", layout, "shard", "replicate")
     from lead_ds.data.collections.dataset import Dataset
-    from lead_ds.retrieval.encode import Vectors, check_texts
     from lead_ds.retrieval.index import build_index
+    from lead_ds.retrieval.vectors import Vectors, check_texts
 
     opened = Vectors.open(vectors)
     if data is not None:
@@ -342,7 +342,7 @@ def check_search_names(data: Path | None, index: Path | None, tag: str, out: Pat
     from lead_ds.data.collections.dataset import Dataset, check_run_names
     from lead_ds.data.collections.qrels import blank_name
     from lead_ds.data.collections.texts import Ids
-    from lead_ds.retrieval.encode import IDS
+    from lead_ds.retrieval.vectors import IDS
 
     if data is not None:
         check_run_names(Dataset.open(data), out, tag)

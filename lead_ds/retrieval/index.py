@@ -19,8 +19,9 @@ from lead_ds.io.files import atomic, data_checksum, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
-from lead_ds.retrieval.encode import IDS, SPARSE, Side, Vectors
+from lead_ds.retrieval.encode import Side
 from lead_ds.retrieval.small import RESCORED, SMALL, quantise, rescore, unsigned
+from lead_ds.retrieval.vectors import IDS, SPARSE, Vectors
 
 INDEX, META, RESCORE = "index.faiss", "index.json", "rescore"
 CHUNK = 65_536  # vectors added at once

@@ -25,9 +25,9 @@ from lead_ds.io.files import atomic, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import damage, mapped, refuse_strangers, save_arrays, unfinished
-from lead_ds.retrieval.encode import IDS, Vectors
 from lead_ds.retrieval.index import META, Index, check_k, facts_of
 from lead_ds.retrieval.sparse import SparseVectors, sparse_search
+from lead_ds.retrieval.vectors import IDS, Vectors
 
 FACTORY = "inverted"
 _AGAIN = "build the index again"

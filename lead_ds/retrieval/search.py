@@ -20,7 +20,7 @@ from lead_ds.io.files import model_checksum
 from lead_ds.io.progress import progress
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.router import Reader, check_space
-from lead_ds.retrieval.encode import Encoding, Side, check_texts, encode_share
+from lead_ds.retrieval.encode import Encoding, Side, encode_share
 from lead_ds.retrieval.encoded import AT_ONCE, make_run
 from lead_ds.retrieval.evaluate import ModelLike, Task, open_encoder, score_each
 from lead_ds.retrieval.exact import exact_search
@@ -28,6 +28,7 @@ from lead_ds.retrieval.identical import Judged, each_without_identical, with_spa
 from lead_ds.retrieval.index import Index, check_k
 from lead_ds.retrieval.metrics import Scores, depth
 from lead_ds.retrieval.sparse import SparseVectors
+from lead_ds.retrieval.vectors import check_texts
 
 
 @dataclass(frozen=True)

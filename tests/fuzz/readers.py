@@ -29,8 +29,9 @@ from lead_ds.prepare.beir import open_beir
 from lead_ds.prepare.build import prepare
 from lead_ds.prepare.manifest import read_manifest
 from lead_ds.prepare.plain_rows import plain_rows
-from lead_ds.retrieval.encode import IDS, MANIFEST, Vectors
+from lead_ds.retrieval.encode import MANIFEST
 from lead_ds.retrieval.evaluate import evaluate_run
+from lead_ds.retrieval.vectors import IDS, Vectors
 from lead_ds.settings.data import DataConfig
 from tests.fuzz import made
 from tests.fuzz.made import CORPUS, QUERIES, among, files_of, lines

@@ -26,7 +26,8 @@ from lead_ds.io.mapped import read_arrays, write_arrays
 from lead_ds.prepare.build import prepare
 from lead_ds.prepare.manifest import read_manifest
 from lead_ds.prepare.source import Judgement, Part, Source, Text
-from lead_ds.retrieval.encode import MANIFEST, Vectors, encode_to
+from lead_ds.retrieval.encode import MANIFEST, encode_to
+from lead_ds.retrieval.vectors import Vectors
 from lead_ds.settings.data import DataConfig
 from tests.helpers.tiny import tiny_tokenizer, write_jsonl
 

@@ -11,8 +11,9 @@ import torch
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import model_checksum
-from lead_ds.retrieval.encode import Encoding, Stored, Vectors, encode_share, encode_to
+from lead_ds.retrieval.encode import Encoding, Stored, encode_share, encode_to
 from lead_ds.retrieval.evaluate import open_encoder
+from lead_ds.retrieval.vectors import Vectors
 from tests.helpers.launch import launch
 
 MODEL = {"checksum": "m"}

@@ -17,11 +17,12 @@ from lead_ds.data.collections.qrels import write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.files import write_json
-from lead_ds.retrieval.encode import Vectors, encode_to
+from lead_ds.retrieval.encode import encode_to
 from lead_ds.retrieval.encoded import make_run
 from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
 from lead_ds.retrieval.index import build_index
 from lead_ds.retrieval.rerank import Reranker, evaluate_reranked
+from lead_ds.retrieval.vectors import Vectors
 from lead_ds.settings.data import DataConfig
 from tests.helpers.tiny import write_jsonl
 

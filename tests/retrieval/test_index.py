@@ -11,10 +11,11 @@ import pytest
 
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
-from lead_ds.retrieval.encode import Stored, Vectors, encode_to
+from lead_ds.retrieval.encode import Stored, encode_to
 from lead_ds.retrieval.evaluate import evaluate_path, evaluate_run, open_encoder
 from lead_ds.retrieval.index import Index, build_index
 from lead_ds.retrieval.search import Searcher, model_facts
+from lead_ds.retrieval.vectors import Vectors
 from tests.helpers.tiny import tiny_tokenizer
 
 pytest.importorskip("faiss")

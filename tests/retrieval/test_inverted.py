@@ -15,11 +15,12 @@ from lead_ds.errors import InputError
 from lead_ds.io.shards import mapped
 from lead_ds.models.load import load_scorer
 from lead_ds.retrieval import inverted
-from lead_ds.retrieval.encode import Stored, Vectors, encode_to
+from lead_ds.retrieval.encode import Stored, encode_to
 from lead_ds.retrieval.evaluate import Task, evaluate_model
 from lead_ds.retrieval.index import Index, build_index
 from lead_ds.retrieval.search import Searcher, evaluate_index, model_facts
 from lead_ds.retrieval.sparse import SparseVectors
+from lead_ds.retrieval.vectors import Vectors
 from tests.helpers.forked import lead_ds
 from tests.models.tiny_models import tiny_model
 

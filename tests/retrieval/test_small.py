@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from lead_ds.cli.main import app
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.errors import InputError
-from lead_ds.retrieval.encode import Encoding, Stored, Vectors, encode_to
+from lead_ds.retrieval.encode import Encoding, Stored, encode_to
 from lead_ds.retrieval.evaluate import Task, evaluate_path, open_encoder
 from lead_ds.retrieval.index import Index, build_index
 from lead_ds.retrieval.search import evaluate_index, model_facts
+from lead_ds.retrieval.vectors import Vectors
 
 pytest.importorskip("faiss")
 

@@ -22,10 +22,11 @@ from lead_ds.engine.distributed.ranks import free_port
 from lead_ds.engine.records.checkpoint import damage
 from lead_ds.io.shards import mapped
 from lead_ds.pipeline.run import run_pipeline
-from lead_ds.retrieval.encode import Encoding, Stored, Vectors, encode_to
+from lead_ds.retrieval.encode import Encoding, Stored, encode_to
 from lead_ds.retrieval.evaluate import open_encoder
 from lead_ds.retrieval.index import META, RESCORE, build_index
 from lead_ds.retrieval.search import model_facts
+from lead_ds.retrieval.vectors import Vectors
 from lead_ds.teachers.teach import teach
 from tests.engine.jobs import losses_of
 from tests.helpers.launch import ROOT

@@ -1,0 +1,145 @@
+"""Vectors on disk, as `lead-ds encode` wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lead_ds.data.collections.texts import Ids, Texts
+from lead_ds.errors import InputError
+from lead_ds.io.files import data_checksum, read_json
+from lead_ds.io.shards import MANIFEST
+from lead_ds.retrieval.small import SMALL, restored
+from lead_ds.retrieval.sparse import SparseVectors
+
+IDS = "ids.txt"
+SPARSE = "sparse"
+AGAIN = "delete the folder, and run lead-ds encode again"
+
+
+class Vectors:
+    """Vectors on disk: shards [n, D] as .npy files, memory-mapped, with their ids and a manifest of where they came from.
+
+    Sparse ones: as scipy's .npz files, a shard in memory at a time.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Vectors:
+        """Finished vectors of `encode_to`. Raises InputError when there are none, or when they are not finished or damaged."""
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST, "make it with lead-ds encode")
+        sizes = manifest.get("count"), manifest.get("shard_rows")
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise InputError(folder / MANIFEST, "does not give the number of vectors", AGAIN)
+        vectors = cls(folder, manifest)
+        missing = [shard for shard in range(vectors.shards) if not vectors.path(shard).exists()]
+        if missing:
+            what = f"{len(missing)} of {vectors.shards} shards are missing"
+            raise InputError(folder, what, "run lead-ds encode again to finish it")
+        if not (folder / IDS).is_file():
+            raise InputError(folder / IDS, "no such file", AGAIN)
+        if vectors.dtype == SPARSE:
+            return vectors
+        width = -(-vectors.dimension // 8) if vectors.dtype.endswith("binary") else vectors.dimension
+        for shard in range(vectors.shards):
+            if vectors.block(shard).dtype.kind != {"ubinary": "u", "int8": "i", "binary": "i"}.get(vectors.dtype, "f"):
+                raise InputError(vectors.path(shard), f"holds {vectors.block(shard).dtype}, not vectors", AGAIN)
+            if vectors.block(shard).shape != (len(vectors.rows(shard)), width):
+                raise InputError(vectors.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
+        return vectors
+
+    def __len__(self) -> int:
+        return int(self.manifest["count"])
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        if self.dtype in (*SMALL, SPARSE):
+            return int(self.manifest["dimension"])
+        return int(self.block(0).shape[-1]) if self.block(0).ndim else 0
+
+    @property
+    def dtype(self) -> str:
+        """As what they are stored."""
+        return str(self.manifest.get("dtype", "float32"))
+
+    def floats(self, block: np.ndarray) -> np.ndarray:
+        """Some of the stored vectors as float32 [n, D] whose inner products rank.
+
+        Quantised ones as what they stand for; all at length 1 where the model that made them compares by cosine.
+        """
+        if self.dtype not in SMALL:
+            floats = np.ascontiguousarray(block, np.float32)
+        else:
+            ranges = self.manifest.get("ranges")
+            ranges = None if ranges is None else np.array(ranges, np.float32)
+            floats = restored(block, self.dtype, self.dimension, ranges)
+        if self.manifest["model"].get("similarity") != "cosine":
+            return floats
+        return floats / np.maximum(np.linalg.norm(floats, axis=1, keepdims=True), 1e-12)
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of `rows`, as float32 [n, D]."""
+        size = int(self.manifest["shard_rows"])
+        out = np.empty((len(rows), self.dimension), np.float32)
+        for shard in np.unique(rows // size):
+            here = np.flatnonzero(rows // size == shard)
+            out[here] = self.floats(self.block(int(shard))[rows[here] - shard * size])
+        return out
+
+    @property
+    def shards(self) -> int:
+        """How many files."""
+        return -(-len(self) // int(self.manifest["shard_rows"]))
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"vectors-{shard:05d}.{'npz' if self.dtype == SPARSE else 'npy'}"
+
+    def rows(self, shard: int) -> range:
+        """The rows that a shard holds."""
+        size = int(self.manifest["shard_rows"])
+        return range(shard * size, min((shard + 1) * size, len(self)))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Every shard in order, memory-mapped."""
+        return (self.block(shard) for shard in range(self.shards))
+
+    def block(self, shard: int) -> np.ndarray:
+        """A shard, memory-mapped: [rows, D]. Raises InputError for a file that is not one."""
+        try:
+            return np.load(self.path(shard), mmap_mode="r")
+        except Exception as error:  # numpy parses the header as Python, which can go wrong in as many ways
+            reason = str(error).split(". ")[0] or type(error).__name__
+            raise InputError(self.path(shard), f"is damaged: {reason}", AGAIN) from None
+
+    def sparse(self, shard: int) -> SparseVectors:
+        """A shard of sparse vectors. Raises InputError for a file that is not one, or not of this folder."""
+        try:
+            found = SparseVectors.read(self.path(shard))
+        except Exception as error:  # numpy's and scipy's, of a file that is cut or no archive
+            reason = str(error).split(". ")[0] or type(error).__name__
+            raise InputError(self.path(shard), f"is damaged: {reason}", AGAIN) from None
+        if found.rows.shape != (len(self.rows(shard)), self.dimension):
+            raise InputError(self.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
+        return found
+
+    def ids(self) -> Sequence[str]:
+        """The id of every row, read when it is needed. Raises InputError where there are not as many as vectors."""
+        ids = Ids.of_lines(self.folder / IDS, AGAIN)
+        if len(ids) != len(self):
+            raise InputError(self.folder / IDS, f"holds {len(ids)} ids of {len(self)} vectors", AGAIN)
+        return ids
+
+
+def check_texts(facts: dict[str, Any], texts: Texts, where: object) -> None:
+    """Raise InputError unless `texts` are those that vectors were made of; facts: their manifest, or an index's."""
+    if facts["kind"] == texts.kind and (facts["count"] != len(texts) or facts["data"] != data_checksum(texts.path)):
+        what = f"holds vectors of another {texts.path.name} than {texts.path}, or of what it was before"
+        raise InputError(where, what, "encode and index it again, or name the dataset it was made of")
