@@ -212,7 +212,7 @@ def test_layers_are_named_in_several_ways(kept: Kept) -> None:
     assert chosen("3,1") == [1, 3]
     assert chosen("last:2") == [3, 4]
     assert chosen("all") == chosen("auto") == [0, 1, 2, 3, 4]
-    assert chosen("final") == chosen("auto", "losses.layer.weight=0") == []
+    assert chosen("final") == chosen("auto", "losses.layer.weight=0", "student.scale=none") == []
     assert chosen("auto", "losses.layer.select=last") == [3, 4]
     given = ["losses.layer.select=given", "losses.layer.teacher_layers=[2,0]", "losses.layer.student_layers=[9,1]"]
     assert chosen("auto", *given) == [0, 2]

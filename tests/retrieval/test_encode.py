@@ -42,7 +42,7 @@ def test_every_text_gets_its_own_vector(model: Path, data: Path, tmp_path: Path)
         tmp_path / "v", scorer.embed, encoder, corpus, MODEL, Encoding(batch_size=7), Stored(shard_rows=25)
     )
     assert [block.shape for block in vectors.blocks()] == [(25, 16), (25, 16), (10, 16)]
-    assert (len(vectors), vectors.dimension, vectors.ids()) == (60, 16, list(corpus.ids))
+    assert (len(vectors), vectors.dimension, list(vectors.ids())) == (60, 16, list(corpus.ids))
     np.testing.assert_allclose(whole(vectors), expected, rtol=1e-4, atol=1e-5)
 
 
