@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lead_ds.config import StudentConfig
 from lead_ds.data.reads import ModelBatch
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.errors import InputError
+from lead_ds.errors import InputError, RunError
 from lead_ds.models.kinds.colbert import ColBERT
 from lead_ds.models.kinds.cross_encoder import CrossEncoder
 from lead_ds.models.kinds.dual_encoder import DualEncoder
@@ -106,7 +106,7 @@ def test_what_fails_leaves_the_old_student(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(encoder.tokenizer.__class__, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="No space"):
         save_student(scorer, encoder, folder)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "saved"]

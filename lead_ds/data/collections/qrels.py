@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lead_ds.errors import InputError, RunError
+from lead_ds.errors import InputError
+from lead_ds.io.files import atomic
 from lead_ds.io.jsonl import read_lines
 
 Qrels = dict[str, dict[str, int]]
@@ -131,7 +130,6 @@ def run_writer(path: str | Path, tag: str = "lead-ds") -> Iterator[Callable[[Map
     written.
     """
     path = Path(path)
-    temporary = ""
 
     def write(run: Mapping[str, Mapping[str, float]]) -> None:
         _refuse_unreadable(path, run, tag)
@@ -143,23 +141,11 @@ def run_writer(path: str | Path, tag: str = "lead-ds") -> Iterator[Callable[[Map
             )
             file.write("".join(lines).encode())
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as raw:
-            file = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
-            yield write
-            if file is not raw:
-                file.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(path, f"cannot be written: {error}", "check the folder and the free space") from None
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+    with atomic(path) as temporary, ExitStack() as opened:
+        file: Any = opened.enter_context(temporary.open("wb"))
+        if path.suffix == ".gz":
+            file = opened.enter_context(gzip.GzipFile(fileobj=file, mode="wb", mtime=0))
+        yield write
 
 
 def _refuse_unreadable(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
