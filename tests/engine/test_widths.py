@@ -69,7 +69,7 @@ def test_trained_measured_and_read_by_first_dimensions(configure: Callable[..., 
     assert evaluate_path(student, data, "dev", ["nDCG@10"], dim=4, quiet=True)["nDCG@10"] == pytest.approx(
         found, abs=1e-4
     )
-    with pytest.raises(InputError, match="is 8, and .* has vectors of 4 dimensions"):
+    with pytest.raises(InputError, match="has vectors of 4 dimensions"):
         Searcher.open(open_encoder(str(student), dim=8), index=index)
     with pytest.raises(InputError, match="dim is 17, its vectors have 16 dimensions"):
         open_encoder(str(student), dim=17)
