@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lead_ds.data.collections.qrels import refuse_nul
 from lead_ds.errors import InputError
 
 EXAMPLES = "for example nDCG@10, RR@10, AP@1000, R@100, P@10"
@@ -43,6 +44,8 @@ def score_run(
         raise InputError("qrels", "no query has a judgement", "check the file")
     if not set(run) & set(qrels):
         raise InputError("run", "has no query that is judged", "check that run and qrels are of the same queries")
+    for query in (*qrels, *run):
+        refuse_nul(query, "query")
     names = {measure: name for name, measure in parsed.items()}
     per_query: dict[str, dict[str, float]] = {name: {} for name in names.values()}
     try:

@@ -8,6 +8,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import read_qrels, read_run, write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError, RunError
+from lead_ds.retrieval.metrics import score_run
 from lead_ds.settings.data import DataConfig
 
 
@@ -139,3 +140,16 @@ def test_a_gzipped_dataset_reads_the_same(folder: Path, tmp_path: Path) -> None:
     assert zipped.splits == plain.splits
     assert zipped.qrels("test") == plain.qrels("test")
     assert zipped.corpus.texts(range(60)) == plain.corpus.texts(range(60))
+
+
+def test_a_name_that_ends_early_in_c_is_refused(tmp_path: Path) -> None:
+    """trec_eval took two such names for one and ended the process."""
+    judged, ranked = tmp_path / "qrels.tsv", tmp_path / "run.trec"
+    judged.write_text("q\0a\tp\t1\nq\0b\tp\t1\n")
+    ranked.write_text("q\0a Q0 p 1 0.5 x\n")
+    with pytest.raises(InputError, match=r"qrels.tsv:1: .*NUL"):
+        read_qrels(judged)
+    with pytest.raises(InputError, match=r"run.trec:1: .*NUL"):
+        read_run(ranked)
+    with pytest.raises(InputError, match="NUL"):
+        score_run({"q": {"p": 1.0}}, {"q": {"p": 1}, "q\0a": {"p": 1}, "q\0b": {"p": 1}}, ["RR@10"])

@@ -48,7 +48,14 @@ def parse_judgements(lines: Iterable[tuple[int, str]], where: object) -> Iterato
                 f"not a judgement: {line[:80]!r}",
                 "query-id, corpus-id, score (BEIR), or query, 0, passage, judgement (TREC); the score is an integer",
             ) from None
+        refuse_nul(query + passage, f"{where}:{number}")
         yield number, query.strip(), passage.strip(), judgement
+
+
+def refuse_nul(names: str, where: object) -> None:
+    """Raise InputError for a character that ends a string in C: trec_eval would take two names for one, and abort."""
+    if "\0" in names:
+        raise InputError(where, f"{names[:80]!r} holds a NUL character", "rename it: trec_eval ends a name there")
 
 
 def _integer(word: str) -> int:
@@ -97,6 +104,7 @@ def read_run(path: str | Path) -> Run:
             value = math.nan
         if len(fields) != 6 or not math.isfinite(value):
             raise InputError(f"{path}:{number}", f"not a run line: {line[:80]!r}", "query Q0 passage rank score tag")
+        refuse_nul(query + passage, f"{path}:{number}")
         ranking = run.setdefault(query, {})
         if passage in ranking:
             raise InputError(f"{path}:{number}", f"{passage!r} is listed twice for query {query!r}", "list it once")
