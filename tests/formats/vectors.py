@@ -411,11 +411,11 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "CLIP": ("images or sound|not supported", lambda f: plain_copy(f, model_type="clip")),
     "an encoder-decoder that is no T5": ("is an encoder-decoder", lambda f: plain_copy(f, model_type="bart")),
     "4 bits without bitsandbytes": (
-        "quantised by bitsandbytes",
+        r"quantised \(bitsandbytes\)",
         lambda f: plain_copy(f, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
     ),
     "GPTQ without its package": (
-        "quantised by gptq",
+        r"quantised \(gptq\)",
         lambda f: plain_copy(f, quantization_config={"quant_method": "gptq", "bits": 4}),
     ),
     "a language model, its kind not named": ("is a language model", lambda f: tiny_model(f, "llama", "causal")),
