@@ -165,8 +165,9 @@ class Harmed:
         except Exception as error:
             return [], [f"{type(error).__name__}: {error}"[:300]]
         keep = self.work.keep
-        steps = [name for name in after if name.startswith("step-")]
-        pruned = {name for name in before if keep and len(steps) >= keep and name < min(steps)}
+        steps = sorted(name for name in after if name.startswith("step-"))
+        # The best may stay behind, so that the oldest of all is no measure.
+        pruned = {name for name in before if keep and len(steps) >= keep and name < steps[-keep]}
         lost = sorted(set(before) - set(after) - pruned)
         partial = [name for name, found in after.items() if found and found != self.files.get(name)]
         return lost, partial
