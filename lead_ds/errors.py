@@ -14,7 +14,9 @@ class LeadError(Exception):
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" + (f" ({self.remedy})" if self.remedy else "")
-        return " ".join(line.split())
+        line = " ".join(line.split())
+        # What others' files hold must not steer a terminal.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         # Data-loader workers send exceptions between processes; the default would call __init__ with one argument.

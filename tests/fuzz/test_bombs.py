@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
 from lead_ds.io import jsonl, mapped
+from lead_ds.settings.data import DataConfig
 from tests.fuzz.check import bounds, check
 from tests.fuzz.readers import READERS, beir
 
@@ -71,3 +73,13 @@ def test_a_small_gz_of_a_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 200_000))
     assert sum(len(block.records) for block in jsonl.read_blocks(path, mapped.open_buffer(path))) == 200_000
     assert len(list((tmp_path / "cache" / "texts").iterdir())) == 1
+
+
+def test_what_steers_a_terminal_is_shown_and_not_sent(tmp_path: Path) -> None:
+    """A column's name is repeated in the error."""
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"query\\u001b[2J": "one", "p\\u007fs": ["x"], "neg": ["y"]}\n', "utf-8")
+    with pytest.raises(InputError) as refused:
+        open_groups(DataConfig(path=str(tmp_path), negatives=1))
+    assert str(refused.value).isprintable()
+    assert r"\x1b[2J" in str(refused.value)
