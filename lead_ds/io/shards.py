@@ -72,8 +72,15 @@ def save_arrays(path: Path, arrays: Arrays, cache: str) -> None:
 def mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
     """The arrays of a safetensors file, mapped into memory, and its metadata.
 
-    Raises OSError, ValueError or KeyError for what is not one, or is cut short.
+    Raises OSError or ValueError for what is not one, or is cut short.
     """
+    try:
+        return _mapped(path)
+    except (KeyError, IndexError, TypeError, AttributeError):  # a header of another form
+        raise ValueError("not a safetensors file") from None
+
+
+def _mapped(path: Path) -> tuple[Arrays, dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _LARGEST_HEADER:

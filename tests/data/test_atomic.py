@@ -14,7 +14,7 @@ import pytest
 
 from lead_ds.errors import RunError
 from lead_ds.io.files import atomic
-from lead_ds.io.shards import save_arrays
+from lead_ds.io.shards import damage, mapped, save_arrays
 from lead_ds.models.student_dir import whole_folder
 
 
@@ -104,3 +104,13 @@ def test_a_disk_that_is_full_when_tensors_are_written(tmp_path: Path) -> None:
             assert not list(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("offsets", ["[0]", "[]", "null", '{"0": 1}', '["a", "b"]'])
+def test_a_header_of_another_form_is_named(tmp_path: Path, offsets: str) -> None:
+    header = f'{{"x": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
+    path = tmp_path / "shard.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert damage(path, "any")
+    with pytest.raises(ValueError, match=r"not a safetensors file|cut short"):
+        mapped(path)
