@@ -36,6 +36,8 @@ def forked(job: Job, log: Path, phases: Phases | None) -> int:
     status = 1
     try:
         os.setsid()
+        for number in (signal.SIGTERM, signal.SIGINT):  # this process only notes them, and its children would, too
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
