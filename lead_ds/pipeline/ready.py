@@ -1,4 +1,4 @@
-"""A model that the pipeline searches with, and how the commands over it are told to read it."""
+"""A model that the pipeline searches with, and the settings that its commands read it by."""
 
 from __future__ import annotations
 

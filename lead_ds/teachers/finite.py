@@ -1,4 +1,4 @@
-"""A teacher whose output is not finite, or says nothing, is found out: at the first window, and at every step that is logged."""
+"""A teacher whose output is not finite, or constant, ends the run: checked at the first window and at every logged step."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -13,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_two_hosts import NAMES, Hosts, sh
+from tests.helpers.hosts import NAMES, PLACES, Hosts, needs, sh, two_hosts
 from tests.helpers.launch import ROOT
-
-PLACES = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,30 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("clusters")
 
 
-def needs(*programs: str) -> None:
-    """Skip, with the reason, where a program or the permission for namespaces is missing."""
-    missing = [name for name in programs if shutil.which(name, path=f"{PLACES}:{os.environ['PATH']}") is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (README of launch/ names the packages)")
-    if os.getuid():
-        pytest.skip("network namespaces need root")
-
-
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """Two hosts with ssh between them."""
-    needs("ip", "ssh", "ssh-keygen", "sshd", "unshare")
-    folder = tmp_path_factory.mktemp("hosts")
-    Path("/run/sshd").mkdir(exist_ok=True)
-    made = Hosts(folder)
-    try:
-        try:
-            made.open()
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces are not permitted here: {' '.join(error.cmd)}: {error.stderr.strip()}")
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as made:
         yield made
-    finally:
-        made.close()
 
 
 CONFIGURATION = """\

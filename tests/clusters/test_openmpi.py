@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lead_ds.engine.distributed.ranks import free_port
-from tests.clusters.conftest import needs
 from tests.engine.jobs import losses_of
-from tests.engine.test_two_hosts import NAMES, Hosts
+from tests.helpers.hosts import Hosts, needs
 from tests.helpers.launch import ROOT, launch
 
 RUN: dict[str, Any] = {
@@ -24,18 +21,9 @@ RUN: dict[str, Any] = {
 def openmpi(hosts: Hosts, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`launch/deepspeed_hostfile.sh ARGUMENTS` from the first host, one rank on each."""
     needs("mpirun", "ompi_info")
-    (hosts.folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
-    command, environment = hosts.command(str(ROOT / "launch" / "deepspeed_hostfile.sh"), *arguments)
+    command, environment = hosts.launched(*arguments)
     environment |= {
         "LAUNCHER": "openmpi",
-        "HOSTFILE": str(hosts.folder / "hostfile"),
-        "PYTHON": sys.executable,
-        "MASTER_PORT": str(free_port()),
-        "LEAD_DS_WATCH_PORT": str(free_port()),
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TMPDIR": str(hosts.folder),
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
