@@ -24,7 +24,7 @@ Tokens = dict[str, Tensor]
 class Settings:
     """What the losses depend on, by the names of lead-ds's configuration."""
 
-    group: int  # N
+    group_size: int  # N
     teacher_temperature: float
     layer_teacher_temperature: float
     layer_temperature: float
@@ -102,7 +102,7 @@ class LeadLoop(Loop):
         sq = self.student(**self.moved(texts.student_queries), output_hidden_states=True).hidden_states
         sp = self.student(**self.moved(texts.student_passages), output_hidden_states=True).hidden_states
         at("losses")
-        target = torch.arange(len(sq[-1]), device=self.device) * self.settings.group
+        target = torch.arange(len(sq[-1]), device=self.device) * self.settings.group_size
         teacher, student = tq[-1][:, 0] @ tp[-1][:, 0].T, sq[-1][:, 0] @ sp[-1][:, 0].T
         response = kl(teacher / self.settings.teacher_temperature, student)
         kls, nlls = [], []
@@ -139,11 +139,11 @@ class PlainLoop(Loop):
         chosen = [*layers[1], len(queries) - 2]
         sq, sp = ([states[i + 1][:, 0].float() for i in chosen] for states in (queries, passages))
         whole = torch.stack([q @ p.T for q, p in zip(sq, sp, strict=True)])
-        target = torch.arange(whole.shape[1], device=self.device) * self.settings.group
+        target = torch.arange(whole.shape[1], device=self.device) * self.settings.group_size
         contrastive = functional.cross_entropy(whole[-1], target)
         student = whole
         if self.settings.reranker is not None:  # it knows a query's own passages only
-            grouped = torch.stack(sp).unflatten(1, (-1, self.settings.group))
+            grouped = torch.stack(sp).unflatten(1, (-1, self.settings.group_size))
             student = torch.einsum("kqd,kqnd->kqn", torch.stack(sq), grouped)
             target = torch.zeros_like(target)
         response = kl(teacher[-1] / self.settings.teacher_temperature, student[-1])
@@ -180,7 +180,7 @@ class PlainLoop(Loop):
         states.append(self._pooled(output.last_hidden_state, mask))
         yes, no = self.settings.reranker
         logits = torch.stack([model.lm_head(state).float() for state in states])
-        return (logits[..., yes] - logits[..., no]).unflatten(1, (-1, self.settings.group))
+        return (logits[..., yes] - logits[..., no]).unflatten(1, (-1, self.settings.group_size))
 
     def _pooled(self, state_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         if self.settings.teacher_pooling == "cls" and self.settings.reranker is None:

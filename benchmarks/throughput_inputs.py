@@ -78,7 +78,7 @@ class Inputs:
         teacher = self.config.teacher
         assert teacher is not None
         if encoder.reads_pairs:
-            repeated = [query for query in queries for _ in range(self.batches.group)]
+            repeated = [query for query in queries for _ in range(self.batches.group_size)]
             return {"teacher_pairs": self._padded(encoder.pairs(repeated, passages), teacher.max_length)}
         return {
             "teacher_queries": self._padded(encoder.queries(queries), teacher.query_length),
@@ -99,7 +99,7 @@ class Inputs:
         )
         return Work(
             self.batches.batch_size * self.batches.accumulation,
-            self.batches.batch_size * self.batches.accumulation * self.batches.group,
+            self.batches.batch_size * self.batches.accumulation * self.batches.group_size,
             tokens[0] / len(steps),
             tokens[1] / len(steps),
             flops[0] / len(steps),

@@ -294,7 +294,7 @@ def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
         tokenizer = load_tokenizer(config.teacher.path, transformer_folder(config.teacher.path), False)
         answers = answer_tokens(tokenizer, config.teacher, Asked(None, CARDS["plain"]))
     settings = Settings(
-        group=1 + config.data.negatives,
+        group_size=1 + config.data.negatives,
         teacher_temperature=losses.response.teacher_temperature,
         layer_teacher_temperature=losses.layer.teacher_temperature,
         layer_temperature=losses.layer.layer_temperature,

@@ -105,7 +105,7 @@ class Features(ABC):
         """D, the width of its vectors; None where there are only scores."""
 
     @abstractmethod
-    def micro(self: F, start: int, stop: int, group: int) -> F:
+    def micro(self: F, start: int, stop: int, group_size: int) -> F:
         """Queries start..stop and their own passages."""
 
     @abstractmethod
@@ -113,7 +113,7 @@ class Features(ABC):
         """Every query against every passage: [K, Q, P]."""
 
     @abstractmethod
-    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+    def group_relevance(self, group_size: int, impl: Impl = "auto") -> Relevance:
         """Every query against its own N passages: [K, Q, N]."""
 
     @abstractmethod
@@ -180,9 +180,10 @@ class VectorFeatures(Features):
         """D."""
         return self.q_KQD.shape[2]
 
-    def micro(self, start: int, stop: int, group: int) -> VectorFeatures:
+    def micro(self, start: int, stop: int, group_size: int) -> VectorFeatures:
         """Queries start..stop and their own passages."""
-        return replace(self, q_KQD=self.q_KQD[:, start:stop], p_KPD=self.p_KPD[:, start * group : stop * group])
+        own = slice(start * group_size, stop * group_size)
+        return replace(self, q_KQD=self.q_KQD[:, start:stop], p_KPD=self.p_KPD[:, own])
 
     def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
         """Every query against every passage, as factors."""
@@ -190,10 +191,10 @@ class VectorFeatures(Features):
             return Relevance(standardised(products(self.q_KQD, self.p_KPD), mask_QP), mask_QP=mask_QP)
         return Relevance(factors=(self.q_KQD, self.p_KPD), mask_QP=mask_QP, cosine=self.scale == "cosine")
 
-    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+    def group_relevance(self, group_size: int, impl: Impl = "auto") -> Relevance:
         """Every query against its own N passages: [K, Q, N]."""
-        q_B1D, p_BND = self.q_KQD.flatten(0, 1)[:, None], self.p_KPD.flatten(0, 1).unflatten(0, (-1, group))
-        scores_KQN = products(q_B1D, p_BND, cosine=self.scale == "cosine").view(*self.q_KQD.shape[:2], group)
+        q_B1D, p_BND = self.q_KQD.flatten(0, 1)[:, None], self.p_KPD.flatten(0, 1).unflatten(0, (-1, group_size))
+        scores_KQN = products(q_B1D, p_BND, cosine=self.scale == "cosine").view(*self.q_KQD.shape[:2], group_size)
         return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
 
     def merged(self, others: Sequence[VectorFeatures]) -> VectorFeatures:
@@ -234,9 +235,9 @@ class TokenFeatures(Features):
         """D."""
         return self.q_KQLD.shape[3]
 
-    def micro(self, start: int, stop: int, group: int) -> TokenFeatures:
+    def micro(self, start: int, stop: int, group_size: int) -> TokenFeatures:
         """Queries start..stop and their own passages."""
-        own = slice(start * group, stop * group)
+        own = slice(start * group_size, stop * group_size)
         return replace(
             self,
             q_KQLD=self.q_KQLD[:, start:stop],
@@ -254,12 +255,12 @@ class TokenFeatures(Features):
             scores_KQP = standardised(scores_KQP, mask_QP)
         return Relevance(scores_KQP, mask_QP=mask_QP)
 
-    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+    def group_relevance(self, group_size: int, impl: Impl = "auto") -> Relevance:
         """MaxSim of every query with its own N passages: [K, Q, N]."""
-        q_BLD, p_BMD = self.q_KQLD.flatten(0, 1), self.p_KPLD.flatten(0, 1).unflatten(0, (-1, group)).flatten(1, 2)
+        q_BLD, p_BMD = self.q_KQLD.flatten(0, 1), self.p_KPLD.flatten(0, 1).unflatten(0, (-1, group_size)).flatten(1, 2)
         similarity = products(q_BLD, p_BMD, cosine=self.scale == "cosine")
-        similarity = similarity.unflatten(2, (group, -1)).transpose(1, 2).unflatten(0, self.q_KQLD.shape[:2])
-        mask_QNM = self.p_mask_PL.bool().unflatten(0, (-1, group))
+        similarity = similarity.unflatten(2, (group_size, -1)).transpose(1, 2).unflatten(0, self.q_KQLD.shape[:2])
+        mask_QNM = self.p_mask_PL.bool().unflatten(0, (-1, group_size))
         best = similarity.masked_fill(~mask_QNM[None, :, :, None, :], MASKED).amax(-1)
         best = best.masked_fill(~mask_QNM.any(-1)[None, :, :, None], 0.0)  # a fully masked passage scores 0
         scores_KQN = (best * self.q_mask_QL[None, :, None, :].to(best.dtype)).sum(-1)
@@ -313,11 +314,11 @@ class ScoreFeatures(Features):
         """There are no vectors."""
         return None
 
-    def micro(self, start: int, stop: int, group: int) -> ScoreFeatures:
+    def micro(self, start: int, stop: int, group_size: int) -> ScoreFeatures:
         """Queries start..stop."""
         return replace(self, s_KQN=self.s_KQN[:, start:stop])
 
-    def group_relevance(self, group: int, impl: Impl = "auto") -> Relevance:
+    def group_relevance(self, group_size: int, impl: Impl = "auto") -> Relevance:
         """The scores themselves."""
         scores = self.s_KQN.float()
         return Relevance(standardised(scores) if self.scale == "standard" else scores)

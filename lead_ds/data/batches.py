@@ -52,7 +52,7 @@ class Window:
 
     step: int
     epoch: int
-    group: int  # N
+    group_size: int  # N
     query_ids: list[str]
     passage_ids: list[str]
     student: list[ModelBatch]  # one per micro-batch
@@ -99,7 +99,7 @@ class Batches:
         self.groups, self.student, self.teachers = groups, replace(student, at_once=train.batch_size), dict(teachers)
         self.rank, self.world, self.seed = ranks.rank, ranks.world, seed
         self.batch_size, self.accumulation = train.batch_size, train.accumulation
-        self.group = 1 + data.negatives
+        self.group_size = 1 + data.negatives
         self.workers = data.workers
         # The encoders of each teacher and student, where attention maps of differently tokenised texts are compared.
         self.aligned = [_aligned(teacher, student) for teacher in teachers.values()]
@@ -145,7 +145,7 @@ class Batches:
         for who, model in (("student", self.student), *self.teachers.items()):
             if model.encoder is not None:
                 refuse_voided(model.encoder, groups, who)
-        if self.group * compared == 1 and self.rank == 0:
+        if self.group_size * compared == 1 and self.rank == 0:
             what = "every query is compared with its positive alone: losses over passages are 0, and teach nothing"
             say_once(f"data.negatives is 0: {what} (raise it, or train.batch_size)")
 
@@ -194,7 +194,7 @@ class Batches:
         return Window(
             step=step,
             epoch=epoch,
-            group=self.group,
+            group_size=self.group_size,
             query_ids=[group.query_id for group in groups],
             passage_ids=[name for group in groups for name in group.passage_ids],
             student=student,

@@ -26,7 +26,7 @@ from lead_ds.settings.roles import Span
 class ModelBatch:
     """What one model reads of some consecutive groups; query i's passages are rows i*N to i*N + N-1, the positive first."""
 
-    group: int  # N
+    group_size: int  # N
     queries: Tokens | None = None
     passages: Tokens | None = None
     pairs: Tokens | None = None  # instead of both, for models that read a query with a passage
@@ -52,7 +52,7 @@ class ModelBatch:
             name: None if tokens is None else {key: change(tensor) for key, tensor in tokens.items()}
             for name, tokens in parts.items()
         }
-        return ModelBatch(self.group, **changed, passes=None if self.passes is None else self.passes.map(change))
+        return ModelBatch(self.group_size, **changed, passes=None if self.passes is None else self.passes.map(change))
 
 
 class Lookup(Protocol):

@@ -118,7 +118,7 @@ class Attention(Loss):
     >>> taps = {1: SimpleNamespace(q=x, k=x, mask=None, scale=1.0, causal=False, window=None)}
     >>> side = Side(VectorFeatures(x[None, :, 0, 0], x[None, :, 0, 0]), taps_queries=taps, taps_passages=taps)
     >>> loss = Attention(Attention.set(weight=1), LossShape(ModelFacts("dual_encoder", layers=2)))
-    >>> abs(loss(Views(side, side, Scope(group=1), compared=([1], [1]))).item()) < 1e-6
+    >>> abs(loss(Views(side, side, Scope(group_size=1), compared=([1], [1]))).item()) < 1e-6
     True
     """
 

@@ -47,7 +47,7 @@ class Contrastive(Loss):
     >>> from lead_ds.relevance import ScoreFeatures
     >>> student = Side(ScoreFeatures(torch.zeros(1, 2, 4)))  # two queries with four passages each, all alike
     >>> loss = Contrastive(Contrastive.set(), LossShape(ModelFacts("cross_encoder", layers=3)))
-    >>> round(loss(Views(student, None, Scope(group=4)))[0].item(), 4)  # log 4
+    >>> round(loss(Views(student, None, Scope(group_size=4)))[0].item(), 4)  # log 4
     1.3863
     """
 

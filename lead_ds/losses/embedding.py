@@ -150,7 +150,7 @@ class Embedding(Loss):
     >>> teacher = Side(VectorFeatures(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[3.0, 0.0]]])))
     >>> facts = ModelFacts("dual_encoder", layers=3, width=2)
     >>> loss = Embedding(Embedding.set(weight=1), LossShape(facts, facts))
-    >>> loss(Views(student, teacher, Scope(group=1))).item()  # the query is alike, its passage at a right angle
+    >>> loss(Views(student, teacher, Scope(group_size=1))).item()  # the query is alike, its passage at a right angle
     0.5
     """
 
@@ -203,16 +203,16 @@ class Embedding(Loss):
         """A scalar."""
         student = final_vectors(views.student, "student", self.name)
         teacher = final_vectors(views.teacher, "teacher", self.name)
-        found = [self._compared(student, teacher, views.scope.group, self.map)]
+        found = [self._compared(student, teacher, views.scope.group_size, self.map)]
         if self.settings.teacher_layers:
             layers = zip(layer_vectors(views.student), layer_vectors(views.teacher, detach=True), strict=True)
             for place, (s, t) in enumerate(layers):
                 own = None if self.layer_maps is None else self.layer_maps[place]
-                found.append(self._compared(s, t, views.scope.group, own))
+                found.append(self._compared(s, t, views.scope.group_size, own))
         return torch.stack(found).mean()
 
-    def _compared(self, student: Vectors, teacher: Vectors, group: int, map_TS: Tensor | None) -> Tensor:
-        kinds = zip(self._kinds(student, group), self._kinds(teacher, group), strict=True)
+    def _compared(self, student: Vectors, teacher: Vectors, group_size: int, map_TS: Tensor | None) -> Tensor:
+        kinds = zip(self._kinds(student, group_size), self._kinds(teacher, group_size), strict=True)
         distances = [self._distance(s, t, map_TS) for s, t in kinds if len(s)]
         if not distances:
             raise InputError(
@@ -220,8 +220,8 @@ class Embedding(Loss):
             )
         return torch.stack(distances).mean()
 
-    def _kinds(self, vectors: Vectors, group: int) -> list[Tensor]:
-        p_QND = vectors.passages.unflatten(0, (-1, group))
+    def _kinds(self, vectors: Vectors, group_size: int) -> list[Tensor]:
+        p_QND = vectors.passages.unflatten(0, (-1, group_size))
         kinds = {"queries": vectors.queries, "positives": p_QND[:, 0], "negatives": p_QND[:, 1:].flatten(0, 1)}
         return [kinds[kind] for kind in self.settings.of]
 

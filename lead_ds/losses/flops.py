@@ -56,7 +56,7 @@ class Flops(Loss):
     >>> from lead_ds.relevance import VectorFeatures
     >>> student = Side(VectorFeatures(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0, 1.0]]])))
     >>> loss = Flops(Flops.set(weight=1, passages=0.5), LossShape(ModelFacts("sparse", layers=3)))
-    >>> loss(Views(student, None, Scope(group=1)))[0].item()  # 1 + 0.5 * 10
+    >>> loss(Views(student, None, Scope(group_size=1)))[0].item()  # 1 + 0.5 * 10
     6.0
     """
 

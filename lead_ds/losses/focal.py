@@ -49,7 +49,7 @@ class Focal(Loss):
     >>> from lead_ds.relevance import ScoreFeatures
     >>> student = Side(ScoreFeatures(torch.zeros(1, 2, 4)))  # two queries with four passages each, all alike
     >>> loss = Focal(Focal.set(weight=1, gamma=1), LossShape(ModelFacts("cross_encoder", layers=3)))
-    >>> round(loss(Views(student, None, Scope(group=4))).item(), 4)  # 3/4 log 4
+    >>> round(loss(Views(student, None, Scope(group_size=4))).item(), 4)  # 3/4 log 4
     1.0397
     """
 

@@ -79,7 +79,7 @@ class Layer(Loss):
     >>> from lead_ds.losses import LossShape, ModelFacts, Scope, Side, Views
     >>> from lead_ds.relevance import ScoreFeatures
     >>> scores = ScoreFeatures(torch.randn(2, 3, 4))  # two layers, three queries, four passages each
-    >>> views = Views(Side(scores, scores), Side(scores, scores), Scope(group=4))
+    >>> views = Views(Side(scores, scores), Side(scores, scores), Scope(group_size=4))
     >>> loss = Layer(Layer.set(select="last", k=2), LossShape(ModelFacts("cross_encoder", layers=2)))
     >>> abs(loss(views)[0].item()) < 1e-6  # the models agree
     True

@@ -91,7 +91,7 @@ class Loss(nn.Module, metaclass=_LossType):
     >>> from lead_ds.relevance import VectorFeatures
     >>> student = Side(VectorFeatures(torch.eye(2)[None], torch.eye(2)[None]))
     >>> loss = Spread(LossSettings(weight=1), LossShape(ModelFacts("dual_encoder", layers=3, width=2)))
-    >>> loss(Views(student, None, Scope(group=1))).item()
+    >>> loss(Views(student, None, Scope(group_size=1))).item()
     0.5
     """
 

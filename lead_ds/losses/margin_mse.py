@@ -18,15 +18,15 @@ class MarginMSESettings(LossSettings):
 
 
 def margin_mse(
-    teacher: Relevance, student: Relevance, target_Q: Tensor, group: int, teacher_scale: float = 1.0
+    teacher: Relevance, student: Relevance, target_Q: Tensor, group_size: int, teacher_scale: float = 1.0
 ) -> Tensor:
     """Mean of ((t_pos - t_neg) * teacher_scale - (s_pos - s_neg))^2 over a query's own negatives.
 
-    teacher, student: [1, Q, P]; target_Q: int64 column of the positive, which opens the query's group: its `group` - 1
+    teacher, student: [1, Q, P]; target_Q: int64 column of the positive, which opens the query's group: its `group_size` - 1
     negatives are the columns that follow. Other queries' passages do not count, nor do masked columns. Returns a
     float32 scalar; 0 without a negative. Hofstaetter et al., arXiv 2010.02666.
     """
-    columns_QN = target_Q.unsqueeze(-1) + torch.arange(group, device=target_Q.device)
+    columns_QN = target_Q.unsqueeze(-1) + torch.arange(group_size, device=target_Q.device)
     t_QN = teacher.logits[0].gather(1, columns_QN) * teacher_scale
     s_QN = student.logits[0].gather(1, columns_QN)
     difference = (t_QN[:, :1] - t_QN[:, 1:]) - (s_QN[:, :1] - s_QN[:, 1:])
@@ -48,7 +48,7 @@ class MarginMSE(Loss):
     >>> from lead_ds.relevance import ScoreFeatures
     >>> student, teacher = (Side(ScoreFeatures(torch.tensor(scores)[None, None])) for scores in ([1.0, 0.0], [4.0, 1.0]))
     >>> loss = MarginMSE(MarginMSE.set(weight=1), LossShape(ModelFacts("cross_encoder", layers=3)))
-    >>> loss(Views(student, teacher, Scope(group=2))).item()  # (3 - 1)^2
+    >>> loss(Views(student, teacher, Scope(group_size=2))).item()  # (3 - 1)^2
     4.0
     """
 
@@ -56,4 +56,4 @@ class MarginMSE(Loss):
 
     def forward(self, views: Views) -> Tensor:
         """A scalar."""
-        return margin_mse(*views.pair(), views.scope.group, self.settings.teacher_scale)
+        return margin_mse(*views.pair(), views.scope.group_size, self.settings.teacher_scale)

@@ -43,7 +43,7 @@ def mean_over(
     >>> from lead_ds.relevance import VectorFeatures
     >>> student = Side(VectorFeatures(torch.ones(1, 1, 4), torch.ones(1, 1, 4)))
     >>> def width(views): return torch.tensor(float(views.student.final.width)), {}
-    >>> value, statistics = mean_over(width, "x", Views(student, None, Scope(group=1)), {"@2": first(2, unit=False)})
+    >>> value, statistics = mean_over(width, "x", Views(student, None, Scope(group_size=1)), {"@2": first(2, unit=False)})
     >>> value.item(), statistics["x@2"].item()
     (3.0, 2.0)
     """

@@ -77,7 +77,7 @@ class Order(Loss):
     >>> teacher = Side(VectorFeatures(q, torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])))
     >>> facts = ModelFacts("dual_encoder", layers=3)
     >>> loss = Order(Order.set(weight=1, of=["query_passage"], margin=0), LossShape(facts, facts))
-    >>> loss(Views(student, teacher, Scope(group=2))).item()  # the nearer passage is the farther one, by 1
+    >>> loss(Views(student, teacher, Scope(group_size=2))).item()  # the nearer passage is the farther one, by 1
     1.0
     """
 

@@ -54,7 +54,7 @@ class Response(Loss):
     >>> from lead_ds.relevance import ScoreFeatures
     >>> student, teacher = (Side(ScoreFeatures(torch.tensor(scores)[None, None])) for scores in ([0.0, 0.0], [0.0, 1.0986]))
     >>> loss = Response(Response.set(), LossShape(ModelFacts("cross_encoder", layers=3)))
-    >>> round(loss(Views(student, teacher, Scope(group=2)))[0].item(), 4)  # (1/4, 3/4) against (1/2, 1/2)
+    >>> round(loss(Views(student, teacher, Scope(group_size=2)))[0].item(), 4)  # (1/4, 3/4) against (1/2, 1/2)
     0.1308
     """
 

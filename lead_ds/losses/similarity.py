@@ -53,7 +53,7 @@ class Similarity(Loss):
     >>> teacher = Side(VectorFeatures(torch.tensor([[[1.0]]]), torch.tensor([[[2.0]]])))
     >>> facts = ModelFacts("dual_encoder", layers=3)
     >>> loss = Similarity(Similarity.set(weight=1, of=["query_passage"]), LossShape(facts, facts))
-    >>> loss(Views(student, teacher, Scope(group=1))).item()  # (0 - 1)^2
+    >>> loss(Views(student, teacher, Scope(group_size=1))).item()  # (0 - 1)^2
     1.0
     """
 

@@ -62,7 +62,7 @@ class Spread(Loss):
     >>> from lead_ds.relevance import VectorFeatures
     >>> student = Side(VectorFeatures(torch.eye(2)[None], torch.ones(1, 2, 2)))
     >>> loss = Spread(Spread.set(weight=1), LossShape(ModelFacts("dual_encoder", layers=3)))
-    >>> round(loss(Views(student, None, Scope(group=1))).item(), 4)  # (0 + 1.5) / 2
+    >>> round(loss(Views(student, None, Scope(group_size=1))).item(), 4)  # (0 + 1.5) / 2
     0.75
     """
 

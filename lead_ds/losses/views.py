@@ -68,10 +68,10 @@ class Side:
 class Scope:
     """The passages that a micro-batch's queries are compared with. Here: those of this process's micro-batch.
 
-    group: N. impl: of the kernels.
+    group_size: N. impl: of the kernels.
     """
 
-    group: int
+    group_size: int
     impl: Impl = "auto"
 
     def begin(self) -> None:
@@ -83,7 +83,7 @@ class Scope:
 
     def target(self, queries: int, device: torch.device) -> Tensor:
         """[Q] column of each query's positive among the passages in scope."""
-        return torch.arange(queries, device=device) * self.group
+        return torch.arange(queries, device=device) * self.group_size
 
     def gathered(self, features: Features) -> Features:
         """Features with the passages in scope."""
@@ -140,7 +140,7 @@ class Views:
 
         def compute() -> Relevance:
             if passages == "group":
-                return self._features(who, what).group_relevance(self.scope.group, self.scope.impl)
+                return self._features(who, what).group_relevance(self.scope.group_size, self.scope.impl)
             return self._gathered(who, what).relevance(self.mask, self.scope.impl)
 
         return self._once((who, what, passages), compute)

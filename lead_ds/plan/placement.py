@@ -57,7 +57,7 @@ class Requirements:
     student: ModelShape
     teachers: list[PlannedTeacher]
     student_element: int
-    group: int  # passages of a query
+    group_size: int  # passages of a query
     student_activations: Callable[[bool, int | None], int]
     lengths: tuple[int, ...]
     student_zero: dict[
@@ -119,7 +119,7 @@ def make_plan(requirements: Requirements, cluster: Cluster) -> Plan:
     chunk = config.train.batch_size * config.train.accumulation
     for teacher in requirements.teachers:
         if teacher.settings.batch_size is not None:
-            chunk = max(1, min(chunk, teacher.settings.batch_size // requirements.group))
+            chunk = max(1, min(chunk, teacher.settings.batch_size // requirements.group_size))
     placements = PLACEMENTS if requirements.teachers and not requirements.cotrained else ("none",)
     checkpointing = config.train.gradient_checkpointing
     listed = [calculator.estimate(Choice(p, stage, checkpointing, chunk)) for p in placements]
@@ -199,9 +199,9 @@ class _Calculator:
         total = 0
         for shape, config, queries in models:
             query, passage = self.vectors(shape, config)
-            total += 4 * self.captured * queries * (query + r.group * passage)
+            total += 4 * self.captured * queries * (query + r.group_size * passage)
         scope = self.cluster.world if train.in_batch == "global" else 1
-        maps = len(models) * self.captured * train.batch_size * train.batch_size * scope * r.group
+        maps = len(models) * self.captured * train.batch_size * train.batch_size * scope * r.group_size
         return total + 2 * 4 * maps  # logits and their gradient
 
     @cached_property
@@ -213,7 +213,7 @@ class _Calculator:
         models: list[tuple[ModelShape, StudentConfig | TeacherConfig]] = [(r.student, r.config.student)]
         models += [(teacher.shape, teacher.settings) for teacher in r.teachers]
         each = sum(self.vectors(shape, config)[1] for shape, config in models)
-        return 4 * self.captured * self.cluster.world * train.batch_size * r.group * each
+        return 4 * self.captured * self.cluster.world * train.batch_size * r.group_size * each
 
 
 def _changes(r: Requirements, choice: Choice, stage: int, chunk: int) -> list[str]:
@@ -224,7 +224,7 @@ def _changes(r: Requirements, choice: Choice, stage: int, chunk: int) -> list[st
         if offload:
             changes.append(f"{teacher.key}.offload={offload}")
         if choice.chunk != chunk:
-            changes.append(f"{teacher.key}.batch_size={choice.chunk * r.group}")
+            changes.append(f"{teacher.key}.batch_size={choice.chunk * r.group_size}")
     if choice.checkpointing and not r.config.train.gradient_checkpointing:
         changes.append("train.gradient_checkpointing=true")
     if choice.stage != stage:

@@ -34,10 +34,10 @@ def requirements(config: Config) -> Any:
     student, student_shape = meta_model(config.student, "student", lora=config.train.lora)
     taught = config.taught.items() if config.losses.needs_teacher or config.cotrained else ()
     computing = [(key, settled_model(settings)) for key, settings in taught if teacher_class(settings.kind).computes]
-    group, batch = 1 + config.data.negatives, config.train.batch_size
+    group_size, batch = 1 + config.data.negatives, config.train.batch_size
 
     def texts(model: Any, queries: int, length: int | None = None) -> list[tuple[int, int]]:
-        return in_forwards(KINDS[model.kind].forwards(model, queries, queries * group, length), model.passes)
+        return in_forwards(KINDS[model.kind].forwards(model, queries, queries * group_size, length), model.passes)
 
     @cache
     def student_activations(checkpointing: bool, length: int | None = None) -> int:
@@ -69,7 +69,7 @@ def requirements(config: Config) -> Any:
         student=student_shape,
         teachers=[planned(key, settings) for key, settings in computing],
         student_element=BYTES.get(config.student.dtype, 2),  # auto: half precision on a GPU
-        group=group,
+        group_size=group_size,
         student_activations=student_activations,
         lengths=lengths(config, student),
         student_zero=zero,

@@ -74,8 +74,10 @@ def activation_table(requirements: Requirements) -> Table:
     """The student's activations by length, with and without checkpointing; they grow with the batch in proportion."""
     from rich.table import Table
 
-    batch, group = requirements.config.train.batch_size, requirements.group
-    table = Table(title=f"GB of student activations: {batch} queries with {group} passages each", title_justify="left")
+    batch, group_size = requirements.config.train.batch_size, requirements.group_size
+    table = Table(
+        title=f"GB of student activations: {batch} queries with {group_size} passages each", title_justify="left"
+    )
     table.add_column("tokens of the longest text")
     for length in requirements.lengths:
         table.add_column(str(length), justify="right")

@@ -39,14 +39,14 @@ def check_finite(key: str, teacher: Teacher, view: TeacherView, batches: Sequenc
     raise InputError(f"{key}.dtype", what, remedy + (_WEIGHTS if dtype in _REMEDY else ""))
 
 
-def say_constant(key: str, view: TeacherView, group: int, ranks: Ranks) -> None:
+def say_constant(key: str, view: TeacherView, group_size: int, ranks: Ranks) -> None:
     """Say on rank 0 where a teacher gives every passage of a query the same relevance, for all queries of a window.
 
-    key: its section. group: passages of each query. Every process calls this.
+    key: its section. group_size: passages of each query. Every process calls this.
     """
-    if group < 2:
+    if group_size < 2:
         return
-    logits_QN = view.final.group_relevance(group).logits[-1]
+    logits_QN = view.final.group_relevance(group_size).logits[-1]
     if all(ranks.all(bool((logits_QN == logits_QN[:, :1]).all()))) and ranks.main:
         what = "gives all passages of a query the same relevance, for all queries of a step: losses over passages teach nothing"
         say_once(f"{key}: {what} (see its lengths and template with lead-ds inspect, or its scores)")

@@ -188,8 +188,8 @@ class Task:
             if self.states.manifest["normalize"]:
                 q_GD, p_GND = (torch.nn.functional.normalize(x, dim=-1) for x in (q_GD, p_GND))
             features = VectorFeatures(q_GD.unsqueeze(0), p_GND.flatten(0, 1).unsqueeze(0), self.scale)
-        group = said[-1].shape[1]
-        return features.group_relevance(group).logits[0] / self.temperature
+        group_size = said[-1].shape[1]
+        return features.group_relevance(group_size).logits[0] / self.temperature
 
     def fit_layer(self, layer: int) -> tuple[Lens, dict[str, Any]]:
         """The read-out of a layer, as a lens of one, and what it was worth on the groups to report on."""

@@ -41,7 +41,7 @@ def informative(losses: Any, teacher: Teacher, place: int, batches: Batches, ran
     if teacher.lens_facts is not None:
         nll, chance = [teacher.lens_facts["nll"][layer] for layer in layers], teacher.lens_facts["chance"]
     else:
-        nll, chance = measure(teacher, place, batches, loss.teacher_temperature, ranks), math.log(batches.group)
+        nll, chance = measure(teacher, place, batches, loss.teacher_temperature, ranks), math.log(batches.group_size)
     return [layers[place] for place in informative_layers(nll, chance, loss.informative_margin)]
 
 
@@ -53,7 +53,7 @@ def measure(teacher: Teacher, place: int, batches: Batches, temperature: float, 
     for window in map(batches.window, range(min(-(-MEASURED // step), batches.steps_per_epoch))):
         view = teacher.window(window.teachers[place], layers)
         assert view.layers is not None
-        nll_TQ = worth(view.layers.group_relevance(batches.group).logits / temperature)[0]
+        nll_TQ = worth(view.layers.group_relevance(batches.group_size).logits / temperature)[0]
         sums, count = sums + nll_TQ.sum(1).cpu(), count + nll_TQ.shape[1]
     return ranks.mean((sums / count).to(ranks.device)).tolist()
 
@@ -67,19 +67,19 @@ def worth(logits_TQN: Tensor) -> tuple[Tensor, Tensor]:
 def worth_of_cache(cache: TeacherCache, groups: Groups, lesson: Lesson) -> dict[str, Any]:
     """NLL and accuracy of each cached layer and of the final state, over draws of some training groups."""
     rows = Random(lesson.seed).sample(range(len(groups)), min(MEASURED_OF_CACHE, len(groups)))
-    teacher, group = CachedTeacher(cache, lesson.teacher, torch.device("cpu")), 1 + lesson.data.negatives
+    teacher, group_size = CachedTeacher(cache, lesson.teacher, torch.device("cpu")), 1 + lesson.data.negatives
     found = []
     for first in range(0, len(rows), AT_ONCE):
         some = np.array(rows[first : first + AT_ONCE])
         drawn = [groups.draw(int(row), lesson.seed, epoch=0) for row in some]
         view = teacher.window(Reads(lookup=cache).batches(some, drawn), teacher.readable)
-        parts = [part.group_relevance(group).logits for part in (view.layers, view.final) if part is not None]
+        parts = [part.group_relevance(group_size).logits for part in (view.layers, view.final) if part is not None]
         found.append(worth(torch.cat(parts) / lesson.losses.layer.teacher_temperature))
     nll_T, first_T = (torch.cat(parts, 1).mean(1).tolist() for parts in zip(*found, strict=True))
     return {
         "groups": len(rows),
-        "passages": group,
-        "chance": math.log(group),
+        "passages": group_size,
+        "chance": math.log(group_size),
         "layers": teacher.readable,
         "nll": nll_T,
         "accuracy": first_T,

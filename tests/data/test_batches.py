@@ -47,7 +47,7 @@ def test_a_window_is_what_its_groups_say(config: Callable[..., Config]) -> None:
         window = read.window(step)
         epoch = step // read.steps_per_epoch
         drawn = [groups.draw(int(row), settings.seed, epoch) for row in read.rows(step)]
-        assert (window.step, window.epoch, window.group) == (step, epoch, 4)
+        assert (window.step, window.epoch, window.group_size) == (step, epoch, 4)
         assert window.query_ids == [group.query_id for group in drawn]
         assert window.passage_ids == [name for group in drawn for name in group.passage_ids]
         assert window.passage_keys.tolist() == [key for group in drawn for key in group.keys]
@@ -55,7 +55,7 @@ def test_a_window_is_what_its_groups_say(config: Callable[..., Config]) -> None:
         assert len(window.student) == 2
         for i, batch in enumerate(window.student):
             own = drawn[2 * i : 2 * i + 2]
-            assert batch.group == 4
+            assert batch.group_size == 4
             assert batch.pairs is None
             assert batch.queries is not None
             assert batch.passages is not None

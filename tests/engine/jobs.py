@@ -154,7 +154,7 @@ def cached_and_online(pairs: list[list[str]]) -> list[dict[str, float]]:
                     teacher.window(ours.window(step).teachers[0], layers),
                 )
                 for name in ("final", "layers"):
-                    a, b = (unscaled(getattr(view, name)).group_relevance(theirs.group).logits for view in views)
+                    a, b = (unscaled(getattr(view, name)).group_relevance(theirs.group_size).logits for view in views)
                     allowed = 2**-12 * 2 ** np.ceil(np.log2(largest)) + 1e-5 * b.abs().max().item()
                     ratio = max(ratio, (a - b).abs().max().item() / allowed)
             found.append({"ratio": ratio, "deviation": largest})

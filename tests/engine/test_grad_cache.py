@@ -43,7 +43,7 @@ def gradient(config: Config, here: Ranks, *, recompute: bool | None = None) -> d
     engine = build_engine(Trainee(student, cotrained, losses), config, torch.float32, here)
     if recompute is not None:
         student.recompute = recompute
-    window, scope = batches.window(0), RankScope.of("global", here, batches.group, "torch", Parts())
+    window, scope = batches.window(0), RankScope.of("global", here, batches.group_size, "torch", Parts())
     view = None if isinstance(taught, Scorer) else taught.window(window.teachers[0], LAYERS[0])
     micro = Micro(
         window.student[0],

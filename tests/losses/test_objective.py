@@ -188,7 +188,7 @@ class ScopeOfOne(Scope):
         return self.shared
 
     def target(self, queries: int, device: torch.device) -> Tensor:
-        return super().target(queries, device) + self.row * self.group
+        return super().target(queries, device) + self.row * self.group_size
 
 
 def test_queries_split_over_processes_average_to_the_whole() -> None:

@@ -32,7 +32,7 @@ def _batch(pad: int = 0) -> ModelBatch:
     queries, passages = tokens_of(LENGTHS), tokens_of(PASSAGES, seed=1)
     for tokens in (queries, passages):
         tokens["input_ids"][tokens["attention_mask"] == 0] = pad
-    return ModelBatch(group=2, queries=queries, passages=passages)
+    return ModelBatch(group_size=2, queries=queries, passages=passages)
 
 
 def _reference(scorer: DualEncoder, tokens: dict[str, Tensor]) -> list[Tensor]:
@@ -153,8 +153,8 @@ def test_longer_neighbours_change_nothing(tmp_path: Path, family: str, pooling: 
     for tokens in (alone, among):
         tokens["input_ids"][tokens["attention_mask"] == 0] = pad
     with torch.no_grad():
-        near = scorer(ModelBatch(group=1, queries=alone, passages=alone), layers=(0, 1)).layers.q_KQD
-        far = scorer(ModelBatch(group=1, queries=among, passages=among), layers=(0, 1)).layers.q_KQD
+        near = scorer(ModelBatch(group_size=1, queries=alone, passages=alone), layers=(0, 1)).layers.q_KQD
+        far = scorer(ModelBatch(group_size=1, queries=among, passages=among), layers=(0, 1)).layers.q_KQD
     torch.testing.assert_close(far, near, rtol=1e-4, atol=1e-5)
 
 

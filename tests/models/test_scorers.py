@@ -37,7 +37,7 @@ def test_a_cross_encoders_last_layer_is_its_own_logit(tmp_path: Path, family: st
     own = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     with torch.no_grad():
         logits = own(**tokens).logits
-        out = scorer(ModelBatch(group=2, pairs=tokens), layers=(0, 1, 2))
+        out = scorer(ModelBatch(group_size=2, pairs=tokens), layers=(0, 1, 2))
         scores = scorer(tokens=tokens)
     expected = logits[:, 0] if labels == 1 else logits[:, 1] - logits[:, 0]
     assert isinstance(out.final, ScoreFeatures)
@@ -69,7 +69,7 @@ def test_a_rerankers_last_layer_is_its_own_yes_minus_no(tmp_path: Path, family: 
     last = torch.tensor(LENGTHS) - 1
     with torch.no_grad():
         logits = own(**tokens).logits[torch.arange(4), last]
-        out = scorer(ModelBatch(group=2, pairs=tokens), layers=(0, 2))
+        out = scorer(ModelBatch(group_size=2, pairs=tokens), layers=(0, 2))
     expected = (logits[:, yes] - logits[:, no]).reshape(1, 2, 2)
     torch.testing.assert_close(out.final.s_KQN, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.layers.s_KQN[1], out.final.s_KQN[0], rtol=0, atol=1e-5)
@@ -91,7 +91,7 @@ def test_colberts_tokens_are_the_layers_states_projected(tmp_path: Path, family:
     passages["score_mask"] = passages["attention_mask"].clone()
     passages["score_mask"][:, 1] = 0
     with torch.no_grad():
-        out = scorer(ModelBatch(group=2, queries=queries, passages=passages), layers=(1, 2))
+        out = scorer(ModelBatch(group_size=2, queries=queries, passages=passages), layers=(1, 2))
         own = transformers.AutoModel.from_pretrained(path).eval()
         del passages["score_mask"]
         state = own(**passages).last_hidden_state
@@ -132,9 +132,9 @@ def test_every_teacher_beside_a_student_of_another_family(
         encoder = load_text(config)
         if scorer.scope == "group":
             asked = [query for query in QUERIES for _ in range(2)]
-            batch = ModelBatch(group=2, pairs=encoder.pairs(asked, PASSAGES))
+            batch = ModelBatch(group_size=2, pairs=encoder.pairs(asked, PASSAGES))
         else:
-            batch = ModelBatch(group=2, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
+            batch = ModelBatch(group_size=2, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
         outputs.append(scorer(batch, layers=(0, 2)))
     for output, expected in zip(outputs, (features, VectorFeatures), strict=True):
         assert isinstance(output.final, expected)
@@ -154,7 +154,7 @@ def test_every_teacher_beside_a_student_of_another_family(
 
 def test_taps_are_given_where_asked(tmp_path: Path) -> None:
     scorer = load_student(StudentConfig(path=tiny_model(tmp_path, "bert")), torch.float32)
-    out = scorer(ModelBatch(group=2, queries=tokens_of((4, 6)), passages=tokens_of(LENGTHS)), tap_layers=(2,))
+    out = scorer(ModelBatch(group_size=2, queries=tokens_of((4, 6)), passages=tokens_of(LENGTHS)), tap_layers=(2,))
     assert out.layers is None
     assert out.taps_queries is not None
     assert out.taps_passages is not None
@@ -163,7 +163,7 @@ def test_taps_are_given_where_asked(tmp_path: Path) -> None:
     pairs = load_teacher(
         TeacherConfig(kind="cross_encoder", path=tiny_model(tmp_path / "c", "bert", "classifier")), torch.float32
     )
-    out = pairs(ModelBatch(group=2, pairs=tokens_of(LENGTHS)), tap_layers=(0,))
+    out = pairs(ModelBatch(group_size=2, pairs=tokens_of(LENGTHS)), tap_layers=(0,))
     assert out.taps_passages is not None
     assert out.taps_passages[0].q.shape == (4, 4, 12, 8)
 
@@ -172,7 +172,7 @@ def test_a_heads_dropout_and_gradient_are_the_models_own(tmp_path: Path) -> None
     path = tiny_model(tmp_path, "bert", "classifier")
     scorer = load_student(StudentConfig(kind="cross_encoder", path=path), torch.float32)
     assert scorer.training
-    batch = ModelBatch(group=2, pairs=tokens_of(LENGTHS))
+    batch = ModelBatch(group_size=2, pairs=tokens_of(LENGTHS))
     assert not torch.equal(scorer(batch).final.s_KQN, scorer(batch).final.s_KQN)
     scorer(batch, layers=(0,)).layers.s_KQN.sum().backward()
     assert scorer.model.classifier.weight.grad is not None

@@ -29,7 +29,7 @@ def test_a_static_student_learns_and_is_saved_as_it_was(tmp_path: Path) -> None:
     config = StudentConfig(path=static(tmp_path), projection=8, normalize=True, query_length=20, passage_length=20)
     student, encoder = load_student(config, torch.float32), load_text(config)
     assert (student.num_layers, student.has_layers, student.features_width) == (1, False, 8)
-    batch = ModelBatch(group=1, queries=encoder.queries(TEXTS), passages=encoder.passages(TEXTS))
+    batch = ModelBatch(group_size=1, queries=encoder.queries(TEXTS), passages=encoder.passages(TEXTS))
     student(batch).final.relevance().logits.square().sum().backward()
     assert student.model.embedding.weight.grad.abs().sum() > 0
     folder = save_student(student.eval(), encoder, tmp_path / "student")
@@ -48,7 +48,7 @@ def test_finished_vectors_have_no_layers(tmp_path: Path) -> None:
     config = TeacherConfig(kind="dual_encoder", path=path, trust_remote_code=True)
     teacher, encoder = load_teacher(config, torch.float32), load_text(config)
     assert (teacher.has_layers, teacher.num_layers, teacher.pooling) == (False, 0, "by its own code")
-    batch = ModelBatch(group=1, queries=encoder.queries(TEXTS), passages=encoder.passages(TEXTS))
+    batch = ModelBatch(group_size=1, queries=encoder.queries(TEXTS), passages=encoder.passages(TEXTS))
     with torch.no_grad():
         assert teacher(batch).final.relevance().logits.shape == (1, 3, 3)
         with pytest.raises(InputError, match="no layer can be read so"):

@@ -254,7 +254,7 @@ def test_every_pooling_is_sentence_transformers_own(tmp_path: Path, mode: Any) -
 
 def test_a_batch_runs_after_loading(tmp_path: Path) -> None:
     scorer, encoder, _ = _saved(tmp_path, "modernbert", projection=8)
-    batch = ModelBatch(group=1, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
+    batch = ModelBatch(group_size=1, queries=encoder.queries(QUERIES), passages=encoder.passages(PASSAGES))
     out = scorer(batch, layers=(0, 2))
     assert out.layers.q_KQD.shape == (2, 3, 8)
     assert isinstance(transformers.AutoModel.from_pretrained(tmp_path / "saved"), transformers.ModernBertModel)

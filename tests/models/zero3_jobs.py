@@ -31,8 +31,8 @@ def _tree(dtype: torch.dtype) -> dict[str, Any]:
 
 def _batch(scorer: Scorer, seed: int) -> ModelBatch:
     if scorer.scope == "group":
-        return ModelBatch(group=2, pairs=tokens_of((5, 12, 9, 7), seed=seed))
-    return ModelBatch(group=2, queries=tokens_of((4, 6), seed=seed), passages=tokens_of((5, 12, 9, 7), seed=seed))
+        return ModelBatch(group_size=2, pairs=tokens_of((5, 12, 9, 7), seed=seed))
+    return ModelBatch(group_size=2, queries=tokens_of((4, 6), seed=seed), passages=tokens_of((5, 12, 9, 7), seed=seed))
 
 
 def _tensors(output: Output) -> list[Tensor]:

@@ -146,7 +146,7 @@ def load_fitted(objective: Objective, path: Path) -> None:
 
 def first_windows(batches: Batches, ranks: Ranks, texts: int) -> Iterator[Window]:
     """The run's first windows, with at least `texts` texts over all processes, or one epoch's."""
-    step = ranks.world * batches.batch_size * batches.accumulation * (1 + batches.group)
+    step = ranks.world * batches.batch_size * batches.accumulation * (1 + batches.group_size)
     return map(batches.window, range(min(-(-texts // step), batches.steps_per_epoch)))
 
 

@@ -65,7 +65,7 @@ class Training:
         self.attention: dict[str, str] = state.get("attention", {})
         self.inputs: dict[str, str] = state.get("inputs", {})
         self.accepted: list[dict[str, Any]] = state.get("accepted", [])
-        self.scope = RankScope.of(config.train.in_batch, ranks, batches.group, config.kernels, self.parts)
+        self.scope = RankScope.of(config.train.in_batch, ranks, batches.group_size, config.kernels, self.parts)
         self.trainee = engine.module
         early = config.train.overlap and any(teacher.computes for teacher in self.teachers)
         self.ahead = AheadTeachers(teachers, ranks.device) if early else None
@@ -147,7 +147,7 @@ class Training:
         for key, teacher, view, batches in zip(self.keys, self.teachers, views, window.teachers, strict=False):
             if view is not None and (key not in self.checked or step % self.config.train.log_every == 0):
                 check_finite(key, teacher, view, batches, self.ranks)
-                say_constant(key, view, self.batches.group, self.ranks)
+                say_constant(key, view, self.batches.group_size, self.ranks)
                 self.checked.add(key)
         sums = StepSums(self.trainee.losses.rows(asked))
         for index in range(len(window.student)):
@@ -163,12 +163,15 @@ class Training:
 
     def micro(self, window: Window, index: int, asked: Asked, views: Sequence[TeacherView | None]) -> Micro:
         """A window's micro-batch as the trained module takes it, with the frozen teachers' output for it."""
-        device, batch, group = self.ranks.device, window.student[index], self.batches.group
+        device, batch, group_size = self.ranks.device, window.student[index], self.batches.group_size
         queries = len(window.query_ids) // len(window.student)
         first, last = index * queries, (index + 1) * queries
         keys: tuple[torch.Tensor, torch.Tensor] | None = None
         if self.config.data.mask_duplicates:
-            passages, positives = window.passage_keys[first * group : last * group], window.positive_keys[first:last]
+            passages, positives = (
+                window.passage_keys[first * group_size : last * group_size],
+                window.positive_keys[first:last],
+            )
             keys = passages.to(device, non_blocking=True), positives.to(device, non_blocking=True)
         groups = [
             word_groups(batches[index], batch, device) if captured.taps else (None, None)
@@ -178,7 +181,7 @@ class Training:
             batch.to(device),
             self.scope,
             asked,
-            [None if view is None else side_of(view, index, slice(first, last), group) for view in views],
+            [None if view is None else side_of(view, index, slice(first, last), group_size) for view in views],
             window.teachers[0][index].to(device) if self.trainee.teacher is not None else None,
             keys,
             groups or [(None, None)],

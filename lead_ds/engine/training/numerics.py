@@ -68,7 +68,7 @@ def fit_attention(
 
     def run() -> None:
         final = trainee.student(sample).final
-        final.group_relevance(batches.group).logits.sum().backward()
+        final.group_relevance(batches.group_size).logits.sum().backward()
 
     choose_attention(trainee.student, backends, run, ranks, known)
     trainee.zero_grad(set_to_none=True)

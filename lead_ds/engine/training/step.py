@@ -28,9 +28,9 @@ class RankScope(Scope):
     parts: Parts = Parts()  # noqa: RUF009  # immutable: hears nothing
 
     @classmethod
-    def of(cls, in_batch: str, ranks: Ranks, group: int, impl: Impl, parts: Parts) -> RankScope:
+    def of(cls, in_batch: str, ranks: Ranks, group_size: int, impl: Impl, parts: Parts) -> RankScope:
         """The scope of `train.in_batch`."""
-        return cls(group, impl, ranks, in_batch == "global" and ranks.world > 1, parts)
+        return cls(group_size, impl, ranks, in_batch == "global" and ranks.world > 1, parts)
 
     def begin(self) -> None:
         """See `Scope`."""
@@ -46,7 +46,7 @@ class RankScope(Scope):
     def target(self, queries: int, device: torch.device) -> Tensor:
         """See `Scope`."""
         own = super().target(queries, device)
-        return own + self.ranks.rank * queries * self.group if self.gathers and self.ranks else own
+        return own + self.ranks.rank * queries * self.group_size if self.gathers and self.ranks else own
 
     def gathered(self, features: Features) -> Features:
         """See `Scope`."""
@@ -85,13 +85,13 @@ def side(output: Output) -> Side:
     return Side(output.final, output.layers, output.taps_queries, output.taps_passages)
 
 
-def side_of(view: TeacherView, micro: int, queries: slice, group: int) -> Side:
+def side_of(view: TeacherView, micro: int, queries: slice, group_size: int) -> Side:
     """A frozen teacher's answer for a window, of its micro-batch number `micro`, which has these queries."""
     first, last, layers = queries.start, queries.stop, view.layers
     taps = side(view.outputs[micro]) if view.outputs else None
     return Side(
-        view.final.micro(first, last, group),
-        None if layers is None else layers.micro(first, last, group),
+        view.final.micro(first, last, group_size),
+        None if layers is None else layers.micro(first, last, group_size),
         None if taps is None else taps.taps_queries,
         None if taps is None else taps.taps_passages,
     )

@@ -126,7 +126,7 @@ class PairScorer(Kind):
                 scores_KB = self.in_passes(batch.passes, lambda tokens: self._scores(tokens, layers))
             else:
                 scores_KB = self._scores(batch.pairs, layers)
-        s_KQN = scores_KB.unflatten(1, (-1, batch.group))
+        s_KQN = scores_KB.unflatten(1, (-1, batch.group_size))
         scale = self.config.scale
         return Output(
             final=ScoreFeatures(s_KQN[-1:], self.final_scale),
