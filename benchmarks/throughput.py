@@ -45,7 +45,7 @@ from benchmarks.throughput_runners import ProcessorClock, Runner, build_runner, 
 from lead_ds.config import Config, load_config
 from lead_ds.config.load import parse_config
 from lead_ds.engine.distributed.ranks import Ranks, ranks
-from lead_ds.engine.records.parts import PartsClock, mean_parts
+from lead_ds.engine.records.phases import PhaseClock, mean_phases
 from lead_ds.engine.records.profile import read_trace
 from lead_ds.errors import InputError, LeadError
 from lead_ds.io.provenance import versions
@@ -165,7 +165,7 @@ def measure(
 
 def overhead(ours: list[dict[str, float]], bare: list[dict[str, float]]) -> float:
     """The mean step over the mean of the bare one's teacher forward, student forward and backward."""
-    needed = mean_parts(bare)
+    needed = mean_phases(bare)
     floor = sum(needed[part] for part in ("teacher forward", "student forward", "backward"))
     return fmean([sum(step.values()) for step in ours]) / floor
 
@@ -173,7 +173,7 @@ def overhead(ours: list[dict[str, float]], bare: list[dict[str, float]]) -> floa
 def speed_rows(runner: Runner, steps: list[dict[str, float]], ranks: Ranks, flops: float | None) -> list[Row]:
     """Rates, quantiles of the step, parts and model FLOP utilisation."""
     whole = [sum(step.values()) for step in steps]
-    mean, parts = fmean(whole), mean_parts(steps)
+    mean, parts = fmean(whole), mean_phases(steps)
     work = runner.work
     rows = [
         row_of(runner, "queries per second", "1/s", ranks.world * work.queries / mean),
@@ -201,7 +201,7 @@ def row_of(runner: Runner, metric: str, unit: str, value: float, **more: Any) ->
 
 def exposed_communication(runner: Runner, first: int, ranks: Ranks) -> float:
     """Milliseconds of a step in which communication went on and computing did not: rank 0's, by a trace."""
-    clock = PartsClock(ranks.device)
+    clock = PhaseClock(ranks.device)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if ranks.device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -251,7 +251,7 @@ def memory_over(config: Config, steps: int, ranks: Ranks, provider: str) -> list
     rows = []
     for fifth in range(5):
         first = steps * fifth // 5
-        runner.run(first, steps * (fifth + 1) // 5 - first, PartsClock(ranks.device))
+        runner.run(first, steps * (fifth + 1) // 5 - first, PhaseClock(ranks.device))
         rows.append(row_of(runner, "memory", "MiB", runner.now() / MIB, step=steps * (fifth + 1) // 5))
     growth = rows[-1]["value"] - rows[0]["value"]
     rows.append(row_of(runner, "memory growth from the first to the last fifth", "MiB", growth))

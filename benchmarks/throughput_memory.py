@@ -10,30 +10,30 @@ from typing import Any
 
 import torch
 
-from lead_ds.engine.records.parts import Part, Parts
+from lead_ds.engine.records.phases import Phase, Phases
 
 
-class PeakMemory(Parts):
+class PeakMemory(Phases):
     """The highest memory of each part, above what was there at the start."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.part: Part = "waiting for data"
+        self.phase: Phase = "waiting for data"
         self.peaks: dict[str, float] = {}
         return_freed(device)
         settle(device)
         self.base = allocated(device)
         reset_peak(device)
 
-    def at(self, part: Part) -> None:
-        self.peaks[self.part] = max(self.peaks.get(self.part, 0.0), peak(self.device) - self.base)
+    def at(self, phase: Phase) -> None:
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), peak(self.device) - self.base)
         reset_peak(self.device)
-        self.part = part
+        self.phase = phase
 
     @contextlib.contextmanager
-    def inside(self, part: Part) -> Any:
-        around = self.part
-        self.at(part)
+    def inside(self, phase: Phase) -> Any:
+        around = self.phase
+        self.at(phase)
         yield
         self.at(around)
 

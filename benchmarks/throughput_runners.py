@@ -24,7 +24,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.distributed.signals import Signals, Stop
 from lead_ds.engine.distributed.watchdog import Watchdog
 from lead_ds.engine.records.checkpoint import Checkpoints
-from lead_ds.engine.records.parts import Part, Parts, PartsClock
+from lead_ds.engine.records.phases import Phase, PhaseClock, Phases
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.ahead import with_next
 from lead_ds.engine.training.distill import open_inputs, open_teachers, settled
@@ -44,24 +44,24 @@ from lead_ds.teachers.teacher import Lesson, Teacher
 Tokens = dict[str, Tensor]
 
 
-class ProcessorClock(PartsClock):
+class ProcessorClock(PhaseClock):
     """Counts the process's own time, all its threads': what else a shared CPU does disturbs it less."""
 
     def _now(self) -> float:
         return time.process_time()
 
 
-class Relay(Parts):
+class Relay(Phases):
     """Tells whoever listens now."""
 
     def __init__(self) -> None:
-        self.to = Parts()
+        self.to = Phases()
 
-    def at(self, part: Part) -> None:
-        self.to.at(part)
+    def at(self, phase: Phase) -> None:
+        self.to.at(phase)
 
-    def inside(self, part: Part) -> AbstractContextManager[None]:
-        return self.to.inside(part)
+    def inside(self, phase: Phase) -> AbstractContextManager[None]:
+        return self.to.inside(phase)
 
     def end_step(self) -> None:
         self.to.end_step()
@@ -80,21 +80,21 @@ class Runner(ABC):
         self.before, self.held = allocated(ranks.device), 0.0
 
     @abstractmethod
-    def run(self, first: int, count: int, parts: Parts) -> None:
-        """Steps `first` to `first + count - 1` of the run, reported to `parts`."""
+    def run(self, first: int, count: int, phases: Phases) -> None:
+        """Steps `first` to `first + count - 1` of the run, reported to `phases`."""
 
     @property
     @abstractmethod
     def work(self) -> Work:
         """Of an average step."""
 
-    clock: type[PartsClock] = PartsClock
+    clock: type[PhaseClock] = PhaseClock
     teacher_dtype = torch.float32
     student_dtype = torch.float32
 
     def warm_up(self, steps: int) -> None:
         """Steps that nobody times."""
-        self.run(0, steps, Parts())
+        self.run(0, steps, Phases())
         settle(self.ranks.device)
         self.held = max(0.0, allocated(self.ranks.device) - self.before)
 
@@ -173,18 +173,18 @@ class LeadDS(Runner):
         )
         self.output = output
 
-    def run(self, first: int, count: int, parts: Parts) -> None:
-        training, self.relay.to = self.training, parts
+    def run(self, first: int, count: int, phases: Phases) -> None:
+        training, self.relay.to = self.training, phases
         training.step = first
-        parts.at("waiting for data")
+        phases.at("waiting for data")
         # A pipeline of its own for each turn: nothing is prepared while others have theirs.
         with contextlib.closing(training.batches.windows(first, first + count)) as windows:  # type: ignore[type-var]
             pairs = with_next(windows) if training.ahead else ((window, None) for window in windows)
             for window, following in pairs:
                 training.optimize(window, following)
                 training.step += 1
-                parts.at("waiting for data")
-                parts.end_step()
+                phases.at("waiting for data")
+                phases.end_step()
 
     @property
     def work(self) -> Work:
@@ -213,26 +213,26 @@ class Bare(Runner):
         assert config.teacher is not None
         self.teacher_dtype = teacher_dtype(config.teacher, ranks.device)
 
-    def run(self, first: int, count: int, parts: Parts) -> None:
+    def run(self, first: int, count: int, phases: Phases) -> None:
         for step in range(first, first + count):
             batches = self.inputs.step(step)
-            parts.at("teacher forward")
+            phases.at("teacher forward")
             with torch.no_grad():
                 for texts in batches:
                     for tokens in (texts.teacher_queries, texts.teacher_passages, texts.teacher_pairs):
                         if tokens is not None:
                             self._teach(self._moved(tokens))
             for texts in batches:
-                parts.at("student forward")
+                phases.at("student forward")
                 states = [
                     self.student.backbone(**self.student._inputs(self._moved(tokens))).last_hidden_state
                     for tokens in (texts.student_queries, texts.student_passages)
                 ]
-                parts.at("backward")
+                phases.at("backward")
                 torch.stack([state[:, 0].float().sum() for state in states]).sum().backward()
             self.student.zero_grad()
-            parts.at("waiting for data")
-            parts.end_step()
+            phases.at("waiting for data")
+            phases.end_step()
 
     def _teach(self, tokens: Tokens) -> None:
         if self.teacher.engine is not None:
@@ -261,11 +261,11 @@ class LoopRunner(Runner):
         mixed = kind is not LeadLoop and ranks.device.type == "cuda"
         self.student_dtype = torch.bfloat16 if mixed else torch.float32
 
-    def run(self, first: int, count: int, parts: Parts) -> None:
+    def run(self, first: int, count: int, phases: Phases) -> None:
         for step in range(first, first + count):
-            self.loop.step(self.inputs.step(step), self.inputs.layers(step), parts.at)
-            parts.at("waiting for data")
-            parts.end_step()
+            self.loop.step(self.inputs.step(step), self.inputs.layers(step), phases.at)
+            phases.at("waiting for data")
+            phases.end_step()
 
     @property
     def work(self) -> Work:
@@ -370,7 +370,7 @@ def same_losses(config: Config, ranks: Ranks, kind: type[Loop] = LeadLoop) -> tu
     theirs = loop.step(inputs.step(0), inputs.layers(0), lambda part: None)
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    ours.run(0, 1, Parts())
+    ours.run(0, 1, Phases())
     torch.backends.cuda.matmul.allow_tf32 = tf32
     ours.training.recorder.flush()
     row = json.loads((ours.output / "metrics.jsonl").read_text().splitlines()[0])

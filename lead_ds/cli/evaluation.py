@@ -244,7 +244,7 @@ def compare(
         run_a, run_b, qrels, measures.replace(",", " ").split(), relevance_level, keep_identical=keep_identical
     )
     tree = {"a": str(run_a), "b": str(run_b), "comparisons": [asdict(row) for row in rows]}
-    if told_as_json(tree, json_file):
+    if printed_as_json(tree, json_file):
         return
     width = max(len(row.measure) for row in rows)
     print(f"{'':<{width}}  {'A':>6}  {'B':>6}  {'B - A':>7}  {'95% interval':^18}  {'p':>7}")
@@ -261,7 +261,7 @@ def compare(
 def tell(scores: Any, json_file: Path | None, per_query: bool) -> None:
     """Print a table of means, or write JSON."""
     tree = {"mean": scores.mean, **({"per_query": scores.per_query} if per_query else {})}
-    if told_as_json(tree, json_file):
+    if printed_as_json(tree, json_file):
         return
     width = max(len(name) for name in scores.mean)
     for name, value in scores.mean.items():
@@ -274,7 +274,7 @@ def tell_rows(rows: list[Any], passages: int, json_file: Path | None) -> None:
         {"precision": row.precision, "rescored_by": row.rescored_by, "bytes": row.bytes, "mean": row.scores.mean}
         for row in rows
     ]
-    if told_as_json({"passages": passages, "rows": tree}, json_file):
+    if printed_as_json({"passages": passages, "rows": tree}, json_file):
         return
     names = list(rows[0].scores.mean)
     print(f"{'vectors':<10}{'rescored by':<13}{'bytes':>6}{'MB':>10}  " + "  ".join(f"{name:>9}" for name in names))
@@ -283,7 +283,7 @@ def tell_rows(rows: list[Any], passages: int, json_file: Path | None) -> None:
         print(f"{row.precision:<10}{row.rescored_by:<13}{row.bytes:>6}{row.bytes * passages / 1e6:>10.2f}  {values}")
 
 
-def told_as_json(tree: dict[str, Any], json_file: Path | None) -> bool:
+def printed_as_json(tree: dict[str, Any], json_file: Path | None) -> bool:
     """Write JSON to the requested file, if any; whether it went to standard output, which then holds nothing else."""
     if json_file is None:
         return False

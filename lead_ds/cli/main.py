@@ -76,27 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse_undecoded(arguments)
         status = app(args=arguments, prog_name="lead-ds", standalone_mode=False)
     except LeadError as error:
-        status = _tell(str(error), error.status, debug)
+        status = _report(str(error), error.status, debug)
     except typer.Abort:
-        status = _tell("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
+        status = _report("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
     except KeyboardInterrupt:
-        status = _tell("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
+        status = _report("lead-ds: interrupted (checkpoints are kept: continue with --resume)", 130, False)
     except BrokenPipeError:
         # Whoever read our output has gone: `lead-ds ... | head`. Not an error; keep the interpreter from flushing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except MemoryError:
-        status = _tell("lead-ds: out of memory (lower the batch size)", 1, debug)
+        status = _report("lead-ds: out of memory (lower the batch size)", 1, debug)
     except Exception as error:
         if isinstance(error, UsageError):
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "lead-ds"
-            told = getattr(error, "format_message", error.__str__)().rstrip(".?")
-            sys.exit(_tell(f"{command}: {told} (see {command} --help)", 2, debug))
+            message = getattr(error, "format_message", error.__str__)().rstrip(".?")
+            sys.exit(_report(f"{command}: {message} (see {command} --help)", 2, debug))
         if debug:
             traceback.print_exc()
         what = " ".join(str(error).split()) or type(error).__name__
-        status = _tell(f"lead-ds: {type(error).__name__}: {what[:600]} (add --debug for the traceback)", 1, False)
+        status = _report(f"lead-ds: {type(error).__name__}: {what[:600]} (add --debug for the traceback)", 1, False)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -113,7 +113,7 @@ def _refuse_undecoded(arguments: Sequence[str]) -> None:
             ) from None
 
 
-def _tell(message: str, status: int, debug: bool) -> int:
+def _report(message: str, status: int, debug: bool) -> int:
     if debug and sys.exc_info()[0] is not None:
         traceback.print_exc()
     rank = int(os.environ.get("RANK", "0"))

@@ -108,8 +108,8 @@ def push(
     print(f"{planned.bytes:>14,}  bytes in {len(planned.files)} files to {repo}, {'public' if public else 'private'}")
     print(f"licence: {planned.licence or 'none named: add `license:` to the header of README.md'}")
     if planned.left:
-        told = ", ".join(planned.left[:5]) + (", ..." if len(planned.left) > 5 else "")
-        print(f"staying here: {len(planned.left)} files ({told})")
+        listed = ", ".join(planned.left[:5]) + (", ..." if len(planned.left) > 5 else "")
+        print(f"staying here: {len(planned.left)} files ({listed})")
     if not yes:
         raise InputError("--yes-upload", "was not given, so nothing was uploaded", "add it to upload these files")
     print(upload(planned))

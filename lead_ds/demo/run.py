@@ -37,10 +37,10 @@ def run_demo(out: Path, *, processes: int, steps: int, prompt: bool) -> Path:
     )
     out.mkdir(parents=True, exist_ok=True)
     students = {}
-    for number, (name, told) in enumerate(
+    for number, (name, method) in enumerate(
         {"labels": "labels alone", "distilled": "distilled by LEAD"}.items(), start=2
     ):
-        console.rule(f"{number}/4  a student of three layers, {told}: {processes} processes, ZeRO-3 teacher")
+        console.rule(f"{number}/4  a student of three layers, {method}: {processes} processes, ZeRO-3 teacher")
         students[name] = train(name, out, data, teacher, processes=processes, steps=steps)
     console.rule("4/4  what each is worth, on modules that training never saw")
     rows = compare(out, data, teacher, students, steps)

@@ -25,8 +25,8 @@ def machine(facts: dict[str, Any], host: str) -> Iterator[Line]:
             "packages", "red", "missing: " + ", ".join(facts["missing"]), "pip install -e . in lead-ds's checkout"
         )
     else:
-        told = ", ".join(f"{name} {v}" for name, v in facts["versions"].items())
-        yield line("packages", "green", told)
+        listed = ", ".join(f"{name} {v}" for name, v in facts["versions"].items())
+        yield line("packages", "green", listed)
     yield line("cores, memory", "green", f"{facts['cores']} cores, {facts['memory'] / GB:.0f} GB")
     yield from _accelerator(facts, line)
     yield from _tools(facts, line)
@@ -46,8 +46,8 @@ def _accelerator(facts: dict[str, Any], line: Any) -> Iterator[Line]:
         yield line("GPUs", "red", f"{len(gpus)} x {gpus[0]['name']}, but {what}", remedy)
     elif gpus:
         memory = min(gpu["memory"] for gpu in gpus) / GB
-        told = f"{len(gpus)} x {gpus[0]['name']}, {memory:.0f} GB; driver {facts['driver']}, torch for CUDA {torch['cuda']}"
-        yield line("GPUs", "green", told)
+        cards = f"{len(gpus)} x {gpus[0]['name']}, {memory:.0f} GB; driver {facts['driver']}, torch for CUDA {torch['cuda']}"
+        yield line("GPUs", "green", cards)
         yield line(
             "NCCL",
             "green" if torch["nccl"] else "red",

@@ -75,9 +75,9 @@ def between(hosts: Sequence[Host], answers: Sequence[dict[str, Any]], ssh_port: 
         )
         return Line(names, f"all-reduce ({backend})", "red", found["error"], remedy)
     latency, bandwidth = found["latency"] * 1e6, found["bandwidth"] / 1e9
-    told = f"{latency:.0f} us, {bandwidth:.2f} GB/s"
+    measured = f"{latency:.0f} us, {bandwidth:.2f} GB/s"
     slow = bandwidth < 1.0
     remedy = (
         "under 10 Gbit/s: a sharded teacher's gathers will dominate; use zero_hpz_partition_size, or a faster network"
     )
-    return Line(names, f"all-reduce ({backend})", "yellow" if slow else "green", told, remedy if slow else "")
+    return Line(names, f"all-reduce ({backend})", "yellow" if slow else "green", measured, remedy if slow else "")

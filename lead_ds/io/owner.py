@@ -90,7 +90,9 @@ class Owner:
             while True:
                 found = _read(path)
                 if found is not None and _alive(path, found):
-                    raise InputError(folder, _told(found), "wait for it to end, or end it; or choose another folder")
+                    raise InputError(
+                        folder, _described(found), "wait for it to end, or end it; or choose another folder"
+                    )
                 with _apart(path):
                     if (_read(path) or {}).get("token") != (found or {}).get("token"):
                         continue  # another one was faster: look at that one
@@ -120,8 +122,8 @@ class Owner:
                 found = _read(self.path)
                 if found is not None and found.get("token") != self.facts["token"]:
                     # This process was stopped for so long that another host took it for gone.
-                    told = f"error: {self.path.parent}: {_told(found)}: this process is ended (start it again with --resume)"
-                    print(told, file=sys.stderr, flush=True)
+                    text = f"error: {self.path.parent}: {_described(found)}: this process is ended (start it again with --resume)"
+                    print(text, file=sys.stderr, flush=True)
                     # As Ctrl-C, which also ends a wait; what a script started in the background ignores that.
                     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
                     os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
@@ -159,7 +161,7 @@ def _alive(path: Path, found: dict[str, Any]) -> bool:
             return False
         except PermissionError:
             return True
-    say_once(f"{path.parent}: {_told(found)}; waiting up to {SILENT:.0f} s for a sign of life from there")
+    say_once(f"{path.parent}: {_described(found)}; waiting up to {SILENT:.0f} s for a sign of life from there")
     waited = time.monotonic()
     while time.monotonic() - waited < SILENT:
         time.sleep(min(BEAT, SILENT) / 5)
@@ -172,7 +174,7 @@ def _alive(path: Path, found: dict[str, Any]) -> bool:
     return False
 
 
-def _told(found: dict[str, Any]) -> str:
+def _described(found: dict[str, Any]) -> str:
     host = str(found.get("host", "?")).split(" ")[0]
     process = f"process {found.get('pid', '?')} on {host} since {found.get('since', '?')}"
     return f"{found.get('who', 'another process')} is at work here, {process}"

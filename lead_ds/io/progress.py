@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, shown: bool) -> None:
         self.what, self.total, self.unit, self.shown = what, total, unit, shown
         self.done = 0
-        self.started = self.told = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self._bar: Any = None
 
     def advance(self, count: int) -> None:
@@ -25,9 +25,9 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
-        elif self.shown and time.monotonic() - self.told > INTERVAL:
-            self.told = time.monotonic()
-            rate = self.done / (self.told - self.started)
+        elif self.shown and time.monotonic() - self.printed > INTERVAL:
+            self.printed = time.monotonic()
+            rate = self.done / (self.printed - self.started)
             left = max(self.total - self.done, 0) / rate
             text = f"{self.what}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, {left:.0f} s left"
             print(text, file=sys.stderr, flush=True)

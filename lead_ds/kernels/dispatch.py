@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 # Kernels that a device refused in this process, and why.
 _REFUSED: dict[str, str] = {}
 
-# Launches that took so many seconds were builds: what was built, and how long that took, until it is told.
+# Launches that took so many seconds were builds: what was built, and how long that took, until it is reported.
 BUILD_SECONDS = 0.1
 _BUILT: list[tuple[str, float]] = []
 
@@ -86,7 +86,7 @@ def note_launch(kernel: str, seconds: float) -> None:
         _BUILT.append((kernel, seconds))
 
 
-def builds_told() -> str | None:
+def take_builds() -> str | None:
     """The kernels that were built since this was last asked, in one line; None where there were none."""
     built = [f"{kernel} {seconds:.1f} s" for kernel, seconds in _BUILT]
     _BUILT.clear()

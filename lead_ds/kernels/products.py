@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lead_ds.kernels.layout import inverse_lengths, through_lengths
+from lead_ds.kernels.vectors import inverse_lengths, through_lengths
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -115,7 +115,7 @@ class Attention(Loss):
     >>> from lead_ds.losses import LossShape, ModelFacts, Scope, Side, Views
     >>> from lead_ds.relevance import VectorFeatures
     >>> x = torch.randn(2, 4, 5, 8)  # two texts, four heads, five tokens
-    >>> taps = {1: SimpleNamespace(q=x, k=x, mask=None, scale=1.0, causal=False, window=None)}
+    >>> taps = {1: SimpleNamespace(q=x, k=x, mask=None, scale=1.0, causal=False, band=None)}
     >>> side = Side(VectorFeatures(x[None, :, 0, 0], x[None, :, 0, 0]), taps_queries=taps, taps_passages=taps)
     >>> loss = Attention(Attention.set(weight=1), LossShape(ModelFacts("dual_encoder", layers=2)))
     >>> abs(loss(Views(side, side, Scope(group_size=1), compared=([1], [1]))).item()) < 1e-6
@@ -136,7 +136,7 @@ def _self_attention(text: TextTaps, config: AttentionSettings, impl: Impl) -> Te
     student_scales = [_scale(tap, heads) for tap in text.student]
     # Where the models see different keys, both are compared on the keys that both see.
     causal = any(tap.causal for tap in (*text.teacher, *text.student))
-    windows = [_window(t, s) for t, s in zip(text.teacher, text.student, strict=True)]
+    bands = [_band(t, s) for t, s in zip(text.teacher, text.student, strict=True)]
     if text.teacher_groups is None or text.student_groups is None:
         return attention_kl(
             [tap.q.detach() for tap in text.teacher],
@@ -149,13 +149,13 @@ def _self_attention(text: TextTaps, config: AttentionSettings, impl: Impl) -> Te
             temperature=config.temperature,
             causal=causal,
             relation_heads=heads,
-            window=windows,
+            band=bands,
             head_mean=config.heads == "mean",
             impl=impl,
         )
     if config.heads == "mean":
         raise InputError(f"{WHERE}.heads", "mean needs one tokenizer for both models", "use heads: relation")
-    if any(window is not None for window in windows):
+    if any(band is not None for band in bands):
         what = "layers with a sliding window can be compared only with one tokenizer for both models"
         raise InputError(WHERE, what, "select layers with global attention")
     kls = []
@@ -239,9 +239,9 @@ def _scale(tap: Tap, heads: int | None) -> float:
     return tap.scale if heads is None or heads == own_heads else (own_heads * own_width / heads) ** -0.5
 
 
-def _window(teacher: Tap, student: Tap) -> int | None:
-    windows = [tap.window for tap in (teacher, student) if tap.window is not None]
-    return min(windows, default=None)
+def _band(teacher: Tap, student: Tap) -> int | None:
+    bands = [tap.band for tap in (teacher, student) if tap.band is not None]
+    return min(bands, default=None)
 
 
 def _as_layers(x: Tensor, tap: Tap, heads: int | None) -> Tensor:

@@ -84,8 +84,12 @@ class Mixed(Views):
         """See `Views`: a teacher's is the mixture."""
         if who == "student":
             return self.sources[0].relevance(who, what, passages)
-        told = lambda: [source.relevance(who, what, passages) for source in self.sources]  # noqa: E731
-        return self._once((who, what, passages), lambda: mixture(told(), self.shares, self.target(passages)))
+
+        def mixed() -> Relevance:
+            each = [source.relevance(who, what, passages) for source in self.sources]
+            return mixture(each, self.shares, self.target(passages))
+
+        return self._once((who, what, passages), mixed)
 
 
 def together(sources: Sequence[Views], shares: Sequence[float], how: str) -> Views:

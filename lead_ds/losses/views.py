@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Tap(Protocol):
     """What one layer's attention read: q [B, H, L, d], k (fewer heads: grouped queries), mask [B, L] (1: a token).
 
-    causal: later keys are hidden; window: so are keys farther than that many positions (None: none).
+    causal: later keys are hidden; band: so are keys farther than that many positions (None: none).
     """
 
     @property
@@ -40,7 +40,7 @@ class Tap(Protocol):
     @property
     def causal(self) -> bool: ...
     @property
-    def window(self) -> int | None: ...
+    def band(self) -> int | None: ...
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def reading_of(scorer: Kind, encoder: TextEncoder) -> dict[str, Any]:
         "pooling": getattr(scorer, "pooling", None),
         "normalize": getattr(scorer, "normalize", None),
         "prompts": {"query": encoder.query_prompt, "passage": encoder.passage_prompt},
-        "template": next((str(how) for name in ("layout", "message") if (how := getattr(encoder, name, None))), None),
+        "template": next((str(how) for name in ("template", "message") if (how := getattr(encoder, name, None))), None),
         "lengths": {name: getattr(encoder, name) for name in LENGTHS if name in scorer.Settings.model_fields},
         "similarity": similarity_of(scorer),
         "read_as": dtype_of(scorer),
@@ -76,7 +76,7 @@ def check_room(encoder: TextEncoder, where: str) -> None:
     """Raise InputError where a prompt or a template leaves too little of a text; `where`: whose lengths these are."""
     for name, left in room(encoder).items():
         if left < _FEW:
-            length, by = getattr(encoder, name), "template" if encoder.layout or encoder.message else "prompt"
+            length, by = getattr(encoder, name), "template" if encoder.template or encoder.message else "prompt"
             what = f"is {length}, and its {by} leaves {max(left, 0)} tokens of a text"
             key = ".".join(filter(None, [where, name]))
             raise InputError(key, what, f"raise it to {length - left + _FEW} at least, or shorten the prompt")
@@ -85,7 +85,7 @@ def check_room(encoder: TextEncoder, where: str) -> None:
 def room(encoder: TextEncoder) -> dict[str, int]:
     """Tokens that are left for a text, or the two of a pair, by the name of their length; where a prompt takes some."""
     prompts = {"queries": encoder.query_prompt, "passages": encoder.passage_prompt}
-    if encoder.tokenizer is None or not (any(prompts.values()) or encoder.layout or encoder.message):
+    if encoder.tokenizer is None or not (any(prompts.values()) or encoder.template or encoder.message):
         return {}
     whole = replace(encoder, query_length=_WHOLE, passage_length=_WHOLE, max_length=_WHOLE)
     if encoder.reads_pairs:

@@ -48,7 +48,7 @@ def read_model_config(config: ModelConfig, subfolder: str | None = None) -> Any:
     if subfolder is None:
         subfolder = transformer_folder(config.path)
     check_code(config, subfolder)
-    with _told(config):
+    with _one_line_errors(config):
         shape = AutoConfig.from_pretrained(
             located(config.path),
             subfolder=subfolder,
@@ -106,7 +106,7 @@ def load_model(
     settings: dict[str, Any] = {"dtype": dtype}
     if config.attention != "auto":  # auto: transformers takes sdpa where the architecture has it
         settings["attn_implementation"] = config.attention
-    with _told(config), quiet():
+    with _one_line_errors(config), quiet():
         if config.weights == "random":
             return blank_model(shape, family, config, **settings).eval()
         settings["trust_remote_code"] = bool(config.trust_remote_code)
@@ -273,7 +273,7 @@ def _check_path(config: ModelConfig) -> None:
 
 
 @contextmanager
-def _told(config: ModelConfig) -> Iterator[None]:
+def _one_line_errors(config: ModelConfig) -> Iterator[None]:
     """Turn what transformers and safetensors raise for a bad model into one line."""
     from safetensors import SafetensorError
 

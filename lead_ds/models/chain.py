@@ -52,7 +52,7 @@ def open_chain(config: ModelConfig, family: str, head: Family = "base", *, text:
     where = hub_settings(config.path) | {"trust_remote_code": bool(config.trust_remote_code)}
     settings: dict[str, Any] = {"device": str(torch.get_default_device())}
     weights = not text and config.weights == "pretrained"
-    with heavy_later(), _told(config), quiet(), _apart(config, shape, text=text, weights=weights):
+    with heavy_later(), _one_line_errors(config), quiet(), _apart(config, shape, text=text, weights=weights):
         if saved:
             return getattr(library, family)(located(config.path), **where, **settings)
         inside = where | {"subfolder": folder}
@@ -177,7 +177,7 @@ def _check(config: ModelConfig, family: str) -> None:
 
 
 @contextmanager
-def _told(config: ModelConfig) -> Iterator[None]:
+def _one_line_errors(config: ModelConfig) -> Iterator[None]:
     """Turn what sentence-transformers raises for a bad directory into one line."""
     logger = logging.getLogger("sentence_transformers")
     level = logger.level

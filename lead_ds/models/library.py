@@ -77,8 +77,8 @@ def heavy_later() -> Iterator[None]:
         if not fromlist:
             return Later(name)
         # Its version is written into each model's card as the model is opened.
-        told = {wanted: version(top) if wanted == "__version__" else Later(name, wanted) for wanted in fromlist}
-        return SimpleNamespace(**told)
+        names = {wanted: version(top) if wanted == "__version__" else Later(name, wanted) for wanted in fromlist}
+        return SimpleNamespace(**names)
 
     builtins.__import__ = light
     try:

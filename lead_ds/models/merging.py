@@ -50,7 +50,7 @@ def merge_adapter(path: str, *, trust_remote_code: bool = False, allow_pickle: b
         if (folder / _MARK).is_file():
             return
         try:
-            with _told(path), quiet(), _unsharded(), warnings.catch_warnings():
+            with _one_line_errors(path), quiet(), _unsharded(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of peft and transformers; what matters is checked
                 model = _Merge(adapter, peft, trust_remote_code, allow_pickle).model()
                 _write(model, folder / transformer_folder(path))
@@ -66,7 +66,7 @@ def unmerged(path: str, *, trust_remote_code: bool = False, allow_pickle: bool =
     adapter = adapter_of(path)
     if adapter is None:
         return None
-    with _told(path), quiet(), warnings.catch_warnings():
+    with _one_line_errors(path), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _Merge(adapter, require_peft(path), trust_remote_code, allow_pickle).adapted("float32").base_model.model
 
@@ -269,7 +269,7 @@ def _unsharded() -> Iterator[None]:
 
 
 @contextmanager
-def _told(path: str) -> Iterator[None]:
+def _one_line_errors(path: str) -> Iterator[None]:
     """Turn what peft and transformers raise for an adapter or its base into one line."""
     try:
         yield

@@ -44,8 +44,8 @@ def check_packing(scorer: Scorer, says: Callable[[Tokens], Tensor], key: str) ->
     try:
         alone, beside, moved = says(texts), *(says(packed([t], pad).tokens[0]) for t in (texts, neighbours))
     except (RuntimeError, TypeError, ValueError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(key, f"{kind} cannot read several texts in a row: {told}", _REMEDY) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(key, f"{kind} cannot read several texts in a row: {reason}", _REMEDY) from error
     if _difference(alone, beside) > alike or _difference(beside[:, 1:], moved[:, 1:]) > apart:
         what = f"{kind} with {config._attn_implementation} attention lets texts in one row see each other"
         raise InputError(key, what, _REMEDY)

@@ -51,7 +51,7 @@ def compare(scorer: Kind, encoder: TextEncoder, texts: Sequence[str] = TEXTS) ->
     Raises InputError for a kind that sentence-transformers does not read in this way.
     """
     with torch.no_grad(), quiet():
-        with _told(scorer.config.path):
+        with _one_line_errors(scorer.config.path):
             reference = _reference(scorer)
             theirs = _read(reference, texts, scorer)
         if scorer.reads_pairs:
@@ -92,7 +92,7 @@ def _reference(scorer: Kind) -> Any:
 
 
 @contextmanager
-def _told(path: str) -> Iterator[None]:
+def _one_line_errors(path: str) -> Iterator[None]:
     """Turn what sentence-transformers raises, loading or reading, into one line."""
     try:
         yield

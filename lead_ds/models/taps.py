@@ -37,7 +37,7 @@ class AttentionTap:
     """What one layer's attention read: its weights are softmax(scale q k^T) over the keys that a row may see.
 
     q [B, H, L, d] and k [B, H / G, L, d] after rotary embedding; mask [B, L], nonzero = real, as the model was given it
-    (None: every token is). causal hides later keys. window hides keys farther than that many positions (None: none).
+    (None: every token is). causal hides later keys. band hides keys farther than that many positions (None: none).
     """
 
     q: Tensor
@@ -45,7 +45,7 @@ class AttentionTap:
     mask: Tensor | None
     scale: float
     causal: bool
-    window: int | None
+    band: int | None
 
 
 class AttentionTaps(Mapping[int, AttentionTap]):
@@ -89,15 +89,15 @@ class AttentionTaps(Mapping[int, AttentionTap]):
             raise self.error(f"attends from {q.shape[2]} tokens to {k.shape[2]}: a cache, or another text")
         if self.detach:
             q, k = q.detach(), k.detach()
-        scale, window, causal = (arguments.get(name) for name in ("scaling", "sliding_window", "is_causal"))
+        scale, band, causal = (arguments.get(name) for name in ("scaling", "sliding_window", "is_causal"))
         self._taps[layer] = AttentionTap(
             q,
             k,
             self.mask,
             scale=float(q.shape[3] ** -0.5 if scale is None else scale),
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-            # transformers counts the token itself: a window of 1 sees no other.
-            window=None if window is None else int(window) - 1,
+            # transformers counts the token itself: a band of 1 sees no other.
+            band=None if band is None else int(band) - 1,
         )
 
     def error(self, what: str) -> AttentionTapError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lead_ds.data.tokens.layouts import Conversation, Enclosed, Filled, Joined, Layout, Whole
+from lead_ds.data.tokens.pair_templates import Conversation, Enclosed, Filled, Joined, PairTemplate, Whole
 from lead_ds.data.tokens.tokenizer import leading_tokens, trailing_tokens
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import Family, has_classifier
@@ -37,8 +37,8 @@ class Card:
 
     yes: str
     no: str | None
-    layout: Callable[
-        [Reading, str | None], Layout | None
+    template: Callable[
+        [Reading, str | None], PairTemplate | None
     ]  # of a model and an instruction; None: the tokenizer's own pairs
     known: str = r"(?!)"  # a pattern of names of its models
     instructed: bool = True
@@ -48,11 +48,11 @@ class Card:
     head: str | None = None  # classifier or seq2seq, where only that is meant
 
 
-def _plain(reading: Reading, instruction: str | None) -> Layout:
+def _plain(reading: Reading, instruction: str | None) -> PairTemplate:
     return Filled(PLAIN, instruction or SEARCH, leading_tokens(reading.tokenizer))
 
 
-def _qwen3(reading: Reading, instruction: str | None) -> Layout:
+def _qwen3(reading: Reading, instruction: str | None) -> PairTemplate:
     system = (
         "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
         'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
@@ -61,19 +61,19 @@ def _qwen3(reading: Reading, instruction: str | None) -> Layout:
     return Enclosed(system, body, f"{_ASSISTANT}<think>\n\n</think>\n\n", instruction or SEARCH)
 
 
-def _bge_gemma(reading: Reading, instruction: str | None) -> Layout:
+def _bge_gemma(reading: Reading, instruction: str | None) -> PairTemplate:
     begin = reading.tokenizer.bos_token_id
     return Joined("A: {query}", "B: {passage}", tail=(instruction or _JUDGE,), begin=begin, positions=reading.positions)
 
 
-def _mxbai(reading: Reading, instruction: str | None) -> Layout:
+def _mxbai(reading: Reading, instruction: str | None) -> PairTemplate:
     qwen = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     system = f"<|im_start|>system\n{qwen}<|im_end|>\n<|im_start|>user\n"
     tail = (_EXPERT, _ASSISTANT)
     return Joined("query: {query}", "document: {passage}", system, tail, None, instruction or "", reading.positions)
 
 
-def _zerank(reading: Reading, instruction: str | None) -> Layout:
+def _zerank(reading: Reading, instruction: str | None) -> PairTemplate:
     messages = [{"role": "system", "content": "{query}"}, {"role": "user", "content": "{passage}"}]
     if reading.tokenizer.chat_template is None:
         raise InputError(reading.path, "template: zerank is the model's own chat template, and it has none")
@@ -81,7 +81,7 @@ def _zerank(reading: Reading, instruction: str | None) -> Layout:
     return Stripped(prompt, leading=leading_tokens(reading.tokenizer))
 
 
-def _monot5(reading: Reading, instruction: str | None) -> Layout:
+def _monot5(reading: Reading, instruction: str | None) -> PairTemplate:
     return Whole("Query: {query} Document: {passage} Relevant:")
 
 
@@ -92,7 +92,7 @@ class Stripped(Filled):
     characters: tuple[int, int] = (2_000, 10_000)
 
     def rows(self, tokenizer: Any, queries: Any, passages: Any, length: int) -> Any:
-        """See `Layout`."""
+        """See `PairTemplate`."""
         most_query, most_passage = self.characters
         asked = [query[:most_query].strip() for query in queries]
         return super().rows(tokenizer, asked, [passage[:most_passage].strip() for passage in passages], length)
@@ -121,7 +121,7 @@ CARDS: dict[str, Card] = {
 class Asked:
     """How pairs are put to a model, and whose way that is: a card's, or (None) its own files' or configuration's."""
 
-    layout: Layout | None
+    template: PairTemplate | None
     card: Card | None
 
 
@@ -167,7 +167,7 @@ def asked(config: Any, reading: Reading, family: str, head: Family) -> Asked | N
         raise InputError("template", f"{template} is of another architecture than the model", f"use one of {ways}")
     if instruction is not None and not card.instructed:
         raise InputError("instruction", f"is ignored by template: {template}", "take it out")
-    return Asked(card.layout(reading, instruction), card)
+    return Asked(card.template(reading, instruction), card)
 
 
 def known_as(path: str, names: Iterable[str]) -> str | None:
@@ -190,10 +190,10 @@ def _by_files(config: Any, reading: Reading, reader: Any) -> Asked:
             )
         return Asked(None, None)
     prompt = reading.own_query_prompt if config.instruction is None else config.instruction
-    layout = Conversation(reader, prompt)
+    template = Conversation(reader, prompt)
     try:
-        layout.rows(reading.tokenizer, ["a"], ["b"], 1 << 20)
-        heard = _rendered(layout) != _rendered(Conversation(reader, f"{layout.prompt}."))
+        template.rows(reading.tokenizer, ["a"], ["b"], 1 << 20)
+        heard = _rendered(template) != _rendered(Conversation(reader, f"{template.prompt}."))
     except Exception as error:  # a template is a program, and fails in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = f"its chat template has no place for a query and a passage: {reason[:160]}"
@@ -202,8 +202,8 @@ def _by_files(config: Any, reading: Reading, reader: Any) -> Asked:
         ) from error
     if config.instruction is not None and not heard:
         raise InputError("instruction", "is ignored by the model's chat template", "take it out")
-    return Asked(layout, None)
+    return Asked(template, None)
 
 
-def _rendered(layout: Conversation) -> list[list[int]]:
-    return layout.rows(None, ["a"], ["b"], 1 << 20)[0]
+def _rendered(template: Conversation) -> list[list[int]]:
+    return template.rows(None, ["a"], ["b"], 1 << 20)[0]

@@ -124,13 +124,13 @@ class Reading:
                 what = f"{name} is {length}, the model has {self.positions} positions"
                 raise InputError(self.path, what, f"set {name} to at most {self.positions}")
         types = "token_type_ids" in self.tokenizer.model_input_names
-        told = self.shape is None or (getattr(self.shape, "type_vocab_size", 0) or 0) > 1
+        typed = self.shape is None or (getattr(self.shape, "type_vocab_size", 0) or 0) > 1
         return TextEncoder(
             path=self.path,
             tokenizer=self.tokenizer,
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
-            token_types=types and told,  # whether the model distinguishes the two texts of a pair by them
+            token_types=types and typed,  # whether the model distinguishes the two texts of a pair by them
             **{"longest": self.longest, **lengths, **more},
         )
 

@@ -22,13 +22,15 @@ def check_vocabulary(model: nn.Module, encoder: TextEncoder | None, path: str) -
         return
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     special = {tokenizer.pad_token, *tokenizer.all_special_tokens} & beyond.keys()
-    told = ", ".join(f"{token!r} is {beyond[token]}" for token in sorted(special or beyond, key=beyond.__getitem__)[:3])
+    listed = ", ".join(
+        f"{token!r} is {beyond[token]}" for token in sorted(special or beyond, key=beyond.__getitem__)[:3]
+    )
     if special:
         remedy = "use the tokenizer that belongs to the model, or one whose pad token is among its words"
-        raise InputError(path, f"has {rows} embeddings, its tokenizer's token {told}", remedy)
+        raise InputError(path, f"has {rows} embeddings, its tokenizer's token {listed}", remedy)
     if beyond:
         encoder.words = rows
-        say_once(f"{path}: has {rows} embeddings, its tokenizer's token {told}: a text that holds it cannot be read")
+        say_once(f"{path}: has {rows} embeddings, its tokenizer's token {listed}: a text that holds it cannot be read")
 
 
 def embedding_rows(model: nn.Module) -> int | None:

@@ -21,12 +21,12 @@ Run = Callable[[Sequence[str], Path, int], int]
 """(command, log to append to, a file descriptor that it keeps open) -> exit status, negative for a signal's number."""
 
 
-def find_launcher(told: str) -> list[str]:
+def find_launcher(chosen: str) -> list[str]:
     """The words that stand for `lead-ds` in a distributed stage."""
-    if told == "none":
+    if chosen == "none":
         return [PLAIN]
-    if told != "auto":
-        return shlex.split(told)
+    if chosen != "auto":
+        return shlex.split(chosen)
     import torch
 
     gpus = torch.cuda.device_count()

@@ -138,12 +138,12 @@ def work(stage: Stage, finding: Finding, workshop: Workshop, place: str) -> None
     commands = stage.commands_now()
     needs = {need: records.product(workshop.recipe.stages[need]) or "" for need in stage.needs}
     stage.folder.mkdir(parents=True, exist_ok=True)
-    told = [shlex.join(words(command, stage, launcher)) for command in commands]
+    lines = [shlex.join(words(command, stage, launcher)) for command in commands]
     if finding.state == "to do":
-        records.begin(stage, needs, commands=told, started=now())
+        records.begin(stage, needs, commands=lines, started=now())
     started = time.monotonic()
     tell(f"\n[{place}] {stage.name}: {finding.state}; {stage.folder}")
-    for command, line in zip(commands, told, strict=True):
+    for command, line in zip(commands, lines, strict=True):
         tell(f"+ {line}")
         with stage.log.open("a", encoding="utf-8") as log:
             log.write(f"{now()} + {line}\n")

@@ -18,8 +18,8 @@ def lens_table(record: dict[str, Any]) -> str:
     for name in ("final", "chance"):
         rows.append([name, f"{record[name]['nll']:.3f}", "", "", f"{record[name]['accuracy']:.3f}", "", ""])
     groups = record["groups"]
-    told = f"on {groups['report']} held-out groups of {record['passages']}"
-    return f"{told} (fitted on {groups['fit']}, stopped by {groups['stop']})\n\n{aligned(rows)}"
+    scope = f"on {groups['report']} held-out groups of {record['passages']}"
+    return f"{scope} (fitted on {groups['fit']}, stopped by {groups['stop']})\n\n{aligned(rows)}"
 
 
 def layer_table(measured: dict[str, Any]) -> str:

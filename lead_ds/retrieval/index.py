@@ -215,8 +215,10 @@ class Index:
         made = self.meta["model"]
         changed = [key for key in (made | model) if made.get(key) != model.get(key)]
         if changed:
-            told = ", ".join(f"{key} {made.get(key)}, here {model.get(key)}" for key in changed)
-            raise InputError(self.folder, f"was made by another model: {told}", "use that model, or build it again")
+            differences = ", ".join(f"{key} {made.get(key)}, here {model.get(key)}" for key in changed)
+            raise InputError(
+                self.folder, f"was made by another model: {differences}", "use that model, or build it again"
+            )
 
     def check_two(self, query: dict[str, Any], document: str) -> None:
         """Raise InputError unless the model with the checksum `document` made the index, as wide as the queries' vectors."""

@@ -82,10 +82,10 @@ class InvertedIndex(Index):
         for shard in range(shards):
             path = _path(folder, shard)
             try:
-                told = mapped(path)[1].get("cache")
+                owner = mapped(path)[1].get("cache")
             except (OSError, ValueError, KeyError) as error:
                 raise InputError(path, f"cannot be read: {error}", _AGAIN) from None
-            if told != digest(meta):
+            if owner != digest(meta):
                 raise InputError(path, "does not belong to this index", _AGAIN)
         return cls(folder, meta, None, ids, 0)
 

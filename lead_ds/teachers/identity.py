@@ -39,8 +39,8 @@ def input_facts(groups: Groups, taught_by: dict[str, Path]) -> dict[str, str]:
     """The files that decide a run beside its configuration: the training groups and their texts, and the teacher's (see
     `Teacher.files`), by the names that they are reported by. By size and checksum; of large ones, of pieces of them."""
     files = {f"data: {name}": path for name, path in groups.sources.items()}
-    found = {name: told for name, path in (files | taught_by).items() if (told := summary(path)) is not None}
-    return {f"data: {name}": told for name, told in groups.checksums.items()} | found
+    found = {name: digest for name, path in (files | taught_by).items() if (digest := summary(path)) is not None}
+    return {f"data: {name}": checksum for name, checksum in groups.checksums.items()} | found
 
 
 def deciding_settings(teacher: TeacherRole) -> dict[str, Any]:

@@ -314,8 +314,8 @@ class ComparingReader(Reader):
         """See `Reader`."""
         found = [np.empty((0, len(self.vectors.layers) + 1), np.float32)]
         for place, (row, keys) in enumerate(zip(shard.rows, shard.keys, strict=True)):
-            told = {name: torch.from_numpy(x) for name, x in self.vectors.said([row], [keys]).items()}
-            features = VectorFeatures(told["queries"], told["passages"], self.scale)
+            arrays = {name: torch.from_numpy(x) for name, x in self.vectors.said([row], [keys]).items()}
+            features = VectorFeatures(arrays["queries"], arrays["passages"], self.scale)
             found.append(features.group_relevance(len(keys)).logits[:, 0].T.numpy())
             tell((place + 1) / len(shard.keys))
         return np.concatenate(found)

@@ -134,8 +134,8 @@ class ServedLookup:
         if groups[0].role is not None:
             prompts = {"query": self.settings.query_prompt, "passage": self.settings.passage_prompt}
             alone = [((prompts[group.role or "passage"] or "") + group.passages[0],) for group in groups]
-            told = self.asked(alone)
-            vectors = np.stack([told[text] for text in alone])[None]
+            answered = self.asked(alone)
+            vectors = np.stack([answered[text] for text in alone])[None]
             return {"queries": vectors[:, :0], "passages": vectors}
         queries = [group.query for group in groups]
         pairs = [(group.query, text) for group in groups for text in group.passages]

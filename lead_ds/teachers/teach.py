@@ -125,11 +125,11 @@ def read_once(
     if not ranks.from_main(agreed(ranks, lambda: ranks.main and shards.worth_reading_once(manifest, teacher))):
         return None
     texts = shards.texts(teacher.num_layers)
-    told = ranks.from_main(agreed(ranks, lambda: begin(texts, facts) if ranks.main else {}))
-    if told["layers"] is None:
-        told = complete(texts, told, None, teacher, ranks)
-    left = unfinished_of(texts, told, ranks)
-    write_shards(texts, read_by(texts), told, left, ranks, quiet)
+    facts_of_texts = ranks.from_main(agreed(ranks, lambda: begin(texts, facts) if ranks.main else {}))
+    if facts_of_texts["layers"] is None:
+        facts_of_texts = complete(texts, facts_of_texts, None, teacher, ranks)
+    left = unfinished_of(texts, facts_of_texts, ranks)
+    write_shards(texts, read_by(texts), facts_of_texts, left, ranks, quiet)
     ranks.barrier()
     return ComparingReader(agreed(ranks, lambda: VectorCache.open(texts.out, verify=False)), shards.scale)
 

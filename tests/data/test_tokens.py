@@ -252,7 +252,7 @@ def test_a_reranker_prompt_loses_passage_and_nothing_else(tokenizer: Callable[..
     assert cut_ids[:start] == short_ids[:start]
     kept = encoder.tokenizer(head + long, add_special_tokens=False)["input_ids"]
     assert (
-        cut_ids[-80 : -common - 2] == kept[len(cut_ids) - 80 - len(encoder.layout.leading) :][: 78 - common]
+        cut_ids[-80 : -common - 2] == kept[len(cut_ids) - 80 - len(encoder.template.leading) :][: 78 - common]
     )  # its beginning
     leading = [] if kind == "bpe" else [encoder.tokenizer.cls_token_id]
     assert cut_ids[: len(leading)] == leading

@@ -9,7 +9,7 @@ import torch
 
 from lead_ds.config import Config
 from lead_ds.engine.distributed.ranks import Ranks, ranks
-from lead_ds.engine.records.parts import Parts
+from lead_ds.engine.records.phases import Phases
 from lead_ds.engine.training.step import RankScope
 from lead_ds.losses import LossShape, ModelFacts, Objective, Side, Views
 from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures, VectorFeatures
@@ -72,7 +72,7 @@ def case(here: Ranks, kind: str, in_batch: str, batches: int) -> dict[str, Any]:
     total = here.world * batches
     size = QUERIES // total
     config = config_of(in_batch, size)
-    scope = RankScope.of(in_batch, here, GROUP, "torch", Parts())
+    scope = RankScope.of(in_batch, here, GROUP, "torch", Phases())
     facts, selected = ModelFacts(kind, LAYERS), list(range(LAYERS))
     objective = Objective(config.losses, LossShape(facts, facts, "torch"))
     asked = objective.asked([{"layer": (selected, selected)}])

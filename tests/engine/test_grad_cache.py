@@ -12,7 +12,7 @@ import torch
 
 from lead_ds.config import Config, load_config
 from lead_ds.engine.distributed.ranks import Ranks, ranks
-from lead_ds.engine.records.parts import Parts
+from lead_ds.engine.records.phases import Phases
 from lead_ds.engine.training.step import Micro, RankScope
 from lead_ds.engine.training.trainee import Trainee, build_engine
 from lead_ds.losses import LossShape, ModelFacts, Objective, Side
@@ -43,7 +43,7 @@ def gradient(config: Config, here: Ranks, *, recompute: bool | None = None) -> d
     engine = build_engine(Trainee(student, cotrained, losses), config, torch.float32, here)
     if recompute is not None:
         student.recompute = recompute
-    window, scope = batches.window(0), RankScope.of("global", here, batches.group_size, "torch", Parts())
+    window, scope = batches.window(0), RankScope.of("global", here, batches.group_size, "torch", Phases())
     view = None if isinstance(taught, Scorer) else taught.window(window.teachers[0], LAYERS[0])
     micro = Micro(
         window.student[0],

@@ -1,4 +1,4 @@
-"""`profile: true`: parts that add up to the step, communication laid bare, tables and a trace in the run's folder."""
+"""`profile: true`: phases that add up to the step, communication laid bare, tables and a trace in the run's folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from lead_ds.config import load_config
 from lead_ds.engine.distributed.ranks import ranks
-from lead_ds.engine.records import parts as parts_module
-from lead_ds.engine.records.parts import Parts, PartsClock, mean_parts
+from lead_ds.engine.records import phases as phases_module
+from lead_ds.engine.records.phases import PhaseClock, Phases, mean_phases
 from lead_ds.engine.records.profile import exposed
 from lead_ds.engine.training.distill import distill
 from lead_ds.engine.training.resume import changed_keys
@@ -24,8 +24,8 @@ from tests.helpers.launch import launch
 
 def test_a_clock_divides_a_step_without_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
-    monkeypatch.setattr(parts_module.time, "perf_counter", lambda: next(times))
-    clock = PartsClock(torch.device("cpu"))
+    monkeypatch.setattr(phases_module.time, "perf_counter", lambda: next(times))
+    clock = PhaseClock(torch.device("cpu"))
     clock.at("waiting for data")  # 0
     clock.at("student forward")  # 1
     clock.at("losses")  # 3
@@ -35,16 +35,16 @@ def test_a_clock_divides_a_step_without_a_rest(monkeypatch: pytest.MonkeyPatch) 
     clock.end_step()
     clock.at("student forward")  # 21: of a step that has not ended
     assert clock.seconds() == [{"waiting for data": 1, "student forward": 2, "losses": 3 + 5, "communication": 4}]
-    assert list(mean_parts(clock.seconds())) == ["waiting for data", "student forward", "communication", "losses"]
+    assert list(mean_phases(clock.seconds())) == ["waiting for data", "student forward", "communication", "losses"]
 
 
 def test_nobody_listens_by_default() -> None:
-    parts = Parts()
-    with parts.inside("communication"):
-        parts.at("losses")
-    parts.end_step()
-    parts.close()
-    assert vars(parts) == {}
+    phases = Phases()
+    with phases.inside("communication"):
+        phases.at("losses")
+    phases.end_step()
+    phases.close()
+    assert vars(phases) == {}
 
 
 def test_exposed_communication() -> None:

@@ -22,8 +22,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, int, dict[str, Any]]]
     "63 causal": (1, 2, 2, 2, 2, 63, 16, 8, {"causal": True}),
     "64 even": (1, 2, 2, 2, 2, 64, 16, 16, {}),
     "65 grouped": (2, 4, 2, 4, 1, 65, 16, 24, {"temperature": 2.0}),
-    "129 window": (1, 2, 2, 2, 2, 129, 16, 16, {"window": 20}),
-    "129 causal window grouped": (1, 2, 1, 2, 2, 129, 16, 16, {"window": 30, "causal": True}),
+    "129 band": (1, 2, 2, 2, 2, 129, 16, 16, {"band": 20}),
+    "129 causal band grouped": (1, 2, 1, 2, 2, 129, 16, 16, {"band": 30, "causal": True}),
     "wide": (1, 2, 1, 2, 2, 17, 200, 256, {}),
     "relation": (2, 4, 2, 8, 8, 33, 16, 4, {"relation_heads": 2, "teacher_scale": 0.3, "student_scale": 0.2}),
 }
@@ -100,14 +100,14 @@ def assert_as_good_as_eager(inputs: list[Tensor], mask: Tensor | None, arguments
 
 
 @pytest.mark.parametrize("head_mean", [False, True])
-@pytest.mark.parametrize("name", ["17", "63 causal", "65 grouped", "129 causal window grouped"])
+@pytest.mark.parametrize("name", ["17", "63 causal", "65 grouped", "129 causal band grouped"])
 def test_reference_gradient_is_that_of_its_value(name: str, head_mean: bool) -> None:
     batch, t_heads, t_keys, s_heads, s_keys, _, _, _, arguments = SHAPES[name]
     length, width = 5, 3
     teacher = [torch.randn(batch, heads, length, width, dtype=torch.float64) for heads in (t_heads, t_keys)]
     student = [torch.randn(batch, heads, length, width, dtype=torch.float64) for heads in (s_heads, s_keys)]
     mask = mask_of("holes", batch, length)
-    arguments = arguments | ({"window": 2} if "window" in arguments else {})
+    arguments = arguments | ({"band": 2} if "band" in arguments else {})
 
     def value(sq: Tensor, sk: Tensor) -> Tensor:
         return attention_kl_reference(*teacher, sq, sk, mask, head_mean=head_mean, **arguments)
@@ -162,7 +162,7 @@ def test_triton_matches_the_reference(
 
 @pytest.mark.parametrize("mask", ["none", "holes"])
 def test_triton_adds_the_same_gradient_with_atomics(mask: str, triton_device: torch.device) -> None:
-    name = "129 causal window grouped"
+    name = "129 causal band grouped"
     hidden = mask_of(mask, SHAPES[name][0], SHAPES[name][5])
     assert_as_good_as_eager(
         tensors(name, torch.float32, triton_device), hidden, SHAPES[name][8], impl="triton", atomic=True
@@ -272,18 +272,18 @@ def test_layer_pairs_of_different_shapes_share_a_call(impl: str, device: torch.d
         pair[2].requires_grad_()
         pair[3].requires_grad_()
     mask = mask_of("right", 2, 17).to(device)  # type: ignore[union-attr]
-    windows, scales = [None, 5, None], [0.5, 0.2, 0.5]
+    bands, scales = [None, 5, None], [0.5, 0.2, 0.5]
     columns = [list(column) for column in zip(*pairs, strict=True)]
-    values = attention_kl_pairs(*columns, mask, window=windows, teacher_scale=scales, impl=impl)
+    values = attention_kl_pairs(*columns, mask, band=bands, teacher_scale=scales, impl=impl)
     students = [pair[i] for pair in pairs for i in (2, 3)]
     weights = torch.tensor([1.0, 0.5, 2.0], device=device)
     gradients = torch.autograd.grad((values * weights).sum(), students)
     for k, pair in enumerate(pairs):
-        alone = attention_kl_reference(*pair, mask, window=windows[k], teacher_scale=scales[k])
+        alone = attention_kl_reference(*pair, mask, band=bands[k], teacher_scale=scales[k])
         torch.testing.assert_close(values[k], alone, atol=1e-6, rtol=1e-5)
         expected = torch.autograd.grad(alone * weights[k], (pair[2], pair[3]))
         torch.testing.assert_close(gradients[2 * k : 2 * k + 2], expected, atol=1e-6, rtol=1e-4)
-    mean = attention_kl(*columns, mask, window=windows, teacher_scale=scales, impl=impl)
+    mean = attention_kl(*columns, mask, band=bands, teacher_scale=scales, impl=impl)
     torch.testing.assert_close(mean, values.mean())
 
 
@@ -314,9 +314,9 @@ def test_window_and_causal_hide_what_they_say() -> None:
     other = [torch.randn_like(q), torch.randn_like(k)]
     row, key = torch.arange(9)[:, None], torch.arange(9)[None, :]
     for arguments, visible in (
-        ({"window": 2}, (row - key).abs() <= 2),
+        ({"band": 2}, (row - key).abs() <= 2),
         ({"causal": True}, key <= row),
-        ({"window": 0}, row == key),
+        ({"band": 0}, row == key),
     ):
         teacher, student = attention_log_probs(q, k, 0.5, visible), attention_log_probs(*other, 0.5, visible)
         by_hand = torch.where(visible, teacher.exp() * (teacher - student), 0.0).sum(-1).mean()
@@ -327,7 +327,7 @@ def test_window_and_causal_hide_what_they_say() -> None:
     ("change", "what"),
     [
         ({"temperature": 0.0}, "temperature"),
-        ({"window": -1}, "window"),
+        ({"band": -1}, "band"),
         ({"relation_heads": 7}, "does not divide"),
         ({"teacher_scale": [1.0, 2.0]}, "2 values"),
         ({"impl": "cuda"}, "unknown impl"),

@@ -198,5 +198,5 @@ def test_what_was_built_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Slow()
     launch(kernel, (1,), torch.zeros(1))
     launch(kernel, (1,), torch.zeros(1))
-    assert re.fullmatch(r"built 1 kernel\(s\): slow_kernel \d\.\d s", dispatch.builds_told() or "")
-    assert dispatch.builds_told() is None
+    assert re.fullmatch(r"built 1 kernel\(s\): slow_kernel \d\.\d s", dispatch.take_builds() or "")
+    assert dispatch.take_builds() is None

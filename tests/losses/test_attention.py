@@ -22,7 +22,7 @@ class Tap:
     mask: Tensor | None
     scale: float
     causal: bool = False
-    window: int | None = None
+    band: int | None = None
 
 
 def views(teacher: tuple[Any, Any], student: tuple[Any, Any], layers: list[int]) -> Views:
@@ -94,7 +94,7 @@ def test_identical_models_give_zero_and_layers_and_texts_average() -> None:
 
 
 def test_causal_attention_and_windows_hide_keys_of_both() -> None:
-    teacher, student = replace(tap(2, 4, 5, seed=0), causal=True), replace(tap(2, 4, 5, seed=1), window=1)
+    teacher, student = replace(tap(2, 4, 5, seed=0), causal=True), replace(tap(2, 4, 5, seed=1), band=1)
     value = attention_loss([TextTaps([teacher], [student])], Attention.set(weight=1))
     rows, keys = torch.arange(5)[:, None], torch.arange(5)[None]
     hidden = (keys > rows) | ((rows - keys).abs() > 1) | (teacher.mask[:, None, None] == 0)

@@ -72,7 +72,7 @@ def test_taps_give_the_attention_maps_of_eager(family: str, padding: str) -> Non
     assert list(taps) == [3, 0, 1]
     for layer, tap in taps.items():
         assert tap.mask is not None
-        visible = visible_band(L, tap.causal, tap.window, tap.q.device) & (tap.mask[:, None, None, :] != 0)
+        visible = visible_band(L, tap.causal, tap.band, tap.q.device) & (tap.mask[:, None, None, :] != 0)
         found = attention_log_probs(tap.q, tap.k, tap.scale, visible).exp()
         real = (tap.mask != 0)[:, None, :, None].expand_as(found)
         torch.testing.assert_close(found[real], maps[layer][real], atol=1e-6, rtol=0)
@@ -84,8 +84,8 @@ def test_taps_carry_windows_causality_and_grouped_keys() -> None:
             modern(**batch())
         with tap_attention(mistral := build("mistral"), [2]) as sliding:
             mistral(**batch())
-    assert [tap.window for tap in local.values()] == [None, 4, None, 4]
-    assert sliding[2].window == 4  # mistral counts the token itself
+    assert [tap.band for tap in local.values()] == [None, 4, None, 4]
+    assert sliding[2].band == 4  # mistral counts the token itself
     assert sliding[2].causal
     assert not local[0].causal
     assert sliding[2].q.shape == (B, 4, L, 8)

@@ -46,7 +46,9 @@ class MixedGroups:
         self.identical = sum(one.identical for one in groups)
         named = list(zip(sets, groups, strict=True))
         self.sources = {f"{of.label}: {name}": path for of, one in named for name, path in one.sources.items()}
-        self.checksums = {f"{of.label}: {name}": told for of, one in named for name, told in one.checksums.items()}
+        self.checksums = {
+            f"{of.label}: {name}": checksum for of, one in named for name, checksum in one.checksums.items()
+        }
         self.checksums["sets"] = digest([[of.label, of.prompts] for of in sets])  # rows and texts depend on them
         if len({one.alone for one in groups}) > 1:
             what = "some sets hold groups, some hold texts alone, and a loss reads one or the other"

@@ -82,7 +82,7 @@ class Column:
                     if self._read(shard) is None:  # another process may have made it while this one waited
                         self._write(path, shard)
         described = self.key | {"file": str(self.texts.path), "model": self.encoder.path, "texts": len(self.texts)}
-        with _told(self.folder):
+        with _one_line_errors(self.folder):
             replaced(
                 self.folder / "manifest.json", lambda path: path.write_text(json.dumps(described, indent=1) + "\n")
             )
@@ -103,7 +103,7 @@ class Column:
             ids += [np.array(row, kind) for row in encoded]
             lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         arrays: Arrays = {"ids": np.concatenate(ids), "starts": np.cumsum(np.concatenate(lengths))}
-        with _told(path):
+        with _one_line_errors(path):
             write_arrays(path, self.key | {"shard": shard}, arrays)
 
 
@@ -193,7 +193,7 @@ def _all_cores() -> Iterator[None]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Iterator[None]:
     """Make the folder of `path`, and turn the system's error into one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

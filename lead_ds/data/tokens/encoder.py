@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.tokens.layouts import Layout, Message
+from lead_ds.data.tokens.pair_templates import Message, PairTemplate
 from lead_ds.errors import InputError
 
 Tokens = dict[str, Tensor]
@@ -64,7 +64,7 @@ class TextEncoder:
     attends: bool = True  # False: of an empty text nothing is read
     unpooled: tuple[int, int] | None = None  # tokens of a query's and a passage's prompt, where pooling leaves them out
     words: int | None = None  # of a model that has fewer embeddings than its tokenizer has tokens: how many
-    layout: Layout | None = None  # of a pair's prompt; None: the tokenizer's own pairs
+    template: PairTemplate | None = None  # of a pair's prompt; None: the tokenizer's own pairs
     message: Message | None = None  # the chat template that a text alone is put to; None: prompt and text as they are
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -192,7 +192,7 @@ class TextEncoder:
     def pairs(self, queries: Sequence[str], passages: Sequence[str]) -> Tokens:
         """Query i with passage i, in max_length tokens.
 
-        Without a layout: the tokenizer's own pair, the longer text cut first. Else what the layout makes of it, and cuts.
+        Without a template: the tokenizer's own pair, the longer text cut first. Else what the template makes of it, and cuts.
         """
         return self.padded(*self.pair_rows(queries, passages))
 
@@ -200,10 +200,10 @@ class TextEncoder:
         """The tokens and types of `pairs`, before they are padded."""
         first = [self.query_prompt + text for text in queries]
         second = [self.passage_prompt + text for text in passages]
-        if self.layout is None:
+        if self.template is None:
             return self._encode(first, second, self.max_length)
         with self._lock:
-            rows, types = self.layout.rows(self.tokenizer, first, second, self.max_length)
+            rows, types = self.template.rows(self.tokenizer, first, second, self.max_length)
             self._forget_truncation()
         return rows, types if self.token_types else None
 

@@ -24,7 +24,7 @@ class PairForm:
     @classmethod
     def of(cls, encoder: TextEncoder, probes: Sequence[tuple[str, str]]) -> PairForm | None:
         """The form of an encoder's pairs; None where `join` does not give each of `probes` the tokenizer's own tokens."""
-        if encoder.layout is not None or not encoder.tokenizer.is_fast:
+        if encoder.template is not None or not encoder.tokenizer.is_fast:
             return None
         form = _form(encoder)
         if form is None:

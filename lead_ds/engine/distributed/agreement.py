@@ -38,7 +38,7 @@ def agreed(ranks: Ranks, act: Callable[[], T]) -> T:
     except LeadError as error:
         failure = error
     failures = ranks.all(failure)
-    first = next((rank for rank, told in enumerate(failures) if told is not None), None)
+    first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
     if first is None:
         return result[0]
     cause = failures[first]

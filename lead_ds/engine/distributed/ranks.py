@@ -188,12 +188,12 @@ def _rendezvous_errors() -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        told = " ".join(str(error).split())
-        if "EADDRINUSE" in told or "address already in use" in told.lower():
+        reason = " ".join(str(error).split())
+        if "EADDRINUSE" in reason or "address already in use" in reason.lower():
             remedy = "another run may have it: choose another (deepspeed --master_port N), or end that run"
             raise RunError(f"MASTER_PORT {os.environ.get('MASTER_PORT')}", "is in use on this host", remedy) from error
         remedy = "see that every process is started and reaches MASTER_ADDR and MASTER_PORT; lead-ds doctor --hostfile checks it"
-        raise RunError(_meeting_point(), f"the processes did not meet: {told[:300]}", remedy) from error
+        raise RunError(_meeting_point(), f"the processes did not meet: {reason[:300]}", remedy) from error
 
 
 @contextmanager

@@ -169,7 +169,7 @@ class Watchdog:
         if self._store is None:
             return True
         answer: list[int] = []
-        self._in_time(lambda: answer.append(self._store.add("told", 1)))
+        self._in_time(lambda: answer.append(self._store.add("reported", 1)))
         return not answer or answer[0] == 1
 
     def _in_time(self, act: Any) -> bool:
@@ -213,8 +213,8 @@ def verdict(
     def where(rank: int, how: str) -> str:
         return _where(rank, now[rank], how) + (f", {now[rank]['issued']} collectives issued" if uneven else "")
 
-    told = "; ".join(where(rank, how) for rank in blamed[:4])
-    return told + (f"; {where(others[0], 'waits in')}" if others else "")
+    text = "; ".join(where(rank, how) for rank in blamed[:4])
+    return text + (f"; {where(others[0], 'waits in')}" if others else "")
 
 
 def missing(entries: dict[int, dict[str, Any] | None], own: int) -> list[str]:

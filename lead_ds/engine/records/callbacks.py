@@ -79,7 +79,7 @@ class Callbacks:
             try:
                 self._stop = bool(call(callback)) or self._stop
             except Exception as error:
-                self._error = self._error or _told(callback, error)
+                self._error = self._error or _run_error(callback, error)
 
     def asked(self) -> bool:
         """Whether a callback of any process asked to stop since the last call; every process calls this.
@@ -97,10 +97,10 @@ class Callbacks:
         return any(stop for stop, _ in answers)
 
 
-def _told(callback: Callback, error: Exception) -> LeadError:
+def _run_error(callback: Callback, error: Exception) -> LeadError:
     if isinstance(error, LeadError):
         return error
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    told = RunError(f"callback {type(callback).__name__}", what, "the last checkpoint is intact")
-    told.__cause__ = error
-    return told
+    failure = RunError(f"callback {type(callback).__name__}", what, "the last checkpoint is intact")
+    failure.__cause__ = error
+    return failure

@@ -171,7 +171,7 @@ class Checkpoints:
             failure = error.strerror or str(error)
             if error.errno == 28 and error.args[1:] and error.args[1] != os.strerror(28):
                 failure = f"no space left: {error.args[1]}"
-        failures = [f"rank {rank}: {told}" for rank, told in enumerate(self.ranks.all(failure)) if told]
+        failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(self.ranks.all(failure)) if reason]
         if failures:
             raise RunError(
                 self.folder,

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.engine.records.parts import Part, PartsClock, mean_parts
+from lead_ds.engine.records.phases import Phase, PhaseClock, mean_phases
 from lead_ds.io.files import atomic
 from lead_ds.io.provenance import device_name
 from lead_ds.report.profile import profile_text
 from lead_ds.settings.train import ProfileConfig
 
-RANGE = "lead-ds: "  # before a part's name in the trace
+RANGE = "lead-ds: "  # before a phase's name in the trace
 Spans = list[tuple[float, float]]
 
 
-class Profile(PartsClock):
-    """Of the steps after `skip`, `steps` are timed by part with nothing else switched on, the next `steps` traced on rank 0.
+class Profile(PhaseClock):
+    """Of the steps after `skip`, `steps` are timed by phase with nothing else switched on, the next `steps` traced on rank 0.
 
     Writes OUTPUT/profile/: `profile.txt`, `profile.json`, and `trace-rank0.json` for chrome://tracing or Perfetto.
     """
@@ -38,13 +38,13 @@ class Profile(PartsClock):
         self._tracer: Any = None
         self._range: Any = None
 
-    def at(self, part: Part) -> None:
+    def at(self, phase: Phase) -> None:
         if self._tracer is not None:
             self._leave()
-            self._range = torch.profiler.record_function(RANGE + part)
+            self._range = torch.profiler.record_function(RANGE + phase)
             self._range.__enter__()
         if self.settings.skip <= self.ended < self.settings.skip + 2 * self.settings.steps:
-            super().at(part)
+            super().at(phase)
 
     def end_step(self) -> None:
         self.ended += 1
@@ -83,7 +83,7 @@ class Profile(PartsClock):
 
     def _write(self) -> None:
         """Every rank calls this after the same step; rank 0 writes."""
-        everyone = self.ranks.all(mean_parts(self.times) if self.times else {})
+        everyone = self.ranks.all(mean_phases(self.times) if self.times else {})
         if not self.ranks.main:
             return
         tracer, self._tracer = self._tracer, None

@@ -19,7 +19,7 @@ from lead_ds.engine.distributed.signals import Stop
 from lead_ds.engine.records.callbacks import Callback, Callbacks, RunFacts
 from lead_ds.errors import RunError
 from lead_ds.io.json_text import parse_json
-from lead_ds.kernels.dispatch import builds_told
+from lead_ds.kernels.dispatch import take_builds
 from lead_ds.losses.objective import ObjectiveOutput
 from lead_ds.losses.selection import Layers
 from lead_ds.settings.train import TrainConfig
@@ -133,8 +133,8 @@ class Recorder:
         for row in rows:
             metrics = {**row["parts"], **{name: value for name, value in row.items() if name != "parts"}}
             self.callbacks.tell(lambda callback: callback.on_step(metrics))  # noqa: B023 - called at once
-        if told := builds_told():  # every rank waited for them
-            self.say(told)
+        if builds := take_builds():  # every rank waited for them
+            self.say(builds)
         if self.progress:
             self.progress.tell(rows[-1], rate)
         self.engine.monitor.write_events(
@@ -214,10 +214,10 @@ class _Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[losses]}"),
                 console=Console(stderr=True),
             )
-            self.task = self.bar.add_task("", total=steps, completed=start, told="")
+            self.task = self.bar.add_task("", total=steps, completed=start, losses="")
             self.bar.start()
 
     def update(self, step: int) -> None:
@@ -226,11 +226,11 @@ class _Progress:
 
     def tell(self, row: dict[str, Any], rate: float) -> None:
         parts = "  ".join(f"{name} {value:.4f}" for name, value in row["parts"].items())
-        told = f"loss {row['loss']:.4f}  {parts}  {rate:.1f} queries/s"
+        losses = f"loss {row['loss']:.4f}  {parts}  {rate:.1f} queries/s"
         if self.bar:
-            self.bar.update(self.task, completed=row["step"], told=told)
+            self.bar.update(self.task, completed=row["step"], losses=losses)
         else:
-            print(f"step {row['step']}/{self.steps}  {told}", file=sys.stderr, flush=True)
+            print(f"step {row['step']}/{self.steps}  {losses}", file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
         if self.bar:

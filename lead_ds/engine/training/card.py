@@ -106,8 +106,8 @@ def averaged(found: dict, config: Config) -> str:
     counted = zip(found["checkpoints"], found["counts"], strict=True)
     names = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in counted if count)
     value, metric = found["value"], config.evaluation.metric
-    told = "" if value is None else f" On the {config.evaluation.split} split: {metric} {value:.4f}."
-    return f"Weights: the mean of {names}.{told}"
+    score = "" if value is None else f" On the {config.evaluation.split} split: {metric} {value:.4f}."
+    return f"Weights: the mean of {names}.{score}"
 
 
 def in_group(config: Config) -> bool:

@@ -27,7 +27,7 @@ from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.engine.distributed.signals import Signals, Stop
 from lead_ds.engine.distributed.watchdog import Watchdog
 from lead_ds.engine.records.checkpoint import Checkpoints, write_json
-from lead_ds.engine.records.parts import Parts
+from lead_ds.engine.records.phases import Phases
 from lead_ds.engine.records.profile import Profile
 from lead_ds.engine.records.recorder import Recorder
 from lead_ds.engine.training.alone import refuse_what_needs_groups
@@ -301,10 +301,10 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
         )
 
 
-def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Parts:
+def profile_of(config: Config, ranks: Ranks, recorder: Recorder, state: dict[str, Any]) -> Phases:
     """The profile that the configuration asks for; parts that are not timed without one."""
     if config.profile is None:
-        return Parts()
+        return Phases()
     return Profile(config.profile, Path(config.output), ranks, recorder.say, start=state.get("step", 0))
 
 
@@ -328,9 +328,9 @@ def write_facts(
     facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
     if state["accepted"]:
         facts["accepted_changes"] = state["accepted"]
-    told = [teacher.facts() for teacher in teachers.values()]
-    if told:
-        facts |= {"teacher": told[0]} if config.teacher is not None else {"teachers": told}
+    described = [teacher.facts() for teacher in teachers.values()]
+    if described:
+        facts |= {"teacher": described[0]} if config.teacher is not None else {"teachers": described}
     write_json(output / "run.json", provenance(command, ranks.world, **facts))
     save_fitted(fitted[0], output)
     save_kept(fitted[1], output)

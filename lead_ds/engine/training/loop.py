@@ -14,7 +14,7 @@ from lead_ds.data.batches import Batches, Window
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.distributed.watchdog import Watchdog
 from lead_ds.engine.records.checkpoint import Checkpoints
-from lead_ds.engine.records.parts import Part, Parts
+from lead_ds.engine.records.phases import Phase, Phases
 from lead_ds.engine.records.recorder import Recorder, StepSums
 from lead_ds.engine.training.ahead import AheadTeachers, answers, with_next
 from lead_ds.engine.training.evaluation import Evaluator, Evaluators
@@ -33,7 +33,7 @@ class Bookkeeping:
     checkpoints: Checkpoints
     recorder: Recorder
     watchdog: Watchdog
-    parts: Parts = field(default_factory=Parts)
+    phases: Phases = field(default_factory=Phases)
 
 
 class Training:
@@ -56,7 +56,7 @@ class Training:
         self.keys, self.checked = list(teachers), set[str]()  # which teachers were seen to give finite numbers
         self.batches, self.evaluator = batches, evaluator
         self.checkpoints, self.recorder = books.checkpoints, books.recorder
-        self.watchdog, self.parts = books.watchdog, books.parts
+        self.watchdog, self.phases = books.watchdog, books.phases
         self.step: int = state.get("step", 0)
         self.owed: bool = state.get("owed", False)
         self.best: dict[str, Any] | None = state.get("best")
@@ -65,7 +65,7 @@ class Training:
         self.attention: dict[str, str] = state.get("attention", {})
         self.inputs: dict[str, str] = state.get("inputs", {})
         self.accepted: list[dict[str, Any]] = state.get("accepted", [])
-        self.scope = RankScope.of(config.train.in_batch, ranks, batches.group_size, config.kernels, self.parts)
+        self.scope = RankScope.of(config.train.in_batch, ranks, batches.group_size, config.kernels, self.phases)
         self.trainee = engine.module
         early = config.train.overlap and any(teacher.computes for teacher in self.teachers)
         self.ahead = AheadTeachers(teachers, ranks.device) if early else None
@@ -111,8 +111,8 @@ class Training:
                     )
                     break
                 self._at("waiting for data")
-                self.parts.end_step()
-        self.parts.close()
+                self.phases.end_step()
+        self.phases.close()
         self.recorder.ended(self.step)
         return self.best
 
@@ -193,7 +193,7 @@ class Training:
             return False
         self.recorder.flush()
         self.watchdog.at(f"step {self.step}, evaluation", watched=False)
-        self.parts.at("evaluation")
+        self.phases.at("evaluation")
         values = self.evaluator(self.engine.module.student)
         self.engine.train()
         self.recorder.evaluation(self.step, values, self.evaluator.by_width)
@@ -208,7 +208,7 @@ class Training:
         """Write a checkpoint, after making sure that no loss up to here was broken."""
         self.recorder.flush()
         self.watchdog.at(f"step {self.step}, checkpoint")
-        self.parts.at("checkpoint")
+        self.phases.at("checkpoint")
         state = {
             "step": self.step,
             "owed": self.owed,
@@ -224,9 +224,9 @@ class Training:
         path = self.checkpoints.save(self.engine, self.step, state, best=self.best if improved else None)
         self.recorder.checkpoint(path)
 
-    def _at(self, part: Part) -> None:
-        self.watchdog.at(f"step {self.step + 1}, {part}")
-        self.parts.at(part)
+    def _at(self, phase: Phase) -> None:
+        self.watchdog.at(f"step {self.step + 1}, {phase}")
+        self.phases.at(phase)
 
     def _set_learning_rate(self, step: int) -> float:
         factor = learning_rate(step, self.config.train)

@@ -100,7 +100,7 @@ def student_facts(config: Config) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     found = {f"student: {name}": summary(file) for name, file in model_files(folder).items()}
-    return {name: told for name, told in found.items() if told is not None}
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
 def groups_per_step(config: Config, processes: int) -> int:
@@ -157,11 +157,11 @@ def check_inputs(
     now = agreed(ranks, lambda: facts() if ranks.main else {})
     before = state.get("inputs") or now
     lenses = state.get("lens") or []  # as an earlier version kept them; before that, of one teacher
-    for key, told in zip(taught, lenses if isinstance(lenses, list) else [lenses], strict=False):
-        before = before if told is None else {**before, f"{key}: lens": told}
+    for key, lens in zip(taught, lenses if isinstance(lenses, list) else [lenses], strict=False):
+        before = before if lens is None else {**before, f"{key}: lens": lens}
     for later in LATER:
         if not any(name.startswith(later) for name in before):
-            before = before | {name: told for name, told in now.items() if name.startswith(later)}
+            before = before | {name: fact for name, fact in now.items() if name.startswith(later)}
     changed = agreed(ranks, lambda: differing(before, now) if ranks.main else [])
     changed = ranks.from_main(changed)
     for name in accepted:
@@ -177,10 +177,10 @@ def check_inputs(
             "bring them back, go on with them as they are (--accept-changed NAME), or set output= to another folder",
         )
     state["inputs"] = {**before, **now} if changed else before
-    told = [
+    noted = [
         {"name": fact, "was": before.get(fact), "is": now.get(fact), "step": state.get("step", 0)} for fact in changed
     ]
-    state["accepted"] = [*state.get("accepted", []), *told]
+    state["accepted"] = [*state.get("accepted", []), *noted]
 
 
 def parts_of(fact: str) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.gather import AllRanks, gather_dim
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.engine.records.parts import Parts
+from lead_ds.engine.records.phases import Phases
 from lead_ds.losses.objective import NOTHING_ASKED, Asked
 from lead_ds.losses.views import Groups, Scope, Side
 from lead_ds.models.scorer import Output
@@ -25,22 +25,22 @@ class RankScope(Scope):
 
     ranks: Ranks | None = None
     gathers: bool = False
-    parts: Parts = Parts()  # noqa: RUF009  # immutable: hears nothing
+    phases: Phases = Phases()  # noqa: RUF009  # immutable: hears nothing
 
     @classmethod
-    def of(cls, in_batch: str, ranks: Ranks, group_size: int, impl: Impl, parts: Parts) -> RankScope:
+    def of(cls, in_batch: str, ranks: Ranks, group_size: int, impl: Impl, phases: Phases) -> RankScope:
         """The scope of `train.in_batch`."""
-        return cls(group_size, impl, ranks, in_batch == "global" and ranks.world > 1, parts)
+        return cls(group_size, impl, ranks, in_batch == "global" and ranks.world > 1, phases)
 
     def begin(self) -> None:
         """See `Scope`."""
-        self.parts.at("losses")
+        self.phases.at("losses")
 
     def mean(self, x: Tensor) -> Tensor:
         """See `Scope`."""
         if not self.gathers or self.ranks is None:
             return x.detach()
-        with self.parts.inside("communication"):
+        with self.phases.inside("communication"):
             return self.ranks.mean(x)
 
     def target(self, queries: int, device: torch.device) -> Tensor:
@@ -52,14 +52,14 @@ class RankScope(Scope):
         """See `Scope`."""
         if not self.gathers:
             return features
-        with self.parts.inside("communication"):
+        with self.phases.inside("communication"):
             return features.gathered(AllRanks())
 
     def gathered_keys(self, keys_P: Tensor) -> Tensor:
         """See `Scope`."""
         if not self.gathers:
             return keys_P
-        with self.parts.inside("communication"):
+        with self.phases.inside("communication"):
             return gather_dim(keys_P, 0)
 
 

@@ -97,7 +97,7 @@ def _one_pair(
         teacher, _, _ = _logits(pair.tq, pair.tk, pair.teacher_scale, block, hidden, work, "teacher", head_mean)
         student, q, k = _logits(pair.sq, pair.sk, pair.student_scale, block, hidden, work, "student", head_mean)
         for logits in (teacher, student):
-            _hide(logits, block, hidden, causal, pair.window)
+            _hide(logits, block, hidden, causal, pair.band)
         weight: Tensor | float
         weight = (
             1 / (batch * length * averaged) if weight_BL is None else weight_BL[block.texts, None, block.rows, None]
@@ -154,8 +154,8 @@ def _blocks(pair: LayerPair, causal: bool, head_mean: bool) -> Iterator[_Block]:
         for h in range(0, heads, head_step):
             for r in range(0, length, row_step):
                 end = min(r + row_step, length)
-                first = 0 if pair.window is None else max(0, r - pair.window)
-                last = end if causal else (length if pair.window is None else min(length, end + pair.window))
+                first = 0 if pair.band is None else max(0, r - pair.band)
+                last = end if causal else (length if pair.band is None else min(length, end + pair.band))
                 yield _Block(
                     slice(b, min(b + texts, batch)),
                     slice(h, min(h + head_step, heads)),
@@ -203,15 +203,15 @@ def _clean(x: Tensor, hidden_BL: Tensor) -> Tensor:
     return x.masked_fill(hidden_BL[:, None, :, None], 0.0)
 
 
-def _hide(logits: Tensor, block: _Block, hidden: _Hidden | None, causal: bool, window: int | None) -> None:
+def _hide(logits: Tensor, block: _Block, hidden: _Hidden | None, causal: bool, band: int | None) -> None:
     if hidden is not None:
         logits += hidden.bias_BL[block.texts, None, None, block.keys]
-    if causal or window is not None:
+    if causal or band is not None:
         row = torch.arange(block.rows.start, block.rows.stop, device=logits.device)[:, None]
         key = torch.arange(block.keys.start, block.keys.stop, device=logits.device)[None, :]
         outside = key > row if causal else torch.zeros_like(key > row)
-        if window is not None:
-            outside |= (row - key).abs() > window
+        if band is not None:
+            outside |= (row - key).abs() > band
         logits.masked_fill_(outside, HIDDEN)
 
 

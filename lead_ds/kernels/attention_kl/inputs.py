@@ -16,7 +16,7 @@ class LayerPair:
     """One teacher layer and the student layer that imitates it.
 
     tq [B, Ht, L, dt], tk [B, Ht / Gt, L, dt], sq [B, Hs, L, ds], sk [B, Hs / Gs, L, ds]. The scales multiply q . k and
-    already hold the temperature. `window` hides keys farther than that many positions (None: no key).
+    already hold the temperature. `band` hides keys farther than that many positions (None: no key).
     """
 
     tq: Tensor
@@ -25,7 +25,7 @@ class LayerPair:
     sk: Tensor
     teacher_scale: float
     student_scale: float
-    window: int | None
+    band: int | None
 
 
 def layer_pairs(
@@ -39,7 +39,7 @@ def layer_pairs(
     student_scale: float | Sequence[float] | None,
     temperature: float,
     relation_heads: int | None,
-    window: int | Sequence[int | None] | None,
+    band: int | Sequence[int | None] | None,
     head_mean: bool,
 ) -> list[LayerPair]:
     """The checked layer pairs of a call, heads already re-split where relation heads are requested.
@@ -60,7 +60,7 @@ def layer_pairs(
 
     teacher_scales = _spread(teacher_scale, count, "teacher_scale")
     student_scales = _spread(student_scale, count, "student_scale")
-    windows = _spread(window, count, "window")
+    bands = _spread(band, count, "band")
     pairs = []
     for k in range(count):
         _check(teacher_q[k], teacher_k[k], student_q[k], student_k[k], mask, reference=teacher_q[0])
@@ -79,7 +79,7 @@ def layer_pairs(
                 s_k,
                 _scale(teacher_scales[k], t_q) / temperature,
                 _scale(student_scales[k], s_q) / temperature,
-                _window(windows[k], length=t_q.shape[2]),
+                _band(bands[k], length=t_q.shape[2]),
             )
         )
     return pairs
@@ -131,12 +131,12 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return q.shape[3] ** -0.5 if scale is None else float(scale)
 
 
-def _window(window: int | None, length: int) -> int | None:
-    if window is None or window >= length - 1:
+def _band(band: int | None, length: int) -> int | None:
+    if band is None or band >= length - 1:
         return None
-    if window < 0:
-        raise ValueError(f"attention_kl: window must be at least 0, not {window}")
-    return int(window)
+    if band < 0:
+        raise ValueError(f"attention_kl: band must be at least 0, not {band}")
+    return int(band)
 
 
 def _as_list(tensors: Tensors) -> list[Tensor]:

@@ -25,7 +25,7 @@ def attention_kl(
     causal: bool = False,
     relation_heads: int | None = None,
     impl: str = "auto",
-    window: int | Sequence[int | None] | None = None,
+    band: int | Sequence[int | None] | None = None,
     head_mean: bool = False,
     atomic: bool = False,
 ) -> Tensor:
@@ -44,7 +44,7 @@ def attention_kl(
         relation_heads: concatenate the heads and re-split them into this many (MiniLMv2, Wang et al., 2021), so that
             models with different head counts compare.
         impl: "auto", "triton" or "torch".
-        window: hide keys farther than this many positions from a row.
+        band: hide keys farther than this many positions from a row.
         head_mean: compare the distributions averaged over each model's heads; always runs on torch.
         atomic: let the Triton backward add up with atomics: one kernel instead of two, but sums in no fixed order.
             Heads wider than 128 take the two.
@@ -65,7 +65,7 @@ def attention_kl(
         causal=causal,
         relation_heads=relation_heads,
         impl=impl,
-        window=window,
+        band=band,
         head_mean=head_mean,
         atomic=atomic,
     ).mean()
@@ -84,7 +84,7 @@ def attention_kl_pairs(
     causal: bool = False,
     relation_heads: int | None = None,
     impl: str = "auto",
-    window: int | Sequence[int | None] | None = None,
+    band: int | Sequence[int | None] | None = None,
     head_mean: bool = False,
     atomic: bool = False,
 ) -> Tensor:
@@ -99,7 +99,7 @@ def attention_kl_pairs(
         student_scale=student_scale,
         temperature=temperature,
         relation_heads=relation_heads,
-        window=window,
+        band=band,
         head_mean=head_mean,
     )
     students = [tensor for pair in pairs for tensor in (pair.sq, pair.sk)]

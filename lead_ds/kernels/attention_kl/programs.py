@@ -22,7 +22,7 @@ _HIDDEN = tl.constexpr(-1e30)
 # The log-sum-exp of a row that does not count: every probability recomputed from it is exactly 0.
 _NO_ROW = tl.constexpr(1e30)
 # Arguments that are not specialised: each value that is 1 or a multiple of 16 would be a build of its own.
-_COUNTS = ["texts", "length", "window", "tiles"]
+_COUNTS = ["texts", "length", "band", "tiles"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -50,8 +50,8 @@ def bounds_kernel(mask_ptr, bounds_ptr, length, BLOCK: tl.constexpr):
 @triton.jit
 def _advance(
     state, t_q, s_q, t_k_base, s_k_base, mask_ptr, text, row, start, t_stride, s_stride, t_width, s_width, t_scale,
-    s_scale, length, window, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr,
+    s_scale, length, band, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    BANDED: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr,
     S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The forward's sums over one more tile of keys."""
@@ -63,7 +63,7 @@ def _advance(
     t = tl.dot(t_q, tl.trans(t_k), input_precision=PRECISION) * t_scale
     s = tl.dot(s_q, tl.trans(s_k), input_precision=PRECISION) * s_scale
     if MASKED:
-        seen = real[None, :] & sees(row[:, None], key[None, :], window, CAUSAL, WINDOWED)
+        seen = real[None, :] & sees(row[:, None], key[None, :], band, CAUSAL, BANDED)
         t = tl.where(seen, t, _HIDDEN)
         s = tl.where(seen, s, _HIDDEN)
     new_t = tl.maximum(m_t, tl.max(t, axis=1))
@@ -83,8 +83,8 @@ def _advance(
 def forward_kernel(
     tq_ptr, tk_ptr, sq_ptr, sk_ptr, mask_ptr, bounds_ptr, partial_ptr, t_lse_ptr, s_lse_ptr,
     tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_l,
-    texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, window, tiles,
-    PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, band, tiles,
+    PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr,
     EVEN_T: tl.constexpr, EVEN_S: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def forward_kernel(
     t_q = load_tokens(tq, row, tq_l, t_width, row_real, True, EVEN_T, T_BLOCK)
     s_q = load_tokens(sq, row, sq_l, s_width, row_real, True, EVEN_S, S_BLOCK)
     low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
+    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, band, CAUSAL, BANDED, ROWS, KEYS)
 
     nothing = tl.full([ROWS], _HIDDEN, dtype=tl.float32)
     zero = tl.zeros([ROWS], dtype=tl.float32)
@@ -113,7 +113,7 @@ def forward_kernel(
     for tile in range(inner_first, inner_last):
         m_t, l_t, m_s, l_s, w = _advance(
             (m_t, l_t, m_s, l_s, w), t_q, s_q, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width, s_width,
-            t_scale, s_scale, length, window, False, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
+            t_scale, s_scale, length, band, False, HAS_MASK, CAUSAL, BANDED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
             S_BLOCK, PRECISION,
         )  # fmt: skip
     # What needs masks lies on both sides of the tiles above; it is peeled off so that they do without.
@@ -121,7 +121,7 @@ def forward_kernel(
         tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
         m_t, l_t, m_s, l_s, w = _advance(
             (m_t, l_t, m_s, l_s, w), t_q, s_q, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width,
-            s_width, t_scale, s_scale, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS,
+            s_width, t_scale, s_scale, length, band, True, HAS_MASK, CAUSAL, BANDED, EVEN_T, EVEN_S, KEYS,
             T_BLOCK, S_BLOCK, PRECISION,
         )  # fmt: skip
 
@@ -141,8 +141,8 @@ def forward_kernel(
 @triton.jit
 def _query_gradient(
     total, t_q, s_q, t_lse, s_lse, t_k_base, s_k_base, mask_ptr, text, row, start, t_stride, s_stride, t_width, s_width,
-    t_scale, s_scale, length, window, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr,
+    t_scale, s_scale, length, band, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    BANDED: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr,
     S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(R - P) K over one more tile of keys."""
@@ -153,7 +153,7 @@ def _query_gradient(
     t = tl.dot(t_q, tl.trans(t_k), input_precision=PRECISION) * t_scale
     s = tl.dot(s_q, tl.trans(s_k), input_precision=PRECISION) * s_scale
     if MASKED:
-        seen = real[None, :] & sees(row[:, None], key[None, :], window, CAUSAL, WINDOWED)
+        seen = real[None, :] & sees(row[:, None], key[None, :], band, CAUSAL, BANDED)
         t = tl.where(seen, t, _HIDDEN)
         s = tl.where(seen, s, _HIDDEN)
     difference = tl.exp2(s - s_lse[:, None]) - tl.exp2(t - t_lse[:, None])
@@ -164,8 +164,8 @@ def _query_gradient(
 def query_gradient_kernel(
     tq_ptr, tk_ptr, sq_ptr, sk_ptr, dq_ptr, mask_ptr, bounds_ptr, grad_ptr, t_lse_ptr, s_lse_ptr,
     tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_l, dq_b, dq_h, dq_l,
-    texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, grad_scale, window, tiles,
-    PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, grad_scale, band, tiles,
+    PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr,
     EVEN_T: tl.constexpr, EVEN_S: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -190,20 +190,20 @@ def query_gradient_kernel(
     t_lse = tl.load(t_lse_ptr + saved, mask=row < length, other=_NO_ROW)
     s_lse = tl.load(s_lse_ptr + saved, mask=row < length, other=_NO_ROW)
     low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
+    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, band, CAUSAL, BANDED, ROWS, KEYS)
 
     total = tl.zeros([ROWS, S_BLOCK], dtype=tl.float32)
     for tile in range(inner_first, inner_last):
         total = _query_gradient(
             total, t_q, s_q, t_lse, s_lse, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width, s_width,
-            t_scale, s_scale, length, window, False, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
+            t_scale, s_scale, length, band, False, HAS_MASK, CAUSAL, BANDED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
             S_BLOCK, PRECISION,
         )  # fmt: skip
     for peeled in range(first, last - (inner_last - inner_first)):
         tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
         total = _query_gradient(
             total, t_q, s_q, t_lse, s_lse, tk, sk, mask_ptr, text, row, tile * KEYS, tk_l, sk_l, t_width, s_width,
-            t_scale, s_scale, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
+            t_scale, s_scale, length, band, True, HAS_MASK, CAUSAL, BANDED, EVEN_T, EVEN_S, KEYS, T_BLOCK,
             S_BLOCK, PRECISION,
         )  # fmt: skip
     total = total * (tl.load(grad_ptr + pair) * grad_scale)
@@ -215,8 +215,8 @@ def query_gradient_kernel(
 @triton.jit
 def _key_gradient(
     total, t_k, s_k, key, key_real, tq, sq, t_lse_ptr, s_lse_ptr, dq_ptr, mask_ptr, text, start, tq_l, sq_l, t_width,
-    s_width, t_scale, s_scale, gradient, length, window, MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, ATOMIC: tl.constexpr,
+    s_width, t_scale, s_scale, gradient, length, band, MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, BANDED: tl.constexpr, EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, ATOMIC: tl.constexpr,
     ROWS: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(R - P)^T Q over one more tile of rows; rows that do not count have probabilities of exactly 0."""
@@ -232,8 +232,8 @@ def _key_gradient(
         s_lse = tl.load(s_lse_ptr + row)
     t = tl.dot(t_k, tl.trans(t_q), input_precision=PRECISION) * t_scale
     s = tl.dot(s_k, tl.trans(s_q), input_precision=PRECISION) * s_scale
-    if MASKED and (CAUSAL or WINDOWED):
-        seen = sees(row[None, :], key[:, None], window, CAUSAL, WINDOWED)
+    if MASKED and (CAUSAL or BANDED):
+        seen = sees(row[None, :], key[:, None], band, CAUSAL, BANDED)
         t = tl.where(seen, t, _HIDDEN)
         s = tl.where(seen, s, _HIDDEN)
     difference = tl.exp2(s - s_lse[None, :]) - tl.exp2(t - t_lse[None, :])
@@ -251,8 +251,8 @@ def _key_gradient(
 def key_gradient_kernel(
     tq_ptr, tk_ptr, sq_ptr, sk_ptr, dk_ptr, dq_ptr, mask_ptr, bounds_ptr, grad_ptr, t_lse_ptr, s_lse_ptr,
     tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, sq_b, sq_h, sq_l, sk_b, sk_h, sk_l, dk_b, dk_h, dk_l,
-    texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, grad_scale, window, tiles,
-    PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    texts, heads, length, t_group, s_group, t_width, s_width, t_scale, s_scale, grad_scale, band, tiles,
+    PAIRS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr,
     EVEN_T: tl.constexpr, EVEN_S: tl.constexpr, ATOMIC: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, T_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +275,7 @@ def key_gradient_kernel(
     key_real = is_real(mask_ptr, text, key, length, HAS_MASK)
     s_k = load_tokens(sk, key, sk_l, s_width, key_real, True, EVEN_S, S_BLOCK)
     low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = seeing_rows(start, low, high, solid, window, CAUSAL, WINDOWED, ROWS, KEYS)
+    first, inner_first, inner_last, last = seeing_rows(start, low, high, solid, band, CAUSAL, BANDED, ROWS, KEYS)
 
     total = tl.zeros([KEYS, S_BLOCK], dtype=tl.float32)
     for member in range(s_group):
@@ -287,15 +287,15 @@ def key_gradient_kernel(
         for tile in range(inner_first, inner_last):
             total = _key_gradient(
                 total, t_k, s_k, key, key_real, tq, sq, t_lse_ptr + saved, s_lse_ptr + saved, dq_ptr + saved * s_width,
-                mask_ptr, text, tile * ROWS, tq_l, sq_l, t_width, s_width, t_scale, s_scale, gradient, length, window,
-                False, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, ATOMIC, ROWS, T_BLOCK, S_BLOCK, PRECISION,
+                mask_ptr, text, tile * ROWS, tq_l, sq_l, t_width, s_width, t_scale, s_scale, gradient, length, band,
+                False, HAS_MASK, CAUSAL, BANDED, EVEN_T, EVEN_S, ATOMIC, ROWS, T_BLOCK, S_BLOCK, PRECISION,
             )  # fmt: skip
         for peeled in range(first, last - (inner_last - inner_first)):
             tile = tl.where(peeled < inner_first, peeled, peeled + (inner_last - inner_first))
             total = _key_gradient(
                 total, t_k, s_k, key, key_real, tq, sq, t_lse_ptr + saved, s_lse_ptr + saved,
                 dq_ptr + saved * s_width, mask_ptr, text, tile * ROWS, tq_l, sq_l, t_width, s_width, t_scale,
-                s_scale, gradient, length, window, True, HAS_MASK, CAUSAL, WINDOWED, EVEN_T, EVEN_S, ATOMIC, ROWS,
+                s_scale, gradient, length, band, True, HAS_MASK, CAUSAL, BANDED, EVEN_T, EVEN_S, ATOMIC, ROWS,
                 T_BLOCK, S_BLOCK, PRECISION,
             )  # fmt: skip
     total = tl.where(key_real[:, None], total * gradient, 0.0)

@@ -19,12 +19,12 @@ def hidden_logit(dtype: torch.dtype) -> float:
     return max(HIDDEN, torch.finfo(dtype).min)
 
 
-def visible_band(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """[L, L] bool: which keys a row may see by position alone; `window` is the largest |row - key|."""
+def visible_band(length: int, causal: bool, band: int | None, device: torch.device) -> Tensor:
+    """[L, L] bool: which keys a row may see by position alone; `band` is the largest |row - key|."""
     row = torch.arange(length, device=device)[:, None]
     key = torch.arange(length, device=device)[None, :]
     visible = key <= row if causal else torch.ones(length, length, dtype=torch.bool, device=device)
-    return visible if window is None else visible & ((row - key).abs() <= window)
+    return visible if band is None else visible & ((row - key).abs() <= band)
 
 
 def attention_log_probs(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def attention_kl_reference(
     temperature: float = 1.0,
     causal: bool = False,
     relation_heads: int | None = None,
-    window: int | None = None,
+    band: int | None = None,
     head_mean: bool = False,
 ) -> Tensor:
     """`attention_kl` of one layer pair, a scalar, with the full maps in memory.
@@ -68,7 +68,7 @@ def attention_kl_reference(
     keep = real_BL[:, None, :, None]
     # A padded token may hold anything, NaN included, and 0 * NaN would reach the gradient.
     tq, tk, sq, sk = (torch.where(keep, x, 0.0) for x in (tq, tk, sq, sk))
-    visible = real_BL[:, None, None, :] & visible_band(length, causal, window, tq.device)
+    visible = real_BL[:, None, None, :] & visible_band(length, causal, band, tq.device)
     scales = [
         (x.shape[3] ** -0.5 if scale is None else scale) / temperature
         for x, scale in ((tq, teacher_scale), (sq, student_scale))

@@ -90,7 +90,7 @@ def forward(pairs: list[LayerPair], mask: Tensor | None, causal: bool) -> tuple[
             *_sizes(pair),
             pair.teacher_scale * _LOG2_E,
             pair.student_scale * _LOG2_E,
-            pair.window or 0,
+            pair.band or 0,
             row_tiles,
             PAIRS=len(group),
             **_constants(pair, tiles, mask is not None, causal),
@@ -137,7 +137,7 @@ def backward(
                 *_strides(gradients[members[0]][0]),
                 *_sizes(pair),
                 *scales,
-                pair.window or 0,
+                pair.band or 0,
                 row_tiles,
                 PAIRS=len(group),
                 **_constants(pair, tiles, mask is not None, causal),
@@ -156,7 +156,7 @@ def backward(
             *_strides(gradients[members[0]][1]),
             *_sizes(pair),
             *scales,
-            pair.window or 0,
+            pair.band or 0,
             key_tiles,
             PAIRS=len(group),
             ATOMIC=atomic,
@@ -191,11 +191,11 @@ def _mask_facts(
 
 
 def _groups(pairs: list[LayerPair]) -> list[list[int]]:
-    """Indices of pairs that can share a launch: equal shapes, strides, dtypes, scales and window."""
+    """Indices of pairs that can share a launch: equal shapes, strides, dtypes, scales and band."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for k, pair in enumerate(pairs):
         layouts = tuple((x.shape, x.stride(), x.dtype) for x in (pair.tq, pair.tk, pair.sq, pair.sk))
-        groups.setdefault((layouts, pair.teacher_scale, pair.student_scale, pair.window), []).append(k)
+        groups.setdefault((layouts, pair.teacher_scale, pair.student_scale, pair.band), []).append(k)
     return list(groups.values())
 
 
@@ -238,7 +238,7 @@ def _constants(pair: LayerPair, tiles: Tiles, masked: bool, causal: bool) -> dic
     return {
         "HAS_MASK": masked,
         "CAUSAL": causal,
-        "WINDOWED": pair.window is not None,
+        "BANDED": pair.band is not None,
         "EVEN_T": t_width == t_block,
         "EVEN_S": s_width == s_block,
         "ROWS": tiles.rows,

@@ -46,9 +46,9 @@ def visible_keys(
     low,
     high,
     solid,
-    window,
+    band,
     CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    BANDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -59,11 +59,11 @@ def visible_keys(
     if CAUSAL:
         high = tl.minimum(high, start + ROWS)
         inner_high = tl.minimum(inner_high, start + 1)
-    if WINDOWED:
-        low = tl.maximum(low, start - window)
-        high = tl.minimum(high, start + ROWS + window)
-        inner_low = tl.maximum(inner_low, start + ROWS - 1 - window)
-        inner_high = tl.minimum(inner_high, start + window + 1)
+    if BANDED:
+        low = tl.maximum(low, start - band)
+        high = tl.minimum(high, start + ROWS + band)
+        inner_low = tl.maximum(inner_low, start + ROWS - 1 - band)
+        inner_high = tl.minimum(inner_high, start + band + 1)
     inner_high = tl.where(solid != 0, inner_high, inner_low)
     return span(low, high, inner_low, inner_high, KEYS)
 
@@ -74,9 +74,9 @@ def seeing_rows(
     low,
     high,
     solid,
-    window,
+    band,
     CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    BANDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -87,11 +87,11 @@ def seeing_rows(
     if CAUSAL:
         low = tl.maximum(low, start)
         inner_low = tl.maximum(inner_low, start + KEYS - 1)
-    if WINDOWED:
-        low = tl.maximum(low, start - window)
-        high = tl.minimum(high, start + KEYS + window)
-        inner_low = tl.maximum(inner_low, start + KEYS - 1 - window)
-        inner_high = tl.minimum(inner_high, start + window + 1)
+    if BANDED:
+        low = tl.maximum(low, start - band)
+        high = tl.minimum(high, start + KEYS + band)
+        inner_low = tl.maximum(inner_low, start + KEYS - 1 - band)
+        inner_high = tl.minimum(inner_high, start + band + 1)
     inner_high = tl.where(solid != 0, inner_high, inner_low)
     return span(low, high, inner_low, inner_high, ROWS)
 
@@ -120,9 +120,9 @@ def load_tokens(base, token, stride, width, real, MASKED: tl.constexpr, EVEN: tl
 
 
 @triton.jit
-def sees(row, key, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+def sees(row, key, band, CAUSAL: tl.constexpr, BANDED: tl.constexpr):
     """Whether a row sees a key by position, for shapes that broadcast."""
     seen = key <= row if CAUSAL else key == key
-    if WINDOWED:
-        seen = seen & (tl.abs(row - key) <= window)
+    if BANDED:
+        seen = seen & (tl.abs(row - key) <= band)
     return seen

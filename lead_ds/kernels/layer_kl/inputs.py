@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.kernels.dispatch import accumulation_dtype
-from lead_ds.kernels.layout import unit
+from lead_ds.kernels.vectors import unit
 
 # 16 MiB of float32: so much of both models' scores the Triton kernels keep for the backward pass.
 _STORED_SCORES = 1 << 22

@@ -25,8 +25,8 @@ from lead_ds.kernels.layer_kl.forward_programs import combine_kernel, scores_ker
 from lead_ds.kernels.layer_kl.inputs import Problem, saved_shapes, stores_maps
 from lead_ds.kernels.layer_kl.score_tiles import STATISTICS
 from lead_ds.kernels.layer_kl.tiles import GRADIENT, SCORES, ScoreTiles
-from lead_ds.kernels.layout import aligned, inverse_lengths, through_lengths
 from lead_ds.kernels.products import wide_product
+from lead_ds.kernels.vectors import aligned, inverse_lengths, through_lengths
 
 # float16 holds probabilities below 6e-5 badly: residuals are stored this much larger, and divided by it in float32.
 _FLOAT16_RANGE = 2.0**15

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lead_ds.kernels.dispatch import accumulation_dtype, resolve, unless_refused, with_fallback
-from lead_ds.kernels.layout import unit
 from lead_ds.kernels.maxsim import chunked
+from lead_ds.kernels.vectors import unit
 
 _LIBRARY = torch.library.Library("lead_ds", "FRAGMENT")
 _LIBRARY.define(

@@ -10,10 +10,10 @@ from torch import Tensor
 from lead_ds.kernels.aot import Variant
 from lead_ds.kernels.dispatch import float32_dot_precision, processor_count, shared_memory, tiles_for
 from lead_ds.kernels.launch import launch
-from lead_ds.kernels.layout import aligned, inverse_lengths, through_lengths
 from lead_ds.kernels.maxsim.chunked import argmax_dtype
 from lead_ds.kernels.maxsim.programs import forward_kernel, passage_gradient_kernel, query_gradient_kernel
 from lead_ds.kernels.maxsim.tiles import FORWARD, SCATTER, ForwardTiles, ScatterTiles
+from lead_ds.kernels.vectors import aligned, inverse_lengths, through_lengths
 
 # The gather of winners: query rows and passages at once (half as many with lengths). Their product is the rows in flight.
 _GATHER_ROWS, _GATHER_PASSAGES, _GATHER_WARPS = 4, 32, 8

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.data.tokens.layouts import Message
+from lead_ds.data.tokens.pair_templates import Message
 from lead_ds.data.tokens.tokenizer import end_with_eos
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import TextEncoder
-from lead_ds.data.tokens.layouts import Filled
+from lead_ds.data.tokens.pair_templates import Filled
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import load_model, read_model_config
 from lead_ds.models.files import family_of, logit_score, read_json, transformer_folder
@@ -94,7 +94,7 @@ class LLMReranker(PairScorer):
     def read_text(cls, config: Any) -> TextEncoder:
         reading = Reading.of(config, cls.family)
         how = _asked(config, reading)
-        if isinstance(how.layout, Filled) and not reading.tokenizer.is_fast:
+        if isinstance(how.template, Filled) and not reading.tokenizer.is_fast:
             raise InputError(config.path, "its tokenizer gives no offsets", "use a model with a tokenizer.json")
         return cls.pair_encoder(config, reading, how)
 
@@ -146,7 +146,7 @@ def _asked(config: LLMRerankerConfig, reading: Reading) -> Asked:
         remedy = f"set template: one of {', '.join(CARDS)}, or the prompt itself"
         raise InputError(config.path, what, remedy)
     card = CARDS["monot5" if whole else "plain"]
-    return how or Asked(card.layout(reading, config.instruction), card)
+    return how or Asked(card.template(reading, config.instruction), card)
 
 
 def answer_tokens(tokenizer: Any, config: LLMRerankerConfig, how: Asked) -> list[int]:

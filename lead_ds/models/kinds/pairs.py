@@ -40,20 +40,20 @@ class PairScorer(Kind):
     @staticmethod
     def pair_encoder(config: Any, reading: Reading, how: Asked | None) -> TextEncoder:
         """Its reading of pairs, put to it as `how` says; None: as its tokenizer pairs texts."""
-        layout, card = (None, None) if how is None else (how.layout, how.card)
+        template, card = (None, None) if how is None else (how.template, how.card)
         query, passage = config.query_prompt, config.passage_prompt
         if card is not None:
             query, passage = (
                 own if own is not None else said for own, said in zip((query, passage), card.prompts, strict=True)
             )
-        elif layout is not None:  # which holds the prompt of the model's files, if it has one
+        elif template is not None:  # which holds the prompt of the model's files, if it has one
             trained = read_json(config.path, RECORD).get("prompts") or {}
             query = query if query is not None else trained.get("query") or ""
             passage = passage if passage is not None else trained.get("document") or ""
         else:
             query, passage = reading.query_prompt, reading.passage_prompt
         reading = replace(reading, query_prompt=query, passage_prompt=passage)
-        return reading.encoder({"max_length": config.max_length}, reads_pairs=True, layout=layout)
+        return reading.encoder({"max_length": config.max_length}, reads_pairs=True, template=template)
 
     @classmethod
     def of_parts(cls, chain: Any, model: Any, config: Any, *, student: bool) -> Any:

@@ -13,7 +13,7 @@ Span = tuple[int, int]  # of characters
 _PLACES = re.compile(r"(\{(?:instruction|query|passage)\})")
 
 
-class Layout(Protocol):
+class PairTemplate(Protocol):
     """Makes token rows of pairs, in place of the tokenizer's own pairs."""
 
     def rows(
@@ -35,7 +35,7 @@ class Filled:
     trailing: tuple[int, ...] = ()  # and behind it
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
-        """See `Layout`. A query keeps up to 3/4 of the room that the template leaves, and what its passage does not need."""
+        """See `PairTemplate`. A query keeps up to 3/4 of the room beside the template, and what its passage does not need."""
         filled = [self._filled(query, passage) for query, passage in zip(queries, passages, strict=True)]
         encoded = tokenizer(
             [text for text, _ in filled],
@@ -74,7 +74,7 @@ class Whole:
     template: str  # with {query} and {passage}
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
-        """See `Layout`."""
+        """See `PairTemplate`."""
         texts = []
         for query, passage in zip(queries, passages, strict=True):
             filled = {"{query}": query, "{passage}": passage}
@@ -95,7 +95,7 @@ class Enclosed:
     instruction: str
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
-        """See `Layout`. `length` counts head and tail."""
+        """See `PairTemplate`. `length` counts head and tail."""
         head, tail = (_ids(tokenizer, text) for text in (self.head, self.tail))
         room = max(length - len(head) - len(tail), 1)
         texts = []
@@ -122,15 +122,15 @@ class Joined:
     positions: int | None = None  # of the model, where head and tail must fit as well
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
-        """See `Layout`. `length` counts neither head nor tail."""
+        """See `PairTemplate`. `length` counts neither head nor tail."""
         between, head = _ids(tokenizer, "\n"), _ids(tokenizer, self.head) if self.head else []
         tail = [*between, *(token for part in self.tail for token in _ids(tokenizer, part))]
         if self.positions is not None:
             length = min(length, self.positions - len(head) - len(tail))
         stated = f"instruction: {self.instruction}\n" if self.instruction else ""
-        asked = [stated + self.query.replace("{query}", query) for query in queries]
-        told = [self.passage.replace("{passage}", passage) for passage in passages]
-        pairs = zip(_ids(tokenizer, asked, length * 3 // 4), _ids(tokenizer, told, length), strict=True)
+        firsts = [stated + self.query.replace("{query}", query) for query in queries]
+        seconds = [self.passage.replace("{passage}", passage) for passage in passages]
+        pairs = zip(_ids(tokenizer, firsts, length * 3 // 4), _ids(tokenizer, seconds, length), strict=True)
         rows = []
         for first, second in pairs:
             first = first if self.begin is None else [self.begin, *first]
@@ -153,7 +153,7 @@ class Conversation:
     def rows(
         self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int
     ) -> tuple[Rows, Rows | None]:
-        """See `Layout`. Raises ValueError where the template has no place for a query and a passage."""
+        """See `PairTemplate`. Raises ValueError where the template has no place for a query and a passage."""
         return _rendered(self.reader, list(zip(queries, passages, strict=True)), length, prompt=self.prompt or None)
 
     def __str__(self) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-# In the order of a step. Communication: the gathers between the models; ZeRO's own are inside of the models' parts.
-Part = Literal[
+# In the order of a step. Communication: the gathers between the models; ZeRO's own are inside of the models' phases.
+Phase = Literal[
     "waiting for data",
     "teacher forward",
     "student forward",
@@ -25,42 +25,42 @@ Part = Literal[
 ]
 
 
-class Parts:
-    """What the loop reports: the part that begins, and the end of a step. Here nothing is done, and it costs
+class Phases:
+    """What the loop reports: the phase that begins, and the end of a step. Here nothing is done, and it costs
     nothing."""
 
-    def at(self, part: Part) -> None:
-        """`part` begins, and the one before it ends."""
+    def at(self, phase: Phase) -> None:
+        """`phase` begins, and the one before it ends."""
 
-    def inside(self, part: Part) -> AbstractContextManager[None]:
-        """`part` lasts as long as this is open; then the one around it goes on."""
+    def inside(self, phase: Phase) -> AbstractContextManager[None]:
+        """`phase` lasts as long as this is open; then the one around it goes on."""
         return nullcontext()
 
     def end_step(self) -> None:
-        """The part that just began is the next step's."""
+        """The phase that just began is the next step's."""
 
     def close(self) -> None:
         """The run has ended well. Every rank calls this."""
 
 
-class PartsClock(Parts):
-    """Keeps a time stamp of every beginning: what lies between two belongs to the first one's part, so parts add up to
+class PhaseClock(Phases):
+    """Keeps a time stamp of every beginning: what lies between two belongs to the first one's phase, so phases add up to
     the step. On CUDA the stamps are events of the current stream, read at the end: the loop never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.part: Part = "waiting for data"
-        self.marks: list[tuple[Part, Any]] = []
+        self.phase: Phase = "waiting for data"
+        self.marks: list[tuple[Phase, Any]] = []
         self.bounds = [0]  # of steps: each one's first mark
 
-    def at(self, part: Part) -> None:
-        self.part = part
-        self.marks.append((part, self._now()))
+    def at(self, phase: Phase) -> None:
+        self.phase = phase
+        self.marks.append((phase, self._now()))
 
     @contextmanager
-    def inside(self, part: Part) -> Iterator[None]:
-        around = self.part
-        self.at(part)
+    def inside(self, phase: Phase) -> Iterator[None]:
+        around = self.phase
+        self.at(phase)
         try:
             yield
         finally:
@@ -75,14 +75,14 @@ class PartsClock(Parts):
         self.at("waiting for data")
 
     def seconds(self) -> list[dict[str, float]]:
-        """Seconds of each part, of every ended step. Waits for the device."""
+        """Seconds of each phase, of every ended step. Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         steps = []
         for first, last in zip(self.bounds, self.bounds[1:], strict=False):
             spent: dict[str, float] = {}
-            for (part, begin), (_, end) in zip(self.marks[first:last], self.marks[first + 1 : last + 1], strict=True):
-                spent[part] = spent.get(part, 0.0) + self._between(begin, end)
+            for (phase, begin), (_, end) in zip(self.marks[first:last], self.marks[first + 1 : last + 1], strict=True):
+                spent[phase] = spent.get(phase, 0.0) + self._between(begin, end)
             steps.append(spent)
         return steps
 
@@ -97,12 +97,12 @@ class PartsClock(Parts):
         return begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
 
 
-def ordered(parts: dict[str, float]) -> dict[str, float]:
+def ordered(phases: dict[str, float]) -> dict[str, float]:
     """The same in the order of a step."""
-    return {name: parts[name] for name in get_args(Part) if name in parts}
+    return {name: phases[name] for name in get_args(Phase) if name in phases}
 
 
-def mean_parts(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The mean over steps of each part, so that they add up to the mean step."""
+def mean_phases(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over steps of each phase, so that they add up to the mean step."""
     names = {name for step in steps for name in step}
     return ordered({name: sum(step.get(name, 0.0) for step in steps) / len(steps) for name in names})
