@@ -1,12 +1,13 @@
 """Which implementation runs: the one place where `impl="auto" | "triton" | "torch"` is decided."""
 
-import os
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+from lead_ds.kernels.builds import KernelRefused, interpreted
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +17,6 @@ Result = TypeVar("Result")
 
 # Kernels that a device refused in this process, and why.
 _REFUSED: dict[str, str] = {}
-
-# Launches that took so many seconds were builds: what was built, and how long that took, until it is reported.
-BUILD_SECONDS = 0.1
-_BUILT: list[tuple[str, float]] = []
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
@@ -70,32 +67,12 @@ def unless_refused(run: Callable[[], Result], instead: Callable[[], Result], imp
     """`run()`; for "auto" `instead()`, with a warning, where the kernel asks too much of the device."""
     if impl != "auto":
         return run()
-    from lead_ds.kernels.launch import KernelRefused  # imports Triton, which need not be there
-
     try:
         return run()
     except KernelRefused as error:
         _REFUSED[kernel] = str(error)
         warnings.warn(f"{kernel} runs on torch: {error}", stacklevel=4)
         return instead()
-
-
-def note_launch(kernel: str, seconds: float) -> None:
-    """Take in how long a launch took, on the host."""
-    if seconds > BUILD_SECONDS and not interpreted():
-        _BUILT.append((kernel, seconds))
-
-
-def take_builds() -> str | None:
-    """The kernels that were built since this was last asked, in one line; None where there were none."""
-    built = [f"{kernel} {seconds:.1f} s" for kernel, seconds in _BUILT]
-    _BUILT.clear()
-    return f"built {len(built)} kernel(s): {', '.join(built)}" if built else None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def float32_dot_precision() -> Literal["ieee", "tf32"]:

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 from triton import OutOfResources
 
-from lead_ds.kernels.dispatch import note_launch
+from lead_ds.kernels.builds import KernelRefused, note_launch
 
 # What a test or a benchmark puts here is called with every kernel, its arguments and its constants, before the launch.
 observers: list[Callable[[Any, tuple[Any, ...], dict[str, Any]], None]] = []
-
-
-class KernelRefused(RuntimeError):
-    """A kernel that this device cannot run: it needs more shared memory or registers than a block may have."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lead_ds.errors import LeadError, RunError
 from lead_ds.io.located import find_file
 from lead_ds.models.files import RECORD
-from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.load import load_encoder
 from lead_ds.models.onnx_file import VECTOR, OnnxEncoder, require, write_probes
 from lead_ds.models.quiet import quiet
 from lead_ds.models.student_dir import vacant, whole_folder, write_student
+from lead_ds.models.vector_encoder import VectorEncoder
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import TextEncoder
@@ -122,7 +122,7 @@ def export_sentence_transformers(
 
 
 def compare(
-    scorer: DualEncoder, other: DualEncoder | OnnxEncoder, encoder: TextEncoder, texts: Sequence[str]
+    scorer: VectorEncoder, other: VectorEncoder | OnnxEncoder, encoder: TextEncoder, texts: Sequence[str]
 ) -> tuple[float, float, float]:
     """How far the vectors of `other` are from the scorer's: `Exported`'s difference, least and mean cosine.
 
@@ -156,7 +156,7 @@ def check_texts(length: int) -> list[str]:
 class _Served(nn.Module):
     """What the graph computes."""
 
-    def __init__(self, scorer: DualEncoder, inputs: Sequence[str]) -> None:
+    def __init__(self, scorer: VectorEncoder, inputs: Sequence[str]) -> None:
         super().__init__()
         self.scorer, self.inputs = scorer, inputs
 
@@ -166,7 +166,7 @@ class _Served(nn.Module):
         return states_BLW, self.scorer.vectors_of(states_BLW, tokens["attention_mask"])
 
 
-def _trace(scorer: DualEncoder, encoder: TextEncoder, file: Path) -> None:
+def _trace(scorer: VectorEncoder, encoder: TextEncoder, file: Path) -> None:
     tokens = encoder.passages(["three texts", "of several lengths", "so that one of them is padded and the others are"])
     inputs = list(tokens)
     axes = {name: {0: "batch", 1: "length"} for name in (*inputs, STATES)} | {VECTOR: {0: "batch"}}
@@ -227,7 +227,9 @@ def _quantise(file: Path) -> None:
             part.unlink()
 
 
-def _write_folder(scorer: DualEncoder, encoder: TextEncoder, folder: Path, path: str, settings: Sequence[str]) -> None:
+def _write_folder(
+    scorer: VectorEncoder, encoder: TextEncoder, folder: Path, path: str, settings: Sequence[str]
+) -> None:
     """The model's directory; its own card, and its record where no setting changes it, stay as they are."""
     card, record = (find_file(path, name) for name in ("README.md", RECORD))
     write_student(scorer, encoder, folder, scorer.state_dict(), card.read_text("utf-8") if card else None)

@@ -15,7 +15,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.capture import Reduce
 from lead_ds.models.chain import finished_output, replace_modules
 from lead_ds.models.files import family_of
-from lead_ds.models.kinds.dual_encoder import DualEncoder
+from lead_ds.models.vector_encoder import VectorEncoder
 
 if TYPE_CHECKING:
     from lead_ds.data.tokens.encoder import Tokens
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OUTPUT = "sentence_embeddings"  # as NV-Embed and its kin name it
 
 
-class FinishedEncoder(DualEncoder):
+class FinishedEncoder(VectorEncoder):
     """A frozen dual encoder without layers: no layer's state passes through what its code does to the last one."""
 
     has_layers = False
@@ -49,7 +49,7 @@ class FinishedEncoder(DualEncoder):
 
     @property
     def pooling(self) -> str:
-        """See `DualEncoder`."""
+        """See `VectorEncoder`."""
         return "by its own code" if self.finished else super().pooling
 
     def run(self, tokens: Tokens, layers: Sequence[int], reduce: Reduce, *, through_norm: bool) -> list[Tensor]:

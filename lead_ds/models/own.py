@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lead_ds.data.tokens.encoder import Tokens
 from lead_ds.errors import InputError
-from lead_ds.models.kinds.dual_encoder import DualEncoder
+from lead_ds.models.vector_encoder import VectorEncoder
 from lead_ds.relevance import Scale
 
 Side = Literal["queries", "passages"]
@@ -88,7 +88,7 @@ class _NoCapture:
         """There are no hooks."""
 
 
-class OwnEncoder(DualEncoder):
+class OwnEncoder(VectorEncoder):
     """A dual encoder whose vectors, of every layer and final, a module of your own makes.
 
     config: a dual encoder's section, of which dtype and scale are read. Raises InputError for a module that cannot be one.

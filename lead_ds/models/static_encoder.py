@@ -14,13 +14,13 @@ from lead_ds.errors import InputError
 from lead_ds.models.backbone import check_layers
 from lead_ds.models.chain import open_chain
 from lead_ds.models.files import family_of
-from lead_ds.models.kinds.dual_encoder import DualEncoder
 from lead_ds.models.library import sentence_transformers
 from lead_ds.models.static import StaticModel, static_chain, static_shape, static_tokenizer
 from lead_ds.models.text import Reading
+from lead_ds.models.vector_encoder import VectorEncoder
 
 
-class StaticEncoder(DualEncoder):
+class StaticEncoder(VectorEncoder):
     """The mean of token vectors, and what follows it. Its one layer is what its final state is."""
 
     has_layers = False

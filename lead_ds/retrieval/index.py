@@ -19,11 +19,11 @@ from lead_ds.io.files import atomic, data_checksum, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
-from lead_ds.retrieval.encode import Side
-from lead_ds.retrieval.small import RESCORED, SMALL, quantise, rescore, unsigned
+from lead_ds.retrieval.indexed import META, Indexed, check_k, facts_of
+from lead_ds.retrieval.small import RESCORED, quantise, rescore, unsigned
 from lead_ds.retrieval.vectors import IDS, SPARSE, Vectors
 
-INDEX, META, RESCORE = "index.faiss", "index.json", "rescore"
+INDEX, RESCORE = "index.faiss", "rescore"
 CHUNK = 65_536  # vectors added at once
 PQ_CENTROIDS = 256
 # Training vectors per centroid: what FAISS uses at most, and does well with.
@@ -61,7 +61,7 @@ def build_index(
         what = f"gives vectors of {queries['dimension']} dimensions, the index is of {vectors.dimension}"
         raise InputError("--query-model", what, "name a model in the same space")
     if vectors.dtype == SPARSE:
-        from lead_ds.retrieval.inverted import FACTORY, build_inverted
+        from lead_ds.retrieval.inverted import FACTORY, build_inverted  # and scipy, which nothing else needs here
 
         for name, ignored in (("factory", factory not in ("Flat", FACTORY)), ("gpus", gpus), ("rescore", rescore)):
             if ignored:
@@ -129,22 +129,12 @@ def build_index(
         return out
 
 
-def facts_of(vectors: Vectors, factory: str, queries: dict[str, Any] | None) -> dict[str, Any]:
-    """What an index is, and of what it was made. queries: facts of another model that may ask it."""
-    facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
-    # Vectors of any dtype live in one space: how these were computed does not matter to a query.
-    facts["model"] = {key: value for key, value in facts["model"].items() if key != "read_as"}
-    facts |= {} if queries is None else {"queries": queries}
-    facts |= {"dtype": vectors.dtype} if vectors.dtype in (*SMALL, SPARSE) else {}
-    facts |= {"shard_rows": vectors.manifest["shard_rows"]} if vectors.dtype == SPARSE else {}
-    return {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts}
+class Index(Indexed):
+    """An index of `build_index`, loaded for search by FAISS."""
 
-
-class Index:
-    """An index of `build_index`, loaded for search."""
-
-    def __init__(self, folder: Path, meta: dict[str, Any], index: Any, ids: Sequence[str], gpus: int) -> None:
-        self.folder, self.meta, self.ids, self._index, self._gpus = folder, meta, ids, index, gpus
+    def __init__(self, folder: Path, meta: dict[str, Any], ids: Sequence[str], index: Any, gpus: int) -> None:
+        super().__init__(folder, meta, ids)
+        self._index, self._gpus = index, gpus
         self._finer: Vectors | None = None
         self._rescored = 0
 
@@ -158,7 +148,7 @@ class Index:
         nprobe: int | None = None,
         ef_search: int | None = None,
         rescored: int | None = None,
-    ) -> Index:
+    ) -> Indexed:
         """Map an index into memory, or load it onto `gpus`, in float16, sharded (each holds a part) or replicated.
 
         nprobe: cells that an IVF index looks into; ef_search: candidates that HNSW keeps. rescored: times k candidates that are
@@ -203,36 +193,9 @@ class Index:
         finer = Vectors.open(folder / RESCORE) if (folder / RESCORE / MANIFEST).exists() else None
         if rescored and finer is None:
             raise InputError(folder, "has no finer vectors to rescore by", "build it with --rescore, or leave it out")
-        opened = cls(folder, meta, index if signs else _to_gpus(index, gpus, layout, half=True), ids, gpus)
+        opened = cls(folder, meta, ids, index if signs else _to_gpus(index, gpus, layout, half=True), gpus)
         opened._finer, opened._rescored = finer, RESCORED if rescored is None else rescored
         return opened
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def check_model(self, model: dict[str, Any]) -> None:
-        """Raise InputError unless queries of this model (see `model_facts`) live in the same space as the index."""
-        made = self.meta["model"]
-        changed = [key for key in (made | model) if made.get(key) != model.get(key)]
-        if changed:
-            differences = ", ".join(f"{key} {made.get(key)}, here {model.get(key)}" for key in changed)
-            raise InputError(
-                self.folder, f"was made by another model: {differences}", "use that model, or build it again"
-            )
-
-    def check_two(self, query: dict[str, Any], document: str) -> None:
-        """Raise InputError unless the model with the checksum `document` made the index, as wide as the queries' vectors."""
-        if self.meta["model"]["checksum"] != document:
-            raise InputError(self.folder, "was made by another document model", "use that one, or build it again")
-        if query["dimension"] != self.meta["dimension"]:
-            what = f"holds vectors of {self.meta['dimension']} dimensions, the query model gives {query['dimension']}"
-            raise InputError(self.folder, what, "use a model of that width")
-
-    def check_side(self, side: Side) -> None:
-        """Raise InputError when the model now reads such texts with another prompt than the index was made with."""
-        if side.kind == self.meta["kind"] and side.prompt != self.meta["prompt"]:
-            what = f"was made with the prompt {self.meta['prompt']!r}, the model now has {side.prompt!r}"
-            raise InputError(self.folder, what, "use the model as it was, or encode and index again")
 
     def search(self, queries_QD: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 [Q, k] and rows int64 [Q, k], best first; row -1 where the index found fewer.
@@ -279,12 +242,6 @@ def check_rescore(vectors: Vectors, finer: Vectors | None) -> None:
     if finer is not None and (changed or finer.dimension != vectors.dimension):
         what = f"other vectors than those that are indexed: {', '.join(changed) or 'dimension'} differs"
         raise InputError(finer.folder, what, "encode the same texts with the same model")
-
-
-def check_k(k: int, passages: int, where: str = "k") -> None:
-    """Raise InputError when more results are requested than there are passages."""
-    if k > passages:
-        raise InputError(where, f"{k} results requested of {passages} passages", f"use at most {passages}")
 
 
 def _find(index: Any, name: str) -> Any:

@@ -25,7 +25,7 @@ from lead_ds.io.files import atomic, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import damage, mapped, refuse_strangers, save_arrays, unfinished
-from lead_ds.retrieval.index import META, Index, check_k, facts_of
+from lead_ds.retrieval.indexed import META, Indexed, check_k, facts_of
 from lead_ds.retrieval.sparse import SparseVectors, sparse_search
 from lead_ds.retrieval.vectors import IDS, Vectors
 
@@ -66,7 +66,7 @@ def build_inverted(vectors: Vectors, out: Path, *, quiet: bool, queries: dict[st
     return out
 
 
-class InvertedIndex(Index):
+class InvertedIndex(Indexed):
     """An index of `build_inverted`, mapped into memory for search."""
 
     @classmethod
@@ -87,7 +87,7 @@ class InvertedIndex(Index):
                 raise InputError(path, f"cannot be read: {error}", _AGAIN) from None
             if owner != digest(meta):
                 raise InputError(path, "does not belong to this index", _AGAIN)
-        return cls(folder, meta, None, ids, 0)
+        return cls(folder, meta, ids)
 
     def blocks(self) -> Iterator[tuple[int, Any]]:
         """(first row, postings [V, rows]) of every shard."""

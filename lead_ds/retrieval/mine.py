@@ -23,7 +23,7 @@ from lead_ds.retrieval.encode import Encoding
 from lead_ds.retrieval.encoded import AT_ONCE, encode_both
 from lead_ds.retrieval.evaluate import ModelLike, open_encoder
 from lead_ds.retrieval.identical import with_spare
-from lead_ds.retrieval.index import check_k
+from lead_ds.retrieval.indexed import check_k
 from lead_ds.settings.mining import MineSettings
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted

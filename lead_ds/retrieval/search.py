@@ -25,7 +25,8 @@ from lead_ds.retrieval.encoded import AT_ONCE, make_run
 from lead_ds.retrieval.evaluate import ModelLike, Task, open_encoder, score_each
 from lead_ds.retrieval.exact import exact_search
 from lead_ds.retrieval.identical import Judged, each_without_identical, with_spare
-from lead_ds.retrieval.index import Index, check_k
+from lead_ds.retrieval.index import Index
+from lead_ds.retrieval.indexed import Indexed, check_k
 from lead_ds.retrieval.metrics import Scores, depth
 from lead_ds.retrieval.sparse import SparseVectors
 from lead_ds.retrieval.vectors import check_texts
@@ -63,7 +64,7 @@ class Searcher:
         self,
         scorer: Kind,
         encoder: TextEncoder,
-        passages: Tensor | SparseVectors | Index,
+        passages: Tensor | SparseVectors | Indexed,
         ids: Sequence[str],
         corpus: Corpus | None,
     ) -> None:
@@ -108,7 +109,7 @@ class Searcher:
         scorer: Kind,
         encoder: TextEncoder,
         path: str | Path,
-        index: Index,
+        index: Indexed,
         corpus: Texts | None,
         document_model: str | Path | None = None,
     ) -> Searcher:
@@ -208,7 +209,7 @@ class Searcher:
                     return [some[row] for row in rows]
 
                 vectors_QD = encode_share(self.scorer.ranked, self.encoder, "queries", texts, range(len(some)), how)
-                if isinstance(self.passages, Index):
+                if isinstance(self.passages, Indexed):
                     asked = vectors_QD if isinstance(vectors_QD, SparseVectors) else vectors_QD.cpu().numpy()
                     scores, found = self.passages.search(asked, k)
                 else:

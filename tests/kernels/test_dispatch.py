@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lead_ds.kernels import dispatch, maxsim
+from lead_ds.kernels import builds, dispatch, maxsim
 from lead_ds.kernels.dispatch import AMPERE, BLACKWELL, HOPPER, probe, tiles_for, with_fallback
 
 ROOT = Path(__file__).parents[2]
@@ -188,15 +188,15 @@ def test_what_was_built_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def start(*_: Any, **__: Any) -> None:
-                time.sleep(0 if self.built else 2 * dispatch.BUILD_SECONDS)
+                time.sleep(0 if self.built else 2 * builds.BUILD_SECONDS)
                 self.built = True
 
             return start
 
-    monkeypatch.setattr(dispatch, "_BUILT", [])
+    monkeypatch.setattr(builds, "_BUILT", [])
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     kernel = Slow()
     launch(kernel, (1,), torch.zeros(1))
     launch(kernel, (1,), torch.zeros(1))
-    assert re.fullmatch(r"built 1 kernel\(s\): slow_kernel \d\.\d s", dispatch.take_builds() or "")
-    assert dispatch.take_builds() is None
+    assert re.fullmatch(r"built 1 kernel\(s\): slow_kernel \d\.\d s", builds.take_builds() or "")
+    assert builds.take_builds() is None

@@ -19,7 +19,7 @@ from lead_ds.engine.distributed.signals import Stop
 from lead_ds.engine.records.callbacks import Callback, Callbacks, RunFacts
 from lead_ds.errors import RunError
 from lead_ds.io.json_text import parse_json
-from lead_ds.kernels.dispatch import take_builds
+from lead_ds.kernels.builds import take_builds
 from lead_ds.losses.objective import ObjectiveOutput
 from lead_ds.losses.selection import Layers
 from lead_ds.settings.train import TrainConfig

@@ -15,7 +15,7 @@ Dimensions: Q queries, P passages, l query tokens, m passage tokens, D width; R 
 import triton
 import triton.language as tl
 
-from lead_ds.kernels.dispatch import interpreted
+from lead_ds.kernels.builds import interpreted
 
 # A finite stand-in for minus infinity, and the line below which a maximum means "no token at all".
 _NOTHING = tl.constexpr(-1e30)

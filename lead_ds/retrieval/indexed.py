@@ -1,0 +1,72 @@
+"""A folder that holds an index: what it was made of, and which queries belong to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lead_ds.errors import InputError
+from lead_ds.retrieval.encode import Side
+from lead_ds.retrieval.small import SMALL
+from lead_ds.retrieval.vectors import SPARSE, Vectors
+
+META = "index.json"
+
+
+class Indexed(ABC):
+    """An index of `build_index`, loaded for search."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any], ids: Sequence[str]) -> None:
+        self.folder, self.meta, self.ids = folder, meta, ids
+
+    @abstractmethod
+    def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float32 [Q, k] and rows int64 [Q, k], best first; row -1 where fewer are found. Raises InputError."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def check_model(self, model: dict[str, Any]) -> None:
+        """Raise InputError unless queries of this model (see `model_facts`) live in the same space as the index."""
+        made = self.meta["model"]
+        changed = [key for key in (made | model) if made.get(key) != model.get(key)]
+        if changed:
+            differences = ", ".join(f"{key} {made.get(key)}, here {model.get(key)}" for key in changed)
+            raise InputError(
+                self.folder, f"was made by another model: {differences}", "use that model, or build it again"
+            )
+
+    def check_two(self, query: dict[str, Any], document: str) -> None:
+        """Raise InputError unless the model with the checksum `document` made the index, as wide as the queries' vectors."""
+        if self.meta["model"]["checksum"] != document:
+            raise InputError(self.folder, "was made by another document model", "use that one, or build it again")
+        if query["dimension"] != self.meta["dimension"]:
+            what = f"holds vectors of {self.meta['dimension']} dimensions, the query model gives {query['dimension']}"
+            raise InputError(self.folder, what, "use a model of that width")
+
+    def check_side(self, side: Side) -> None:
+        """Raise InputError when the model now reads such texts with another prompt than the index was made with."""
+        if side.kind == self.meta["kind"] and side.prompt != self.meta["prompt"]:
+            what = f"was made with the prompt {self.meta['prompt']!r}, the model now has {side.prompt!r}"
+            raise InputError(self.folder, what, "use the model as it was, or encode and index again")
+
+
+def facts_of(vectors: Vectors, factory: str, queries: dict[str, Any] | None) -> dict[str, Any]:
+    """What an index is, and of what it was made. queries: facts of another model that may ask it."""
+    facts = {key: vectors.manifest[key] for key in ("model", "kind", "prompt", "length", "data", "count")}
+    # Vectors of any dtype live in one space: how these were computed does not matter to a query.
+    facts["model"] = {key: value for key, value in facts["model"].items() if key != "read_as"}
+    facts |= {} if queries is None else {"queries": queries}
+    facts |= {"dtype": vectors.dtype} if vectors.dtype in (*SMALL, SPARSE) else {}
+    facts |= {"shard_rows": vectors.manifest["shard_rows"]} if vectors.dtype == SPARSE else {}
+    return {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts}
+
+
+def check_k(k: int, passages: int, where: str = "k") -> None:
+    """Raise InputError when more results are requested than there are passages."""
+    if k > passages:
+        raise InputError(where, f"{k} results requested of {passages} passages", f"use at most {passages}")
