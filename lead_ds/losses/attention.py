@@ -5,7 +5,7 @@ Dimensions: K layer pairs, B texts, H heads, L tokens, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Literal
@@ -67,7 +67,13 @@ class TextTaps:
     student_groups: Tensor | None = None
 
 
-def attention_loss(texts: Sequence[TextTaps], config: AttentionSettings, *, impl: Impl = "auto") -> Tensor:
+def attention_loss(
+    texts: Sequence[TextTaps],
+    config: AttentionSettings,
+    *,
+    impl: Impl = "auto",
+    mean_over: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Tensor:
     """Divergence of the student's attention from the teacher's; gradient to the student only. A float32 scalar.
 
     texts: queries and passages, in this order. Form `self`: KL(teacher || student) over keys in nats, mean over real
@@ -75,11 +81,18 @@ def attention_loss(texts: Sequence[TextTaps], config: AttentionSettings, *, impl
     re-split). Form `interaction`: query tokens over passage tokens, every query against every passage of the
     micro-batch, KL or squared error (VIRT, arXiv 2112.04195).
 
+    mean_over: the mean of a number over the processes that share a step. In form `self` a process counts by its share of
+    the rows, so that the mean of their losses is that over all rows, however many processes hold them. In form
+    `interaction` it is over the pairs of each process, and another number of processes compares other pairs.
     Raises InputError where the models' tokenizers or heads cannot be compared as configured.
     """
     if config.form == "interaction":
         return _interaction(texts, config, impl)
-    return torch.stack([_self_attention(text, config, impl) for text in texts]).mean()
+    found = []
+    for text in texts:
+        value, rows = _self_attention(text, config, impl), _rows(text)
+        found.append(value * (rows / mean_over(rows).clamp_min(1)))
+    return torch.stack(found).mean()
 
 
 def pair_taps(views: Views) -> list[TextTaps]:
@@ -127,7 +140,7 @@ class Attention(Loss):
 
     def forward(self, views: Views) -> Tensor:
         """A scalar. Raises InputError as `pair_taps` and `attention_loss`."""
-        return attention_loss(pair_taps(views), self.settings, impl=self.shape.impl)
+        return attention_loss(pair_taps(views), self.settings, impl=self.shape.impl, mean_over=views.scope.mean)
 
 
 def _self_attention(text: TextTaps, config: AttentionSettings, impl: Impl) -> Tensor:
@@ -178,6 +191,18 @@ def _self_attention(text: TextTaps, config: AttentionSettings, impl: Impl) -> Te
         )
         kls.append(kl)
     return torch.stack(kls).mean()
+
+
+def _rows(text: TextTaps) -> Tensor:
+    """How many rows the mean of `_self_attention` is over, float32: real tokens, or groups of tokens that both models have."""
+    if text.teacher_groups is None or text.student_groups is None:
+        mask, q = _mask(text), text.student[0].q
+        return torch.full((), q.shape[0] * q.shape[2], device=q.device).float() if mask is None else mask.sum().float()
+    t_BL, s_BL = text.teacher_groups, text.student_groups
+    shared_BL = (t_BL[:, :, None] == s_BL[:, None, :]).any(-1) & (t_BL >= 0)
+    first_BL = torch.ones_like(shared_BL)
+    first_BL[:, 1:] = t_BL[:, 1:] != t_BL[:, :-1]  # a group's tokens stand side by side
+    return (shared_BL & first_BL).sum().float()
 
 
 def _interaction(texts: Sequence[TextTaps], config: AttentionSettings, impl: Impl) -> Tensor:

@@ -93,6 +93,43 @@ def test_identical_models_give_zero_and_layers_and_texts_average() -> None:
     torch.testing.assert_close(attention_loss([TextTaps([a], [b]), TextTaps([b], [a])], config), (one + two) / 2)
 
 
+def parted(texts: TextTaps, rows: slice) -> TextTaps:
+    """The taps of some of the texts, as another process would hold them."""
+
+    def some(one: Tap) -> Tap:
+        return replace(one, q=one.q[rows], k=one.k[rows], mask=None if one.mask is None else one.mask[rows])
+
+    groups = [None if x is None else x[rows] for x in (texts.teacher_groups, texts.student_groups)]
+    return TextTaps([some(x) for x in texts.teacher], [some(x) for x in texts.student], *groups)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_processes_count_by_their_rows(grouped: bool) -> None:
+    """The mean over processes is the mean over all rows, value and gradient, though one holds more of them."""
+    teacher, student = tap(2, 8, 6, seed=0, texts=3), tap(2, 8, 6, seed=1, texts=3)
+    assert teacher.mask is not None
+    teacher.mask[0, 2:] = 0
+    student.q.requires_grad_()
+    config = Attention.set(weight=1, heads="pair")
+    groups = torch.tensor([[0, 0, 1, -1, -1, -1], [0, 1, 2, 3, 4, 5], [0, 1, 1, 2, 3, 4]])
+    text = TextTaps([teacher], [student], *((groups, groups) if grouped else ()))
+    whole = attention_loss([text], config)
+    (expected,) = torch.autograd.grad(whole, student.q)
+
+    parts = [parted(text, slice(0, 1)), parted(text, slice(1, 3))]
+    counts: list[Tensor] = []
+    for part in parts:
+        attention_loss([part], config, mean_over=lambda rows: counts.append(rows) or rows)  # type: ignore[func-returns-value]
+    assert counts[0] < counts[1]
+    mean = torch.stack(counts).mean()
+    losses = torch.stack([attention_loss([part], config, mean_over=lambda rows: mean) for part in parts])
+    torch.testing.assert_close(losses.mean(), whole)
+    (gradient,) = torch.autograd.grad(losses.mean(), student.q)
+    torch.testing.assert_close(gradient, expected)
+    unweighted = torch.stack([attention_loss([part], config) for part in parts]).mean()
+    assert not torch.isclose(unweighted, whole), "the parts' own means do not do"
+
+
 def test_causal_attention_and_windows_hide_keys_of_both() -> None:
     teacher, student = replace(tap(2, 4, 5, seed=0), causal=True), replace(tap(2, 4, 5, seed=1), band=1)
     value = attention_loss([TextTaps([teacher], [student])], Attention.set(weight=1))
