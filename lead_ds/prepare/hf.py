@@ -118,7 +118,12 @@ def _tables(datasets: Any, name: str, configuration: str | None) -> dict[str, Ta
 
 
 def _table(where: str, rows: Any, identity: dict[str, Any]) -> Table:
-    return Table(where, lambda: iter(rows), getattr(rows, "num_rows", 0) or 0, {**identity, "split": where})
+    def read() -> Iterator[dict[str, Any]]:
+        found, end = _call(where, iter, rows), object()
+        while (row := _call(where, next, found, end)) is not end:  # a file is looked at when its rows are wanted
+            yield row
+
+    return Table(where, read, getattr(rows, "num_rows", 0) or 0, {**identity, "split": where})
 
 
 def _plain_table(where: str, files: list[Path], identity: dict[str, Any]) -> Table:
@@ -206,7 +211,7 @@ def _judgements(table: Table) -> Callable[[Tick], Iterator[Judgement]]:
         for number, row in enumerate(table.rows(), 1):
             where = f"{table.where}:{number}"
             score = _field(row, _SCORE, where)
-            if not isinstance(score, int | float) or score != int(score):
+            if not isinstance(score, int | float) or score % 1 != 0:
                 raise InputError(where, f"the judgement {score!r} is not an integer", "see the dataset's qrels")
             tick(1)
             yield Judgement(where, str(_field(row, _QUERY, where)), str(_field(row, _PASSAGE, where)), int(score))

@@ -124,13 +124,11 @@ class RelevanceShards(Shards):
         out = self.out / TEXTS_READ
         return VectorShards(self.config, self.settings, out, self.groups, range(layers), "float32")
 
-    def worth_reading_once(self, manifest: dict[str, Any], teacher: FrozenTeacher) -> bool:
+    def _worth_reading_once(self, manifest: dict[str, Any], teacher: FrozenTeacher) -> bool:
         """Whether shards would read many passages again, and their vectors can be kept until all are compared."""
         kind = KINDS[self.settings.kind]
         if not kind.gives_vectors or kind.sparse or len(self.groups) <= manifest["shard_groups"]:
             return False
-        if (self.out / TEXTS_READ).exists():
-            return True
         listing = self.texts(0).listing(manifest["facts"]["draws"])
         again, texts = listing.read_by(manifest["shard_groups"]), len(np.unique(listing.keys))
         if again < _REPEATED * texts:
@@ -146,7 +144,10 @@ class RelevanceShards(Shards):
     def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
         """Groups of a shard: few enough that every rank has work until the end, and that a kill costs little."""
         most = GROUPS_OF_PAIRS if KINDS[self.settings.kind].reads_pairs else GROUPS_OF_TEXTS
-        return {"shard_groups": asked or max(1, min(most, -(-len(self.groups) // (4 * world))))}
+        groups = asked or max(1, min(most, -(-len(self.groups) // (4 * world))))
+        # Kept, so that a later call, which may find another disk, goes on in the same way.
+        once = self._worth_reading_once({**manifest, "shard_groups": groups}, teacher)
+        return {"shard_groups": groups, "texts_read_once": int(once)}
 
     def describe(self, manifest: dict[str, Any]) -> str:
         """See `Shards`."""

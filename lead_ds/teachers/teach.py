@@ -121,9 +121,9 @@ def read_once(
 
     facts: see `facts_of`. read_by: what reads a shard of some shards. Every process calls this.
     """
-    teacher = read_by(shards).teacher
-    if not ranks.from_main(agreed(ranks, lambda: ranks.main and shards.worth_reading_once(manifest, teacher))):
+    if not manifest.get("texts_read_once"):
         return None
+    teacher = read_by(shards).teacher
     texts = shards.texts(teacher.num_layers)
     facts_of_texts = ranks.from_main(agreed(ranks, lambda: begin(texts, facts) if ranks.main else {}))
     if facts_of_texts["layers"] is None:
@@ -141,10 +141,11 @@ def complete(
     manifest = {**manifest, "layers": teacher.num_layers, **provenance(command, ranks.world)}
 
     def sizes() -> dict[str, int]:
-        found = shards.sizes(size, teacher, manifest, ranks.world) if ranks.main else {}
-        if ranks.main:
-            shards.out.mkdir(parents=True, exist_ok=True)
-            write_json(shards.out / MANIFEST, manifest | found)
+        if not ranks.main:
+            return {}
+        shards.out.mkdir(parents=True, exist_ok=True)
+        found = shards.sizes(size, teacher, manifest, ranks.world)
+        write_json(shards.out / MANIFEST, manifest | found)
         return found
 
     manifest |= ranks.from_main(agreed(ranks, sizes))

@@ -164,6 +164,8 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
     with pytest.raises(Killed):
         checkpoints.save(FileEngine(), 2, {"step": 2})
     monkeypatch.undo()
-    assert [path.name for path in tmp_path.glob("step-*[0-9]")] == ["step-00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.old.partial", "step-00000002"]
+    Checkpoints(tmp_path, ALONE, 1).clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
     checkpoints.save(FileEngine(), 3, {"step": 3})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003"]

@@ -56,12 +56,18 @@ def changed_bytes(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
 def changed_values(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
     """JSON, or lines of it, with some values exchanged, fields taken out or added."""
     out = []
-    for line in draw(st.sampled_from(seeds)).decode("utf-8-sig").splitlines() or ["{}"]:
-        tree = json.loads(line)
-        if draw(st.booleans()):
-            tree = _changed(draw, tree)
-        out.append(json.dumps(tree, ensure_ascii=draw(st.booleans())))
+    for tree in _trees(draw(st.sampled_from(seeds)).decode("utf-8-sig")):
+        some = _changed(draw, tree) if draw(st.booleans()) else tree
+        out.append(json.dumps(some, ensure_ascii=draw(st.booleans())))
     return "\n".join(out).encode("utf-8", "surrogatepass")
+
+
+def _trees(text: str) -> list[Any]:
+    """The values of a file that holds one, over several lines perhaps, or of one that holds one a line."""
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in text.splitlines()] or [{}]
 
 
 def _changed(draw: st.DrawFn, tree: Any) -> Any:

@@ -23,6 +23,7 @@ from lead_ds.engine.records.checkpoint import MANIFEST as CHECKPOINT
 from lead_ds.engine.records.checkpoint import Checkpoints, checksum
 from lead_ds.io import owner, shards
 from lead_ds.io.adapters import adapter_of
+from lead_ds.io.files import data_checksum
 from lead_ds.io.fingerprints import Fingerprints
 from lead_ds.models.lens import Lens, load_lens
 from lead_ds.models.load import load_encoder
@@ -161,8 +162,8 @@ def taught_as_vectors(folder: Path) -> None:
         shards.save_arrays(folder / f"{kind}-00000.safetensors", arrays, identity(manifest))
 
 
-def taught_as_vectors_read(folder: Path) -> None:
-    cache = taught_vectors.VectorCache.open(folder)
+def taught_as_vectors_read(folder: Path, verify: bool = True) -> None:
+    cache = taught_vectors.VectorCache.open(folder, verify=verify)
     cache.said([0], [np.array([2])])
     cache.held()
 
@@ -267,8 +268,17 @@ def indexed(folder: Path) -> None:
     index.add(np.eye(3, dtype=np.float32))
     faiss.write_index(index, str(folder / "index.faiss"))
     (folder / "ids.txt").write_text("a\nb\nc\n")
-    facts = {"version": 1, "factory": "Flat", "dimension": 3, "model": {}, "kind": "corpus", "prompt": "", "length": 8}
-    (folder / "index.json").write_text(json.dumps({**facts, "data": "x", "count": 3}))
+    facts: dict[str, Any] = {
+        "version": 1,
+        "factory": "Flat",
+        "dimension": 3,
+        "model": {},
+        "kind": "corpus",
+        "prompt": "",
+    }
+    facts |= {"length": 8}
+    facts |= {"data": "x", "count": 3, "checksum": data_checksum(folder / "index.faiss")}
+    (folder / "index.json").write_text(json.dumps(facts))
 
 
 def index_read(folder: Path) -> None:

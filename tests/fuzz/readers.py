@@ -33,7 +33,7 @@ from lead_ds.retrieval.encode import MANIFEST
 from lead_ds.retrieval.evaluate import evaluate_run
 from lead_ds.retrieval.vectors import IDS, Vectors
 from lead_ds.settings.data import DataConfig
-from tests.fuzz import made
+from tests.fuzz import hf, made
 from tests.fuzz.made import CORPUS, QUERIES, among, files_of, lines
 
 
@@ -286,12 +286,9 @@ READERS = {
         Reader("mixture", (made.PAIRS,), among({"a.jsonl": made.PAIRS}, "b.jsonl", made.mixture), True),
         Reader("token cache", made.tokens, made.token_cache),
         *inside("teacher cache", made.taught, made.taught_read),
-        Reader(
-            "teacher cache, unverified",
-            lambda: files_of(made.taught)["relevance-00000.safetensors"],
-            among(lambda: files_of(made.taught), "relevance-00000.safetensors", lambda f: made.taught_read(f, False)),
-        ),
+        *inside("teacher cache, unverified", made.taught, partial(made.taught_read, verify=False)),
         *inside("vector cache", made.taught_as_vectors, made.taught_as_vectors_read),
+        *inside("vector cache, unverified", made.taught_as_vectors, partial(made.taught_as_vectors_read, verify=False)),
         *inside("served answers", made.answered, made.answers_read, share=0.5),
         *inside("lens", made.fitted, made.lens_read),
         Reader("metrics", (made.METRICS,), among({}, "metrics.jsonl", made.metrics), True),
@@ -310,7 +307,8 @@ READERS = {
             Reader(f"MS MARCO: {name}", (good,), among(made.MSMARCO, name, made.msmarco), share=0.5)
             for name, good in made.MSMARCO.items()
         ),
-        *inside("index", made.indexed, made.index_read, names=("index.json", "ids.txt")),
+        *inside("index", made.indexed, made.index_read, names=("index.json", "ids.txt", "index.faiss")),
+        *(Reader(*about) for about in hf.readers()),
         *(
             Reader(
                 f"adapter: {name}",

@@ -50,6 +50,8 @@ TRAINING = {
     "exporting": "lead_ds.engine.training.distill:export",
 }
 EMBEDDING = {"embedding": "lead_ds.models.kinds.kind:Kind.embed"}
+TEACHING = {"a turn": "lead_ds.teachers.reading:Reader.read", "writing": "lead_ds.io.shards:save_arrays"}
+KEPT = ("relevance-", "queries-", "passages-", "index.safetensors")  # of a teacher's cache
 Files = Mapping[str, str]
 
 
@@ -60,7 +62,7 @@ class Work:
     begin: rooms, folder -> its processes' jobs, that continue what is there. product: what must come out the same. complete:
     what lies under a final name, with a digest of what it must hold ("": it checks itself). victims: those that are killed
     together; -1: a pipeline's stage. keep: it removes all but its last so many. resumes: parts that are complete are not made
-    again. share: of all kills.
+    again. share: of all kills. full: whether its disk is made full, too.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Work:
     keep: int = 0
     resumes: bool = True
     done: Callable[[Path], bool] = field(default=lambda out: False)
+    full: bool = True
 
 
 def prepare_rooms(folder: Path) -> Path:
@@ -92,7 +95,7 @@ def prepare_rooms(folder: Path) -> Path:
 
 def digest(path: Path) -> str:
     """Of a file's bytes; of safetensors, whose metadata has any order, its tensors' own checksum."""
-    if path.name.startswith("relevance-"):
+    if path.name.startswith(KEPT):
         return str(mapped(path)[1]["checksum"])
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
@@ -166,8 +169,8 @@ def indexed(rooms: Path, out: Path) -> None:
     build_index(vectors, out, "HNSW8", rescore=vectors, quiet=True)
 
 
-def taught(config: Path, out: Path) -> None:
-    teach(load_config(config), out, shard_size=4, quiet=True)
+def taught(config: Path, out: Path, vectors: str | None = None) -> None:
+    teach(load_config(config), out, vectors=vectors, shard_size=4, quiet=True)
 
 
 def evaluating(rooms: Path, out: Path) -> list[Job]:
@@ -257,7 +260,16 @@ WORKS = {
             lambda rooms, out: one(taught, training_config(rooms, out), out),
             lambda out: digests(out, "*.safetensors"),
             lambda out: digests(out, "*.safetensors"),
-            {"a turn": "lead_ds.teachers.reading:Reader.read", "writing": "lead_ds.io.shards:save_arrays"} | FILES,
+            TEACHING | FILES,
+            full=False,  # without room for the vectors of all texts, shards are made in another way, with other rounding
+        ),
+        Work(
+            "teach vectors",
+            8,
+            lambda rooms, out: one(taught, training_config(rooms, out), out, "0"),
+            lambda out: digests(out, "*.safetensors"),
+            lambda out: digests(out, "*.safetensors"),
+            TEACHING | FILES,
         ),
         Work(
             "index",
@@ -297,7 +309,7 @@ WORKS = {
         ),
         Work(
             "pipeline",
-            3,
+            8,
             pipelined,
             results,
             stages,

@@ -15,7 +15,7 @@ within a group, which are small beside the raw dot products of a wide model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -113,12 +113,23 @@ class TeacherCache(ABC):
         what = f"does not hold every passage drawn for group {row}"
         return InputError(self.folder, what, f"{_AGAIN} with this configuration, in a new folder")
 
-    def _open(self, path: Path) -> Arrays:
+    def _open(self, path: Path, shapes: Callable[[Arrays], dict[str, tuple[int, ...]]]) -> Arrays:
+        """The arrays of a file. shapes: what they must be. Files are not always compared with their checksums first.
+
+        Raises RunError for a file that cannot be read, or whose arrays are others.
+        """
         if path not in self._mapped:
             try:
-                self._mapped[path] = mapped(path)[0]
-            except (OSError, ValueError, KeyError) as error:
+                arrays = mapped(path)[0]
+                wanted = shapes(arrays)
+            except (OSError, ValueError) as error:
                 raise RunError(path, f"cannot be read: {error}", _AGAIN) from None
+            except KeyError as error:
+                raise RunError(path, f"is damaged: it lacks {error}", _AGAIN) from None
+            odd = [name for name, shape in wanted.items() if name not in arrays or arrays[name].shape != shape]
+            if odd:
+                raise RunError(path, f"is damaged: {odd[0]} is missing, or of another shape", _AGAIN)
+            self._mapped[path] = arrays
         return self._mapped[path]
 
 
@@ -163,7 +174,7 @@ class RelevanceCache(TeacherCache):
         out = np.empty((len(rows), len(keys[0]), self.num_layers + 1), np.float32)
         for i, (row, drawn) in enumerate(zip(rows, keys, strict=True)):
             shard, group = divmod(int(row), self.shard_groups)
-            arrays = self._open(shard_path(self.folder, shard))
+            arrays = self._shard(shard)
             first, last = arrays["starts"][group : group + 2].tolist()
             candidates = arrays["keys"][first:last]
             places = np.searchsorted(candidates, drawn)
@@ -172,6 +183,17 @@ class RelevanceCache(TeacherCache):
             out[i] = arrays["deviation"][first + places]
             out[i] += arrays["mean"][group]
         return out
+
+    def _shard(self, shard: int) -> Arrays:
+        groups, wide = min(self.shard_groups, len(self) - shard * self.shard_groups), self.num_layers + 1
+
+        def shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+            starts, count = arrays["starts"], len(arrays["keys"])
+            if starts.shape != (groups + 1,) or starts[0] or starts[-1] != count or (np.diff(starts) < 0).any():
+                raise ValueError("starts is not that of its groups")
+            return {"keys": (count,), "deviation": (count, wide), "mean": (groups, wide)}
+
+        return self._open(shard_path(self.folder, shard), shapes)
 
 
 def shard_path(folder: Path, shard: int) -> Path:

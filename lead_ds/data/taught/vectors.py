@@ -59,7 +59,7 @@ class VectorCache(TeacherCache):
 
     def said(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:
         """queries [K + 1, len(rows), D] and passages [K + 1, len(rows) * N, D], float32. See `TeacherCache`."""
-        index = self._open(index_path(self.folder))
+        index = self._index()
         drawn, known = np.concatenate(keys), index["passages"]
         places = np.searchsorted(known, drawn)
         lost = np.flatnonzero(known[np.minimum(places, len(known) - 1)] != drawn)
@@ -73,9 +73,26 @@ class VectorCache(TeacherCache):
         shards, places = np.divmod(rows, int(self.manifest["shard_texts"]))
         out = np.empty((len(self.layers) + 1, len(rows), int(self.manifest["width"])), np.float32)
         for shard in np.unique(shards):
-            arrays, mine = self._open(shard_path(self.folder, kind, int(shard))), np.flatnonzero(shards == shard)
+            arrays, mine = self._shard(kind, int(shard)), np.flatnonzero(shards == shard)
             out[:, mine] = arrays["deviation"][places[mine]].swapaxes(0, 1) + arrays["mean"][:, None]
         return out
+
+    def _index(self) -> Arrays:
+        queries = int(self.manifest["queries"])
+
+        def shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+            rows = arrays["queries"]
+            if len(rows) and not 0 <= rows.min() <= rows.max() < queries:
+                raise ValueError("queries names rows that no shard has")
+            return {"queries": (len(self) if queries else 0,), "passages": (int(self.manifest["passages"]),)}
+
+        return self._open(index_path(self.folder), shapes)
+
+    def _shard(self, kind: Kind, shard: int) -> Arrays:
+        size, layers, wide = int(self.manifest["shard_texts"]), len(self.layers) + 1, int(self.manifest["width"])
+        texts = min(size, int(self.manifest[kind]) - shard * size)
+        shapes = {"deviation": (texts, layers, wide), "mean": (layers, wide)}
+        return self._open(shard_path(self.folder, kind, shard), lambda arrays: shapes)
 
 
 def index_path(folder: Path) -> Path:

@@ -54,6 +54,11 @@ class Checkpoints:
             raise
         return final
 
+    def clear(self) -> None:
+        """Remove what a kill left: half of a checkpoint that was being written, or of an old one that was being removed."""
+        for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}") if self.ranks.main else ():
+            shutil.rmtree(stale, ignore_errors=True)
+
     def best(self) -> dict[str, Any] | None:
         """What best.json holds: the best evaluation and its checkpoint."""
         try:
@@ -126,8 +131,7 @@ class Checkpoints:
         if not self.ranks.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
-            shutil.rmtree(stale)
+        self.clear()
         previous = [p for p in self.folder.glob(f"{PREFIX}*") if p.is_dir()]
         stored = [p for p in engine.module.parameters() if self.whole or p.requires_grad]
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in stored)
@@ -213,7 +217,7 @@ def remove(path: Path) -> None:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a checkpoint to a name that no checkpoint has; it is removed when the next one is written."""
+    """Rename a checkpoint to a name that no checkpoint has: see `Checkpoints.clear`."""
     aside = path.with_name(path.name + ".old" + PARTIAL)
     os.replace(path, aside)
     return aside

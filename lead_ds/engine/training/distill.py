@@ -144,6 +144,7 @@ def train(
         state["attention"] = backends_of({"student": student, **teachers})
         state["informative"] = layers_that_know(config, state, teachers, batches, ranks)
         Selected.of(config, student, taught, state["informative"]).pairs(step=0)
+        checkpoints.clear()  # killed after its last checkpoint, a run writes no further one that would do it
         recorder = Recorder(
             output,
             ranks,
