@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow test-lowest test-clusters test-quantised lock stress fuzz lint types docs check clean
+.PHONY: help demo test test-slow test-lowest test-clusters test-quantised audit lock stress fuzz lint types docs check clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -40,17 +40,31 @@ test-quantised: $(VENV)/.test  ## quantised teachers, with the packages that rea
 	$(VENV)-quantised/bin/python -m pip install -q "bitsandbytes>=0.46.1" "torchao>=0.12" "compressed-tensors>=0.15"
 	$(VENV)-quantised/bin/python -m pytest tests/models/test_quantised.py
 
-# Of those that are built for this Python: NumPy 1.26 is not for 3.13. DeepSpeed has no wheel.
-test-lowest:  ## a tiny run with the lowest versions that pyproject.toml allows, in an environment of its own
-	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install -q uv setuptools wheel
-	$(VENV)-lowest/bin/uv pip compile -q pyproject.toml --extra cpu --extra demo --resolution lowest-direct \
-	  --only-binary :all: --no-binary deepspeed --python $(VENV)-lowest/bin/python -o $(VENV)-lowest/lowest.txt
-	$(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest/bin/python "$$(grep '^torch==' $(VENV)-lowest/lowest.txt)"
-	DS_BUILD_OPS=0 $(VENV)-lowest/bin/uv pip install -q --python $(VENV)-lowest/bin/python \
-	  -r $(VENV)-lowest/lowest.txt --no-build-isolation-package deepspeed
-	$(VENV)-lowest/bin/python -m lead_ds --help
-	$(VENV)-lowest/bin/python -m tests.lowest
+# Of those that are built for this Python: NumPy 1.26 is not for 3.13. DeepSpeed has no wheel. Of the test tools the newest,
+# but those that the package itself can use (extras) are the lowest, too. PYTHON=python3.10 is the lowest of all.
+LOWEST := $(VENV)-lowest
+LOWEST_PYTEST ?= -n 2 --dist loadfile
+test-lowest:  ## the tests with the lowest versions that pyproject.toml allows, in an environment of its own
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q uv setuptools wheel
+	$(LOWEST)/bin/uv pip compile -q pyproject.toml $(foreach x,cpu demo adapters bm25 prepare onnx,--extra $(x)) \
+	  --resolution lowest-direct --only-binary :all: --no-binary deepspeed --python $(LOWEST)/bin/python -o $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python "$$(grep '^torch==' $(LOWEST)/lowest.txt)"
+	DS_BUILD_OPS=0 $(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python \
+	  -r $(LOWEST)/lowest.txt --no-build-isolation-package deepspeed
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python -c $(LOWEST)/lowest.txt \
+	  pytest pytest-xdist pytest-timeout psutil hypothesis nbclient nbformat ipykernel
+	$(LOWEST)/bin/python -m lead_ds --help
+	$(LOWEST)/bin/python -m tests.lowest
+	$(LOWEST)/bin/python -m pytest -m "not slow and not clusters" $(LOWEST_PYTEST)
+
+# In an environment of its own. It asks pypi.org/pypi/NAME/VERSION/json for each, which mirrors of PyPI seldom serve.
+audit:  ## known vulnerabilities of what requirements.lock and the Makefile install, by pip-audit; needs pypi.org itself
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install -q "pip-audit>=2.9"
+	echo "$(TORCH)" > $(VENV)-audit/torch.txt
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+	  -r requirements.lock -r $(VENV)-audit/torch.txt
 
 lock: $(VENV)/.torch  ## the newest versions into requirements.lock, for Python 3.10 to 3.13
 	$(PIP) install -q uv
@@ -96,4 +110,4 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-quantised site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-quantised $(VENV)-audit site .pytest_cache .mypy_cache .ruff_cache

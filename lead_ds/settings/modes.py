@@ -10,6 +10,7 @@ from pydantic import PlainValidator, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
 from lead_ds.settings.base import Section
+from lead_ds.settings.typed import is_section
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def forget_former(tree: dict[str, Any], overrides: Sequence[str], root: type[Sec
             field = next((found for one in section if (found := one.known_fields().get(name))), None)
             modes = next((mark for mark in field.metadata if isinstance(mark, Modes)), None) if field else None
             kind = field.annotation if field else None
-            section = [kind] if isinstance(kind, type) and issubclass(kind, Section) else []
+            section = [kind] if is_section(kind) else []
         if modes is None or modes.key != key or not isinstance(node, dict) or node.get(key) not in modes.sections:
             continue
         own = modes.sections[node[key]].model_fields

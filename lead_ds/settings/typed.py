@@ -53,7 +53,8 @@ def items_of(kinds: list[Any]) -> list[Any]:
 
 def is_section(kind: Any) -> bool:
     """Whether a plain alternative of an annotation is a section."""
-    return isinstance(kind, type) and issubclass(kind, Section)
+    plain = typing.get_origin(kind) is None  # Python 3.10 takes list[int] for a type
+    return plain and isinstance(kind, type) and issubclass(kind, Section)
 
 
 def typed_value(text: str, kinds: list[Any], root: type[Section]) -> Any:

@@ -82,3 +82,18 @@ def test_an_id_that_judgements_cannot_name_is_refused(tmp_path: Path, name: str)
         (tmp_path / "source" / folder / "test.jsonl").write_text(lines)
     with pytest.raises(InputError, match="qrels cannot name it"):
         prepare(open_hf(str(tmp_path / "source")), tmp_path / "out", shown=False)
+
+
+def test_a_file_that_the_library_reads_late_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text('[{"query": "one", "positive": "x"}, {"query" "two"}]')
+    with pytest.raises(InputError, match=r"train\.json.*cannot be loaded"):
+        prepare(open_hf(str(tmp_path / "train.json")), tmp_path / "out", shown=False)
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("score", ["NaN", "1e999", "0.5"])
+def test_a_judgement_is_a_whole_number(score: str, tables: Path, tmp_path: Path) -> None:
+    (tables / "qrels" / "test.tsv").unlink()
+    (tables / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n007\t001\t{score}\n")
+    with pytest.raises(InputError, match="is not an integer"):
+        prepare(open_hf(str(tables)), tmp_path / "out", shown=False)
