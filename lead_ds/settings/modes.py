@@ -82,7 +82,8 @@ def forget_former(tree: dict[str, Any], overrides: Sequence[str], root: type[Sec
     for where in keys:
         *path, key = where.split(".")
         node: Any = tree
-        section, modes = [root], None
+        section: list[Any] = [root]
+        modes = None
         for name in path:
             node = node.get(name) if isinstance(node, dict) else None
             field = next((found for one in section if (found := one.known_fields().get(name))), None)

@@ -256,7 +256,7 @@ def owners(folder: Path) -> None:
     record = folder / owner.RECORD
     found = owner._read(record)
     if found is not None:
-        owner._told(found)
+        owner._described(found)
         if found.get("host") == owner._here()["host"]:  # another host's is waited for
             owner._alive(record, found)
 
