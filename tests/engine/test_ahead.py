@@ -11,10 +11,13 @@ import torch
 
 from lead_ds.config import Config, TeacherConfig, load_config
 from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.engine.training import numerics
 from lead_ds.engine.training.ahead import with_next
+from lead_ds.engine.training.numerics import fit_attention
+from lead_ds.engine.training.trainee import Trainee, student_dtype
 from lead_ds.models import attention_backend
 from lead_ds.models.attention_backend import candidates, choose_attention
-from lead_ds.models.load import load_teacher
+from lead_ds.models.load import load_student, load_teacher
 from tests.helpers.batches import windows_of
 from tests.helpers.launch import launch
 from tests.models.zero3_jobs import tokens_of
@@ -118,6 +121,24 @@ def test_the_faster_attention_is_taken(rooms: Path, monkeypatch: pytest.MonkeyPa
     # On resuming it is as it was, measured or not.
     assert choose_attention(teacher, ["sdpa", "eager"], slow_if("eager"), HERE, known="eager") == {}
     assert teacher.backbone.config._attn_implementation == "eager"
+
+
+def test_a_bf16_student_of_short_rows_has_eager_attention_on_a_cpu(
+    configure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(known: str | None = None, **student: Any) -> str:
+        config = load_config(configure(student=student))
+        dtype = student_dtype(config.student, HERE.device)
+        trainee = Trainee(load_student(config.student, dtype))
+        fit_attention(trainee, config, windows_of(config, HERE), dtype, HERE, known)
+        return str(trainee.student.backbone.config._attn_implementation)
+
+    assert chosen() == "sdpa"
+    assert chosen(dtype="bf16") == "eager"
+    assert chosen(dtype="bf16", attention="sdpa") == "sdpa"
+    assert chosen(dtype="bf16", known="sdpa") == "sdpa", "as the run was before it was interrupted"
+    monkeypatch.setattr(numerics, "SHORT_ROW", 4)
+    assert chosen(dtype="bf16") == "sdpa", "its rows are longer"
 
 
 @pytest.mark.slow

@@ -83,8 +83,9 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     else:
         reach_all_experts(trainee)
     groups = parameter_groups(trainee, config)
-    # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's is as good there.
-    optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=ranks.device.type == "cuda")
+    # DeepSpeed's own Adam would be compiled for over a minute on a CPU; torch's fused one is as good there.
+    fused = ranks.device.type in ("cuda", "cpu")
+    optimizer = None if "optimizer" in tree else torch.optim.AdamW(groups, fused=fused)
     if (tree.get("optimizer") or {}).get("type", "").lower() != "muon":
         _import_muon()
     try:
