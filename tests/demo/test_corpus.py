@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.demo.corpus import build_corpus, collect, first_sentence, functions_of, split_of
+from lead_ds.demo.corpus import JUDGED, build_corpus, collect, first_sentence, functions_of, split_of
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,17 @@ def test_no_module_is_trained_and_tested_on(folder: Path) -> None:
         assert len(judged) > 50
         assert not {module[passage] for passage in judged} & trained
         assert {split_of(module[passage]) for passage in judged} == {split}
+
+
+def test_few_queries_are_judged_and_no_tested_text_is_among_those_alone(folder: Path) -> None:
+    texts = {row["_id"][1:]: row["text"] for row in rows(folder / "queries.jsonl")}
+    alone = {row["text"] for row in rows(folder / "texts.jsonl") if row["role"] == "query"}
+    groups = rows(folder / "train.jsonl")
+    assert len(groups) == JUDGED < len(alone) / 4
+    assert {texts[group["query_id"][1:]] for group in groups} <= alone
+    for split in ("dev", "test"):
+        lines = (folder / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]
+        assert not alone & {texts[line.split("\t")[0][1:]] for line in lines}
 
 
 def test_the_answer_is_not_in_the_passage(folder: Path) -> None:
@@ -89,5 +100,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     student = run_demo(tmp_path, processes=2, steps=2, prompt=False)
     comparison = json.loads((tmp_path / "comparison.json").read_text())["test"]
     assert comparison["teacher"]["nDCG@10"] > comparison["student before"]["nDCG@10"] > 0
+    gain = json.loads((tmp_path / "comparison.json").read_text())["gain"]
+    assert gain["low"] <= gain["difference"] <= gain["high"]
     assert (student / "modules.json").exists()
     assert (tmp_path / "distilled" / "report" / "index.html").exists()
