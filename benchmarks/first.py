@@ -145,7 +145,7 @@ def interaction_call(**given: Any) -> Tensor:
 
 def interaction_exact(**given: Any) -> Tensor:
     """Its reference."""
-    from lead_ds.kernels.attention_kl.reference import interaction_reference
+    from lead_ds.kernels.interaction.reference import interaction_reference
 
     return interaction_reference(**given)
 

@@ -16,7 +16,7 @@ for _name in ("attention_kl", "layer_kl", "maxsim"):
     del globals()[_name]
 
 if TYPE_CHECKING:
-    from lead_ds.kernels.attention_kl.op import attention_kl, attention_kl_pairs
+    from lead_ds.kernels.attention_kl.op import attention_kl
     from lead_ds.kernels.grouped.op import grouped_attention_kl
     from lead_ds.kernels.interaction.op import interaction_attention
     from lead_ds.kernels.layer_kl.inputs import Factors
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Factors",
     "attention_kl",
-    "attention_kl_pairs",
     "factors_kl",
     "grouped_attention_kl",
     "interaction_attention",
@@ -36,7 +35,6 @@ __all__ = [
 
 _HOME = {
     "attention_kl": "lead_ds.kernels.attention_kl.op",
-    "attention_kl_pairs": "lead_ds.kernels.attention_kl.op",
     "grouped_attention_kl": "lead_ds.kernels.grouped.op",
     "interaction_attention": "lead_ds.kernels.interaction.op",
     "Factors": "lead_ds.kernels.layer_kl.inputs",

@@ -28,12 +28,12 @@ def inputs(device: torch.device) -> dict[str, Tensor]:
 
 def results(given: dict[str, Tensor], impl: str, **how: Any) -> list[Tensor]:
     """Value and gradients of two layer pairs alike, through a gradient of any layout."""
-    from lead_ds.kernels import attention_kl_pairs
+    from lead_ds.kernels import attention_kl
 
     tq, tk, sq, sk = (given[name].detach() for name in NAMES)
     sq.requires_grad_()
     sk.requires_grad_()
-    values = attention_kl_pairs([tq, tq], [tk, tk], [sq, sq], [sk, sk], given["mask"], impl=impl, **how)
+    values = attention_kl([tq, tq], [tk, tk], [sq, sq], [sk, sk], given["mask"], per_pair=True, impl=impl, **how)
     return [values.detach(), *torch.autograd.grad(values, (sq, sk), given["grad"])]
 
 

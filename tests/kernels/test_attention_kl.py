@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.kernels.attention_kl import chunked
-from lead_ds.kernels.attention_kl.op import attention_kl, attention_kl_pairs
+from lead_ds.kernels.attention_kl.op import attention_kl
 from lead_ds.kernels.attention_kl.reference import attention_kl_reference, attention_log_probs
 
 # name: B, teacher heads, their key heads, student heads, their key heads, L, dt, ds, arguments
@@ -274,7 +274,7 @@ def test_layer_pairs_of_different_shapes_share_a_call(impl: str, device: torch.d
     mask = mask_of("right", 2, 17).to(device)  # type: ignore[union-attr]
     bands, scales = [None, 5, None], [0.5, 0.2, 0.5]
     columns = [list(column) for column in zip(*pairs, strict=True)]
-    values = attention_kl_pairs(*columns, mask, band=bands, teacher_scale=scales, impl=impl)
+    values = attention_kl(*columns, mask, per_pair=True, band=bands, teacher_scale=scales, impl=impl)
     students = [pair[i] for pair in pairs for i in (2, 3)]
     weights = torch.tensor([1.0, 0.5, 2.0], device=device)
     gradients = torch.autograd.grad((values * weights).sum(), students)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.attention_kl.reference import interaction_reference
 from lead_ds.kernels.interaction import op as interaction
 from lead_ds.kernels.interaction.op import interaction_attention
+from lead_ds.kernels.interaction.reference import interaction_reference
 
 SHARED = Path(os.environ.get("LEAD_DS_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "de_virt.npz"

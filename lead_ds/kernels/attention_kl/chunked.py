@@ -51,10 +51,10 @@ class _Hidden:
 
 def attention_kl_chunked(
     pairs: list[LayerPair], mask: Tensor | None, causal: bool, head_mean: bool, with_grad: bool
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """KL of every layer pair [K], and, if requested, its gradient to every student q and k (as `keep` keeps it)."""
+) -> tuple[Tensor, list[Tensor]]:
+    """KL of every layer pair [K], and, if requested, its gradients to each student q and k in turn (as `keep` keeps them)."""
     results = [_one_pair(pair, mask, causal, head_mean, with_grad) for pair in pairs]
-    return torch.stack([value for value, _ in results]), [grad for _, grad in results if grad is not None]
+    return torch.stack([value for value, _ in results]), [x for _, grad in results for x in grad or ()]
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

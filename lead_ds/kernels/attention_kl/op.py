@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lead_ds.kernels.attention_kl.chunked import attention_kl_chunked
 from lead_ds.kernels.attention_kl.inputs import LayerPair, Tensors, layer_pairs
 from lead_ds.kernels.dispatch import resolve, unless_refused, with_fallback
+from lead_ds.kernels.one_visit import OneVisit
 
 
 def attention_kl(
@@ -28,6 +29,7 @@ def attention_kl(
     band: int | Sequence[int | None] | None = None,
     head_mean: bool = False,
     atomic: bool = False,
+    per_pair: bool = False,
 ) -> Tensor:
     """KL(teacher || student) of two models' attention distributions, in nats: a scalar.
 
@@ -48,47 +50,12 @@ def attention_kl(
         head_mean: compare the distributions averaged over each model's heads; always runs on torch.
         atomic: let the Triton backward add up with atomics: one kernel instead of two, but sums in no fixed order.
             Heads wider than 128 take the two.
+        per_pair: the value of every layer pair, [K], in place of their mean.
 
     Returns a float32 scalar (float64 for float64 inputs); 0 if no row is real; NaN if an input that counts is NaN.
     One pass forward and recomputation backward are also what StreamKL does (Liu et al., 2026, arXiv 2606.20005).
     Raises ValueError where shapes or head counts do not fit, or where the teacher requires grad.
     """
-    return attention_kl_pairs(
-        tq,
-        tk,
-        sq,
-        sk,
-        mask,
-        teacher_scale=teacher_scale,
-        student_scale=student_scale,
-        temperature=temperature,
-        causal=causal,
-        relation_heads=relation_heads,
-        impl=impl,
-        band=band,
-        head_mean=head_mean,
-        atomic=atomic,
-    ).mean()
-
-
-def attention_kl_pairs(
-    tq: Tensors,
-    tk: Tensors,
-    sq: Tensors,
-    sk: Tensors,
-    mask: Tensor | None = None,
-    *,
-    teacher_scale: float | Sequence[float] | None = None,
-    student_scale: float | Sequence[float] | None = None,
-    temperature: float = 1.0,
-    causal: bool = False,
-    relation_heads: int | None = None,
-    impl: str = "auto",
-    band: int | Sequence[int | None] | None = None,
-    head_mean: bool = False,
-    atomic: bool = False,
-) -> Tensor:
-    """`attention_kl` of every layer pair: [K], in nats; arguments and errors as there."""
     pairs = layer_pairs(
         tq,
         tk,
@@ -107,10 +74,11 @@ def attention_kl_pairs(
 
     def run(chosen: str) -> Tensor:
         if chosen == "torch":
-            return _AttentionKLTorch.apply(pairs, mask, causal, head_mean, with_grad, *students)
+            return OneVisit.apply(lambda: attention_kl_chunked(pairs, mask, causal, head_mean, with_grad), *students)
         return _AttentionKLTriton.apply(pairs, mask, causal, atomic, chosen, *students)
 
-    return with_fallback(run, impl, _implementation(impl, pairs, head_mean), kernel="attention_kl")
+    values_K = with_fallback(run, impl, _implementation(impl, pairs, head_mean), kernel="attention_kl")
+    return values_K if per_pair else values_K.mean()
 
 
 def _implementation(impl: str, pairs: list[LayerPair], head_mean: bool) -> str:
@@ -126,35 +94,6 @@ def _implementation(impl: str, pairs: list[LayerPair], head_mean: bool) -> str:
     if obstacle and impl == "triton":
         raise ValueError(f"attention_kl: impl='triton' cannot run here: {obstacle}")
     return "torch" if obstacle else chosen
-
-
-class _AttentionKLTorch(torch.autograd.Function):
-    """Value and gradient in one visit of the map; backward only scales the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pairs: list[LayerPair],
-        mask: Tensor | None,
-        causal: bool,
-        head_mean: bool,
-        with_grad: bool,
-        *students: Tensor,
-    ) -> Tensor:
-        values, gradients = attention_kl_chunked(pairs, mask, causal, head_mean, with_grad)
-        ctx.save_for_backward(*(tensor for gradient in gradients for tensor in gradient))
-        ctx.dtypes = [student.dtype for student in students]
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        scaled = [
-            (gradient * grad_K[i // 2].to(gradient.dtype)).to(dtype)
-            for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
-        ]
-        return (None, None, None, None, None, *scaled)
 
 
 class _AttentionKLTriton(torch.autograd.Function):
@@ -182,7 +121,7 @@ class _AttentionKLTriton(torch.autograd.Function):
             _, found = attention_kl_chunked(pairs, saved.mask, causal, head_mean=False, with_grad=True)
             return [
                 ((dq * weight).to(pair.sq.dtype), (dk * weight).to(pair.sk.dtype))
-                for pair, weight, (dq, dk) in zip(pairs, grad_K.unbind(), found, strict=True)
+                for pair, weight, dq, dk in zip(pairs, grad_K.unbind(), found[::2], found[1::2], strict=True)
             ]
 
         gradients = unless_refused(

@@ -15,7 +15,7 @@ Dimensions: K pairs, B texts, H heads, L tokens, d width of a head.
 import triton
 import triton.language as tl
 
-from lead_ds.kernels.attention_kl.visible import bounds_of, is_real, load_tokens, pick, seeing_rows, sees, visible_keys
+from lead_ds.kernels.attention_kl.visible import bounds_of, is_real, load_tokens, meeting, pick, sees
 
 # Finite, so that a row of hidden keys stays free of NaN.
 _HIDDEN = tl.constexpr(-1e30)
@@ -105,7 +105,7 @@ def forward_kernel(
     t_q = load_tokens(tq, row, tq_l, t_width, row_real, True, EVEN_T, T_BLOCK)
     s_q = load_tokens(sq, row, sq_l, s_width, row_real, True, EVEN_S, S_BLOCK)
     low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, band, CAUSAL, BANDED, ROWS, KEYS)
+    first, inner_first, inner_last, last = meeting(start, low, high, solid, band, CAUSAL, BANDED, True, ROWS, KEYS)
 
     nothing = tl.full([ROWS], _HIDDEN, dtype=tl.float32)
     zero = tl.zeros([ROWS], dtype=tl.float32)
@@ -190,7 +190,7 @@ def query_gradient_kernel(
     t_lse = tl.load(t_lse_ptr + saved, mask=row < length, other=_NO_ROW)
     s_lse = tl.load(s_lse_ptr + saved, mask=row < length, other=_NO_ROW)
     low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = visible_keys(start, low, high, solid, band, CAUSAL, BANDED, ROWS, KEYS)
+    first, inner_first, inner_last, last = meeting(start, low, high, solid, band, CAUSAL, BANDED, True, ROWS, KEYS)
 
     total = tl.zeros([ROWS, S_BLOCK], dtype=tl.float32)
     for tile in range(inner_first, inner_last):
@@ -275,7 +275,7 @@ def key_gradient_kernel(
     key_real = is_real(mask_ptr, text, key, length, HAS_MASK)
     s_k = load_tokens(sk, key, sk_l, s_width, key_real, True, EVEN_S, S_BLOCK)
     low, high, solid = bounds_of(bounds_ptr, text, length, HAS_MASK)
-    first, inner_first, inner_last, last = seeing_rows(start, low, high, solid, band, CAUSAL, BANDED, ROWS, KEYS)
+    first, inner_first, inner_last, last = meeting(start, low, high, solid, band, CAUSAL, BANDED, False, KEYS, ROWS)
 
     total = tl.zeros([KEYS, S_BLOCK], dtype=tl.float32)
     for member in range(s_group):

@@ -78,24 +78,11 @@ def forward(pairs: list[LayerPair], mask: Tensor | None, causal: bool) -> tuple[
         t_lse = torch.empty(len(group), batch, heads, length, dtype=torch.float32, device=device)
         s_lse = torch.empty_like(t_lse)
         launch(
-            forward_kernel,
-            (batch * heads * row_tiles, len(group)),
-            *_inputs(group),
-            _or(mask, partial),
-            _or(bounds, partial),
-            partial,
-            t_lse,
-            s_lse,
-            *_strides(pair.tq, pair.tk, pair.sq, pair.sk),
-            *_sizes(pair),
-            pair.teacher_scale * _LOG2_E,
-            pair.student_scale * _LOG2_E,
-            pair.band or 0,
-            row_tiles,
-            PAIRS=len(group),
-            **_constants(pair, tiles, mask is not None, causal),
-            **_options(tiles),
-        )
+            forward_kernel, (batch * heads * row_tiles, len(group)), *_inputs(group), _or(mask, partial),
+            _or(bounds, partial), partial, t_lse, s_lse, *_strides(pair.tq, pair.tk, pair.sq, pair.sk), *_sizes(pair),
+            pair.teacher_scale * _LOG2_E, pair.student_scale * _LOG2_E, pair.band or 0, row_tiles, PAIRS=len(group),
+            **_constants(pair, tiles, mask is not None, causal), **_options(tiles),
+        )  # fmt: skip
         groups.append(Group(members, t_lse, s_lse))
         for k, value in zip(members, (partial.sum(1) * (weight * (_LN_2 / heads))).unbind(), strict=True):
             values[k] = value
@@ -128,41 +115,19 @@ def backward(
             tiles = _tiles("dq", pair, length)
             row_tiles = triton.cdiv(length, tiles.rows)
             launch(
-                query_gradient_kernel,
-                (batch * heads * row_tiles, len(group)),
-                *_inputs(group),
-                _pointers([gradients[k][0] for k in members]),
-                *arguments,
-                *strides,
-                *_strides(gradients[members[0]][0]),
-                *_sizes(pair),
-                *scales,
-                pair.band or 0,
-                row_tiles,
-                PAIRS=len(group),
-                **_constants(pair, tiles, mask is not None, causal),
-                **_options(tiles),
-            )
+                query_gradient_kernel, (batch * heads * row_tiles, len(group)), *_inputs(group),
+                _pointers([gradients[k][0] for k in members]), *arguments, *strides,
+                *_strides(gradients[members[0]][0]), *_sizes(pair), *scales, pair.band or 0, row_tiles,
+                PAIRS=len(group), **_constants(pair, tiles, mask is not None, causal), **_options(tiles),
+            )  # fmt: skip
         tiles = _tiles("both" if atomic else "dk", pair, length)
         key_tiles = triton.cdiv(length, tiles.keys)
         launch(
-            key_gradient_kernel,
-            (batch * pair.sk.shape[1] * key_tiles, len(group)),
-            *_inputs(group),
-            _pointers([gradients[k][1] for k in members]),
-            summed,
-            *arguments,
-            *strides,
-            *_strides(gradients[members[0]][1]),
-            *_sizes(pair),
-            *scales,
-            pair.band or 0,
-            key_tiles,
-            PAIRS=len(group),
-            ATOMIC=atomic,
-            **_constants(pair, tiles, mask is not None, causal),
-            **_options(tiles),
-        )
+            key_gradient_kernel, (batch * pair.sk.shape[1] * key_tiles, len(group)), *_inputs(group),
+            _pointers([gradients[k][1] for k in members]), summed, *arguments, *strides,
+            *_strides(gradients[members[0]][1]), *_sizes(pair), *scales, pair.band or 0, key_tiles, PAIRS=len(group),
+            ATOMIC=atomic, **_constants(pair, tiles, mask is not None, causal), **_options(tiles),
+        )  # fmt: skip
         if atomic:
             for k, dq in zip(members, summed.unbind(), strict=True):
                 gradients[k][0].copy_(dq)

@@ -41,59 +41,27 @@ def span(low, high, inner_low, inner_high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(
-    start,
-    low,
-    high,
-    solid,
-    band,
-    CAUSAL: tl.constexpr,
-    BANDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Key tiles that rows start .. start + ROWS - 1 see; none if no row is real."""
-    high = tl.where((start >= high) | (start + ROWS <= low), low, high)
+def meeting(
+    start, low, high, solid, band, CAUSAL: tl.constexpr, BANDED: tl.constexpr, OF_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys that rows start .. start + BLOCK - 1 see (OF_ROWS), or of rows that see such keys; none if none is real."""
+    high = tl.where((start >= high) | (start + BLOCK <= low), low, high)
     inner_low = low
     inner_high = high
-    if CAUSAL:
-        high = tl.minimum(high, start + ROWS)
+    if CAUSAL and OF_ROWS:
+        high = tl.minimum(high, start + BLOCK)
         inner_high = tl.minimum(inner_high, start + 1)
-    if BANDED:
-        low = tl.maximum(low, start - band)
-        high = tl.minimum(high, start + ROWS + band)
-        inner_low = tl.maximum(inner_low, start + ROWS - 1 - band)
-        inner_high = tl.minimum(inner_high, start + band + 1)
-    inner_high = tl.where(solid != 0, inner_high, inner_low)
-    return span(low, high, inner_low, inner_high, KEYS)
-
-
-@triton.jit
-def seeing_rows(
-    start,
-    low,
-    high,
-    solid,
-    band,
-    CAUSAL: tl.constexpr,
-    BANDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Row tiles that see keys start .. start + KEYS - 1; none if no key is real."""
-    high = tl.where((start >= high) | (start + KEYS <= low), low, high)
-    inner_low = low
-    inner_high = high
-    if CAUSAL:
+    elif CAUSAL:
         low = tl.maximum(low, start)
-        inner_low = tl.maximum(inner_low, start + KEYS - 1)
+        inner_low = tl.maximum(inner_low, start + BLOCK - 1)
     if BANDED:
         low = tl.maximum(low, start - band)
-        high = tl.minimum(high, start + KEYS + band)
-        inner_low = tl.maximum(inner_low, start + KEYS - 1 - band)
+        high = tl.minimum(high, start + BLOCK + band)
+        inner_low = tl.maximum(inner_low, start + BLOCK - 1 - band)
         inner_high = tl.minimum(inner_high, start + band + 1)
     inner_high = tl.where(solid != 0, inner_high, inner_low)
-    return span(low, high, inner_low, inner_high, ROWS)
+    return span(low, high, inner_low, inner_high, TILE)
 
 
 @triton.jit

@@ -9,17 +9,17 @@ Legend: B batch, H heads, L query rows, J keys, G groups.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from math import lcm
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lead_ds.kernels.attention_kl.chunked import compute_dtype, keep
 from lead_ds.kernels.attention_kl.inputs import relation_split
 from lead_ds.kernels.attention_kl.reference import HIDDEN
 from lead_ds.kernels.dispatch import IMPLEMENTATIONS
+from lead_ds.kernels.one_visit import OneVisit
 
 # Elements of one map of a chunk: whole heads, since a group's rows may lie anywhere.
 _CPU_CHUNK = 1 << 18
@@ -71,7 +71,8 @@ def grouped_attention_kl(
         t_scale = (t_q.shape[3] ** -0.5 if teacher_scale is None else teacher_scale) / temperature
         s_scale = (s_q.shape[3] ** -0.5 if student_scale is None else student_scale) / temperature
         with_grad = torch.is_grad_enabled() and (s_q.requires_grad or s_k.requires_grad)
-        values.append(_Grouped.apply(t_q, t_k, s_q, s_k, t_groups, s_groups, t_scale, s_scale, causal, with_grad))
+        visit = partial(_visit, t_q, t_k, s_q, s_k, (t_groups, s_groups), (t_scale, s_scale), causal, with_grad)
+        values.append(OneVisit.apply(visit, s_q, s_k))
     return torch.stack(values).mean()
 
 
@@ -93,69 +94,50 @@ def _check(tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, t_groups: Tensor, s_g
         )
 
 
-class _Grouped(torch.autograd.Function):
-    """Value and gradient, texts and heads at a time; backward only scales the gradient."""
+def _visit(
+    tq: Tensor,
+    tk: Tensor,
+    sq: Tensor,
+    sk: Tensor,
+    groups: tuple[Tensor, Tensor],
+    scales: tuple[float, float],
+    causal: bool,
+    with_grad: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The value, texts and heads at a time, and the gradients to sq and sk where they are wanted."""
+    dtype = compute_dtype(tq, sq)
+    batch, heads = sq.shape[:2]
+    t_groups, s_groups, common_BG = _common(*(x.to(sq.device) for x in groups))
+    slots = common_BG.shape[1]
+    weight_BG = common_BG.to(dtype)
+    weight_BG /= weight_BG.sum().clamp_min(1) * heads
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tq: Tensor,
-        tk: Tensor,
-        sq: Tensor,
-        sk: Tensor,
-        t_groups: Tensor,
-        s_groups: Tensor,
-        t_scale: float,
-        s_scale: float,
-        causal: bool,
-        with_grad: bool,
-    ) -> Tensor:
-        dtype = compute_dtype(tq, sq)
-        batch, heads = sq.shape[:2]
-        t_groups, s_groups, common_BG = _common(t_groups.to(sq.device), s_groups.to(sq.device))
-        slots = common_BG.shape[1]
-        weight_BG = common_BG.to(dtype)
-        weight_BG /= weight_BG.sum().clamp_min(1) * heads
-
-        total = torch.zeros((), dtype=dtype, device=sq.device)
-        dq = torch.zeros(sq.shape, dtype=dtype, device=sq.device) if with_grad else None
-        dk = torch.zeros(sk.shape, dtype=dtype, device=sq.device) if with_grad else None
-        texts, head_step = _steps(tq, tk, sq, sk)
-        for b in range(0, batch, texts):
-            at = slice(b, b + texts)
-            for h in range(0, heads, head_step):
-                q_heads, t_keys, s_keys = (
-                    slice(h // group, (h + head_step) // group)
-                    for group in (1, heads // tk.shape[1], heads // sk.shape[1])
-                )
-                teacher = [_clean(x, t_groups[at], slots, dtype) for x in (tq[at, q_heads], tk[at, t_keys])]
-                leaves = [
-                    _clean(x, s_groups[at], slots, dtype).requires_grad_(with_grad)
-                    for x in (sq[at, q_heads].detach(), sk[at, s_keys].detach())
-                ]
-                target = _grouped_log_probs(teacher[0], teacher[1], t_scale, t_groups[at], slots, causal)
-                probability = target.exp()
-                with torch.set_grad_enabled(with_grad):
-                    student = _grouped_log_probs(leaves[0], leaves[1], s_scale, s_groups[at], slots, causal)
-                    # What is impossible adds 0; NaN, which is neither, stays.
-                    rows = torch.where(probability == 0, 0.0, probability * (target - student)).sum(-1)
-                    value = (rows * weight_BG[at, None, :]).sum()
-                total += value.detach()
-                if dq is not None and dk is not None:
-                    dq[at, q_heads], dk[at, s_keys] = torch.autograd.grad(value, leaves)
-        ctx.dtypes = sq.dtype, sk.dtype
-        if dq is not None and dk is not None:
-            ctx.save_for_backward(keep(dq, sq.dtype), keep(dk, sk.dtype))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk = (
-            (gradient * grad.to(gradient.dtype)).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (None, None, dq, dk, *(None,) * 6)
+    total = torch.zeros((), dtype=dtype, device=sq.device)
+    dq = torch.zeros(sq.shape, dtype=dtype, device=sq.device) if with_grad else None
+    dk = torch.zeros(sk.shape, dtype=dtype, device=sq.device) if with_grad else None
+    texts, head_step = _steps(tq, tk, sq, sk)
+    for b in range(0, batch, texts):
+        at = slice(b, b + texts)
+        for h in range(0, heads, head_step):
+            q_heads, t_keys, s_keys = (
+                slice(h // group, (h + head_step) // group) for group in (1, heads // tk.shape[1], heads // sk.shape[1])
+            )
+            teacher = [_clean(x, t_groups[at], slots, dtype) for x in (tq[at, q_heads], tk[at, t_keys])]
+            leaves = [
+                _clean(x, s_groups[at], slots, dtype).requires_grad_(with_grad)
+                for x in (sq[at, q_heads].detach(), sk[at, s_keys].detach())
+            ]
+            target = _grouped_log_probs(teacher[0], teacher[1], scales[0], t_groups[at], slots, causal)
+            probability = target.exp()
+            with torch.set_grad_enabled(with_grad):
+                student = _grouped_log_probs(leaves[0], leaves[1], scales[1], s_groups[at], slots, causal)
+                # What is impossible adds 0; NaN, which is neither, stays.
+                rows = torch.where(probability == 0, 0.0, probability * (target - student)).sum(-1)
+                value = (rows * weight_BG[at, None, :]).sum()
+            total += value.detach()
+            if dq is not None and dk is not None:
+                dq[at, q_heads], dk[at, s_keys] = torch.autograd.grad(value, leaves)
+    return total, () if dq is None or dk is None else (keep(dq, sq.dtype), keep(dk, sk.dtype))
 
 
 def _common(t_groups: Tensor, s_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,15 +4,15 @@ Legend: K layers, Q queries, P passages, N passages per query, Lq and Ld tokens,
 by G: one per layer where every query meets every passage, one per layer and query where it meets its own.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lead_ds.kernels.attention_kl.chunked import compute_dtype, exponential_, keep
 from lead_ds.kernels.attention_kl.reference import HIDDEN
 from lead_ds.kernels.dispatch import resolve, with_fallback
+from lead_ds.kernels.one_visit import OneVisit
 
 _DIVERGENCES = ("kl", "mse")
 _PAIRS = ("all", "own")
@@ -72,7 +72,7 @@ def interaction_attention(
             triton=chosen != "torch",
             with_grad=torch.is_grad_enabled() and (sq.requires_grad or sd.requires_grad),
         )
-        return _Interaction.apply(tq, td, sq, sd, q_mask, d_mask, call)
+        return OneVisit.apply(lambda: _visit(tq, td, sq, sd, q_mask, d_mask, call), sq, sd)
 
     return with_fallback(run, impl, implementation, kernel="interaction_attention")
 
@@ -121,38 +121,10 @@ def _check(
         raise ValueError(f"{name}: pairs='own' with {td.shape[1]} passages for {tq.shape[1]} queries")
 
 
-class _Interaction(torch.autograd.Function):
-    """Value and gradient in one visit of the map; backward only scales the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tq: Tensor,
-        td: Tensor,
-        sq: Tensor,
-        sd: Tensor,
-        q_mask: Tensor | None,
-        d_mask: Tensor | None,
-        call: _Call,
-    ) -> Tensor:
-        value, gradients = _visit(tq, td, sq, sd, q_mask, d_mask, call)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = sq.dtype, sd.dtype
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dd = (
-            (gradient * grad.to(gradient.dtype)).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (None, None, dq, dd, None, None, None)
-
-
 def _visit(
     tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, call: _Call
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The value, and the gradients to sq and sd where they are wanted."""
     layers, queries, q_length, _ = tq.shape
     passages, d_length = td.shape[1:3]
     device, dtype = sq.device, compute_dtype(tq, sq)

@@ -32,24 +32,9 @@ _ELEMENTS, _WARP_ELEMENTS = 4096, 512
 
 @triton.jit(do_not_specialize=["rows", "rows_a_product", "passages", "length"])
 def map_kernel(
-    t_ptr,
-    s_ptr,
-    mask_ptr,
-    real_ptr,
-    value_ptr,
-    grad_ptr,
-    rows,
-    rows_a_product,
-    passages,
-    length,
-    t_scale,
-    s_scale,
-    KL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    WITH_GRAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    t_ptr, s_ptr, mask_ptr, real_ptr, value_ptr, grad_ptr, rows, rows_a_product, passages, length, t_scale, s_scale,
+    KL: tl.constexpr, HAS_MASK: tl.constexpr, WITH_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Rows of the maps [G, R, N, L] -> divergence [G, R, N] and d divergence / d student logit [G, R, N, L]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -107,27 +92,12 @@ def divergence(
     block = next(size for size in _BLOCKS if length <= size)
     rows_here, warps = _tile(block)
     launch(
-        map_kernel,
-        (triton.cdiv(rows, rows_here),),
-        teacher.contiguous(),
-        student.contiguous(),
-        values if mask is None else mask.contiguous().view(torch.uint8),
-        real.contiguous().view(torch.uint8),
-        values,
-        values if gradient is None else gradient,
-        rows,
-        query_rows * passages,
-        passages,
-        length,
-        scales[0] * _LOG2_E,
-        scales[1] * _LOG2_E,
-        KL=kl,
-        HAS_MASK=mask is not None,
-        WITH_GRAD=gradient is not None,
-        ROWS=rows_here,
-        BLOCK=block,
-        num_warps=warps,
-    )
+        map_kernel, (triton.cdiv(rows, rows_here),), teacher.contiguous(), student.contiguous(),
+        values if mask is None else mask.contiguous().view(torch.uint8), real.contiguous().view(torch.uint8), values,
+        values if gradient is None else gradient, rows, query_rows * passages, passages, length, scales[0] * _LOG2_E,
+        scales[1] * _LOG2_E, KL=kl, HAS_MASK=mask is not None, WITH_GRAD=gradient is not None, ROWS=rows_here,
+        BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return values.sum(), gradient
 
 

@@ -18,28 +18,10 @@ def _residual(t, s, lse_t, lse_s, RANGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
-    maps_ptr,
-    lse_ptr,
-    grad_ptr,
-    sq_ptr,
-    sd_ptr,
-    sq_weight_ptr,
-    sd_weight_ptr,
-    dq_ptr,
-    dd_ptr,
-    layers,
-    queries,
-    passages,
-    width,
-    map_stride,
-    map_size,
-    RANGE: tl.constexpr,
-    STUDENT_COSINE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_PASSAGES: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    maps_ptr, lse_ptr, grad_ptr, sq_ptr, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr, dd_ptr, layers, queries,
+    passages, width, map_stride, map_size, RANGE: tl.constexpr, STUDENT_COSINE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Both gradients in one launch from stored scores: the first programs make rows of dq, the others rows of dd."""
     layer = tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -103,43 +85,13 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def residual_kernel(
-    tq_ptr,
-    td_ptr,
-    sq_ptr,
-    sd_ptr,
-    tq_inverse_ptr,
-    td_inverse_ptr,
-    sq_inverse_ptr,
-    sd_inverse_ptr,
-    sq_weight_ptr,
-    sd_weight_ptr,
-    target_ptr,
-    mask_ptr,
-    lse_ptr,
-    residual_ptr,
-    layers,
-    queries,
-    passages,
-    teacher_width,
-    student_width,
-    mask_stride,
-    first_layer,
-    chunk_start,
-    chunk_passages,
-    teacher_scale,
-    student_scale,
-    RANGE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    EVEN_PASSAGES: tl.constexpr,
-    TEACHER_COSINE: tl.constexpr,
-    STUDENT_COSINE: tl.constexpr,
-    EVEN_TEACHER: tl.constexpr,
-    EVEN_STUDENT: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_PASSAGES: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tq_ptr, td_ptr, sq_ptr, sd_ptr, tq_inverse_ptr, td_inverse_ptr, sq_inverse_ptr, sd_inverse_ptr, sq_weight_ptr,
+    sd_weight_ptr, target_ptr, mask_ptr, lse_ptr, residual_ptr, layers, queries, passages, teacher_width,
+    student_width, mask_stride, first_layer, chunk_start, chunk_passages, teacher_scale, student_scale,
+    RANGE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_PASSAGES: tl.constexpr, TEACHER_COSINE: tl.constexpr,
+    STUDENT_COSINE: tl.constexpr, EVEN_TEACHER: tl.constexpr, EVEN_STUDENT: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PASSAGES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Recompute one tile of R - P of a chunk of passages: residual [chunk of K, Q, chunk of P]."""
     first_query = tl.program_id(0) * BLOCK_QUERIES
     first_passage = chunk_start + tl.program_id(1) * BLOCK_PASSAGES
@@ -148,56 +100,18 @@ def residual_kernel(
     row = tl.minimum(query, queries - 1)
     target = tl.load(target_ptr + row).to(tl.int32)
     t = score_tile(
-        tq_ptr,
-        td_ptr,
-        tq_inverse_ptr,
-        td_inverse_ptr,
-        layer,
-        first_query,
-        first_passage,
-        queries,
-        passages,
-        teacher_width,
-        TEACHER_COSINE,
-        EVEN_TEACHER,
-        BLOCK_QUERIES,
-        BLOCK_PASSAGES,
-        BLOCK_WIDTH,
-        PRECISION,
-    )
+        tq_ptr, td_ptr, tq_inverse_ptr, td_inverse_ptr, layer, first_query, first_passage, queries, passages,
+        teacher_width, TEACHER_COSINE, EVEN_TEACHER, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+    )  # fmt: skip
     t *= LOG2_E
     t = hide(
-        t,
-        mask_ptr,
-        first_query,
-        first_passage,
-        target,
-        queries,
-        passages,
-        mask_stride,
-        HAS_MASK,
-        EVEN_PASSAGES,
-        BLOCK_QUERIES,
-        BLOCK_PASSAGES,
-    )
+        t, mask_ptr, first_query, first_passage, target, queries, passages, mask_stride, HAS_MASK, EVEN_PASSAGES,
+        BLOCK_QUERIES, BLOCK_PASSAGES,
+    )  # fmt: skip
     s = score_tile(
-        sq_ptr,
-        sd_ptr,
-        sq_inverse_ptr,
-        sd_inverse_ptr,
-        layer,
-        first_query,
-        first_passage,
-        queries,
-        passages,
-        student_width,
-        STUDENT_COSINE,
-        EVEN_STUDENT,
-        BLOCK_QUERIES,
-        BLOCK_PASSAGES,
-        BLOCK_WIDTH,
-        PRECISION,
-    )
+        sq_ptr, sd_ptr, sq_inverse_ptr, sd_inverse_ptr, layer, first_query, first_passage, queries, passages,
+        student_width, STUDENT_COSINE, EVEN_STUDENT, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+    )  # fmt: skip
     t *= teacher_scale
     s = tl.where(t > HIDDEN_BELOW, s * LOG2_E * student_scale, HIDDEN)
     lse_t = tl.load(lse_ptr + layer * queries + row)[:, None]

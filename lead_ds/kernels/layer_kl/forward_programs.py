@@ -22,41 +22,13 @@ from lead_ds.kernels.layer_kl.score_tiles import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def scores_kernel(
-    tq_ptr,
-    td_ptr,
-    sq_ptr,
-    sd_ptr,
-    tq_inverse_ptr,
-    td_inverse_ptr,
-    sq_inverse_ptr,
-    sd_inverse_ptr,
-    target_ptr,
-    mask_ptr,
-    maps_ptr,
-    shares_ptr,
-    queries,
-    passages,
-    teacher_width,
-    student_width,
-    map_stride,
-    map_size,
-    mask_stride,
-    tiles_per_share,
-    teacher_scale,
-    student_scale,
-    HAS_MASK: tl.constexpr,
-    EVEN_PASSAGES: tl.constexpr,
-    STORE: tl.constexpr,
-    TEMPERED: tl.constexpr,
-    TEACHER_COSINE: tl.constexpr,
-    STUDENT_COSINE: tl.constexpr,
-    EVEN_TEACHER: tl.constexpr,
-    EVEN_STUDENT: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_PASSAGES: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tq_ptr, td_ptr, sq_ptr, sd_ptr, tq_inverse_ptr, td_inverse_ptr, sq_inverse_ptr, sd_inverse_ptr, target_ptr,
+    mask_ptr, maps_ptr, shares_ptr, queries, passages, teacher_width, student_width, map_stride, map_size,
+    mask_stride, tiles_per_share, teacher_scale, student_scale, HAS_MASK: tl.constexpr, EVEN_PASSAGES: tl.constexpr,
+    STORE: tl.constexpr, TEMPERED: tl.constexpr, TEACHER_COSINE: tl.constexpr, STUDENT_COSINE: tl.constexpr,
+    EVEN_TEACHER: tl.constexpr, EVEN_STUDENT: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One share of the passages for one tile of queries: statistics [K, shares, 7, Q]; the scores [2, K, Q, P] if
     requested."""
     # Neighbouring programs read the same passages for different queries.
@@ -80,62 +52,24 @@ def scores_kernel(
     for tile in range(first, last):
         first_passage = tile * BLOCK_PASSAGES
         t = score_tile(
-            tq_ptr,
-            td_ptr,
-            tq_inverse_ptr,
-            td_inverse_ptr,
-            layer,
-            first_query,
-            first_passage,
-            queries,
-            passages,
-            teacher_width,
-            TEACHER_COSINE,
-            EVEN_TEACHER,
-            BLOCK_QUERIES,
-            BLOCK_PASSAGES,
-            BLOCK_WIDTH,
-            PRECISION,
-        )
+            tq_ptr, td_ptr, tq_inverse_ptr, td_inverse_ptr, layer, first_query, first_passage, queries, passages,
+            teacher_width, TEACHER_COSINE, EVEN_TEACHER, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+        )  # fmt: skip
         t *= LOG2_E
         hit += tl.sum(tl.where(place[None, :] == (target - first_passage)[:, None], t, 0.0), axis=1)
         t = hide(
-            t,
-            mask_ptr,
-            first_query,
-            first_passage,
-            target,
-            queries,
-            passages,
-            mask_stride,
-            HAS_MASK,
-            EVEN_PASSAGES,
-            BLOCK_QUERIES,
-            BLOCK_PASSAGES,
-        )
+            t, mask_ptr, first_query, first_passage, target, queries, passages, mask_stride, HAS_MASK, EVEN_PASSAGES,
+            BLOCK_QUERIES, BLOCK_PASSAGES,
+        )  # fmt: skip
         if TEMPERED:
             new_r = tl.maximum(max_r, tl.max(t, axis=1))
             sum_r = tl.exp2(max_r - new_r) * sum_r + tl.sum(tl.exp2(t - new_r[:, None]), axis=1)
             max_r = new_r
             t = t * teacher_scale
         s = score_tile(
-            sq_ptr,
-            sd_ptr,
-            sq_inverse_ptr,
-            sd_inverse_ptr,
-            layer,
-            first_query,
-            first_passage,
-            queries,
-            passages,
-            student_width,
-            STUDENT_COSINE,
-            EVEN_STUDENT,
-            BLOCK_QUERIES,
-            BLOCK_PASSAGES,
-            BLOCK_WIDTH,
-            PRECISION,
-        )
+            sq_ptr, sd_ptr, sq_inverse_ptr, sd_inverse_ptr, layer, first_query, first_passage, queries, passages,
+            student_width, STUDENT_COSINE, EVEN_STUDENT, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+        )  # fmt: skip
         # The same two roundings as the teacher's, so that identical models give identical scores.
         s = tl.where(t > HIDDEN_BELOW, s * LOG2_E * student_scale, HIDDEN)
         if STORE:
@@ -172,17 +106,9 @@ def scores_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
-    shares_ptr,
-    lse_ptr,
-    kl_ptr,
-    nll_ptr,
-    layers,
-    queries,
-    shares,
-    TEMPERED: tl.constexpr,
-    BLOCK_SHARES: tl.constexpr,
+    shares_ptr, lse_ptr, kl_ptr, nll_ptr, layers, queries, shares, TEMPERED: tl.constexpr, BLOCK_SHARES: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
-):
+):  # fmt: skip
     """Merge the shares: log-sum-exps [2, K, Q] (base 2), and this block's part of the mean KL and NLL [K, blocks] (nats)."""
     layer = tl.program_id(0).to(tl.int64)
     query = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)

@@ -25,23 +25,10 @@ COUNTS = ["layers", "queries", "passages", "shares", "tiles_per_share", "first_l
 
 @triton.jit
 def score_tile(
-    q_ptr,
-    d_ptr,
-    q_inverse_ptr,
-    d_inverse_ptr,
-    layer,
-    first_query,
-    first_passage,
-    queries,
-    passages,
-    width,
-    COSINE: tl.constexpr,
-    EVEN_WIDTH: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_PASSAGES: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, d_ptr, q_inverse_ptr, d_inverse_ptr, layer, first_query, first_passage, queries, passages, width,
+    COSINE: tl.constexpr, EVEN_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Products or cosines of a tile of one layer, in float32; rows past the end repeat the last and are hidden afterwards."""
     # A 64-bit scalar for where the tile lies and 32-bit offsets inside it: 64-bit offsets would fill the registers.
     query = tl.minimum(tl.arange(0, BLOCK_QUERIES), queries - 1 - first_query)
@@ -67,19 +54,9 @@ def score_tile(
 
 @triton.jit
 def hide(
-    scores,
-    mask_ptr,
-    first_query,
-    first_passage,
-    target,
-    queries,
-    passages,
-    mask_stride,
-    HAS_MASK: tl.constexpr,
-    EVEN_PASSAGES: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_PASSAGES: tl.constexpr,
-):
+    scores, mask_ptr, first_query, first_passage, target, queries, passages, mask_stride, HAS_MASK: tl.constexpr,
+    EVEN_PASSAGES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
+):  # fmt: skip
     """The scores with those of passages past the end, or masked and not the row's target, at the hidden value."""
     place = tl.arange(0, BLOCK_PASSAGES)
     if HAS_MASK:

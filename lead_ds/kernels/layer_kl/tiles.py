@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from lead_ds.kernels.dispatch import ADA, AMPERE, CDNA, HOPPER
+from lead_ds.kernels.dispatch import ADA, CDNA, HOPPER
 
 
 class ScoreTiles(NamedTuple):
@@ -17,6 +17,7 @@ class ScoreTiles(NamedTuple):
 
 # By element size and amount of work: small batches want many short programs; large ones hold both models' score tiles in
 # registers, beside which a tile of the mask, or the addresses at which scores are stored, does not fit ("crowded").
+# Ampere, between Ada and Hopper, takes Ada's.
 SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
     CDNA: {
         (2, "small"): ScoreTiles(64, 32, 64, 4, 2),
@@ -27,14 +28,6 @@ SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
         (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
     },
     ADA: {
-        (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
-        (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
-        (2, "large, crowded"): ScoreTiles(64, 64, 32, 8, 3),
-        (4, "small"): ScoreTiles(32, 32, 32, 4, 2),
-        (4, "large"): ScoreTiles(64, 64, 32, 8, 2),
-        (4, "large, crowded"): ScoreTiles(32, 32, 32, 4, 2),
-    },
-    AMPERE: {
         (2, "small"): ScoreTiles(32, 32, 64, 4, 3),
         (2, "large"): ScoreTiles(128, 64, 32, 8, 3),
         (2, "large, crowded"): ScoreTiles(64, 64, 32, 8, 3),
@@ -55,6 +48,5 @@ SCORES: dict[int, dict[tuple[int, str], ScoreTiles]] = {
 GRADIENT: dict[int, dict[int, ScoreTiles]] = {
     CDNA: {2: ScoreTiles(64, 32, 64, 4, 1), 4: ScoreTiles(32, 32, 64, 4, 1)},
     ADA: {2: ScoreTiles(64, 64, 64, 8, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
-    AMPERE: {2: ScoreTiles(64, 64, 64, 8, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
     HOPPER: {2: ScoreTiles(64, 64, 128, 4, 2), 4: ScoreTiles(32, 32, 64, 4, 2)},
 }

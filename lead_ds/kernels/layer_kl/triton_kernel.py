@@ -58,46 +58,18 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
     statistics = torch.empty((layers, shares, STATISTICS.value, queries), **new)
     mask_bytes = _bytes(problem.mask, tiles.passages, scores.target)
     launch(
-        scores_kernel,
-        (query_tiles, shares, layers),
-        *scores.vectors,
-        *scores.inverses,
-        scores.target,
-        mask_bytes,
-        maps if store else statistics,
-        statistics,
-        queries,
-        passages,
-        *scores.widths,
-        maps.shape[-1],
-        maps.numel() // 2,
-        mask_bytes.stride(0),
-        tiles_per_share,
-        *scores.scales,
-        **_score_constants(tiles, scores),
-        STORE=store,
-        TEMPERED=tempered,
-        PRECISION=float32_dot_precision(),
-        num_warps=tiles.warps,
+        scores_kernel, (query_tiles, shares, layers), *scores.vectors, *scores.inverses, scores.target, mask_bytes,
+        maps if store else statistics, statistics, queries, passages, *scores.widths, maps.shape[-1],
+        maps.numel() // 2, mask_bytes.stride(0), tiles_per_share, *scores.scales, **_score_constants(tiles, scores),
+        STORE=store, TEMPERED=tempered, PRECISION=float32_dot_precision(), num_warps=tiles.warps,
         num_stages=tiles.stages,
-    )
+    )  # fmt: skip
     blocks = triton.cdiv(queries, _COMBINE_ROWS)
     kl, nll = torch.empty((layers, blocks), **new), torch.empty((layers, blocks), **new)
     launch(
-        combine_kernel,
-        (layers, blocks),
-        statistics,
-        lse,
-        kl,
-        nll,
-        layers,
-        queries,
-        shares,
-        TEMPERED=tempered,
-        BLOCK_SHARES=triton.next_power_of_2(shares),
-        BLOCK_QUERIES=_COMBINE_ROWS,
-        num_warps=4,
-    )
+        combine_kernel, (layers, blocks), statistics, lse, kl, nll, layers, queries, shares, TEMPERED=tempered,
+        BLOCK_SHARES=triton.next_power_of_2(shares), BLOCK_QUERIES=_COMBINE_ROWS, num_warps=4,
+    )  # fmt: skip
     if blocks == 1:
         kl, nll = kl.view(layers), nll.view(layers)
     else:
@@ -172,27 +144,11 @@ def _from_maps(
     tiles = _gradient_tiles(shared_memory(sq), sq.element_size(), width)
     row_tiles = triton.cdiv(queries, tiles.queries) + triton.cdiv(passages, tiles.passages)
     launch(
-        gradient_kernel,
-        (row_tiles, triton.cdiv(width, tiles.width), layers),
-        maps,
-        lse,
-        grad,
-        sq,
-        sd,
-        *weights,
-        dq,
-        dd,
-        layers,
-        queries,
-        passages,
-        width,
-        maps.shape[-1],
-        maps.numel() // 2,
-        **_gradient_constants(tiles, sq.dtype, scores.cosine[1]),
-        PRECISION=float32_dot_precision(),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        gradient_kernel, (row_tiles, triton.cdiv(width, tiles.width), layers), maps, lse, grad, sq, sd, *weights, dq,
+        dd, layers, queries, passages, width, maps.shape[-1], maps.numel() // 2,
+        **_gradient_constants(tiles, sq.dtype, scores.cosine[1]), PRECISION=float32_dot_precision(),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
     return dq, dd
 
 
@@ -217,30 +173,12 @@ def _recomputed(
             width_p = min(chunk_p, passages - p)
             residual_KQP = workspace[: count * queries * width_p].view(count, queries, width_p)
             launch(
-                residual_kernel,
-                (triton.cdiv(queries, tiles.queries), triton.cdiv(width_p, tiles.passages), count),
-                *scores.vectors,
-                *scores.inverses,
-                *weights,
-                scores.target,
-                mask_bytes,
-                lse,
-                residual_KQP,
-                layers,
-                queries,
-                passages,
-                *scores.widths,
-                mask_bytes.stride(0),
-                k,
-                p,
-                width_p,
-                *scores.scales,
-                **_score_constants(tiles, scores),
-                RANGE=residual_range,
-                PRECISION=float32_dot_precision(),
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
-            )
+                residual_kernel, (triton.cdiv(queries, tiles.queries), triton.cdiv(width_p, tiles.passages), count),
+                *scores.vectors, *scores.inverses, *weights, scores.target, mask_bytes, lse, residual_KQP, layers,
+                queries, passages, *scores.widths, mask_bytes.stride(0), k, p, width_p, *scores.scales,
+                **_score_constants(tiles, scores), RANGE=residual_range, PRECISION=float32_dot_precision(),
+                num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
             part_p = slice(p, p + width_p)
             dq_KQD += wide_product(residual_KQP, sd[here, part_p])
             dd[here, part_p] = wide_product(residual_KQP.mT, sq[here]).mul_(scale_K11)

@@ -59,35 +59,12 @@ def row_argmax(x, column, INTERPRETED: tl.constexpr):
 
 @triton.jit(do_not_specialize=_COUNTS)
 def forward_kernel(
-    q_ptr,
-    d_ptr,
-    q_mask_ptr,
-    d_mask_ptr,
-    q_scale_ptr,
-    d_scale_ptr,
-    scores_ptr,
-    argmax_ptr,
-    queries,
-    passages,
-    length_q,
-    length_d,
-    width,
-    row_tiles,
-    pack,
-    parts,
-    group,
-    HAS_Q_MASK: tl.constexpr,
-    HAS_D_MASK: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    SAVE_ARGMAX: tl.constexpr,
-    EVEN_WIDTH: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    q_ptr, d_ptr, q_mask_ptr, d_mask_ptr, q_scale_ptr, d_scale_ptr, scores_ptr, argmax_ptr, queries, passages,
+    length_q, length_d, width, row_tiles, pack, parts, group, HAS_Q_MASK: tl.constexpr, HAS_D_MASK: tl.constexpr,
+    HAS_SCALES: tl.constexpr, SAVE_ARGMAX: tl.constexpr, EVEN_WIDTH: tl.constexpr, RESIDENT: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of query rows against `group` passages; scores [parts, Q, P], argmax [P, R]."""
     # Neighbouring programs share a group of passages, which the first of them brings into the L2 cache.
     tile = tl.program_id(0) % row_tiles
@@ -181,22 +158,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def query_gradient_kernel(
-    grad_ptr,
-    d_ptr,
-    argmax_ptr,
-    q_scale_ptr,
-    d_scale_ptr,
-    dq_ptr,
-    passages,
-    rows,
-    length_q,
-    length_d,
-    width,
-    HAS_SCALES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_PASSAGES: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
+    grad_ptr, d_ptr, argmax_ptr, q_scale_ptr, d_scale_ptr, dq_ptr, passages, rows, length_q, length_d, width,
+    HAS_SCALES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PASSAGES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """dq[r] = sum over passages of g[q(r), p] d[p, argmax[p, r]]: a weighted gather, summed in a fixed order."""
     flat = tl.arange(0, BLOCK_PASSAGES * BLOCK_ROWS)
     row = tl.program_id(0) * BLOCK_ROWS + flat % BLOCK_ROWS
@@ -224,27 +188,10 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def passage_gradient_kernel(
-    grad_ptr,
-    q_ptr,
-    argmax_ptr,
-    q_scale_ptr,
-    d_scale_ptr,
-    scale_ptr,
-    dd_ptr,
-    passages,
-    rows,
-    length_q,
-    length_d,
-    width,
-    token_tiles,
-    HAS_SCALES: tl.constexpr,
-    HAS_RANGE: tl.constexpr,
-    EVEN_WIDTH: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_ptr, q_ptr, argmax_ptr, q_scale_ptr, d_scale_ptr, scale_ptr, dd_ptr, passages, rows, length_q, length_d,
+    width, token_tiles, HAS_SCALES: tl.constexpr, HAS_RANGE: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dd[p, m] = sum over query rows of [argmax[p, r] = m] g[q(r), p] q[r], as a matrix product: no atomics."""
     passage = (tl.program_id(0) // token_tiles).to(tl.int64)
     token = (tl.program_id(0) % token_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)

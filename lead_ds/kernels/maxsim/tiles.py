@@ -45,14 +45,6 @@ FORWARD: dict[int, dict[tuple[int, str], ForwardTiles]] = {
         (4, "sliced"): ForwardTiles(64, 64, 32, 8, 2),
         (4, "sliced, argmax"): ForwardTiles(64, 64, 32, 8, 2),
     },
-    AMPERE: {
-        (2, "whole"): ForwardTiles(128, 64, 0, 4, 3),
-        (2, "whole, argmax"): ForwardTiles(128, 64, 0, 8, 2),
-        (2, "sliced"): ForwardTiles(128, 128, 32, 8, 3),
-        (2, "sliced, argmax"): ForwardTiles(128, 64, 32, 8, 3),
-        (4, "sliced"): ForwardTiles(64, 64, 32, 8, 2),
-        (4, "sliced, argmax"): ForwardTiles(64, 64, 32, 8, 2),
-    },
     HOPPER: {
         (2, "whole"): ForwardTiles(128, 128, 0, 8, 2),
         (2, "whole, argmax"): ForwardTiles(128, 64, 0, 8, 3),
@@ -62,9 +54,10 @@ FORWARD: dict[int, dict[tuple[int, str], ForwardTiles]] = {
         (4, "sliced, argmax"): ForwardTiles(64, 64, 32, 8, 2),
     },
 }
+FORWARD[AMPERE] = FORWARD[ADA] | {(2, "whole"): ForwardTiles(128, 64, 0, 4, 3)}
+# Ampere takes Ada's.
 SCATTER: dict[int, dict[int, ScatterTiles]] = {
     CDNA: {2: ScatterTiles(64, 32, 128, 4, 2), 4: ScatterTiles(64, 32, 64, 4, 1)},
     ADA: {2: ScatterTiles(128, 32, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
-    AMPERE: {2: ScatterTiles(128, 32, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
     HOPPER: {2: ScatterTiles(128, 64, 128, 8, 3), 4: ScatterTiles(64, 32, 64, 8, 2)},
 }

@@ -50,34 +50,13 @@ def forward(
     # About eight programs a multiprocessor: enough to even out the last wave, few enough to keep the query tile loaded.
     group = min(passages, max(1, plan.row_tiles * passages // (8 * processor_count(q))))
     launch(
-        forward_kernel,
-        (plan.row_tiles * triton.cdiv(passages, group),),
-        q,
-        d,
-        _bytes(q_mask, q),
-        _bytes(d_mask, d),
-        inverse_lengths(q) if cosine else scores,
-        inverse_lengths(d) if cosine else scores,
-        scores,
-        argmax if save_argmax else scores,
-        queries,
-        passages,
-        length_q,
-        length_d,
-        width,
-        plan.row_tiles,
-        plan.pack,
-        plan.parts,
-        group,
-        **_forward_constants(tiles, width),
-        HAS_Q_MASK=q_mask is not None,
-        HAS_D_MASK=d_mask is not None,
-        HAS_SCALES=cosine,
-        SAVE_ARGMAX=save_argmax,
-        PRECISION=float32_dot_precision(),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        forward_kernel, (plan.row_tiles * triton.cdiv(passages, group),), q, d, _bytes(q_mask, q), _bytes(d_mask, d),
+        inverse_lengths(q) if cosine else scores, inverse_lengths(d) if cosine else scores, scores,
+        argmax if save_argmax else scores, queries, passages, length_q, length_d, width, plan.row_tiles, plan.pack,
+        plan.parts, group, **_forward_constants(tiles, width), HAS_Q_MASK=q_mask is not None,
+        HAS_D_MASK=d_mask is not None, HAS_SCALES=cosine, SAVE_ARGMAX=save_argmax, PRECISION=float32_dot_precision(),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
     return scores[0] if plan.parts == 1 else scores.sum(dim=0), argmax
 
 
@@ -100,51 +79,19 @@ def backward(
     q_scale, d_scale = (inverse_lengths(q), inverse_lengths(d)) if cosine else (grad, grad)
     block_width = min(128, triton.next_power_of_2(width))
     launch(
-        query_gradient_kernel,
-        (triton.cdiv(rows, _GATHER_ROWS), triton.cdiv(width, block_width)),
-        grad,
-        d,
-        argmax,
-        q_scale,
-        d_scale,
-        dq,
-        passages,
-        rows,
-        length_q,
-        length_d,
-        width,
-        HAS_SCALES=cosine,
-        BLOCK_ROWS=_GATHER_ROWS,
-        BLOCK_PASSAGES=_GATHER_PASSAGES // (1 + cosine),
-        BLOCK_WIDTH=block_width,
-        num_warps=_GATHER_WARPS,
-    )
+        query_gradient_kernel, (triton.cdiv(rows, _GATHER_ROWS), triton.cdiv(width, block_width)), grad, d, argmax,
+        q_scale, d_scale, dq, passages, rows, length_q, length_d, width, HAS_SCALES=cosine, BLOCK_ROWS=_GATHER_ROWS,
+        BLOCK_PASSAGES=_GATHER_PASSAGES // (1 + cosine), BLOCK_WIDTH=block_width, num_warps=_GATHER_WARPS,
+    )  # fmt: skip
     weight, range_ = _in_range(grad, q.dtype, q_scale if cosine else None)
     tiles = _scatter_tiles(shared_memory(q), q.element_size(), width)
     token_tiles = triton.cdiv(length_d, tiles.tokens)
     launch(
-        passage_gradient_kernel,
-        (token_tiles * passages, triton.cdiv(width, tiles.width)),
-        weight,
-        q,
-        argmax,
-        q_scale,
-        d_scale,
-        range_,
-        dd,
-        passages,
-        rows,
-        length_q,
-        length_d,
-        width,
-        token_tiles,
-        **_scatter_constants(tiles, width),
-        HAS_SCALES=cosine,
-        HAS_RANGE=range_ is not weight,
-        PRECISION=float32_dot_precision(),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        passage_gradient_kernel, (token_tiles * passages, triton.cdiv(width, tiles.width)), weight, q, argmax,
+        q_scale, d_scale, range_, dd, passages, rows, length_q, length_d, width, token_tiles,
+        **_scatter_constants(tiles, width), HAS_SCALES=cosine, HAS_RANGE=range_ is not weight,
+        PRECISION=float32_dot_precision(), num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
     if cosine:
         dq = through_lengths(dq, q, q_scale)
         dd = through_lengths(dd, d, d_scale)
