@@ -90,19 +90,23 @@ class Features(ABC):
     scale: Scale
 
     @property
-    @abstractmethod
     def queries(self) -> int:
         """Q."""
+        return self._state.shape[1]
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where the features live."""
+        return self._state.device
 
     @property
-    @abstractmethod
     def width(self) -> int | None:
         """D, the width of its vectors; None where there are only scores."""
+        return None if self.grouped else self._state.shape[-1]
+
+    @property
+    def _state(self) -> Tensor:
+        return getattr(self, self._states[0])
 
     @abstractmethod
     def micro(self: F, start: int, stop: int, group_size: int) -> F:
@@ -134,7 +138,7 @@ class Features(ABC):
 
     def at(self: F, places: Sequence[int]) -> F:
         """Of the layers at `places` of K, in that order."""
-        if list(places) == list(range(len(getattr(self, self._states[0])))):
+        if list(places) == list(range(len(self._state))):
             return self
         # Not by a list of indices, which a GPU would have to wait for.
         return self._changed(lambda x_K: torch.stack([x_K[place] for place in places]))
@@ -165,23 +169,7 @@ class VectorFeatures(Features):
     p_KPD: Tensor
     scale: Scale = "none"
 
-    @property
-    def queries(self) -> int:
-        """Q."""
-        return self.q_KQD.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the features live."""
-        return self.q_KQD.device
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.q_KQD.shape[2]
-
     def micro(self, start: int, stop: int, group_size: int) -> VectorFeatures:
-        """Queries start..stop and their own passages."""
         own = slice(start * group_size, stop * group_size)
         return replace(self, q_KQD=self.q_KQD[:, start:stop], p_KPD=self.p_KPD[:, own])
 
@@ -192,20 +180,17 @@ class VectorFeatures(Features):
         return Relevance(factors=(self.q_KQD, self.p_KPD), mask_QP=mask_QP, cosine=self.scale == "cosine")
 
     def group_relevance(self, group_size: int, impl: Impl = "auto") -> Relevance:
-        """Every query against its own N passages: [K, Q, N]."""
         q_B1D, p_BND = self.q_KQD.flatten(0, 1)[:, None], self.p_KPD.flatten(0, 1).unflatten(0, (-1, group_size))
         scores_KQN = products(q_B1D, p_BND, cosine=self.scale == "cosine").view(*self.q_KQD.shape[:2], group_size)
         return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
 
     def merged(self, others: Sequence[VectorFeatures]) -> VectorFeatures:
-        """See `Features`."""
         if not others:
             return self
         parts = [self, *others]
         return replace(self, q_KQD=torch.cat([f.q_KQD for f in parts], 1), p_KPD=torch.cat([f.p_KPD for f in parts], 1))
 
     def gathered(self, over: Gather) -> VectorFeatures:
-        """See `Features`."""
         return replace(self, p_KPD=over.along(self.p_KPD, 1))
 
 
@@ -220,23 +205,7 @@ class TokenFeatures(Features):
     p_mask_PL: Tensor
     scale: Scale = "none"
 
-    @property
-    def queries(self) -> int:
-        """Q."""
-        return self.q_KQLD.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the features live."""
-        return self.q_KQLD.device
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.q_KQLD.shape[3]
-
     def micro(self, start: int, stop: int, group_size: int) -> TokenFeatures:
-        """Queries start..stop and their own passages."""
         own = slice(start * group_size, stop * group_size)
         return replace(
             self,
@@ -267,7 +236,6 @@ class TokenFeatures(Features):
         return Relevance(standardised(scores_KQN) if self.scale == "standard" else scores_KQN)
 
     def merged(self, others: Sequence[TokenFeatures]) -> TokenFeatures:
-        """See `Features`."""
         if not others:
             return self
         parts = [self, *others]
@@ -299,23 +267,7 @@ class ScoreFeatures(Features):
     s_KQN: Tensor
     scale: Scale = "none"
 
-    @property
-    def queries(self) -> int:
-        """Q."""
-        return self.s_KQN.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the features live."""
-        return self.s_KQN.device
-
-    @property
-    def width(self) -> None:
-        """There are no vectors."""
-        return None
-
     def micro(self, start: int, stop: int, group_size: int) -> ScoreFeatures:
-        """Queries start..stop."""
         return replace(self, s_KQN=self.s_KQN[:, start:stop])
 
     def group_relevance(self, group_size: int, impl: Impl = "auto") -> Relevance:
@@ -328,7 +280,6 @@ class ScoreFeatures(Features):
         raise ValueError("scores say nothing of other queries' passages: use group_relevance")
 
     def merged(self, others: Sequence[ScoreFeatures]) -> ScoreFeatures:
-        """See `Features`."""
         return replace(self, s_KQN=torch.cat([f.s_KQN for f in (self, *others)], 1)) if others else self
 
     def gathered(self, over: Gather) -> ScoreFeatures:

@@ -16,7 +16,6 @@ class LossesConfig(Losses):
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:
-        """See `Section`."""
         return losses_section().model_fields
 
 

@@ -101,7 +101,6 @@ class TeacherConfig(_OfKind, TeacherRole):
 
     @classmethod
     def kinds(cls) -> dict[str, type[Section]]:
-        """See `_OfKind`."""
         return _teachers(cls)
 
 
@@ -110,7 +109,6 @@ class OneTeacherConfig(_OfKind, Share, TeacherRole):
 
     @classmethod
     def kinds(cls) -> dict[str, type[Section]]:
-        """See `_OfKind`."""
         return _teachers(cls)
 
 
@@ -121,7 +119,6 @@ class StudentConfig(_OfKind, StudentRole):
 
     @classmethod
     def kinds(cls) -> dict[str, type[Section]]:
-        """See `_OfKind`."""
         from lead_ds.models.kinds.kind import KINDS
 
         students = [name for name in KINDS if KINDS[name].can_be_student]

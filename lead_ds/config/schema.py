@@ -65,7 +65,6 @@ class Config(Run):
         return self.model_copy(update={"teacher": chosen, "teachers": [], "mix": MixConfig()})
 
     def losses_of(self, key: str) -> LossesConfig:
-        """The losses that the teacher at `key` feeds; every other has no weight."""
         return self.losses.only(fed(self, self.taught[key]))
 
     @field_validator("output")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear, normalize
 
@@ -14,7 +14,7 @@ from lead_ds.losses.loss import Loss, LossSettings, LossShape, Need, register
 from lead_ds.losses.selection import NO_LAYERS, Depths, Given, Layers
 from lead_ds.losses.vectors import Moments, Vectors, final_vectors, layer_vectors, precise
 from lead_ds.losses.views import Views
-from lead_ds.settings.base import NonNegative, Positive, Section
+from lead_ds.settings.base import NonNegative, Positive, Section, each_once
 from lead_ds.settings.modes import in_modes, refusal
 
 Distance = Literal["cosine", "l2", "mse"]
@@ -27,20 +27,15 @@ class EmbeddingSettings(LossSettings):
     distance: Distance = Field(
         "cosine", description="cosine: 1 - cos; l2: length of the difference; mse: its mean square"
     )
-    of: list[Texts] = Field(["queries", "positives", "negatives"], min_length=1, description="each kind counts alike")
+    of: Annotated[list[Texts], Field(min_length=1), each_once("a kind of text")] = Field(
+        ["queries", "positives", "negatives"], description="each kind counts alike"
+    )
     into: Any
     teacher_layers: list[NonNegative] = Field(
         [],
         description="compare these layers' vectors as well, paired in order; each pair counts as the final vectors do",
     )
     student_layers: list[NonNegative] = Field([])
-
-    @field_validator("of")
-    @classmethod
-    def _each_once(cls, of: list[Texts]) -> list[Texts]:
-        if len(set(of)) < len(of):
-            raise ValueError("names a kind of text twice")
-        return of
 
     @model_validator(mode="after")
     def _paired(self) -> EmbeddingSettings:
@@ -50,16 +45,13 @@ class EmbeddingSettings(LossSettings):
         return self
 
     def pair(self, key: str, models: Depths, step: int) -> Layers:
-        """See `Selection`."""
         return self._layers.pair(key, models, step) if self.teacher_layers else NO_LAYERS
 
     def reach(self, key: str, teacher_layers: int) -> list[int]:
-        """See `Selection`."""
         return self._layers.reach(key, teacher_layers)
 
     @property
     def count(self) -> int:
-        """See `Selection`."""
         return len(self.teacher_layers)
 
     @property
@@ -180,17 +172,14 @@ class Embedding(Loss):
 
     @classmethod
     def reads(cls, settings: Any) -> frozenset[Need]:
-        """See `Loss`."""
         return cls.needs | {"layers"} if settings.teacher_layers else cls.needs
 
     @property
     def sample(self) -> int:
-        """See `Loss`."""
         ridge = self.map is not None and self.settings.start == "ridge"
         return self.settings.sample if ridge or self.basis is not None else 0
 
     def fit(self, moments: Moments) -> None:
-        """See `Loss`."""
         with torch.no_grad():
             if self.basis is not None:
                 self.basis.copy_(moments.directions(self.basis.shape[1]))
@@ -200,7 +189,6 @@ class Embedding(Loss):
                     self.layer_maps.copy_(self.map.expand_as(self.layer_maps))
 
     def forward(self, views: Views) -> Tensor:
-        """A scalar."""
         student = final_vectors(views.student, "student", self.name)
         teacher = final_vectors(views.teacher, "teacher", self.name)
         found = [self._compared(student, teacher, views.scope.group_size, self.map)]

@@ -63,7 +63,6 @@ class Flops(Loss):
     name, Settings, needs = "flops", FlopsSettings, frozenset()
 
     def strength(self, step: int) -> float:
-        """See `Loss`."""
         steps = self.settings.warmup_steps
         return float(min(1.0, ((step + 1) / steps) ** 2)) if steps else 1.0
 

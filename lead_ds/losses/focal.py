@@ -56,7 +56,6 @@ class Focal(Loss):
     name, Settings, needs = "focal", FocalSettings, frozenset({"labels"})
 
     def forward(self, views: Views) -> Tensor:
-        """A scalar."""
         settings = self.settings
         own = views.student.final.grouped or settings.scope == "group"
         passages: Literal["scope", "group"] = "group" if own else "scope"

@@ -55,5 +55,4 @@ class MarginMSE(Loss):
     name, Settings, needs = "margin_mse", MarginMSESettings, frozenset({"final"})
 
     def forward(self, views: Views) -> Tensor:
-        """A scalar."""
         return margin_mse(*views.pair(), views.scope.group_size, self.settings.teacher_scale)

@@ -74,7 +74,6 @@ class Mixed(Views):
 
     @property
     def mask(self) -> Tensor | None:
-        """See `Views`."""
         return self.sources[0].mask
 
     def _gathered(self, who: Who, what: What) -> Features:

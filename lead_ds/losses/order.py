@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +13,7 @@ from lead_ds.losses.loss import Loss, LossSettings, register
 from lead_ds.losses.similarity import Pairs
 from lead_ds.losses.vectors import Vectors, cosines, final_vectors, matrices
 from lead_ds.losses.views import Views
+from lead_ds.settings.base import each_once
 
 _AT_ONCE = 1 << 24  # triplets held at once
 
@@ -20,21 +21,13 @@ _AT_ONCE = 1 << 24  # triplets held at once
 class OrderSettings(LossSettings):
     """Hinge on triplets of a batch's texts that the student orders otherwise than the teacher."""
 
-    of: list[Pairs] = Field(
+    of: Annotated[list[Pairs], Field(min_length=1), each_once("a kind of pairs")] = Field(
         ["query_query", "passage_passage", "query_passage"],
-        min_length=1,
         description="which texts are ordered by their cosines to which; each counts alike",
     )
     margin: float = Field(
         0.015, ge=0, allow_inf_nan=False, description="of cosines, by which the nearer must be nearer"
     )
-
-    @field_validator("of")
-    @classmethod
-    def _each_once(cls, of: list[Any]) -> list[Any]:
-        if len(set(of)) < len(of):
-            raise ValueError("names a kind of pairs twice")
-        return of
 
 
 def triplet_order(student_AB: Tensor, teacher_AB: Tensor, margin: float = 0.015) -> Tensor:
@@ -84,7 +77,6 @@ class Order(Loss):
     name, Settings, needs = "order", OrderSettings, frozenset({"features"})
 
     def forward(self, views: Views) -> Tensor:
-        """A scalar."""
         student = self._matrices(final_vectors(views.student, "student", self.name))
         teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
         margin = self.settings.margin

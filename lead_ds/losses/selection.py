@@ -74,7 +74,6 @@ class _Counted(Selection):
 
     @property
     def count(self) -> int:
-        """See `Selection`."""
         return self.k
 
     def _fits(self, key: str, models: Depths) -> None:
@@ -90,7 +89,6 @@ class Last(_Counted):
     select: Literal["last"] = "last"
 
     def pair(self, key: str, models: Depths, step: int) -> Layers:
-        """See `Selection`."""
         self._fits(key, models)
         teacher, student = (list(range(count - self.k, count)) for count in (models.teacher, models.student))
         check_stored(f"{key}.select", teacher, models.readable)
@@ -103,7 +101,6 @@ class Skip(_Counted):
     select: Literal["skip"] = "skip"
 
     def pair(self, key: str, models: Depths, step: int) -> Layers:
-        """See `Selection`."""
         self._fits(key, models)
         k = self.k
         teacher, student = ([(i + 1) * n // k - 1 for i in range(k)] for n in (models.teacher, models.student))
@@ -121,14 +118,12 @@ class Random(_Counted):
     every: Positive = Field(10, description="steps between two draws")
 
     def pair(self, key: str, models: Depths, step: int) -> Layers:
-        """See `Selection`."""
         self._fits(key, models)
         draw = f"{key} {models.seed} {step // self.every}"
         teacher = drawn(self.among(key, models), self.k, f"{draw} teacher")
         return teacher, drawn(range(models.student), self.k, f"{draw} student")
 
     def reach(self, key: str, teacher_layers: int) -> list[int]:
-        """See `Selection`."""
         return list(range(teacher_layers))
 
     def among(self, key: str, models: Depths) -> Sequence[int]:
@@ -154,7 +149,6 @@ class Informative(Random):
     )
 
     def among(self, key: str, models: Depths) -> Sequence[int]:
-        """See `Random`."""
         if self.k > len(models.informative):
             what = f"{self.k} layers are to be selected, {len(models.informative)} of the teacher's are informative"
             remedy = f"lower it, or {key}.informative_margin, or fit a lens: lead-ds fit-lens CONFIG"
@@ -176,7 +170,6 @@ class Given(Selection):
         return self
 
     def pair(self, key: str, models: Depths, step: int) -> Layers:
-        """See `Selection`."""
         chosen = list(self.teacher_layers), list(self.student_layers)
         for who, layers, count in zip(("teacher", "student"), chosen, (models.teacher, models.student), strict=True):
             check_given(f"{key}.{who}_layers", who, layers, count)
@@ -184,17 +177,14 @@ class Given(Selection):
         return chosen
 
     def reach(self, key: str, teacher_layers: int) -> list[int]:
-        """See `Selection`."""
         check_given(f"{key}.teacher_layers", "teacher", self.teacher_layers, teacher_layers)
         return sorted(set(self.teacher_layers))
 
     @property
     def count(self) -> int:
-        """See `Selection`."""
         return len(self.teacher_layers)
 
     def deepest(self, teacher_layers: int) -> int:
-        """See `Selection`."""
         return min(teacher_layers, 1 + max(self.teacher_layers))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from lead_ds.losses.loss import Loss, LossSettings, register
 from lead_ds.losses.vectors import Vectors, cosines, final_vectors, matrices
 from lead_ds.losses.views import Views
+from lead_ds.settings.base import each_once
 
 Pairs = Literal["query_query", "passage_passage", "query_passage"]
 
@@ -18,16 +19,9 @@ Pairs = Literal["query_query", "passage_passage", "query_passage"]
 class SimilaritySettings(LossSettings):
     """Squared error between the student's and the teacher's cosines of a batch's texts."""
 
-    of: list[Pairs] = Field(
-        ["query_query", "passage_passage", "query_passage"], min_length=1, description="each matrix counts alike"
+    of: Annotated[list[Pairs], Field(min_length=1), each_once("a matrix")] = Field(
+        ["query_query", "passage_passage", "query_passage"], description="each matrix counts alike"
     )
-
-    @field_validator("of")
-    @classmethod
-    def _each_once(cls, of: list[Pairs]) -> list[Pairs]:
-        if len(set(of)) < len(of):
-            raise ValueError("names a matrix twice")
-        return of
 
 
 def similarity_mse(student_AB: Tensor, teacher_AB: Tensor) -> Tensor:
@@ -60,7 +54,6 @@ class Similarity(Loss):
     name, Settings, needs = "similarity", SimilaritySettings, frozenset({"features"})
 
     def forward(self, views: Views) -> Tensor:
-        """A scalar."""
         student = self._matrices(final_vectors(views.student, "student", self.name))
         teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
         return torch.stack([similarity_mse(s, t) for s, t in matrices(student, teacher, self.name)]).mean()

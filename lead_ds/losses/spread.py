@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from lead_ds.errors import InputError
 from lead_ds.losses.loss import Loss, LossSettings, register
 from lead_ds.losses.vectors import cosines, final_vectors
 from lead_ds.losses.views import Views
+from lead_ds.settings.base import each_once
 
 Texts = Literal["queries", "passages"]
 
@@ -19,14 +20,9 @@ Texts = Literal["queries", "passages"]
 class SpreadSettings(LossSettings):
     """Global orthogonal regularisation of the student's vectors; needs no teacher."""
 
-    of: list[Texts] = Field(["queries", "passages"], min_length=1, description="each kind counts alike")
-
-    @field_validator("of")
-    @classmethod
-    def _each_once(cls, of: list[Texts]) -> list[Texts]:
-        if len(set(of)) < len(of):
-            raise ValueError("names a kind of text twice")
-        return of
+    of: Annotated[list[Texts], Field(min_length=1), each_once("a kind of text")] = Field(
+        ["queries", "passages"], description="each kind counts alike"
+    )
 
 
 def spread_out(vectors_BD: Tensor, different_BB: Tensor | None = None) -> Tensor:
@@ -69,7 +65,6 @@ class Spread(Loss):
     name, Settings, needs = "spread", SpreadSettings, frozenset()
 
     def forward(self, views: Views) -> Tensor:
-        """A scalar."""
         vectors = final_vectors(views.student, "student", self.name)
         keys_P = None if views.keys is None else views.keys[0]
         different_PP = None if keys_P is None else keys_P[:, None] != keys_P[None, :]

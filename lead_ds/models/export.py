@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import LeadError, RunError
 from lead_ds.io.located import find_file
 from lead_ds.models.files import RECORD
@@ -22,9 +22,6 @@ from lead_ds.models.onnx_file import VECTOR, OnnxEncoder, require, write_probes
 from lead_ds.models.quiet import quiet
 from lead_ds.models.student_dir import vacant, whole_folder, write_student
 from lead_ds.models.vector_encoder import VectorEncoder
-
-if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import TextEncoder
 
 OPSET = 17  # the first with LayerNormalization; every onnxruntime since 1.12 runs it
 MODEL = "onnx/model.onnx"  # where sentence-transformers looks

@@ -6,19 +6,17 @@ Dimensions: B texts, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lead_ds.data.tokens.encoder import Tokens
 from lead_ds.errors import InputError
 from lead_ds.models.capture import Reduce
 from lead_ds.models.chain import finished_output, replace_modules
 from lead_ds.models.files import family_of
 from lead_ds.models.vector_encoder import VectorEncoder
-
-if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import Tokens
 
 OUTPUT = "sentence_embeddings"  # as NV-Embed and its kin name it
 
@@ -49,7 +47,6 @@ class FinishedEncoder(VectorEncoder):
 
     @property
     def pooling(self) -> str:
-        """See `VectorEncoder`."""
         return "by its own code" if self.finished else super().pooling
 
     def run(self, tokens: Tokens, layers: Sequence[int], reduce: Reduce, *, through_norm: bool) -> list[Tensor]:

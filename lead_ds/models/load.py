@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import read_model_config
 from lead_ds.models.dtypes import served_in
@@ -16,9 +17,6 @@ from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.special_weights import check_trainable
 from lead_ds.settings.model import ModelConfig
 from lead_ds.settings.parse import apply_override, parse_section
-
-if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import TextEncoder
 
 __all__ = ["kind_of", "load_encoder", "load_scorer", "load_student", "load_teacher", "load_text", "read_model_config"]
 

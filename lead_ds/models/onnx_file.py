@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lead_ds.data.tokens.encoder import Tokens
 from lead_ds.errors import InputError
-
-if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import Tokens
 
 VECTOR = "sentence_embedding"
 PROBES = "lead_ds.probes"  # the metadata's key: inputs, vectors and how far these may move

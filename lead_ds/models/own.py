@@ -108,22 +108,18 @@ class OwnEncoder(VectorEncoder):
 
     @property
     def backbone(self) -> Any:
-        """The module."""
         return self.model
 
     @property
     def num_layers(self) -> int:
-        """How many layers it exposes."""
         return self._layers
 
     @property
     def vector_width(self) -> int:
-        """D."""
         return int(self.width)
 
     @property
     def features_width(self) -> int:
-        """D."""
         return int(self.width)
 
     @property
@@ -132,7 +128,6 @@ class OwnEncoder(VectorEncoder):
         return "none" if self._student else self.config.scale
 
     def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B, D]: the layers requested, then the final vector."""
         final_BD, all_layers = read(self.model, tokens)
         chosen = [all_layers[layer] for layer in layers]
         if any(layer.shape != final_BD.shape for layer in chosen):

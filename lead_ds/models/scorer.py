@@ -10,11 +10,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lead_ds.data.reads import ModelBatch
+from lead_ds.data.tokens.encoder import Tokens
+from lead_ds.data.tokens.passes import Passes
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import checkpoint_activations, is_decoder
 from lead_ds.models.capture import LayerCapture, Reduce
@@ -23,12 +26,6 @@ from lead_ds.models.packing import packed_inputs, unpacked
 from lead_ds.models.taps import AttentionTaps, tap_attention
 from lead_ds.relevance import Features, Scale, pad_tokens
 from lead_ds.settings.model import ModelConfig
-
-if TYPE_CHECKING:
-    from lead_ds.data.reads import ModelBatch
-    from lead_ds.data.tokens.encoder import Tokens
-    from lead_ds.data.tokens.passes import Passes
-
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -115,6 +112,21 @@ class Scorer(nn.Module):
         if said[0].dim() > 3:  # token states: [K, B, L, D]
             said = [pad_tokens(states, 2, said[0].shape[2]) for states in said]
         return torch.cat(said, 1).index_select(1, passes.order)
+
+    def of_texts(self, batch: ModelBatch, read: Callable[[Tokens], Tensor], tap_layers: Sequence[int]) -> Any:
+        """`read` of a batch's queries (of texts alone: none) and passages [K, texts, ...], and the attention taps of both."""
+        assert batch.passages is not None
+        count = 0 if batch.queries is None else len(batch.queries["input_ids"])
+        if batch.passes is not None:
+            found = self.in_passes(batch.passes, read)
+            return found[:, :count], found[:, count:], None, None
+        queries = taps_queries = None
+        if batch.queries is not None:
+            with self.tapping(tap_layers) as taps_queries:
+                queries = read(batch.queries)
+        with self.tapping(tap_layers) as taps_passages:
+            passages = read(batch.passages)
+        return passages[:, :0] if queries is None else queries, passages, taps_queries, taps_passages
 
     @property
     def takes_positions(self) -> bool:

@@ -9,19 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import write_errors
 from lead_ds.models.card import plain_card
 from lead_ds.models.files import RECORD
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.own import OwnEncoder
-
-if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import TextEncoder
 
 
 def save_student(

@@ -92,7 +92,6 @@ class Stripped(Filled):
     characters: tuple[int, int] = (2_000, 10_000)
 
     def rows(self, tokenizer: Any, queries: Any, passages: Any, length: int) -> Any:
-        """See `PairTemplate`."""
         most_query, most_passage = self.characters
         asked = [query[:most_query].strip() for query in queries]
         return super().rows(tokenizer, asked, [passage[:most_passage].strip() for passage in passages], length)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.reads import ModelBatch
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.pair_templates import Message
 from lead_ds.data.tokens.tokenizer import end_with_eos
 from lead_ds.errors import InputError
@@ -27,10 +28,6 @@ from lead_ds.models.text import Reading
 from lead_ds.relevance import VectorFeatures
 from lead_ds.settings.base import Positive
 from lead_ds.settings.model import TextConfig
-
-if TYPE_CHECKING:
-    from lead_ds.data.reads import ModelBatch
-    from lead_ds.data.tokens.encoder import Tokens
 
 SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 _MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our names and sentence-transformers'
@@ -228,20 +225,8 @@ print(model.similarity(queries, passages))""",
             vectors_KBD = self._vectors(tokens, layers)
             return vectors_KBD if layers else vectors_KBD[-1]
         assert batch is not None
-        assert batch.passages is not None
-        taps_queries = taps_passages = None
-        if batch.passes is not None:
-            vectors = self.in_passes(batch.passes, lambda tokens: self._vectors(tokens, layers))
-            count = 0 if batch.queries is None else len(batch.queries["input_ids"])
-            queries, passages = vectors[:, :count], vectors[:, count:]
-        else:
-            if batch.queries is not None:
-                with self.tapping(tap_layers) as taps_queries:
-                    queries = self._vectors(batch.queries, layers)
-            with self.tapping(tap_layers) as taps_passages:
-                passages = self._vectors(batch.passages, layers)
-            if batch.queries is None:
-                queries = passages[:, :0]
+        found = self.of_texts(batch, lambda tokens: self._vectors(tokens, layers), tap_layers)
+        queries, passages, taps_queries, taps_passages = found
         scale = self.config.scale
         return Output(
             final=VectorFeatures(queries[-1:], passages[-1:], self.final_scale),

@@ -21,20 +21,18 @@ def exact_search(
     queries_QD: Tensor | np.ndarray | SparseVectors,
     passages: Tensor | np.ndarray | Iterable[Tensor | np.ndarray] | SparseVectors,
     k: int,
-    *,
-    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores float32 [Q, k] and rows int64 [Q, k] of the k passages with the largest inner products, best first.
 
     passages: [P, D], in any float dtype, or consecutive blocks of them, such as memory-mapped shards; only a block is in
-    memory. Products run in float32 on `device` (default: where the queries are). Fewer than k passages: k is their number.
+    memory. Products run in float32 where the queries are. Fewer than k passages: k is their number.
     """
     if isinstance(queries_QD, SparseVectors) or isinstance(passages, SparseVectors):
         assert isinstance(queries_QD, SparseVectors)
         assert isinstance(passages, SparseVectors)
         return sparse_search(queries_QD, passages.blocks(), k)
     queries_QD = _tensor(queries_QD)
-    device = torch.device(device) if device is not None else queries_QD.device
+    device = queries_QD.device
     queries = [part.to(device, torch.float32) for part in queries_QD.split(QUERY_BLOCK)]
     best: list[tuple[Tensor, Tensor]] = [_nothing(len(part), device) for part in queries]
     start = 0

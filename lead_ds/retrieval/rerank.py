@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run, blank_name, read_run, write_run
-from lead_ds.data.tokens.encoder import TextEncoder, Tokens, score_mask
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.files import checksum
-from lead_ds.io.progress import Progress, progress
+from lead_ds.io.progress import progress
 from lead_ds.models.kinds.kind import Kind
+from lead_ds.models.pairwise import compared, joined, pairs_of, states_of
 from lead_ds.models.vocabulary import check_vocabulary
-from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
-from lead_ds.retrieval.evaluate import Task
+from lead_ds.relevance import Scale
+from lead_ds.retrieval.evaluate import Task, evaluating
 from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores
 from lead_ds.retrieval.mine import bm25_run, known_passages
@@ -140,28 +141,11 @@ def rerank(
     Raises RunError for scores that are not finite.
     """
     names = [(query, passage) for query, found in candidates.items() for passage in found]
-    pairs_C2 = np.stack(
-        [
-            dataset.queries.rows([query for query, _ in names]),
-            dataset.corpus.rows([passage for _, passage in names]),
-        ],
-        1,
-    )
-    was_training = scorer.training
-    scorer.eval()
-    try:
-        scores_C = score_pairs(
-            scorer,
-            encoder,
-            dataset.queries.texts,
-            dataset.corpus.texts,
-            pairs_C2,
-            batch_size,
-            peers=peers,
-            quiet=quiet,
-        )
-    finally:
-        scorer.train(was_training)
+    rows = dataset.queries.rows([query for query, _ in names]), dataset.corpus.rows([passage for _, passage in names])
+    pairs_C2 = np.stack(rows, 1)
+    texts = dataset.queries.texts, dataset.corpus.texts
+    with evaluating(scorer):
+        scores_C = score_pairs(scorer, encoder, *texts, pairs_C2, batch_size, peers=peers, quiet=quiet)
     run: Run = {query: {} for query in candidates}
     for (query, passage), score in zip(names, scores_C.tolist(), strict=True):
         run[query][passage] = score
@@ -318,54 +302,26 @@ def _by_texts(
     rows_Q, query_of_C = np.unique(pairs_C2[mine_C, 0], return_inverse=True)
     scores_C = np.empty(len(mine_C), np.float32)
     with progress("reranking", len(rows_Q) + len(own), "texts", shown=shown) as meter:
-        states, mask_QL = _read_queries(reader, queries, rows_Q, meter)
+
+        def ask(places: range) -> list[str]:
+            return queries(rows_Q[places.start : places.stop].tolist())
 
         def read(places: range) -> list[str]:
             return passages(rows_P[own.start + places.start : own.start + places.stop].tolist())
 
-        for places, tokens, said in reader.run(len(own), read, reader.encoder.passages, "a"):
-            slots = [np.arange(bounds_P[place], bounds_P[place + 1]) for place in places]
-            slots_C, in_batch_C = np.concatenate(slots), np.repeat(np.arange(len(places)), [len(s) for s in slots])
-            for first in range(0, len(slots_C), COMPARED_AT_ONCE):
-                some = slots_C[first : first + COMPARED_AT_ONCE]
-                q, p = torch.from_numpy(query_of_C[some]), torch.from_numpy(in_batch_C[first : first + len(some)])
-                q, p = q.to(said.device), p.to(said.device)
-                features: VectorFeatures | TokenFeatures
-                if mask_QL is None:
-                    features = VectorFeatures(states[None, q], said[None, p], _scale(reader.scorer))
-                else:
-                    mask_PL = score_mask(tokens)[p]
-                    features = TokenFeatures(states[None, q], mask_QL[q], said[None, p], mask_PL, _scale(reader.scorer))
-                scores_C[some] = features.group_relevance(1).logits.flatten().cpu().numpy()
-            meter.advance(len(places))
+        def states(count: int, load: Callable[[range], list[str]], tokenize: Any) -> Iterator[Any]:
+            for places, tokens, said in reader.run(count, load, tokenize, "a"):
+                yield places, tokens, said[None]
+                meter.advance(len(places))
+
+        asked = joined(states(len(rows_Q), ask, reader.encoder.queries))
+        for places, tokens, said in states(len(own), read, reader.encoder.passages):
+            slots_C, in_batch_C = pairs_of(places, np.arange(len(mine_C)), bounds_P)
+            found = states_of(tokens, said)
+            how = _scale(reader.scorer), COMPARED_AT_ONCE
+            for some, relevance in compared(asked, found, query_of_C[slots_C], in_batch_C, *how):
+                scores_C[slots_C[some]] = relevance[:, 0].cpu().numpy()
     return mine_C, scores_C
-
-
-def _read_queries(reader: _Reader, texts: TextsOf, rows: np.ndarray, meter: Progress) -> tuple[Tensor, Tensor | None]:
-    """Vectors [Q, D] and None; or token vectors [Q, L, D] and which of them count [Q, L]."""
-    order: list[int] = []
-    states: list[Tensor] = []
-    masks: list[Tensor] = []
-
-    def read(places: range) -> list[str]:
-        return texts(rows[places.start : places.stop].tolist())
-
-    for places, tokens, said in reader.run(len(rows), read, reader.encoder.queries, "a"):
-        order += places
-        states.append(said)
-        if said.ndim == 3:
-            masks.append(score_mask(tokens))
-        meter.advance(len(places))
-    if not states:  # more processes than passages
-        return torch.empty(0), None
-    longest = max(state.shape[1] for state in states)
-    back = torch.from_numpy(np.argsort(order)).to(states[0].device)
-    if not masks:
-        return torch.cat(states)[back], None
-    return (
-        torch.cat([pad_tokens(state, 1, longest) for state in states])[back],
-        torch.cat([pad_tokens(mask, 1, longest) for mask in masks])[back],
-    )
 
 
 def _scale(scorer: Kind) -> Scale:

@@ -7,13 +7,12 @@ D width of a vector.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Small = Literal["int8", "binary", "ubinary"]
 SMALL: tuple[str, ...] = ("int8", "binary", "ubinary")
 CALIBRATED_ON = 4096  # vectors, at even distances
 RESCORED = 4  # times k: candidates by signs that are scored again

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -42,6 +42,17 @@ NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def each_once(what: str) -> AfterValidator:
+    """A list that may not name one of its items twice; what: an item, in the error."""
+
+    def check(items: list[Any]) -> list[Any]:
+        if len(set(items)) < len(items):
+            raise ValueError(f"names {what} twice")
+        return items
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):

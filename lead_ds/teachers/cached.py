@@ -71,7 +71,6 @@ class CachedTeacher(Teacher):
 
     @classmethod
     def open(cls, lesson: Lesson, reads: Reads, sample: Callable[[], list[ModelBatch]], ranks: Ranks) -> CachedTeacher:
-        """See `Teacher`."""
         assert isinstance(reads.lookup, TeacherCache)
         return cls(reads.lookup, lesson.teacher, ranks.device)
 
@@ -102,7 +101,6 @@ class CachedTeacher(Teacher):
         return VectorFeatures(q_KQD, p_KPD, self.scale)
 
     def facts(self) -> dict[str, Any]:
-        """See `Teacher`."""
         teacher = self.cache.manifest["facts"]["teacher"]
         return {
             "placement": self.placement,
@@ -119,7 +117,6 @@ class CachedTeacher(Teacher):
         }
 
     def describe(self) -> str:
-        """See `Teacher`."""
         facts = self.facts()
         compared = "its own passages" if self.cache.within_groups else "every passage of the batch"
         return (

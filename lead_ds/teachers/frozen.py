@@ -104,7 +104,6 @@ class FrozenTeacher(Teacher):
     def window(
         self, chunks: Sequence[ModelBatch], layers: Sequence[int], tap_layers: Sequence[int] = ()
     ) -> TeacherView:
-        """See `Teacher`."""
         module = self.engine if self.engine is not None else self.scorer
         outputs = [module(chunk.to(self.device), layers=layers, tap_layers=tap_layers) for chunk in chunks]
         return TeacherView(
@@ -114,7 +113,6 @@ class FrozenTeacher(Teacher):
         )
 
     def describe(self) -> str:
-        """See `Teacher`."""
         held, whole = self.parameter_bytes()
         return (
             f"teacher {self.scorer.config.path}: {self.num_layers} layers, {self.placement}, "
@@ -123,7 +121,6 @@ class FrozenTeacher(Teacher):
         )
 
     def facts(self) -> dict[str, Any]:
-        """See `Teacher`."""
         held, whole = self.parameter_bytes()
         return {
             "placement": self.placement,

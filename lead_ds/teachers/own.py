@@ -19,7 +19,6 @@ class OwnTeacher(FrozenTeacher):
         super().__init__(scorer.eval().to(device), None, "replicate", device)
 
     def facts(self) -> dict[str, Any]:
-        """See `Teacher`."""
         held, whole = self.parameter_bytes()
         found = {"placement": self.placement, "parameter_bytes": whole, "parameter_bytes_per_rank": held, "lens": None}
         return {**found, "class": type(self.scorer.backbone).__name__}

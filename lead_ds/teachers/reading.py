@@ -24,7 +24,7 @@ from lead_ds.data.groups.group import Group, Groups
 from lead_ds.data.groups.mixture import MixedGroups
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.vectors import VectorCache
-from lead_ds.data.tokens.encoder import TextEncoder, Tokens, score_mask
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first, once
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
@@ -35,7 +35,8 @@ from lead_ds.io.shards import turns
 from lead_ds.models.as_read import check_room
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import load_text, settled_model
-from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures, pad_tokens
+from lead_ds.models.pairwise import compared, joined, pairs_of, states_of
+from lead_ds.relevance import Scale, VectorFeatures
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import FrozenTeacher
@@ -182,7 +183,6 @@ class RelevanceReader(Reader):
         return self.teacher.all_layers(tokens)
 
     def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
-        """See `Reader`."""
         return (self._of_pairs if self.pairs else self._of_texts)(shard, tell)
 
     def _of_pairs(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
@@ -197,51 +197,21 @@ class RelevanceReader(Reader):
         texts, passage_of = once(shard.passages)
         if not asked:
             return out
-        queries = self._read_queries(asked)
-        query_of = query_of_group[shard.owners]
+        queries, query_of = joined(self.run(asked, self.encoder.queries)), query_of_group[shard.owners]
         by_passage = np.argsort(passage_of, kind="stable")
         bounds = np.searchsorted(passage_of[by_passage], np.arange(len(texts) + 1))
         read = 0
         for places, tokens, states in self.run(texts, self.encoder.passages):
-            candidates = [by_passage[bounds[place] : bounds[place + 1]] for place in places]
-            own = np.repeat(np.arange(len(places)), [len(found) for found in candidates])
-            slots = np.concatenate(candidates)
-            for first in range(0, len(slots), PAIRS_AT_ONCE):
-                some = slice(first, first + PAIRS_AT_ONCE)
-                out[slots[some]] = self._compare(queries, query_of[slots[some]], states, tokens, own[some])
+            slots, own = pairs_of(places, by_passage, bounds)
+            passages = states_of(tokens, states)
+            for some, relevance in compared(queries, passages, query_of[slots], own, self.scale, PAIRS_AT_ONCE):
+                out[slots[some]] = relevance.cpu().numpy()
             read += len(places)
             tell(read / len(texts))
         return out
 
     def _empty(self, shard: Shard) -> np.ndarray:
         return np.empty((len(shard.passages), self.teacher.num_layers + 1), np.float32)
-
-    def _read_queries(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """States [T + 1, Q, D] or [T + 1, Q, L, D] of queries, in their order, and which tokens count [Q, L]."""
-        places, masks, states = [], [], []
-        for some, tokens, read in self.run(texts, self.encoder.queries):
-            places += some
-            masks.append(score_mask(tokens))
-            states.append(read)
-        longest = max(mask.shape[1] for mask in masks)
-        mask_QL = torch.cat([pad_tokens(mask, 1, longest) for mask in masks])
-        if states[0].ndim == 4:
-            states = [pad_tokens(read, 2, longest) for read in states]
-        order = torch.tensor(np.argsort(places), device=mask_QL.device)
-        return torch.cat(states, 1)[:, order], mask_QL[order]
-
-    def _compare(
-        self, queries: tuple[Tensor, Tensor], query_of: np.ndarray, states: Tensor, tokens: Tokens, own: np.ndarray
-    ) -> np.ndarray:
-        """Relevance [C', T + 1] of pairs of a query and a passage of the batch at hand."""
-        q, p = (torch.from_numpy(rows).to(states.device) for rows in (query_of, own))
-        features: VectorFeatures | TokenFeatures
-        if states.ndim == 3:
-            features = VectorFeatures(queries[0][:, q], states[:, p], self.scale)
-        else:
-            mask_PL = score_mask(tokens)
-            features = TokenFeatures(queries[0][:, q], queries[1][q], states[:, p], mask_PL[p], self.scale)
-        return features.group_relevance(1).logits[..., 0].T.cpu().numpy()
 
 
 class VectorReader(Reader):
@@ -259,11 +229,9 @@ class VectorReader(Reader):
         self.layers = layers
 
     def units(self, shard: Shard) -> int:
-        """See `Reader`."""
         return len(shard.queries) + len(shard.passages)
 
     def forwards(self, shard: Shard) -> int:
-        """See `Reader`."""
         return -(-len(set(self._texts(shard))) // self.batch_size)
 
     def look(self, tokens: Tokens) -> Tensor:
@@ -271,7 +239,6 @@ class VectorReader(Reader):
         return self.teacher.read(tokens, self.layers)
 
     def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
-        """See `Reader`."""
         texts, rows = once(self._texts(shard))
         read, done = np.empty((0, 0, 0), np.float32), 0
 
@@ -303,7 +270,6 @@ class ComparingReader(Reader):
         self.vectors, self.scale = vectors, scale
 
     def forwards(self, shard: Shard) -> int:
-        """See `Reader`."""
         return 0
 
     def look(self, tokens: Tokens) -> Tensor:
@@ -311,7 +277,6 @@ class ComparingReader(Reader):
         raise NotImplementedError
 
     def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
-        """See `Reader`."""
         found = [np.empty((0, len(self.vectors.layers) + 1), np.float32)]
         for place, (row, keys) in enumerate(zip(shard.rows, shard.keys, strict=True)):
             arrays = {name: torch.from_numpy(x) for name, x in self.vectors.said([row], [keys]).items()}

@@ -76,7 +76,6 @@ class ScoresTeacher(Teacher):
 
     @classmethod
     def open(cls, lesson: Lesson, reads: Reads, sample: Callable[[], list[ModelBatch]], ranks: Ranks) -> ScoresTeacher:
-        """See `Teacher`."""
         assert isinstance(reads.lookup, GroupScores)
         return cls(reads.lookup.groups, lesson.teacher.scale, ranks.device)
 
@@ -88,9 +87,7 @@ class ScoresTeacher(Teacher):
         return TeacherView(ScoreFeatures(torch.cat([one["scores"] for one in found if one])[None], self.scale))
 
     def describe(self) -> str:
-        """See `Teacher`."""
         return f"teacher: the scores in {self.groups.path}; teacher losses compare a query with its own passages"
 
     def facts(self) -> dict[str, Any]:
-        """See `Teacher`."""
         return {"placement": self.placement, "path": str(self.groups.path), "kind": "scores", "parameter_bytes": 0}

@@ -198,7 +198,6 @@ class ServedTeacher(Teacher):
 
     @classmethod
     def open(cls, lesson: Lesson, reads: Reads, sample: Callable[[], list[ModelBatch]], ranks: Ranks) -> ServedTeacher:
-        """See `Teacher`."""
         assert isinstance(reads.lookup, ServedLookup)
         return cls(reads.lookup, ranks.device)
 
@@ -214,7 +213,6 @@ class ServedTeacher(Teacher):
         return TeacherView(VectorFeatures(queries, passages, scale))
 
     def describe(self) -> str:
-        """See `Teacher`."""
         settings = self.lookup.settings
         return f"teacher {settings.model or settings.api} at {settings.url}: answers are kept in {self.folder}"
 
@@ -224,7 +222,6 @@ class ServedTeacher(Teacher):
         return self.lookup.answers.folder
 
     def facts(self) -> dict[str, Any]:
-        """See `Teacher`."""
         settings = self.lookup.settings
         return {
             "placement": self.placement,

@@ -111,7 +111,6 @@ class RelevanceShards(Shards):
     )
 
     def facts(self) -> dict[str, Any]:
-        """See `Shards`."""
         return {"scale": self.scale}
 
     @property
@@ -150,32 +149,25 @@ class RelevanceShards(Shards):
         return {"shard_groups": groups, "texts_read_once": int(once)}
 
     def describe(self, manifest: dict[str, Any]) -> str:
-        """See `Shards`."""
         return f"{len(self.groups)} groups"
 
     def count(self, manifest: dict[str, Any]) -> int:
-        """See `Shards`."""
         return -(-len(self.groups) // int(manifest["shard_groups"]))
 
     def path(self, shard: int, manifest: dict[str, Any]) -> Path:
-        """See `Shards`."""
         return relevance_files.shard_path(self.out, shard)
 
     def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
-        """See `Shards`."""
         return RelevanceReader(self.settings, teacher, encoder, batch_size)
 
     def amount(self, shard: int, manifest: dict[str, Any]) -> int:
-        """See `Shards`."""
         return len(self._rows(shard, manifest))
 
     def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
-        """See `Shards`."""
         rows = range(0) if shard is None else self._rows(shard, manifest)
         return Shard.read(self.groups, rows, self.config.data.negatives, manifest["facts"]["draws"])
 
     def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
-        """See `Shards`."""
         return relevance_files.shard_arrays(texts.keys, said)
 
     def _rows(self, shard: int, manifest: dict[str, Any]) -> range:
@@ -208,7 +200,6 @@ class VectorShards(Shards):
         self._listing: Listing | None = None
 
     def facts(self) -> dict[str, Any]:
-        """See `Shards`."""
         return {"vectors": self.layers, "stored_in": self.stored.name}
 
     def sizes(self, asked: int | None, teacher: FrozenTeacher, manifest: dict[str, Any], world: int) -> dict[str, int]:
@@ -228,7 +219,6 @@ class VectorShards(Shards):
             save_arrays(temporary, arrays, identity(manifest))
 
     def describe(self, manifest: dict[str, Any]) -> str:
-        """See `Shards`."""
         texts = manifest["queries"] + manifest["passages"]
         size = texts * (len(self.layers) + 1) * manifest["width"] * self.stored.itemsize
         held = f"{manifest['queries']} queries and {manifest['passages']} passages"
@@ -236,19 +226,15 @@ class VectorShards(Shards):
         return f"vectors of {held}, {size / 1e6:.1f} MB"
 
     def count(self, manifest: dict[str, Any]) -> int:
-        """See `Shards`."""
         return vector_files.shards(manifest)
 
     def path(self, shard: int, manifest: dict[str, Any]) -> Path:
-        """See `Shards`."""
         return vector_files.shard_path(self.out, *shard_of(manifest, shard))
 
     def reader(self, teacher: FrozenTeacher, encoder: TextEncoder, batch_size: int) -> Reader:
-        """See `Shards`."""
         return VectorReader(self.settings, teacher, encoder, batch_size, self.layers)
 
     def amount(self, shard: int, manifest: dict[str, Any]) -> int:
-        """See `Shards`."""
         size, (kind, place) = manifest["shard_texts"], shard_of(manifest, shard)
         return min(size, manifest[kind] - place * size)
 
@@ -270,7 +256,6 @@ class VectorShards(Shards):
         return Shard([], [], [texts[key] for key in index["passages"][mine].tolist()])
 
     def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
-        """See `Shards`."""
         return vector_arrays(said, self.stored.type)
 
     def listing(self, draws: dict[str, Any] | None) -> Listing:

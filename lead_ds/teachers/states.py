@@ -176,7 +176,6 @@ class StateReader(Reader):
         return torch.stack(list(self.recording.states))
 
     def said(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
-        """See `Reader`."""
         return (self._of_pairs if self.pairs else self._of_texts)(shard, tell)
 
     def _of_pairs(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:

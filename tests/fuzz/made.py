@@ -109,7 +109,8 @@ def encoder() -> TextEncoder:
     from tests.helpers.tiny import tiny_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        return TextEncoder("model", load_tokenizer(str(tiny_tokenizer(Path(folder), "wordpiece"))))
+        tokenizer = load_tokenizer(str(tiny_tokenizer(Path(folder), "wordpiece")))
+        return TextEncoder("model", tokenizer, query_length=32, passage_length=128)
 
 
 def column(folder: Path) -> Column:

@@ -137,7 +137,7 @@ def test_kept_arrays(values: list[list[int]], name: str) -> None:
 def test_vectors_keep_ids_that_are_lines(name: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "p", "text": "owl"}, {"_id": name, "text": "the owl"}])
     tokenizer = load_tokenizer(str(tiny_tokenizer(tmp_path / "model", "wordpiece")))
-    encoder = TextEncoder("model", tokenizer)
+    encoder = TextEncoder("model", tokenizer, query_length=32, passage_length=128)
     corpus = Texts.open(tmp_path / "corpus.jsonl", "corpus")
     encode_to(tmp_path / "out", lambda tokens: torch.ones(len(tokens["input_ids"]), 4), encoder, corpus, {})
     assert list(Vectors.open(tmp_path / "out").ids()) == ["p", name]

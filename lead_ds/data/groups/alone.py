@@ -76,20 +76,16 @@ class TextsAlone:
         return Group(name, "", [name], [text], np.array([key], np.int64), np.zeros(0, np.int64), role=role)
 
     def pool(self, row: int) -> Pool:
-        """See `Groups.pool`."""
         group = self.draw(row, 0, 0)
         return Pool("", group.keys, group.passages, group.role)
 
     def listed(self, row: int) -> tuple[int, np.ndarray]:
-        """See `Groups.listed`."""
         return 0, self.draw(row, 0, 0).keys
 
     def offered(self, row: int) -> int:
-        """See `Groups.offered`."""
         return 0
 
     def where(self, row: int) -> str:
-        """See `Groups.where`."""
         file, place = self._file_of(row)
         return file.where(place)
 

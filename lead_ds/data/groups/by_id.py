@@ -115,18 +115,15 @@ class IdGroups:
         )
 
     def pool(self, row: int) -> Pool:
-        """See `Groups.pool`."""
         query, keys = self.listed(row)
         return Pool(self.queries.text(query), keys, self.corpus.texts(keys))
 
     def listed(self, row: int) -> tuple[int, np.ndarray]:
-        """See `Groups.listed`."""
         first, last = int(self._positive_starts[row]), int(self._positive_starts[row + 1])
         keys = np.concatenate([np.unique(self._positives[first:last]), self._offered(row)]).astype(np.int64)
         return int(self._query[row]), keys
 
     def offered(self, row: int) -> int:
-        """See `Groups.offered`."""
         return len(self._offered(row))
 
     def where(self, row: int) -> str:
@@ -139,7 +136,6 @@ class IdGroups:
         return str(self.path)
 
     def scored(self) -> IdGroups:
-        """See `Groups.scored`."""
         if not self.has_scores:
             raise no_scores(self)
         groups = self._only_scored()

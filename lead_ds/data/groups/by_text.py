@@ -56,7 +56,6 @@ class TextGroups(ListedGroups):
         return _reopened, (self._config, self.path, self._form, self._scored)
 
     def where(self, row: int) -> str:
-        """See `Groups.where`."""
         before = self._buffer[: int(self._starts[row])].count(b"\n")
         return f"{self.path}:{before + 1}"
 

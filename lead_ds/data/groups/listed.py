@@ -89,18 +89,15 @@ class ListedGroups(ABC):
         )
 
     def pool(self, row: int) -> Pool:
-        """See `Groups.pool`."""
         lines = self._drawable(row)
         passages = {passage.key: passage.text for passage in lines.positives} | self._offered(lines, row)
         return Pool(lines.query, np.array(list(passages), np.int64), list(passages.values()))
 
     def listed(self, row: int) -> tuple[int, np.ndarray]:
-        """See `Groups.listed`."""
         pool = self.pool(row)
         return key_of(pool.query), pool.keys
 
     def offered(self, row: int) -> int:
-        """See `Groups.offered`."""
         return len(self._offered(self._drawable(row), row))
 
     def scored(self) -> ListedGroups:

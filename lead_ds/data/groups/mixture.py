@@ -81,29 +81,24 @@ class MixedGroups:
         )
 
     def pool(self, row: int) -> Pool:
-        """See `Groups.pool`."""
         at, place = self.set_of(row)
         pool = self._groups[at].pool(place)
         return replace(self._prompted(at, pool), keys=pool.keys ^ (at << _SHIFT))
 
     def listed(self, row: int) -> tuple[int, np.ndarray]:
-        """See `Groups.listed`."""
         at, place = self.set_of(row)
         query, keys = self._groups[at].listed(place)
         return query ^ (at << _SHIFT), keys ^ (at << _SHIFT)
 
     def offered(self, row: int) -> int:
-        """See `Groups.offered`."""
         at, place = self.set_of(row)
         return self._groups[at].offered(place)
 
     def where(self, row: int) -> str:
-        """See `Groups.where`."""
         at, place = self.set_of(row)
         return self._groups[at].where(place)
 
     def scored(self) -> MixedGroups:
-        """See `Groups.scored`."""
         groups = [one.scored() for one in self._groups]
         return MixedGroups(self._sets, groups, alpha=self._alpha, apart=self._apart)
 

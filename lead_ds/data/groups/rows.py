@@ -80,7 +80,6 @@ class RowGroups(ListedGroups):
         return cls(rows, read, arrays, digest.hexdigest(), negatives)
 
     def where(self, row: int) -> str:
-        """See `Groups.where`."""
         return f"{NAME}[{int(self._starts[row])}]"
 
     def _lines(self, row: int) -> Lines:

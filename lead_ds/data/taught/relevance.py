@@ -140,7 +140,6 @@ class RelevanceCache(TeacherCache):
 
     @property
     def layers(self) -> list[int]:
-        """See `TeacherCache`."""
         return list(range(self.num_layers))
 
     @property
@@ -155,11 +154,9 @@ class RelevanceCache(TeacherCache):
 
     @property
     def paths(self) -> list[Path]:
-        """See `TeacherCache`."""
         return [shard_path(self.folder, shard) for shard in range(self.shards)]
 
     def held(self) -> str:
-        """See `TeacherCache`."""
         return f"relevance by {self.num_layers} layers and the final state"
 
     def said(self, rows: Sequence[int] | np.ndarray, keys: Sequence[np.ndarray]) -> Arrays:

@@ -43,17 +43,14 @@ class VectorCache(TeacherCache):
 
     @property
     def layers(self) -> list[int]:
-        """See `TeacherCache`."""
         return list(self.manifest["facts"]["vectors"])
 
     @property
     def paths(self) -> list[Path]:
-        """See `TeacherCache`."""
         found = (shard_of(self.manifest, shard) for shard in range(shards(self.manifest)))
         return [index_path(self.folder), *(shard_path(self.folder, *which) for which in found)]
 
     def held(self) -> str:
-        """See `TeacherCache`."""
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))} and "
         return f"vectors of {layers if self.layers else ''}the final state"
 

@@ -53,9 +53,9 @@ class TextEncoder:
     scores_tokens: bool = False  # late interaction: `score_mask` marks the tokens that count
     query_prompt: str = ""
     passage_prompt: str = ""
-    query_length: int = 32
-    passage_length: int = 128
-    max_length: int = 256
+    query_length: int = 0  # of a model of texts: 0 of one of pairs, and the other way round
+    passage_length: int = 0
+    max_length: int = 0
     longest: int | None = None  # tokens that the model's own files have it read at most
     token_types: bool = False
     expansion: Expansion | None = None  # of queries

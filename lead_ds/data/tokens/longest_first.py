@@ -44,7 +44,6 @@ class Untokenised(Generic[T]):
         return [_characters(item) for item in self.items]
 
     def tokens(self, chosen: Sequence[int]) -> Tokens:
-        """See `Loaded`."""
         return self.tokenize([self.items[i] for i in chosen])
 
 
@@ -63,7 +62,6 @@ class Tokenised:
         return [len(row) for row in self.rows]
 
     def tokens(self, chosen: Sequence[int]) -> Tokens:
-        """See `Loaded`."""
         types = None if self.types is None else [self.types[i] for i in chosen]
         read = self.encoder.query_tokens if self.side == "queries" else self.encoder.passage_tokens
         return read([self.rows[i] for i in chosen], types)

@@ -74,7 +74,6 @@ class Whole:
     template: str  # with {query} and {passage}
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
-        """See `PairTemplate`."""
         texts = []
         for query, passage in zip(queries, passages, strict=True):
             filled = {"{query}": query, "{passage}": passage}

@@ -46,7 +46,6 @@ class AllRanks:
     """Joins what every rank holds of a batch: see `lead_ds.relevance.Gather`."""
 
     def along(self, x: Tensor, dim: int) -> Tensor:
-        """See `gather_dim`."""
         return gather_dim(x, dim)
 
     def largest(self, n: int, device: torch.device) -> int:

@@ -129,7 +129,6 @@ class Evaluators:
 
     @property
     def by_width(self) -> dict[int, dict[str, float]]:
-        """See `Evaluator`."""
         dims = next(iter(self.each.values())).by_width
         return {dim: together({name: one.by_width[dim] for name, one in self.each.items()}) for dim in dims}
 

@@ -33,30 +33,25 @@ class RankScope(Scope):
         return cls(group_size, impl, ranks, in_batch == "global" and ranks.world > 1, phases)
 
     def begin(self) -> None:
-        """See `Scope`."""
         self.phases.at("losses")
 
     def mean(self, x: Tensor) -> Tensor:
-        """See `Scope`."""
         if not self.gathers or self.ranks is None:
             return x.detach()
         with self.phases.inside("communication"):
             return self.ranks.mean(x)
 
     def target(self, queries: int, device: torch.device) -> Tensor:
-        """See `Scope`."""
         own = super().target(queries, device)
         return own + self.ranks.rank * queries * self.group_size if self.gathers and self.ranks else own
 
     def gathered(self, features: Features) -> Features:
-        """See `Scope`."""
         if not self.gathers:
             return features
         with self.phases.inside("communication"):
             return features.gathered(AllRanks())
 
     def gathered_keys(self, keys_P: Tensor) -> Tensor:
-        """See `Scope`."""
         if not self.gathers:
             return keys_P
         with self.phases.inside("communication"):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from lead_ds.data.tokens.encoder import Expansion, TextEncoder, score_mask
+from lead_ds.data.reads import ModelBatch
+from lead_ds.data.tokens.encoder import Expansion, TextEncoder, Tokens, score_mask
 from lead_ds.data.tokens.tokenizer import keep_markers_whole
 from lead_ds.errors import InputError
 from lead_ds.models.chain import replace_modules
@@ -25,10 +26,6 @@ from lead_ds.models.text import Reading
 from lead_ds.relevance import Scale, TokenFeatures
 from lead_ds.settings.base import Positive
 from lead_ds.settings.model import TextConfig
-
-if TYPE_CHECKING:
-    from lead_ds.data.reads import ModelBatch
-    from lead_ds.data.tokens.encoder import Tokens
 
 _TOKENS = "token_embeddings"
 _EXPANDED = 32  # tokens that a query is filled up to where neither a setting nor the files say: ColBERT's own number
@@ -193,16 +190,9 @@ print(model.similarity(queries, passages))""",
         assert batch.queries is not None
         assert batch.passages is not None
         q_mask, p_mask = score_mask(batch.queries), score_mask(batch.passages)
-        taps_queries = taps_passages = None
-        if batch.passes is not None:
-            states = self.in_passes(batch.passes, lambda tokens: self._states(tokens, layers))
-            (count, q_length), p_length = q_mask.shape, p_mask.shape[1]
-            queries, passages = states[:, :count, :q_length], states[:, count:, :p_length]
-        else:
-            with self.tapping(tap_layers) as taps_queries:
-                queries = self._states(batch.queries, layers)
-            with self.tapping(tap_layers) as taps_passages:
-                passages = self._states(batch.passages, layers)
+        found = self.of_texts(batch, lambda tokens: self._states(tokens, layers), tap_layers)
+        queries, passages, taps_queries, taps_passages = found
+        queries, passages = queries[:, :, : q_mask.shape[1]], passages[:, :, : p_mask.shape[1]]  # passes pad them alike
 
         def features(part: slice, scale: Scale) -> TokenFeatures:
             return TokenFeatures(queries[part], q_mask, passages[part], p_mask, scale)

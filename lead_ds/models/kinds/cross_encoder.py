@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.errors import InputError
 from lead_ds.models.files import family_of, logit_score, read_json, saved_modules
 from lead_ds.models.heads import classification_head
@@ -24,9 +24,6 @@ from lead_ds.models.packing import unpacked
 from lead_ds.models.templates import asked
 from lead_ds.models.text import Reading
 from lead_ds.settings.model import PairConfig
-
-if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import Tokens
 
 
 class CrossEncoderConfig(PairConfig):
@@ -98,7 +95,6 @@ print(model.predict([(query, passage)]))  # a logit: no sigmoid""",
         return scores_KB if self.lens is None else self.lens(scores_KB, read, layers)
 
     def scores_of(self, logits: Tensor) -> Tensor:
-        """See `PairScorer`."""
         return relevance_logit(logits, self.relevant)
 
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:

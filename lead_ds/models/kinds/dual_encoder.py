@@ -24,7 +24,6 @@ class DualEncoder(VectorEncoder):
 
     @classmethod
     def load(cls, config: Any, dtype: torch.dtype, **how: Any) -> Any:
-        """See `Kind`."""
         if static_folder(config.path) is None:
             return super().load(config, dtype, **how)
         frozen, student = how.get("frozen", False), how.get("student", False)
@@ -32,7 +31,6 @@ class DualEncoder(VectorEncoder):
 
     @classmethod
     def of_parts(cls, chain: Any, model: Any, config: Any, *, student: bool) -> Any:
-        """See `Kind`."""
         said = finished_by(model, config.path)
         if said is not None:
             return FinishedEncoder(chain, model, config, student=student, said=said)

@@ -6,13 +6,13 @@ Dimensions: K selected layers, A answers (yes, or yes and no), B prompts, L toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.pair_templates import Filled
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import load_model, read_model_config
@@ -23,9 +23,6 @@ from lead_ds.models.kinds.pairs import PairScorer, pooled, pooling
 from lead_ds.models.templates import CARDS, Asked, asked, known_as
 from lead_ds.models.text import Reading
 from lead_ds.settings.model import PairConfig
-
-if TYPE_CHECKING:
-    from lead_ds.data.tokens.encoder import Tokens
 
 
 class LLMRerankerConfig(PairConfig):
@@ -112,12 +109,10 @@ class LLMReranker(PairScorer):
 
     @classmethod
     def logits_of(cls, model: Any, tokens: Tokens) -> Tensor:
-        """See `PairScorer`."""
         last_B = tokens["attention_mask"].sum(1) - 1
         return model(**tokens, use_cache=False).logits[torch.arange(len(last_B)), last_B]
 
     def scores_of(self, logits: Tensor) -> Tensor:
-        """See `PairScorer`."""
         yes, *no = self.answers
         return (logits[:, yes] - (logits[:, no[0]] if no else 0.0)) / self.divisor
 
@@ -158,7 +153,6 @@ class Seq2SeqReranker(LLMReranker):
 
     @classmethod
     def logits_of(cls, model: Any, tokens: Tokens) -> Tensor:
-        """See `PairScorer`."""
         start_B1 = torch.full_like(tokens["input_ids"][:, :1], model.config.decoder_start_token_id)
         return model(**tokens, decoder_input_ids=start_B1).logits[:, 0]
 

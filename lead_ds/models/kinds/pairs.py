@@ -9,12 +9,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.reads import ModelBatch
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.errors import InputError
 from lead_ds.models.files import RECORD, read_json
 from lead_ds.models.kinds.kind import Kind, reading_at_most
@@ -23,10 +24,6 @@ from lead_ds.models.special_weights import quantised_by
 from lead_ds.models.templates import Asked
 from lead_ds.models.text import Reading
 from lead_ds.relevance import ScoreFeatures
-
-if TYPE_CHECKING:
-    from lead_ds.data.batches import ModelBatch
-    from lead_ds.data.tokens.encoder import Tokens
 
 
 class PairScorer(Kind):

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lead_ds.data.tokens.encoder import TextEncoder
+from lead_ds.data.reads import ModelBatch
+from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.errors import InputError
 from lead_ds.models.backbone import checkpoint_activations
 from lead_ds.models.chain import replace_modules
@@ -23,10 +24,6 @@ from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
 from lead_ds.relevance import VectorFeatures
 from lead_ds.settings.model import TextConfig
-
-if TYPE_CHECKING:
-    from lead_ds.data.reads import ModelBatch
-    from lead_ds.data.tokens.encoder import Tokens
 
 
 class SparseConfig(TextConfig):
