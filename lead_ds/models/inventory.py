@@ -34,6 +34,10 @@ def _keys(honoured: str = "", idle: dict[str, str] | None = None, refused: dict[
     return Keys(frozenset(honoured.split()), idle or {}, refused or {})
 
 
+def _alike(names: str, reason: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), reason)
+
+
 _BACKEND = "chooses how the model is computed, which the program's own settings do"
 _PARTS = {
     "Pooling": _keys(
@@ -58,10 +62,7 @@ _PARTS = {
         {
             "architectures": "names the class of model2vec",
             "tokenizer_name": "says where the tokenizer came from",
-            "apply_pca": "says how the vectors were made",
-            "apply_zipf": "says how the vectors were made",
-            "pca_dims": "says how the vectors were made",
-            "sif_coefficient": "says how the vectors were made",
+            **_alike("apply_pca apply_zipf pca_dims sif_coefficient", "says how the vectors were made"),
             "hidden_dim": "is the width of the weights",
             "seq_length": "is read by model2vec's own encode alone",
             "embedding_dtype": "is the dtype of the weights",
@@ -90,25 +91,13 @@ _READER = _keys(
     {
         "unpad_inputs": _BACKEND,
         "backend": _BACKEND,
-        "model_args": "its keys are checked one by one",
-        "model_kwargs": "its keys are checked one by one",
-        "config_args": "its keys are checked one by one",
-        "config_kwargs": "its keys are checked one by one",
+        **_alike("model_args model_kwargs config_args config_kwargs", "its keys are checked one by one"),
     },
     {"tokenizer_name_or_path": "its tokenizer lies elsewhere"},
 )
 _LOADING = _keys(
-    idle=dict.fromkeys(
-        (
-            "torch_dtype",
-            "dtype",
-            "attn_implementation",
-            "device_map",
-            "use_safetensors",
-            "low_cpu_mem_usage",
-            "use_cache",
-            "trust_remote_code",
-        ),
+    idle=_alike(
+        "torch_dtype dtype attn_implementation device_map use_safetensors low_cpu_mem_usage use_cache trust_remote_code",
         _BACKEND,
     )
 )
@@ -118,62 +107,13 @@ _TOKENS = _keys(
 _METADATA = _keys(
     "query_maxlen doc_maxlen dim query_token_id doc_token_id mask_punctuation attend_to_mask_tokens similarity",
     {
-        **dict.fromkeys(("query_token", "doc_token"), "is the name of query_token_id, doc_token_id"),
-        **dict.fromkeys(
-            (
-                *(
-                    "checkpoint",
-                    "collection",
-                    "queries",
-                    "triples",
-                    "root",
-                    "experiment",
-                    "name",
-                    "overwrite",
-                    "index_path",
-                ),
-                *(
-                    "rank",
-                    "nranks",
-                    "amp",
-                    "gpus",
-                    "total_visible_gpus",
-                    "avoid_fork_if_possible",
-                    "index_root",
-                    "index_name",
-                ),
-                *(
-                    "bsize",
-                    "accumsteps",
-                    "lr",
-                    "maxsteps",
-                    "save_every",
-                    "warmup",
-                    "warmup_bert",
-                    "relu",
-                    "nway",
-                    "use_ib_negatives",
-                ),
-                *(
-                    "reranker",
-                    "distillation_alpha",
-                    "ignore_scores",
-                    "model_name",
-                    "index_bsize",
-                    "nbits",
-                    "kmeans_niters",
-                ),
-                *(
-                    "resume",
-                    "ncells",
-                    "centroid_score_threshold",
-                    "ndocs",
-                    "load_index_with_mmap",
-                    "interaction",
-                    "meta",
-                ),
-                *("quant_dtype", "pool_factor", "clustering_mode", "protected_tokens"),
-            ),
+        **_alike("query_token doc_token", "is the name of query_token_id, doc_token_id"),
+        **_alike(
+            "checkpoint collection queries triples root experiment name overwrite index_path rank nranks amp gpus "
+            "total_visible_gpus avoid_fork_if_possible index_root index_name bsize accumsteps lr maxsteps save_every "
+            "warmup warmup_bert relu nway use_ib_negatives reranker distillation_alpha ignore_scores model_name "
+            "index_bsize nbits kmeans_niters resume ncells centroid_score_threshold ndocs load_index_with_mmap interaction "
+            "meta quant_dtype pool_factor clustering_mode protected_tokens",
             "is of its training or of an index",
         ),
     },
@@ -204,36 +144,14 @@ _OLDER = tuple(
     f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 # Of transformers' configurations: what no class declares, and what changes nothing of what is read.
-_OF_NO_CLASS = {
-    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "model_type", "auto_map"),
-    *("sentence_transformers", "sbert_ce_default_activation_function", "quantization_config", "gradient_checkpointing"),
-    *(
-        "output_past",
-        "_num_labels",
-        "directionality",
-        "pooler_fc_size",
-        "pooler_num_attention_heads",
-        "pooler_num_fc_layers",
-    ),
-    *(
-        "pooler_size_per_head",
-        "pooler_type",
-        "position_embedding_type",
-        "classifier_dropout",
-        "adapters",
-        "unsloth_version",
-    ),
-    *(
-        "language",
-        "name",
-        "_attn_implementation_autoset",
-        "model_name",
-        "finetuning_task",
-        "tokenizer_class",
-        "n_positions",
-    ),
-    *("id2label", "label2id", "num_labels", "problem_type", "use_cache", "layer_types", "rope_scaling", "rope_theta"),
-}
+_OF_NO_CLASS = _keys(
+    "_name_or_path transformers_version torch_dtype dtype architectures model_type auto_map sentence_transformers "
+    "sbert_ce_default_activation_function quantization_config gradient_checkpointing output_past _num_labels "
+    "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type "
+    "position_embedding_type classifier_dropout adapters unsloth_version language name _attn_implementation_autoset "
+    "model_name finetuning_task tokenizer_class n_positions id2label label2id num_labels problem_type use_cache "
+    "layer_types rope_scaling rope_theta"
+).known
 
 
 def check_keys(path: str) -> None:
