@@ -127,7 +127,7 @@ class OwnEncoder(VectorEncoder):
         """A student is trained on what it will serve, whatever its layers are compared by."""
         return "none" if self._student else self.config.scale
 
-    def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+    def _read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         final_BD, all_layers = read(self.model, tokens)
         chosen = [all_layers[layer] for layer in layers]
         if any(layer.shape != final_BD.shape for layer in chosen):

@@ -93,7 +93,6 @@ class Scorer(nn.Module):
         """How many transformer layers can be read."""
         return len(self.capture)
 
-    @abstractmethod
     def forward(
         self,
         batch: ModelBatch | None = None,
@@ -102,8 +101,21 @@ class Scorer(nn.Module):
         *,
         tokens: Tokens | None = None,
     ) -> Any:
-        """Features of a batch; or, given `tokens`, what the model gives for these texts or pairs: of its final state,
-        with `layers` of these and then the final state, stacked."""
+        """`Output` of a batch; or, given `tokens`, what the model gives for these texts or pairs: of its final state, with
+        `layers` of these and then the final state, stacked."""
+        if tokens is not None:
+            found = self._read(tokens, layers)
+            return found if layers else found[-1]
+        assert batch is not None
+        return self._answer(batch, layers, tap_layers)
+
+    @abstractmethod
+    def _read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        """[K + 1, B, ...]: vectors, token states or scores of the requested layers, then of the final state."""
+
+    @abstractmethod
+    def _answer(self, batch: ModelBatch, layers: Sequence[int], tap_layers: Sequence[int]) -> Output:
+        """Features of a batch's queries and passages, or pairs, and attention taps where some are requested."""
 
     def in_passes(self, passes: Passes, read: Callable[[Tokens], Tensor]) -> Tensor:
         """`read` of each pass (its dimension 1 are the rows of the pass), joined in the order of the batch."""
@@ -113,9 +125,13 @@ class Scorer(nn.Module):
             said = [pad_tokens(states, 2, said[0].shape[2]) for states in said]
         return torch.cat(said, 1).index_select(1, passes.order)
 
-    def of_texts(self, batch: ModelBatch, read: Callable[[Tokens], Tensor], tap_layers: Sequence[int]) -> Any:
-        """`read` of a batch's queries (of texts alone: none) and passages [K, texts, ...], and the attention taps of both."""
+    def of_texts(self, batch: ModelBatch, layers: Sequence[int], tap_layers: Sequence[int]) -> Any:
+        """`_read` of a batch's queries (of texts alone: none) and passages, and the attention taps of both."""
         assert batch.passages is not None
+
+        def read(tokens: Tokens) -> Tensor:
+            return self._read(tokens, layers)
+
         count = 0 if batch.queries is None else len(batch.queries["input_ids"])
         if batch.passes is not None:
             found = self.in_passes(batch.passes, read)

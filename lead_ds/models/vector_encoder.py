@@ -211,22 +211,8 @@ print(model.similarity(queries, passages))""",
     def features_width(self) -> int:
         return self.vector_width
 
-    def forward(
-        self,
-        batch: ModelBatch | None = None,
-        layers: Sequence[int] = (),
-        tap_layers: Sequence[int] = (),
-        *,
-        tokens: Tokens | None = None,
-    ) -> Any:
-        """Output with VectorFeatures of a batch's queries, none of texts alone, and passages. With `tokens`, their final
-        vectors [B, D]; with `layers` those of the layers and then the final ones [K + 1, B, D]."""
-        if tokens is not None:
-            vectors_KBD = self._vectors(tokens, layers)
-            return vectors_KBD if layers else vectors_KBD[-1]
-        assert batch is not None
-        found = self.of_texts(batch, lambda tokens: self._vectors(tokens, layers), tap_layers)
-        queries, passages, taps_queries, taps_passages = found
+    def _answer(self, batch: ModelBatch, layers: Sequence[int], tap_layers: Sequence[int]) -> Output:
+        queries, passages, taps_queries, taps_passages = self.of_texts(batch, layers, tap_layers)
         scale = self.config.scale
         return Output(
             final=VectorFeatures(queries[-1:], passages[-1:], self.final_scale),
@@ -255,8 +241,7 @@ print(model.similarity(queries, passages))""",
             ..., : self.truncate
         ]
 
-    def _vectors(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B, D]: the requested layers, then the final vector."""
+    def _read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         mask_BL, pooled_BL = tokens["attention_mask"], tokens.get("pool_mask")
         pool = partial(self._pool, mask_BL=mask_BL, pooled_BL=pooled_BL)
         read = self.run(tokens, layers, pool, through_norm=not self._picks)

@@ -88,7 +88,7 @@ print(model.similarity(queries, passages))""",
         super().__init__(chain, model, config, student=student)
         self.freeze_pooler()
         # Which tokens count is said by the tokens themselves: see `read_text`.
-        self._read = [i for i, module in enumerate(self.behind) if type(module).__name__ != "MultiVectorMask"]
+        self._reading = [i for i, module in enumerate(self.behind) if type(module).__name__ != "MultiVectorMask"]
 
     @classmethod
     def claims(cls, path: str) -> int:
@@ -173,25 +173,11 @@ print(model.similarity(queries, passages))""",
     def reads(cls, config: Any) -> str:
         return f"Similarity: MaxSim of token vectors. {super().reads(config)}"
 
-    def forward(
-        self,
-        batch: ModelBatch | None = None,
-        layers: Sequence[int] = (),
-        tap_layers: Sequence[int] = (),
-        *,
-        tokens: Tokens | None = None,
-    ) -> Any:
-        """Output with TokenFeatures of a batch's queries and passages. With `tokens`, their final token vectors [B, L,
-        D]; with `layers` those of the layers and then the final ones [K + 1, B, L, D]."""
-        if tokens is not None:
-            states = self._states(tokens, layers)
-            return states if layers else states[-1]
-        assert batch is not None
+    def _answer(self, batch: ModelBatch, layers: Sequence[int], tap_layers: Sequence[int]) -> Output:
         assert batch.queries is not None
         assert batch.passages is not None
         q_mask, p_mask = score_mask(batch.queries), score_mask(batch.passages)
-        found = self.of_texts(batch, lambda tokens: self._states(tokens, layers), tap_layers)
-        queries, passages, taps_queries, taps_passages = found
+        queries, passages, taps_queries, taps_passages = self.of_texts(batch, layers, tap_layers)
         queries, passages = queries[:, :, : q_mask.shape[1]], passages[:, :, : p_mask.shape[1]]  # passes pad them alike
 
         def features(part: slice, scale: Scale) -> TokenFeatures:
@@ -204,13 +190,12 @@ print(model.similarity(queries, passages))""",
             taps_passages=taps_passages,
         )
 
-    def _states(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B, L, D]: the requested layers, then the final states."""
+    def _read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         mask_BL = tokens["attention_mask"]
 
         def read_out(state_BLD: Tensor) -> Tensor:
             features = {_TOKENS: state_BLD, "attention_mask": mask_BL}
-            for i in self._read:
+            for i in self._reading:
                 features = self.behind[i](features)
             return features[_TOKENS]
 

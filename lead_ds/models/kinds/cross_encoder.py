@@ -84,7 +84,7 @@ print(model.predict([(query, passage)]))  # a logit: no sigmoid""",
         names = read_json(path, "config.json").get("architectures") or ()  # read here: the model may come with code
         return 2 if any("ForSequenceClassification" in str(name) for name in names) else 0
 
-    def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+    def _read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         head, mask_BL = classification_head(self.model, self.config.path), tokens["attention_mask"]
         means = head.pooling == "mean"
         if head.pooling == "lasttoken":

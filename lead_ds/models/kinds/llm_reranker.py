@@ -116,7 +116,7 @@ class LLMReranker(PairScorer):
         yes, *no = self.answers
         return (logits[:, yes] - (logits[:, no[0]] if no else 0.0)) / self.divisor
 
-    def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+    def _read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
         read = self.run(tokens, layers, lambda state: self._answering(state, tokens), through_norm=False)
         logits_KBA = torch.stack(read).float() @ self.rows_AD.float().T + self.bias_A.float()
         logits_KBA = logits_KBA * self.logit_scale

@@ -103,26 +103,13 @@ class PairScorer(Kind):
     def reads(cls, config: Any) -> str:
         return f"Reads a query with a passage, in up to {config.max_length} tokens; longer ones are cut."
 
-    def forward(
-        self,
-        batch: ModelBatch | None = None,
-        layers: Sequence[int] = (),
-        tap_layers: Sequence[int] = (),
-        *,
-        tokens: Tokens | None = None,
-    ) -> Any:
-        """Output with ScoreFeatures of a batch's pairs; or the final scores [B] of `tokens`, with `layers` those of the
-        layers and then the final ones [K + 1, B]."""
-        if tokens is not None:
-            scores_KB = self._scores(tokens, layers)
-            return scores_KB if layers else scores_KB[-1]
-        assert batch is not None
+    def _answer(self, batch: ModelBatch, layers: Sequence[int], tap_layers: Sequence[int]) -> Output:
         assert batch.pairs is not None
         with self.tapping(tap_layers) as taps:
             if batch.passes is not None:
-                scores_KB = self.in_passes(batch.passes, lambda tokens: self._scores(tokens, layers))
+                scores_KB = self.in_passes(batch.passes, lambda tokens: self._read(tokens, layers))
             else:
-                scores_KB = self._scores(batch.pairs, layers)
+                scores_KB = self._read(batch.pairs, layers)
         s_KQN = scores_KB.unflatten(1, (-1, batch.group_size))
         scale = self.config.scale
         return Output(
@@ -131,10 +118,6 @@ class PairScorer(Kind):
             taps_queries=None,
             taps_passages=taps,
         )
-
-    @abstractmethod
-    def _scores(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
-        """[K + 1, B]: the requested layers, then the final score."""
 
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
         # Scores as they are trained and measured here; sentence-transformers would put a sigmoid on one label.

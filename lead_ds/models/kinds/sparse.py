@@ -122,31 +122,16 @@ print(model.similarity(queries, passages))""",
         """Final vectors without their zeros, [B, V] sparse: as they are searched, and held for a corpus."""
         return vectors_BD.to_sparse()
 
-    def forward(
-        self,
-        batch: ModelBatch | None = None,
-        layers: Sequence[int] = (),
-        tap_layers: Sequence[int] = (),
-        *,
-        tokens: Tokens | None = None,
-    ) -> Any:
-        """Output with VectorFeatures [1, Q, V] and [1, P, V] of a batch; with `tokens`, their vectors [B, V].
-
-        Raises InputError for layers.
-        """
-        if layers or tap_layers:
-            raise InputError(self.config.path, "a sparse encoder is read at its final state alone", "ask for no layers")
-        if tokens is not None:
-            return self._vectors(tokens)
-        assert batch is not None
+    def _answer(self, batch: ModelBatch, layers: Sequence[int], tap_layers: Sequence[int]) -> Output:
+        self._refuse_layers([*layers, *tap_layers])
         assert batch.passages is not None
         if batch.passes is not None:
-            vectors = self.in_passes(batch.passes, lambda tokens: self._vectors(tokens)[None])
+            vectors = self.in_passes(batch.passes, lambda tokens: self._read(tokens, ()))
             count = 0 if batch.queries is None else len(batch.queries["input_ids"])
             queries, passages = vectors[:, :count], vectors[:, count:]
         else:
-            passages = self._vectors(batch.passages)[None]
-            queries = passages[:, :0] if batch.queries is None else self._vectors(batch.queries)[None]
+            passages = self._read(batch.passages, ())
+            queries = passages[:, :0] if batch.queries is None else self._read(batch.queries, ())
         return Output(final=VectorFeatures(queries, passages, self.final_scale))
 
     def all_layers(self, tokens: Tokens) -> Tensor:
@@ -156,13 +141,18 @@ print(model.similarity(queries, passages))""",
         self.train(training)
         return said
 
-    def _vectors(self, tokens: Tokens) -> Tensor:
-        """[B, V]."""
+    def _refuse_layers(self, layers: Sequence[int]) -> None:
+        if layers:
+            raise InputError(self.config.path, "a sparse encoder is read at its final state alone", "ask for no layers")
+
+    def _read(self, tokens: Tokens, layers: Sequence[int]) -> Tensor:
+        """[1, B, V]: of its final state alone. Raises InputError for layers."""
+        self._refuse_layers(layers)
         logits_BLV = unpacked(self.model(**self._inputs(tokens)).logits, tokens)
         features = {"token_embeddings": logits_BLV, "attention_mask": tokens["attention_mask"]}
         for module in self.behind:
             features = module(features)
-        return features["sentence_embedding"]
+        return features["sentence_embedding"][None]
 
     def save(self, folder: Path, encoder: TextEncoder, state: dict[str, Tensor]) -> dict[str, Any]:
         self.chain.prompts |= {"query": encoder.query_prompt, "document": encoder.passage_prompt}
