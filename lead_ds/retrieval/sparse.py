@@ -1,5 +1,7 @@
 """Sparse vectors in memory, and exact search in them: an inverted index is the transpose of its rows (scipy).
 
+scipy is imported where it is used: a run without sparse vectors starts sooner, and transformers' own use of it stays put off.
+
 Q queries, P passages, B texts, V entries of the vocabulary, k results.
 """
 
@@ -11,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 QUERY_BLOCK, PASSAGE_BLOCK = 256, 1 << 18  # whose scores are held at once: 256 MB if every query meets every passage
@@ -26,6 +27,8 @@ class SparseVectors:
     @classmethod
     def of(cls, batches: Iterable[tuple[Sequence[int], Tensor]], count: int) -> SparseVectors:
         """From (places, vectors [B, V] sparse) of batches that hold every place below `count` once; count: at least 1."""
+        from scipy import sparse
+
         places, parts = list[int](), list[Any]()
         for at, vectors_BV in batches:
             found = vectors_BV.coalesce().cpu()
@@ -39,15 +42,21 @@ class SparseVectors:
     @classmethod
     def joined(cls, parts: Sequence[SparseVectors]) -> SparseVectors:
         """The rows of several, in order."""
+        from scipy import sparse
+
         return cls(sparse.vstack([part.rows for part in parts], format="csr"))
 
     @classmethod
     def read(cls, path: Path) -> SparseVectors:
         """What `write` wrote. Raises what numpy and scipy raise for what is not such a file."""
+        from scipy import sparse
+
         return cls(sparse.load_npz(path).tocsr())
 
     def write(self, path: Path) -> None:
         """As scipy's .npz, which `scipy.sparse.load_npz` reads."""
+        from scipy import sparse
+
         with path.open("wb") as file:
             sparse.save_npz(file, self.rows, compressed=False)
 

@@ -19,7 +19,7 @@ from lead_ds.models.library import Later
 from tests.helpers.forked import IMPORTED_WITH
 from tests.helpers.rooms import make_rooms, settings
 
-HEAVY = ("datasets", "pandas", "peft", "pyarrow", "scipy.stats", "sklearn")
+HEAVY = ("datasets", "pandas", "peft", "pyarrow", "scipy", "sklearn")
 RUN_THEN_TRAIN = """
 import json, sys
 from lead_ds.cli.main import main
