@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lead_ds.teachers import cached, scores, served  # noqa: F401 - they register themselves
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.teacher import TEACHERS, Teacher
 

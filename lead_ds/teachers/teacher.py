@@ -139,4 +139,5 @@ class Teacher(ABC):
         """What run.json records of it."""
 
 
-TEACHERS = Registry[type[Teacher]]("lead_ds.teachers")
+TEACHERS: Registry[type[Teacher]] = Registry("lead_ds.teachers", "lead_ds.teachers")
+"""Every teacher that is no model of this run, by its kind; another package adds one through an entry point of this group."""
