@@ -309,7 +309,7 @@ def test_relation_heads_of_a_projection_are_a_view() -> None:
     torch.testing.assert_close(relation_split(heads, 4, 6), projected.view(2, 9, 6, 8).transpose(1, 2))
 
 
-def test_window_and_causal_hide_what_they_say() -> None:
+def test_band_and_causal_hide_what_they_say() -> None:
     q, k = torch.randn(1, 1, 9, 4, dtype=torch.float64), torch.randn(1, 1, 9, 4, dtype=torch.float64)
     other = [torch.randn_like(q), torch.randn_like(k)]
     row, key = torch.arange(9)[:, None], torch.arange(9)[None, :]
