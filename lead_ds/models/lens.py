@@ -29,10 +29,7 @@ from lead_ds.io.json_text import parse_json
 VERSION = 1
 WEIGHTS, RECORD = "lens.safetensors", "lens.json"
 Form = Literal["scores", "vectors"]
-_NAMES = {
-    "scores": {"gain_T": 1, "weight_TD": 2},
-    "vectors": {"gain_T": 1, "down_TRD": 3, "up_TRD": 3, "bias_TD": 2},
-}
+_NAMES = {"scores": {"gain_T": 1, "weight_TD": 2}, "vectors": {"gain_T": 1, "down_TRD": 3, "up_TRD": 3, "bias_TD": 2}}
 
 
 class Lens:

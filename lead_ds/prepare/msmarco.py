@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lead_ds.errors import InputError
-from lead_ds.prepare.files import (
-    File,
-    jsonl_texts,
-    judgements,
-    list_files,
-    part,
-    read_blocks,
-    tsv_texts,
-)
+from lead_ds.prepare.files import File, jsonl_texts, judgements, list_files, part, read_blocks, tsv_texts
 from lead_ds.prepare.source import Pairs, Part, Source, Text, Tick
 
 _TAB2 = tsv_texts(2, None, "an id and a text")
@@ -42,11 +34,7 @@ NAMES = {
             r"collection\.tsv": _TAB2,  # pid, passage
             r"msmarco_passage_\d+(\.jsonl?)?": jsonl_texts("pid", "passage", None),
         },
-        queries=(
-            r"queries\.([\w.]+)\.tsv",
-            r"passv2_(\w+)_queries\.tsv",
-            r"topics\.msmarco-passage\.([\w.-]+)\.txt",
-        ),
+        queries=(r"queries\.([\w.]+)\.tsv", r"passv2_(\w+)_queries\.tsv", r"topics\.msmarco-passage\.([\w.-]+)\.txt"),
         qrels=(
             r"qrels\.((?:train|dev|eval)[\w.]*)\.tsv",
             r"passv2_(\w+)_qrels\.tsv",

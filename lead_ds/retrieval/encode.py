@@ -217,14 +217,7 @@ def encode_to(
                 forwards = -(-most // batch_size) if how.lockstep else 0
                 rows = range(0) if shard is None else vectors.rows(shard)
                 encoded = encode_share(
-                    embed,
-                    encoder,
-                    texts.kind,
-                    texts.texts,
-                    rows,
-                    how,
-                    forwards=forwards,
-                    meter=meter,
+                    embed, encoder, texts.kind, texts.texts, rows, how, forwards=forwards, meter=meter
                 )
                 if shard is not None:
                     if isinstance(encoded, SparseVectors):

@@ -241,11 +241,7 @@ class _Reader:
         self.device = next(scorer.parameters()).device
 
     def run(
-        self,
-        count: int,
-        read: Callable[[range], list[T]],
-        tokenize: Callable[[list[T]], Tokens],
-        filler: T,
+        self, count: int, read: Callable[[range], list[T]], tokenize: Callable[[list[T]], Tokens], filler: T
     ) -> Iterator[tuple[list[int], Tokens, Tensor]]:
         """(positions below count, their tokens, the model's scores of them), batch after batch.
 

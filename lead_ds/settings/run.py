@@ -11,14 +11,7 @@ from lead_ds.settings.base import BITS, PACE, Means, Place, Section, Seed
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.pipeline import PipelineConfig
 from lead_ds.settings.roles import MixConfig, TeacherRole
-from lead_ds.settings.train import (
-    DeepSpeedFiles,
-    EvaluationConfig,
-    Impl,
-    MonitorConfig,
-    ProfileConfig,
-    TrainConfig,
-)
+from lead_ds.settings.train import DeepSpeedFiles, EvaluationConfig, Impl, MonitorConfig, ProfileConfig, TrainConfig
 
 
 class Run(Section):

@@ -243,11 +243,4 @@ def write_shards(
     total = sum(shards.amount(shard, manifest) for shard in todo[ranks.rank :: ranks.world])
     shown = ranks.main and not quiet and total > 0
     with progress("teaching", total, shards.unit, shown=shown) as meter:
-        write_in_turns(
-            todo,
-            ranks,
-            reader,
-            partial(shards.load, manifest),
-            partial(shards.save, manifest),
-            meter,
-        )
+        write_in_turns(todo, ranks, reader, partial(shards.load, manifest), partial(shards.save, manifest), meter)

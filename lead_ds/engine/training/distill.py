@@ -63,12 +63,7 @@ from lead_ds.teachers.teacher import Lesson, Teacher
 
 
 def distill(
-    config: Config,
-    *,
-    resume: bool = False,
-    command: Sequence[str] = (),
-    quiet: bool = False,
-    given: Given = NOTHING,
+    config: Config, *, resume: bool = False, command: Sequence[str] = (), quiet: bool = False, given: Given = NOTHING
 ) -> Path:
     """Run (or, with `resume`, continue) the distillation that `config` describes; returns the student's directory.
 
@@ -178,8 +173,7 @@ def train(
         fitted = trainee.losses, kept
         # Not earlier: a folder that holds a run is refused to another, so what cannot begin must not leave one.
         agreed(
-            ranks,
-            lambda: write_facts(output, config, command, ranks, teachers, fitted, state) if ranks.main else None,
+            ranks, lambda: write_facts(output, config, command, ranks, teachers, fitted, state) if ranks.main else None
         )
         with signals:
             try:

@@ -90,10 +90,7 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
         _import_muon()
     try:
         engine = deepspeed.initialize(
-            model=trainee,
-            model_parameters=groups if optimizer is None else None,
-            optimizer=optimizer,
-            config=tree,
+            model=trainee, model_parameters=groups if optimizer is None else None, optimizer=optimizer, config=tree
         )[0]
     except (ValidationError, AssertionError) as error:  # DeepSpeed's error for a key or value that it does not know
         what = " ".join(str(error).split())[:300] or "DeepSpeed refuses it"

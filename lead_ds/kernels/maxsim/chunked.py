@@ -63,12 +63,7 @@ def forward(
 
 
 def backward(
-    grad_QP: Tensor,
-    q_QlD: Tensor,
-    d_PmD: Tensor,
-    q_mask: Tensor | None,
-    d_mask: Tensor | None,
-    argmax_PR: Tensor,
+    grad_QP: Tensor, q_QlD: Tensor, d_PmD: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, argmax_PR: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and d: a weighted gather of the winning passage tokens; a scatter of the query rows onto them."""
     queries, length_q, width = q_QlD.shape
