@@ -20,7 +20,9 @@ class DualEncoder(VectorEncoder):
 
     @classmethod
     def read_text(cls, config: Any) -> TextEncoder:
-        return StaticEncoder.read_text(config) if static_folder(config.path) else super().read_text(config)
+        if static_folder(config.path) is not None:
+            return StaticEncoder.read_text(config)
+        return super().read_text(config)
 
     @classmethod
     def load(cls, config: Any, dtype: torch.dtype, **how: Any) -> Any:
