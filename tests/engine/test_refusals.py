@@ -26,6 +26,15 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "overlap": ({"train": {"overlap": True}, "extra_teacher": {"placement": "zero3"}}, "train.overlap"),
     "new layer": ({"extra_teacher": {"projection": 7}}, "teacher.projection"),
     "scheduler": ({"deepspeed": {"student": {"scheduler": {"type": "WarmupLR"}}}}, "has a scheduler"),
+    "misspelt": ({"deepspeed": {"student": {"zero_optimisation": {"stage": 2}}}}, "did you mean 'zero_optimization'?"),
+    "batch": (
+        {"deepspeed": {"student": {"train_batch_size": 77}}},
+        "deepspeed.student: Check batch related parameters",
+    ),
+    "parameter": (
+        {"deepspeed": {"student": {"optimizer": {"type": "AdamW", "params": {"lrr": 1}}}}},
+        "deepspeed.student: ",
+    ),
     "its lr": (
         {"deepspeed": {"student": {"optimizer": {"type": "Adam", "params": {"lr": 0.5}}}}},
         "its optimizer's lr is 0.5, train.lr is 0.001",

@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 
+from lead_ds.engine.distributed.deepspeed_keys import check_keys, decide
 from lead_ds.errors import InputError
 from lead_ds.settings.documents import read_json
 from lead_ds.settings.train import MonitorConfig, TrainConfig
 
+OF_TRAINING = (
+    "optimizer",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+)
 FLAGS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -45,7 +55,7 @@ def read_deepspeed_config(source: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(tree: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """The tree, whose sections that are read here are objects and whose ZeRO stage is one."""
+    """The tree, whose keys have an effect, whose sections that are read here are objects and whose ZeRO stage is one."""
     zero = tree.get("zero_optimization", {})
     sections = {"zero_optimization": zero, "optimizer": tree.get("optimizer", {})}
     if isinstance(sections["optimizer"], dict):
@@ -57,6 +67,7 @@ def _checked(tree: dict[str, Any], where: str | Path) -> dict[str, Any]:
             raise InputError(where, f"{key} is not an object", f'write {{"{key.rpartition(".")[2]}": {{...}}}}')
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise InputError(where, f"zero_optimization.stage is {zero['stage']!r}", "choose 0, 1, 2 or 3")
+    check_keys(tree, where)
     return tree
 
 
@@ -67,9 +78,6 @@ def zero_stage(tree: dict[str, Any]) -> int:
 
 def _check_optimizer(tree: dict[str, Any], train: TrainConfig) -> None:
     """Refuse what the run's own settings would silently override."""
-    if "scheduler" in tree:
-        remedy = "take it out: train.lr, train.schedule and train.warmup_ratio decide the learning rate"
-        raise InputError("deepspeed.student", "has a scheduler", remedy)
     parameters = tree.get("optimizer", {}).get("params", {})
     for key, ours in (("lr", train.lr), ("weight_decay", train.weight_decay)):
         if parameters.get(key, ours) == "auto":
@@ -85,10 +93,11 @@ def student_deepspeed_config(
     """The student engine's configuration for this run: the JSON with batch sizes, precision, clipping and monitors."""
     tree = read_deepspeed_config(source)
     _check_optimizer(tree, train)
-    tree["train_micro_batch_size_per_gpu"] = train.batch_size
-    tree["gradient_accumulation_steps"] = train.accumulation
-    tree.pop("train_batch_size", None)
-    tree["gradient_clipping"] = train.clip
+    decide(tree, "train_micro_batch_size_per_gpu", train.batch_size, "train.batch_size")
+    decide(tree, "gradient_accumulation_steps", train.accumulation, "train.accumulation")
+    decide(tree, "gradient_clipping", train.clip, "train.clip")
+    if tree.get("train_batch_size") == "auto":  # a number is compared by DeepSpeed, which knows the processes
+        del tree["train_batch_size"]
     tree.setdefault("steps_per_print", 10**9)
     tree.setdefault("wall_clock_breakdown", False)
     _set_precision(tree, dtype)
@@ -101,6 +110,10 @@ def student_deepspeed_config(
     if tree.get("zero_optimization", {}).get("offload_optimizer") and "optimizer" not in tree:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
     monitor_folder = str(output.absolute() / "monitor")
+    for key, wanted in (("tensorboard", monitor.tensorboard), ("csv_monitor", monitor.csv), ("wandb", monitor.wandb)):
+        if wanted and key in tree:
+            name = f"monitor.{key.removesuffix('_monitor')}"
+            raise InputError("deepspeed.student", f"has {key}, and so has the run ({name}: true)", "keep one of them")
     if monitor.tensorboard:
         tree["tensorboard"] = {"enabled": True, "output_path": monitor_folder, "job_name": "tensorboard"}
     if monitor.csv:
@@ -130,9 +143,9 @@ def teacher_deepspeed_config(
     zero = tree.setdefault("zero_optimization", {})
     if zero_stage(tree) != 3:
         raise InputError(str(source), "a sharded teacher needs ZeRO stage 3", "or set teacher.placement=replicate")
-    # An optimizer section asserts when every parameter is frozen.
-    for key in ("optimizer", "scheduler", "train_batch_size"):
-        tree.pop(key, None)
+    for key in OF_TRAINING:
+        if tree.pop(key, "auto") != "auto":
+            raise InputError("deepspeed.teacher", f"has {key}, and a frozen teacher is not trained", "take it out")
     tree["train_micro_batch_size_per_gpu"] = 1
     tree.setdefault("steps_per_print", 10**9)
     # zero.Init replaces F.linear for the whole process, and never puts it back: the student would inherit it.
@@ -181,8 +194,9 @@ def _set_precision(tree: dict[str, Any], dtype: torch.dtype) -> None:
     for flag in FLAGS.values():
         if flag in tree and not isinstance(tree[flag], dict):
             raise InputError(flag, "must be an object in a DeepSpeed configuration", 'write {"enabled": true}')
-        if FLAGS.get(dtype) != flag:
-            tree.pop(flag, None)
+        if FLAGS.get(dtype) != flag and tree.pop(flag, {}).get("enabled") is True:
+            what = f"has {flag}, and the model is read in {str(dtype).removeprefix('torch.')}, which is what is used"
+            raise InputError("deepspeed", what, "take it out, and set dtype of the model")
     if dtype == torch.float16 and not has_fp16():
         raise InputError("dtype", "fp16 is for GPUs: DeepSpeed has none on a CPU", "set dtype to bf16, fp32 or auto")
     if dtype in FLAGS:

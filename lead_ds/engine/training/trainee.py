@@ -92,7 +92,8 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
         engine = deepspeed.initialize(
             model=trainee, model_parameters=groups if optimizer is None else None, optimizer=optimizer, config=tree
         )[0]
-    except (ValidationError, AssertionError) as error:  # DeepSpeed's error for a key or value that it does not know
+    except (ValidationError, AssertionError, TypeError) as error:
+        # DeepSpeed's errors for a key or value that it does not know, and an optimizer's for its own.
         what = " ".join(str(error).split())[:300] or "DeepSpeed refuses it"
         raise InputError("deepspeed.student", what, "see ds_configs/README.md for what goes there") from error
     engine.train()
