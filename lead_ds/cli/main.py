@@ -7,9 +7,12 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 import typer
+import typer.main
 
 from lead_ds import __version__
 from lead_ds.cli import (
@@ -74,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a) and a != "--debug"]
     try:
         _refuse_undecoded(arguments)
-        status = app(args=arguments, prog_name="lead-ds", standalone_mode=False)
+        program = typer.main.get_command(app)
+        _refuse_twice(arguments, getattr(program, "commands", {}))
+        status = program(args=arguments, prog_name="lead-ds", standalone_mode=False)
     except LeadError as error:
         status = _report(str(error), error.status, debug)
     except typer.Abort:
@@ -111,6 +116,17 @@ def _refuse_undecoded(arguments: Sequence[str]) -> None:
             raise InputError(
                 "an argument", what, "write it in UTF-8, under a UTF-8 locale such as LANG=C.UTF-8"
             ) from None
+
+
+def _refuse_twice(arguments: Sequence[str], commands: Mapping[str, Any]) -> None:
+    """Raise InputError for an option that is given twice and holds one value: the first would be dropped."""
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for option in getattr(commands.get(name), "params", ()):
+        if option.param_type_name != "option" or option.multiple:
+            continue
+        words = [word.partition("=")[0] for word in takewhile(lambda word: word != "--", arguments)]
+        if sum(words.count(spelling) for spelling in option.opts) > 1:
+            raise InputError(option.opts[0], "is given twice", "keep one of them")
 
 
 def _report(message: str, status: int, debug: bool) -> int:

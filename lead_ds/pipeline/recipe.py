@@ -16,6 +16,7 @@ from lead_ds.pipeline.settings import deciding, existing, flat, options_of
 from lead_ds.pipeline.stage_graph import Made, Reads, StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
 from lead_ds.settings.documents import in_yaml
+from lead_ds.settings.parse import key_of
 from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
 from lead_ds.settings.train import EvaluationConfig
 from lead_ds.teachers.open import teacher_class
@@ -352,8 +353,10 @@ class Recipe:
 
     def _settings(self, name: str, changes: Mapping[str, Any]) -> tuple[list[str], Config]:
         """Overrides of a stage's command, and the configuration that it will read."""
-        own = [override for override in self.overrides if not override.strip().startswith("pipeline.")]
         changed = [f"{key}={in_yaml(value)}" for key, value in changes.items()]
+        # What the stage has otherwise than the rest of the run stands in place of it.
+        instead = ("pipeline.", *(f"{key}." for key in changes))
+        own = [override for override in self.overrides if not f"{key_of(override)}.".startswith(instead)]
         try:
             return [*own, *changed], load_config(self.path, [*own, *changed])
         except InputError as error:

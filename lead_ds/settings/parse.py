@@ -36,6 +36,7 @@ def load_tree(path: str | Path, overrides: Sequence[str], section: type[Section]
     tree = read_yaml(text, path)
     if not isinstance(tree, dict):
         raise InputError(path, "does not hold a configuration", "it must be a mapping of sections")
+    refuse_twice(overrides)
     for override in overrides:
         apply_override(tree, override, section)
     forget_former(tree, overrides, section)
@@ -54,6 +55,20 @@ def parse_section(section: type[S], tree: dict[str, Any], where: str | Path) -> 
         if others:
             remedy += f"; {len(others)} more such error{'s' if len(others) > 1 else ''} after this one"
         raise InputError(f"{where}: {key}", what, remedy) from None
+
+
+def refuse_twice(overrides: Sequence[str]) -> None:
+    """Raise InputError where one of some `key=value` takes away what an earlier one said."""
+    for place, override in enumerate(overrides):
+        key = key_of(override)
+        for earlier in overrides[:place]:
+            if f"{key_of(earlier)}.".startswith(f"{key}."):
+                raise InputError(override, f"takes away {earlier!r}, which was given before it", "keep one of them")
+
+
+def key_of(override: str) -> str:
+    """The key of `key=value`."""
+    return ".".join(name.strip() for name in override.partition("=")[0].split("."))
 
 
 def apply_override(tree: dict[str, Any], override: str, section: type[Section]) -> None:

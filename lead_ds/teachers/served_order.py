@@ -10,7 +10,7 @@ import numpy as np
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import Run
 from lead_ds.io.progress import progress
-from lead_ds.settings.parse import apply_override, parse_section
+from lead_ds.settings.parse import apply_override, parse_section, refuse_twice
 from lead_ds.teachers.served import ServedLookup, ServedSettings
 from lead_ds.teachers.served_client import Client
 
@@ -20,6 +20,7 @@ _AT_ONCE = 16  # queries whose candidates are asked for together
 def open_served(url: str, settings: Sequence[str]) -> ServedLookup:
     """A served model at an address; settings: `key=value` of a served teacher. Raises InputError for what cannot work."""
     tree: dict[str, Any] = {"kind": "served", "url": url}
+    refuse_twice(settings)
     for setting in settings:
         apply_override(tree, setting, ServedSettings)
     lookup = ServedLookup(parse_section(ServedSettings, tree, url))

@@ -10,8 +10,9 @@ import pytest
 
 from lead_ds.config import Config, load_config
 from lead_ds.errors import InputError
+from lead_ds.retrieval.evaluate import open_encoder
 from lead_ds.settings.documents import in_yaml
-from lead_ds.settings.parse import apply_override
+from lead_ds.settings.parse import apply_override, refuse_twice
 from tests.config.test_documents import plain_tree, text_of
 from tests.config.test_load import write
 
@@ -122,3 +123,26 @@ def test_a_pipeline_hands_other_values_on_unchanged() -> None:
     for seed in range(300):
         value = plain_tree(random.Random(seed))
         assert value_of(f"deepspeed.student.any={in_yaml(value)}") == value
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.lr=1e-3", "train.lr=2e-3"],
+        ["train.lr=1e-3", "seed=1", " train . lr=1e-3"],
+        ["train.lr=1e-3", "train={steps: 3}"],
+        ["teachers.0.path=a", "teachers=[{path: b}]"],
+    ],
+)
+def test_what_is_given_twice_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(InputError, match=r"takes away 't.*, which was given before it"):
+        refuse_twice(overrides)
+
+
+def test_a_part_of_what_was_given_is_no_second_time() -> None:
+    refuse_twice(["train={steps: 3}", "train.lr=1e-3", "train.lr_floor=1", "teachers.0.path=a", "teachers.01.path=b"])
+
+
+def test_an_option_and_a_setting_are_the_same_thing_twice() -> None:
+    with pytest.raises(InputError, match="takes away 'dim=2'"):
+        open_encoder("m", dim=4, settings=["dim=2"])
