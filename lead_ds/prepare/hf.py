@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lead_ds.data.groups.formats import LABELS, Lines, Listed, Unusable, key_of, reader_of
+from lead_ds.data.groups.formats import IDS, LABELS, Lines, Listed, Unusable, key_of, reader_of
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.mapped import signature
 from lead_ds.prepare.irds import library
@@ -19,6 +19,7 @@ from lead_ds.prepare.plain_rows import SUFFIXES, plain_rows
 from lead_ds.prepare.source import Judgement, Part, Source, Text, Tick
 
 _FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _QUERY, _PASSAGE, _SCORE = (
     ("query-id", "query_id", "qid"),
     ("corpus-id", "corpus_id", "docid", "pid"),
@@ -64,6 +65,9 @@ def open_hf(name: str, corpus: str | None = None, subset: str | None = None) -> 
     if subset is None and len(configurations) > 1:
         raise InputError(name, f"has several configurations: {', '.join(configurations)}", "--subset NAME chooses one")
     tables = _tables(datasets, name, subset or next(iter(configurations), None))
+    if "train" not in tables and len(tables) > 1:
+        what = f"has no train among its splits: {', '.join(tables)}"
+        raise InputError(name, what, "name the file of one of them, or rename it to train")
     table = tables.get("train") or next(iter(tables.values()))
     first = next(table.rows(), None)
     if first is None:
@@ -77,9 +81,10 @@ def _configurations(datasets: Any, name: str) -> list[str]:
     if path.is_file() or _saved(path):
         return []
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.is_dir() and (_saved(p) or _local_files(p)))
-        if {"corpus", "queries"} <= set(inside):
-            return inside
+        inside = {p.name for p in path.iterdir() if p.is_dir() and (_saved(p) or _local_files(p))}
+        inside |= {file.stem for file in _local_files(path) if file.stem in ("corpus", "queries", "qrels")}
+        if {"corpus", "queries"} <= inside:
+            return sorted(inside)
         if not (path / "README.md").is_file():
             return []
     return list(_call(name, datasets.get_dataset_config_names, name))
@@ -91,11 +96,12 @@ def _tables(datasets: Any, name: str, configuration: str | None) -> dict[str, Ta
     folder = path / configuration if configuration and (path / configuration).is_dir() else path
     identity: dict[str, Any] = {"configuration": configuration}
     where = f"{name}/{configuration}" if configuration else name
+    beside = [file for file in _local_files(path) if file.stem == configuration] if folder == path else []
     if _saved(folder):
         loaded = _call(where, datasets.load_from_disk, str(folder))
         identity |= _signatures([file for file in sorted(folder.rglob("*")) if file.is_file()])
-    elif folder.exists() and (folder != path or not configuration):
-        files = [folder] if folder.is_file() else _local_files(folder)
+    elif beside or (folder.exists() and (folder != path or not configuration)):
+        files = beside or ([folder] if folder.is_file() else _local_files(folder))
         kinds = {_FILES.get(file.suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise InputError(where, "is not a dataset", f"a saved dataset, or files in {', '.join(_FILES)}")
@@ -136,7 +142,11 @@ def _saved(folder: Path) -> bool:
 
 def _local_files(folder: Path) -> list[Path]:
     places = (folder, folder / "data")
-    return sorted(file for place in places if place.is_dir() for file in place.iterdir() if file.suffix in _FILES)
+    files = sorted(file for place in places if place.is_dir() for file in place.iterdir())
+    for file in files:
+        if file.suffix in _PACKED and Path(file.stem).suffix in _FILES:
+            raise InputError(file, "is compressed, and tables are read as they are", "unpack it")
+    return [file for file in files if file.suffix in _FILES]
 
 
 def _split_of(file: Path) -> str:
@@ -302,6 +312,9 @@ def _form(row: dict[str, Any], where: str) -> str:
         return "tevatron"
     if "query" in row and "pos" in row:
         return "flagembedding"
+    if by_id := [name for name in row if name in IDS]:
+        what = f"the column {by_id[0]!r} holds ids, and training rows hold texts"
+        raise InputError(where, what, f"name the folder that has corpus, queries and qrels; known are {_SHAPES}")
     if sum(isinstance(value, str | list) for name, value in row.items() if name not in LABELS) >= 2:
         return "sentence-transformers"
     raise InputError(where, f"no known format has the columns {', '.join(row)}", f"known are {_SHAPES}")

@@ -47,6 +47,28 @@ def test_a_tsv_is_taken_at_its_word(tables: Path, tmp_path: Path) -> None:
     assert Dataset.open(tmp_path / "out").qrels("test") == {"007": {"001": 1}, "7": {"1": 2}}
 
 
+def test_tables_beside_each_other_are_a_collection_too(tables: Path, tmp_path: Path) -> None:
+    """Not training rows, whose first column would be a query: `_id` and `text` would make passages of ids."""
+    for name in ("corpus", "queries"):
+        (tables / name / "test.tsv").rename(tables / f"{name}.tsv")
+        (tables / name).rmdir()
+    prepare(open_hf(str(tables)), tmp_path / "out", shown=False)
+    assert len(texts(tmp_path / "out", "corpus.jsonl")) == 6
+    assert Dataset.open(tmp_path / "out").qrels("test") == {"007": {"001": 1}, "7": {"1": 2}}
+    with pytest.raises(InputError, match=r"the column '_id' holds ids, and training rows hold texts"):
+        open_hf(str(tables / "corpus.tsv"))
+
+
+def test_nothing_beside_what_is_read_is_passed_over(tmp_path: Path) -> None:
+    for name in ("a.tsv", "b.tsv"):
+        (tmp_path / name).write_text("query\tpositive\nx\ty\n")
+    with pytest.raises(InputError, match=r"has no train among its splits: a, b .name the file of one"):
+        open_hf(str(tmp_path))
+    (tmp_path / "train.tsv.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"train\.tsv\.gz: is compressed"):
+        open_hf(str(tmp_path))
+
+
 def test_training_rows_keep_their_labels_as_numbers(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("query\tpassage\tlabel\n001\tNA\t1\n001\tnull\t0\n002\tx\t1\n")
     prepare(open_hf(str(tmp_path / "train.tsv")), tmp_path / "out", shown=False)

@@ -213,6 +213,10 @@ def reader_of(form: str, first: Record) -> Reader:
     return Reader(columns, columns.grouped)
 
 
+# Columns that name a text: whoever took one for a query would train on names.
+IDS = frozenset(("_id", "id", "docid", "pid", "qid", "query_id", "query-id", "corpus_id", "corpus-id"))
+
+
 def form_of(first: Record) -> str | None:
     """The format of records that carry their texts, by the first of them; None where it is not a known one."""
     if "query" in first and "positives" in first:
@@ -222,7 +226,7 @@ def form_of(first: Record) -> str | None:
     if "query" in first and "pos" in first:
         return "flagembedding"
     columns = [name for name, value in first.items() if isinstance(value, str | list) and name not in LABELS]
-    known = len(columns) >= 2 and isinstance(first[columns[0]], str) and "query_id" not in first
+    known = len(columns) >= 2 and isinstance(first[columns[0]], str) and IDS.isdisjoint(first)
     return "sentence-transformers" if known else None
 
 
