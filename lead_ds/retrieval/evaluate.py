@@ -27,7 +27,9 @@ from lead_ds.retrieval.identical import each_without_identical, with_spare, with
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.peers import ALONE, Peers
 from lead_ds.retrieval.precision import Embed
+from lead_ds.retrieval.ties import telling_ties
 from lead_ds.settings.model import ModelConfig
+from lead_ds.settings.parse import refuse_twice
 
 MEASURES = ("RR@10", "nDCG@10", "AP@1000", "R@100", "R@1000")
 
@@ -61,11 +63,21 @@ class Task:
             parse_measure(name, self.relevance_level)
         if out is not None:
             check_run_names(self.dataset, out)
-        return draw_queries(self.dataset.qrels(self.split), self.queries, self.seed)
+        qrels = self.dataset.qrels(self.split)
+        check_relevant(qrels, self.relevance_level, self.split)
+        return draw_queries(qrels, self.queries, self.seed)
 
     def scores(self, run: Run, qrels: Qrels) -> Scores:
         """The measures of a run. Raises InputError as `score_run`."""
         return score_run(run, qrels, self.measures, self.relevance_level)
+
+
+def check_relevant(qrels: Mapping[str, Mapping[str, int]], level: int, where: str | Path) -> None:
+    """Raise InputError where no judgement is as high as `level`: every measure would be 0, whatever is found."""
+    best = max((grade for judged in qrels.values() for grade in judged.values()), default=level)
+    if best < level:
+        what = f"no judgement is {level} or more, the highest is {best}: every measure would be 0"
+        raise InputError(where, what, "lower --relevance-level, or check the judgements")
 
 
 def evaluate_path(
@@ -104,6 +116,7 @@ def open_encoder(
         scorer, encoder = dual_encoder(load_student(model, torch.float32)), load_text(model)
     else:
         given = [*settings, *([] if dim is None else [f"dim={dim}"])]
+        refuse_twice(given)
         scorer, encoder = load_encoder(str(model), given, device)
         trained, dim = read_json(str(model), RECORD).get("dims"), scorer.dim
         if dim is not None and trained and dim not in trained:
@@ -170,7 +183,7 @@ def score_each(runs: Iterable[Run], task: Task, qrels: Qrels, out: str | Path | 
     """`Task.scores` of the queries of all `runs`, which are every judged one. A run is scored, written to `out`, and let go."""
     per_query: dict[str, dict[str, float]] = {name: {} for name in task.measures}
     with nullcontext() if out is None else run_writer(out) as write:
-        for run in runs:
+        for run in telling_ties(runs):
             if write is not None:
                 write(run)
             for name, values in task.scores(run, {query: qrels[query] for query in run}).per_query.items():
@@ -231,7 +244,9 @@ def evaluate_run(
     keep_identical: count a passage that has its query's id, as trec_eval does and BEIR does not.
     """
     run = read_run(run) if isinstance(run, (str, Path)) else run
+    where = qrels if isinstance(qrels, (str, Path)) else "qrels"
     qrels = read_qrels(qrels) if isinstance(qrels, (str, Path)) else qrels
+    check_relevant(qrels, relevance_level, where)
     if not keep_identical:
         kept = {query: dict(found) for query, found in run.items() if query in qrels}
         run = without_identical(kept, max(map(len, kept.values()), default=0), qrels) if kept else run

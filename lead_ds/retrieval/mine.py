@@ -24,6 +24,7 @@ from lead_ds.retrieval.encoded import AT_ONCE, encode_both
 from lead_ds.retrieval.evaluate import ModelLike, open_encoder
 from lead_ds.retrieval.identical import with_spare
 from lead_ds.retrieval.indexed import check_k
+from lead_ds.retrieval.ties import telling_ties
 from lead_ds.settings.mining import MineSettings
 
 DEPTH = 200  # candidates of a query, unless more negatives are wanted
@@ -85,10 +86,10 @@ def mine(
             temporary.open("w", encoding="utf-8") as file,
             progress("choosing negatives", len(positives), "queries", shown=not quiet) as meter,
         ):
-            for run in runs:
-                scored = run if rescored is None else rescored(_to_rescore(run, positives, deep))
-                for query in run:
-                    names, found = positives[query], scored.get(query, {})
+            again = runs if rescored is None else (_again(run, positives, deep, rescored) for run in runs)
+            for run in telling_ties(again):
+                for query, found in run.items():
+                    names = positives[query]
                     if not keep and query in found and query not in names:
                         found = {name: score for name, score in found.items() if name != query}
                         counts["itself"] += 1
@@ -106,13 +107,16 @@ def mine(
         return Mined(len(positives), negatives, counts, short, unscored, relabelled)
 
 
-def _to_rescore(run: Run, positives: Mapping[str, Sequence[str]], depth: int) -> Run:
-    """The `depth` best candidates of each query, and its positives."""
-    found = {}
+def _again(
+    run: Run, positives: Mapping[str, Sequence[str]], depth: int, rescored: Callable[[Run], Run]
+) -> dict[str, dict[str, float]]:
+    """The `depth` best candidates of each query, and its positives, with their new scores."""
+    asked = {}
     for query, scores in run.items():
         best = sorted(scores.items(), key=lambda item: -item[1])[:depth]
-        found[query] = dict.fromkeys(positives[query], 0.0) | dict(best)
-    return found
+        asked[query] = dict.fromkeys(positives[query], 0.0) | dict(best)
+    found = rescored(asked)
+    return {query: dict(found.get(query, {})) for query in run}
 
 
 def bm25_package() -> Any:
@@ -263,6 +267,14 @@ def _choose(
         random.Random(f"mine {settings.seed} {query}").shuffle(kept)
     corpus = dataset.corpus
     asked = None if settings.keep_identical else dataset.queries.text(dataset.queries.row(query)).strip()
+
+    def is_query(row: int) -> bool:
+        return asked is not None and asked in (body.strip() for body in (corpus.text(row), corpus.body(row)))
+
+    trusted = [
+        name for name, row in zip(relabelled, corpus.rows(relabelled).tolist(), strict=True) if not is_query(row)
+    ]
+    counts["itself"] += len(relabelled) - len(trusted)
     # A copy of another negative is no use either, but only of a positive does it teach the wrong thing.
     avoided = [_words(text) for text in corpus.texts(corpus.rows(positives))]
     chosen: list[str] = []
@@ -271,7 +283,7 @@ def _choose(
     for name, row in zip(kept, corpus.rows(kept).tolist(), strict=True):
         if len(chosen) == wanted:
             break
-        if asked is not None and asked in (body.strip() for body in (corpus.text(row), corpus.body(row))):
+        if is_query(row):
             counts["itself"] += 1
             continue
         words = _words(corpus.text(row))
@@ -283,7 +295,7 @@ def _choose(
         chosen = _stratified(chosen, found, settings.number)
     if settings.sample == "random":
         chosen.sort(key=lambda name: -found[name])
-    return chosen, relabelled
+    return chosen, trusted
 
 
 def _stratified(names: Sequence[str], scores: Mapping[str, float], number: int) -> list[str]:

@@ -32,6 +32,7 @@ from lead_ds.retrieval.identical import Judged, with_spare, without_identical
 from lead_ds.retrieval.metrics import Scores
 from lead_ds.retrieval.mine import bm25_run, known_passages
 from lead_ds.retrieval.peers import ALONE, Peers, share
+from lead_ds.retrieval.ties import telling_ties
 
 T = TypeVar("T")
 TextsOf = Callable[[Sequence[int]], list[str]]
@@ -117,7 +118,7 @@ def evaluate_ordered(
     wanted = {query: dict(candidates[query]) for query in qrels if query in candidates}
     if not task.keep_identical:
         wanted = without_identical(wanted, max(map(len, wanted.values()), default=0), qrels, quiet=peers.rank > 0)
-    run = order(wanted)
+    [run] = telling_ties([order(wanted)]) if peers.rank == 0 else [order(wanted)]
     if peers.rank == 0 and out is not None:
         write_run(out, run)
     return peers.from_main(task.scores(run, qrels) if peers.rank == 0 else Scores({}, {}))

@@ -81,6 +81,15 @@ def test_no_deeper_than_asked(small: Dataset, tmp_path: Path, depth: int, expect
     assert group["negatives"] == expected
 
 
+def test_a_passage_of_the_querys_words_becomes_no_positive_either(small: Dataset, tmp_path: Path) -> None:
+    write_jsonl(small.folder / "queries.jsonl", [{"_id": "q", "text": "blue sky"}])
+    settings = MineSettings(number=4, margin=0.0, relabel=True)
+    result = mine(RUN, Dataset.open(small.folder), tmp_path / "out.jsonl", settings=settings, quiet=True)
+    (group,) = lines(tmp_path / "out.jsonl")
+    assert group["positives"] == ["a", "b", "c", "e"]
+    assert (result.left_out["itself"], result.relabelled) == (1, 2)
+
+
 def test_random_negatives_follow_the_seed(small: Dataset, tmp_path: Path) -> None:
     found = set()
     for seed in range(12):
