@@ -28,7 +28,7 @@ def evaluate(
         help="A kind of model; default: what the model's files name. served: --model is the address of a server.",
     ),
     data: Path | None = typer.Option(None, "--data", help="With --model: the dataset's folder."),
-    split: str = typer.Option("test", "--split", help="With --model: which qrels/SPLIT.tsv."),
+    split: str | None = typer.Option(None, "--split", help="With --model: which qrels/SPLIT.tsv.", show_default="test"),
     run: Path | None = typer.Option(
         None, "--run", help="A TREC run: evaluated with --qrels, reranked with --model (default there: BM25's)."
     ),
@@ -48,7 +48,7 @@ def evaluate(
     ),
     rescored: int | None = options.RESCORED,
     gpus: int = options.GPUS,
-    layout: str = options.LAYOUT,
+    layout: str | None = options.LAYOUT,
     nprobe: int | None = options.NPROBE,
     ef_search: int | None = options.EF_SEARCH,
     out: Path | None = typer.Option(None, "--out", help="With --model: write what it ranked, as a TREC run."),
@@ -101,6 +101,12 @@ def evaluate(
     if model is None and (settings or kind or depth or out or index or dim):
         what = "settings, --kind, --depth, --index, --dim and --out are of a model"
         raise InputError("evaluate", what, "add --model and --data")
+    if model is None:
+        ignored = {"--data": data, "--split": split, "--batch-size": batch_size}
+        options.unused(ignored, "goes with --model", "take it out: a run alone is judged by --qrels")
+    if json_file is None:
+        options.unused({"--per-query": per_query}, "is told as JSON alone", "add --json FILE, or --json -")
+    split = split or "test"
     if index is not None and (kind or depth or run):
         what = "is searched by a dual encoder: --kind, --run and --depth are for reranking"
         raise InputError("--index", what, "give one or the other")
@@ -116,7 +122,7 @@ def evaluate(
         raise InputError("--precision", what, "give --model and --data alone")
     for held in precisions:
         options.choice("--precision", held, "float32", "int8", "binary", "ubinary")
-    options.choice("--layout", layout, "shard", "replicate")
+    layout = options.layout_of(layout, gpus)
     if kind is not None:
         from lead_ds.models.kinds.kind import KINDS
 
@@ -195,7 +201,7 @@ def evaluate(
         dataset = Dataset.open(data)
         judged = dataset.qrels(split)
         task = Task(dataset, split, names, relevance_level, keep_identical=keep_identical)
-        given = [*options.check_settings(settings), *([] if dim is None else [f"dim={dim}"])]
+        given = options.check_settings([*(settings or []), *([] if dim is None else [f"dim={dim}"])])
         opened = agreed(here, lambda: Reranker.open(model, kind, given, here.device))
         agreed(here, lambda: options.tell_reading((opened.scorer, opened.encoder), dataset, here))
         if precisions:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from lead_ds.cli.options import unused
+
 
 def plan(
     config: Path = typer.Argument(..., help="A YAML configuration.", metavar="CONFIG"),
@@ -63,6 +65,8 @@ def doctor(
     """What this machine, and each host of a hostfile, lacks - each with its remedy. Exit status 1 if anything is red."""
     from lead_ds.doctor import diagnose, show
 
+    if hostfile is None:
+        unused({"--ssh-port": ssh_port}, "is of the hosts of a hostfile", "add --hostfile, or take it out")
     report = diagnose(hostfile, ssh_port=ssh_port)
     if as_json:
         print(json.dumps(report.plain(), indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -27,7 +28,7 @@ KEEP_IDENTICAL = typer.Option(
     "--keep-identical",
     help="Keep a passage that has its query's id, which otherwise is left out unless it is judged relevant, as in BEIR.",
 )
-LAYOUT = typer.Option("shard", "--layout", help="shard or replicate, over several GPUs.")
+LAYOUT = typer.Option(None, "--layout", help="shard or replicate, over several GPUs.", show_default="shard")
 GPUS = typer.Option(0, "--gpus", min=0, help="GPUs for the index.")
 DIM = typer.Option(
     None,
@@ -84,8 +85,11 @@ def settings_of_two(settings: list[str] | None, documents: str | None) -> tuple[
 
 
 def check_settings(settings: list[str] | None) -> list[str]:
-    """Settings of a model that a command reads. Raises InputError for those that only a run heeds."""
+    """Settings of a model that a command reads. Raises InputError for those that only a run heeds, and for one given twice."""
+    from lead_ds.settings.parse import refuse_twice
+
     given = list(settings or [])
+    refuse_twice(given)
     for setting in given:
         name = setting.partition("=")[0].strip()
         if name in _OF_RUNS:
@@ -112,6 +116,21 @@ def tell_reading(model: Any, dataset: Any, here: Any = None) -> None:
 def batch_of(given: int | None, device: Any) -> int:
     """The batch size that was given, or the device's default."""
     return given or (16 if device.type == "cpu" else 64)
+
+
+def layout_of(given: str | None, gpus: int) -> str:
+    """The layout that was given, or the default. Raises InputError where there is nothing to lay out."""
+    choice("--layout", given or "shard", "shard", "replicate")
+    if gpus < 2:
+        unused({"--layout": given}, "is of an index on several GPUs", "add --gpus, or take it out")
+    return given or "shard"
+
+
+def unused(given: Mapping[str, Any], why: str, remedy: str) -> None:
+    """Raise InputError for an option that was given, and that the command would not read."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise InputError(name, why, remedy)
 
 
 def choice(option: str, value: str, *valid: str) -> None:

@@ -51,9 +51,7 @@ def encode(
         if dtype not in ("float32", precision):
             raise InputError("--dtype", f"{dtype} and --precision {precision} were both given", "give one of them")
         dtype, precision = precision, None
-    given = options.check_settings(settings)
-    if precision == "fp32":
-        given = ["dtype=fp32", *given]
+    given = options.check_settings([*(["dtype=fp32"] if precision == "fp32" else []), *(settings or [])])
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
     from lead_ds.engine.distributed.ranks import ranks
@@ -99,7 +97,7 @@ def index(
         help="Finer vectors of the same texts, to score candidates again by. Default for signs: themselves.",
     ),
     gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs to train and fill it on."),
-    layout: str = options.LAYOUT,
+    layout: str | None = options.LAYOUT,
     data: Path | None = typer.Option(None, "--data", help="Check that the vectors are of this dataset as it is now."),
     query_model: str | None = typer.Option(
         None,
@@ -113,7 +111,7 @@ def index(
 
     lead-ds index --vectors vectors --out index --factory IVF4096,Flat
     """
-    options.choice("--layout", layout, "shard", "replicate")
+    layout = options.layout_of(layout, gpus)
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.retrieval.index import build_index
     from lead_ds.retrieval.vectors import Vectors, check_texts
@@ -143,9 +141,7 @@ def index(
 
 
 def search(
-    query: list[str] | None = typer.Argument(
-        None, help="Queries; none: those of --queries, or of the data's queries.jsonl."
-    ),
+    query: list[str] | None = typer.Argument(None, help="Queries; none: those of the data's queries.jsonl."),
     model: str | None = typer.Option(
         None, "--model", help="A student, sentence-transformers or Hugging Face directory, or a Router's."
     ),
@@ -166,10 +162,12 @@ def search(
     ),
     split: str | None = typer.Option(None, "--split", help="Only the queries that are judged in qrels/SPLIT.tsv."),
     out: Path | None = typer.Option(None, "--out", help="Write a TREC run instead of showing hits."),
-    tag: str = typer.Option("lead-ds", "--tag", help="The run's name in the TREC file."),
+    tag: str | None = typer.Option(
+        None, "--tag", help="With --out: the run's name in the TREC file.", show_default="lead-ds"
+    ),
     dim: int | None = options.DIM,
     gpus: int = options.GPUS,
-    layout: str = options.LAYOUT,
+    layout: str | None = options.LAYOUT,
     nprobe: int | None = options.NPROBE,
     ef_search: int | None = options.EF_SEARCH,
     rescored: int | None = options.RESCORED,
@@ -184,11 +182,22 @@ def search(
 
     lead-ds search --model runs/x/student --data data --index index --split test -k 1000 --out run.trec
     """
-    options.choice("--layout", layout, "shard", "replicate")
+    layout = options.layout_of(layout, gpus)
+    if index is None:
+        of_index = {"--gpus": gpus or None, "--nprobe": nprobe, "--ef-search": ef_search, "--rescored": rescored}
+        options.unused(of_index, "is of an index", "add --index, or take it out")
+    if out is None:
+        options.unused({"--tag": tag}, "is written into a run", "add --out, or take it out")
+    else:
+        options.unused({"--json": as_json}, "prints hits, and --out writes a run instead", "give one of them")
+    if query:
+        of_data = {"--split": split, "--keep-identical": keep_identical}
+        options.unused(of_data, "is of a dataset's queries, and one was given here", "take it out")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.data.collections.qrels import run_writer
     from lead_ds.retrieval.evaluate import open_encoder
     from lead_ds.retrieval.search import Searcher
+    from lead_ds.retrieval.ties import telling_ties
 
     settings: dict[str, Any] = {}
     if index is not None:
@@ -198,6 +207,9 @@ def search(
         raise InputError(
             "search", "no query was given", 'add one, such as "read a json file", or --data with queries.jsonl'
         )
+    if not query and out is None:
+        raise InputError("--out", "is needed for a dataset's queries", "name the TREC run to write")
+    tag = tag or "lead-ds"
     if out is not None:
         check_search_names(data, index, tag, out)
     queries, documents = options.two_models(model, query_model, document_model)
@@ -223,8 +235,7 @@ def search(
             else:
                 show(text, hits)
         return
-    if out is None:
-        raise InputError("--out", "is needed for a dataset's queries", "name the TREC run to write")
+    assert out is not None
     judged = None
     if query:
         ids, texts, keep_identical = [f"q{i}" for i in range(1, len(query) + 1)], list(query), True
@@ -235,7 +246,9 @@ def search(
         ids = list(dataset.queries.ids if judged is None else judged)
         texts = dataset.queries.texts(dataset.queries.rows(ids))
     with run_writer(out, tag) as write:
-        for part in searcher.runs(ids, texts, k, quiet=False, keep_identical=keep_identical, judged=judged):
+        for part in telling_ties(
+            searcher.runs(ids, texts, k, quiet=False, keep_identical=keep_identical, judged=judged)
+        ):
             write(part)
     print(f"{len(ids)} queries: {out}")
 

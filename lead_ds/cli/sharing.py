@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from lead_ds.cli.options import SETTINGS, check_settings, choice, tell_reading
+from lead_ds.cli.options import SETTINGS, check_settings, choice, tell_reading, unused
 from lead_ds.errors import InputError
 
 
@@ -21,7 +21,7 @@ def export(
         help="With --to router: what encodes documents, in the same space as --model, which asks.",
     ),
     data: Path | None = typer.Option(None, "--data", help="Measure both models on this dataset as well."),
-    split: str = typer.Option("test", "--split", help="With --data: which qrels/SPLIT.tsv."),
+    split: str | None = typer.Option(None, "--split", help="With --data: which qrels/SPLIT.tsv.", show_default="test"),
 ) -> None:
     """Export a dual encoder: one ONNX graph from token ids to the finished vector, its int8 form, or a plain directory.
 
@@ -37,6 +37,9 @@ def export(
 
     lead-ds export --model intfloat/e5-base-v2 --to onnx exported/e5 query_prompt="query: " passage_length=256
     """
+    if data is None:
+        unused({"--split": split}, "is of --data", "add --data, or take it out")
+    split = split or "test"
     choice("--to", to, "onnx", "int8", "sentence-transformers", "router")
     if (document_model is not None) != (to == "router"):
         raise InputError("--document-model", "goes with --to router, and it with that", "give both, or neither")

@@ -21,10 +21,13 @@ class MineSettings(Section):
         None, description="candidates read of each query; null: 200, or skip + number if more"
     )
     margin: float | None = Field(
-        None, description="candidates that score more than the query's least positive - margin are left out"
+        None,
+        allow_inf_nan=False,
+        description="candidates that score more than the query's least positive - margin are left out",
     )
     ratio: float | None = Field(
         None,
+        allow_inf_nan=False,
         description="candidates that score more than ratio * the least positive are left out, as in NV-Retriever, "
         "arXiv 2407.15831",
     )
@@ -58,7 +61,9 @@ class MineSettings(Section):
         return depth
 
     @model_validator(mode="after")
-    def _check_relabel(self) -> MineSettings:
+    def _check_together(self) -> MineSettings:
         if self.relabel and self.margin is None and self.ratio is None:
             raise ValueError("relabel has no bound: set margin or ratio")
+        if self.seed and self.sample != "random":
+            raise ValueError(f"seed is ignored by sample: {self.sample}, which draws nothing: take it out")
         return self

@@ -188,6 +188,33 @@ def test_more_ranks_than_groups(rooms: Path, tmp_path: Path) -> None:
         (["distill"], "error: lead-ds distill: Missing argument 'CONFIG' (see lead-ds distill --help)"),
         (["distil", "x.yaml"], "error: lead-ds: No such command 'distil'"),
         (["report", "nowhere"], "error: nowhere"),
+        (["evaluate", "--split", "dev", "--run", "r", "--split=test"], "error: --split: is given twice (keep one"),
+        (
+            ["evaluate", "--run", "r", "--qrels", "q", "--split", "dev"],
+            "error: --split: goes with --model (take it out",
+        ),
+        (["evaluate", "--run", "r", "--qrels", "q", "--batch-size", "3"], "error: --batch-size: goes with --model"),
+        (["evaluate", "--run", "r", "--qrels", "q", "--per-query"], "error: --per-query: is told as JSON alone"),
+        (
+            ["evaluate", "--model", "m", "--data", "d", "--layout", "shard"],
+            "error: --layout: is of an index on several",
+        ),
+        (
+            ["search", "--model", "m", "--data", "d", "x", "--nprobe", "3"],
+            "error: --nprobe: is of an index (add --index",
+        ),
+        (["search", "--model", "m", "--data", "d", "x", "--gpus", "1"], "error: --gpus: is of an index (add --index"),
+        (["search", "--model", "m", "--data", "d", "x", "--split", "dev"], "error: --split: is of a dataset's queries"),
+        (["search", "--model", "m", "--data", "d", "x", "--tag", "t"], "error: --tag: is written into a run"),
+        (["search", "--model", "m", "--data", "d", "--json"], "error: --out: is needed for a dataset's queries"),
+        (["search", "--model", "m", "--data", "d", "--json", "--out", "o"], "error: --json: prints hits"),
+        (["index", "--vectors", "v", "--out", "o", "--layout", "replicate"], "error: --layout: is of an index on"),
+        (["export", "--model", "m", "--to", "onnx", "o", "--split", "dev"], "error: --split: is of --data (add --data"),
+        (["doctor", "--ssh-port", "22"], "error: --ssh-port: is of the hosts of a hostfile"),
+        (["mine", "--data", "d", "--out", "o", "--seed", "3"], "error: mine: configuration: seed is ignored by sample"),
+        (["mine", "--data", "d", "--out", "o", "--margin", "inf"], "error: mine: margin: input should be a finite"),
+        (["search", "-k", "3", "--data", "d", "-k", "5", "--", "-k"], "error: -k: is given twice (keep one"),
+        (["encode", "--model", "m", "--data", "d", "--out", "o", "dim=2", "dim=4"], "error: dim=4: takes away 'dim=2'"),
     ],
 )
 def test_status_2_and_one_line(arguments: list[str], says: str) -> None:
