@@ -65,7 +65,7 @@ def student_memory(shapes: Sequence[ModelShape], zero: dict[str, Any], element: 
         groups = [sum(p.numel for p in group) for group in _groups(shapes)]
         partition = sum(-(-numel // (2 * world)) * 2 for numel in groups)
         double = 2 if zero.get("overlap_comm") else 1
-        states = StudentMemory(
+        held = StudentMemory(
             parameters=element * (partition * world + frozen),
             gradients=element * (trained if stage == 1 else partition),
             master=4 * partition,
@@ -76,7 +76,7 @@ def student_memory(shapes: Sequence[ModelShape], zero: dict[str, Any], element: 
     else:
         partition = sum(-(-p.numel // world) for p in parameters if p.trainable)
         share = sum(-(-p.numel // world) for p in parameters)
-        states = StudentMemory(
+        held = StudentMemory(
             parameters=element * share,
             gradients=element * partition,
             master=4 * partition,
@@ -84,7 +84,7 @@ def student_memory(shapes: Sequence[ModelShape], zero: dict[str, Any], element: 
             gathered=element * max(gathered_elements(shape, zero) for shape in shapes),
             buffers=bucket,
         )
-    return _offloaded(states, zero)
+    return _offloaded(held, zero)
 
 
 def teacher_memory(
@@ -127,18 +127,18 @@ def _groups(shapes: Sequence[ModelShape]) -> list[list[Parameter]]:
     return [group for group in groups if group]
 
 
-def _offloaded(states: StudentMemory, zero: dict[str, Any]) -> StudentMemory:
+def _offloaded(held: StudentMemory, zero: dict[str, Any]) -> StudentMemory:
     """Optimizer state, and at stage 3 parameters, moved off the GPU where the configuration has it so."""
     from dataclasses import replace
 
     host = 0
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        host += states.master + states.moments + states.gradients
-        states = replace(states, master=0, moments=0, gradients=0)
+        host += held.master + held.moments + held.gradients
+        held = replace(held, master=0, moments=0, gradients=0)
     if zero.get("offload_param", {}).get("device", "none") != "none":
-        host += states.parameters
-        states = replace(states, parameters=0)
-    return replace(states, host=host)
+        host += held.parameters
+        held = replace(held, parameters=0)
+    return replace(held, host=host)
 
 
 def _number(section: dict[str, Any], key: str, auto: float, default: float | None = None) -> float:

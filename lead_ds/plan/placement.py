@@ -157,17 +157,17 @@ class _Calculator:
         host, disk = student.host * cluster.gpus, 0
         if r.teachers and not r.cotrained:
             zero, placed = r.teacher_zero.get(choice.placement, {}), choice.placement
-            states = [
+            held = [
                 teacher_memory(teacher.shape, placed, zero, teacher.element, cluster.world, cluster.gpus)
                 for teacher in r.teachers
             ]
-            parts["teacher shard"] = sum(teacher.shard for teacher in states)
+            parts["teacher shard"] = sum(teacher.shard for teacher in held)
             # They run one after the other.
-            parts["teacher gathered layers"] = max(teacher.gathered for teacher in states)
+            parts["teacher gathered layers"] = max(teacher.gathered for teacher in held)
             # The teachers' forwards are over before the student's activations exist: only the excess counts.
             largest = max(teacher.activations(choice.chunk) for teacher in r.teachers)
             parts["teacher activations, more"] = max(0, largest - activations)
-            host, disk = host + sum(one.host for one in states), sum(one.disk for one in states)
+            host, disk = host + sum(one.host for one in held), sum(one.disk for one in held)
         parts["captured features"] = self.features
         parts["communication buffers"] = student.buffers + self.gathered_features
         parts["context and slack"] = CONTEXT + int(SLACK * sum(parts.values()))

@@ -24,7 +24,7 @@ _WHOLE_WIDTH = 128
 _LANES = 8
 
 
-class _Plan(NamedTuple):
+class _Tiling(NamedTuple):
     """How query rows are laid on tiles: `pack` whole queries a tile, or one query over `parts` tiles."""
 
     pack: int
@@ -45,19 +45,19 @@ def forward(
     q, d = aligned(q), aligned(d)
     width = q.shape[2]
     tiles = _forward_tiles(shared_memory(q), q.element_size(), width, save_argmax)
-    plan = _plan(queries, length_q, tiles.rows)
-    scores = torch.empty(plan.parts, queries, passages, dtype=torch.float32, device=q.device)
+    tiling = _tiling(queries, length_q, tiles.rows)
+    scores = torch.empty(tiling.parts, queries, passages, dtype=torch.float32, device=q.device)
     # About eight programs a multiprocessor: enough to even out the last wave, few enough to keep the query tile loaded.
-    group = min(passages, max(1, plan.row_tiles * passages // (8 * processor_count(q))))
+    group = min(passages, max(1, tiling.row_tiles * passages // (8 * processor_count(q))))
     launch(
-        forward_kernel, (plan.row_tiles * triton.cdiv(passages, group),), q, d, _bytes(q_mask, q), _bytes(d_mask, d),
+        forward_kernel, (tiling.row_tiles * triton.cdiv(passages, group),), q, d, _bytes(q_mask, q), _bytes(d_mask, d),
         inverse_lengths(q) if cosine else scores, inverse_lengths(d) if cosine else scores, scores,
-        argmax if save_argmax else scores, queries, passages, length_q, length_d, width, plan.row_tiles, plan.pack,
-        plan.parts, group, **_forward_constants(tiles, width), HAS_Q_MASK=q_mask is not None,
+        argmax if save_argmax else scores, queries, passages, length_q, length_d, width, tiling.row_tiles, tiling.pack,
+        tiling.parts, group, **_forward_constants(tiles, width), HAS_Q_MASK=q_mask is not None,
         HAS_D_MASK=d_mask is not None, HAS_SCALES=cosine, SAVE_ARGMAX=save_argmax, PRECISION=float32_dot_precision(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return scores[0] if plan.parts == 1 else scores.sum(dim=0), argmax
+    return scores[0] if tiling.parts == 1 else scores.sum(dim=0), argmax
 
 
 def backward(
@@ -114,10 +114,10 @@ def _bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
     return unused if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _plan(queries: int, length_q: int, rows: int) -> _Plan:
+def _tiling(queries: int, length_q: int, rows: int) -> _Tiling:
     pack = min(max(1, rows // length_q), queries, _LANES)
     parts = triton.cdiv(length_q, rows)
-    return _Plan(pack, parts, triton.cdiv(queries, pack) * parts)
+    return _Tiling(pack, parts, triton.cdiv(queries, pack) * parts)
 
 
 def _forward_tiles(shared: int, size: int, width: int, save_argmax: bool) -> ForwardTiles:
