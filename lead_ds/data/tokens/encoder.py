@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lead_ds.data.tokens.ids import ids_and_types
 from lead_ds.data.tokens.pair_templates import Message, PairTemplate
 from lead_ds.errors import InputError
 
@@ -245,16 +246,9 @@ class TextEncoder:
         if not texts:
             raise ValueError("no texts to encode")
         with self._lock:
-            encoded = self.tokenizer(
-                texts,
-                pairs,
-                truncation="longest_first" if pairs else True,
-                max_length=length,
-                return_attention_mask=False,
-                return_token_type_ids=self.token_types,
-            )
+            found = ids_and_types(self.tokenizer, texts, pairs, length, types=self.token_types)
             self._forget_truncation()
-        return encoded["input_ids"], encoded.get("token_type_ids") if self.token_types else None
+        return found
 
     def padded(self, rows: Rows, types: Rows | None, length: int = 0) -> Tokens:
         """Rows of tokens and of types, padded to the longest, or to `length`. Raises InputError for a token beyond `words`."""
