@@ -53,6 +53,8 @@ def test_a_killed_step_is_finished_and_not_measured_again(tmp_path: Path, monkey
         "--out",
         str(tmp_path / "rows.json"),
     ]
+    scale.main([*given, "--minutes", "0"])
+    assert scale.results(tmp_path / "rows.json") == {}
     scale.main([*given, "--plot", str(tmp_path / "plot.png")])
     [row] = scale.results(tmp_path / "rows.json").values()
     assert row["kills"] == 1

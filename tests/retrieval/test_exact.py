@@ -27,6 +27,34 @@ def test_brute_force(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(scores, expected.values[:, :k])
 
 
+@pytest.mark.parametrize("order", ["as drawn", "best last", "equal", "best first"])
+@pytest.mark.parametrize("k", [1, 20, 300])
+def test_later_blocks_add_what_is_better_and_nothing_else(k: int, order: str) -> None:
+    queries, passages = data(5, 4000)
+    if order != "as drawn":
+        passages = passages[(passages @ queries[0]).argsort(descending=order == "best first")]
+    if order == "equal":
+        passages = passages[torch.arange(4000) % 7]
+    blocks = [passages[:700], passages[700:710], passages[710:2758], passages[2758:]]
+    scores, rows = exact_search(queries, blocks, k)
+    every = queries @ passages.T
+    expected = every.sort(dim=1, descending=True, stable=True)
+    torch.testing.assert_close(scores, expected.values[:, :k])
+    torch.testing.assert_close(every.gather(1, rows), scores)
+    assert all(len(set(row)) == k for row in rows.tolist())
+    if order != "equal":
+        assert torch.equal(rows, expected.indices[:, :k])
+
+
+@pytest.mark.parametrize("row", [3, 3000])
+def test_a_score_that_is_not_a_number_is_seen(row: int) -> None:
+    queries, passages = data(5, 4000)
+    passages[row] = torch.nan
+    scores, rows = exact_search(queries, passages.split(1000), 20)
+    assert (rows == row).any(1).all()
+    assert scores.isnan().any(1).all()
+
+
 def test_k_beyond_the_corpus_gives_the_whole_corpus() -> None:
     queries, passages = data(passages=4)
     scores, rows = exact_search(queries, passages, 10)
