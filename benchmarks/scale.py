@@ -1,18 +1,19 @@
 """A hundred times the size: how time and memory of each part grow with the data.
 
     python -m benchmarks.scale [--sizes 100000 1000000 10000000] [--rows open kept encode index mine evaluate pipeline]
-        [--folder DIR] [--out benchmarks/results/scale-cpu.json] [--plot benchmarks/results/scale-cpu.png]
+        [--folder DIR] [--minutes M] [--out benchmarks/results/scale-cpu.json] [--plot benchmarks/results/scale-cpu.png]
 
 Data are generated: of n passages, n / 10 queries with a group each, and vectors 128 wide. Every step is a process of its own;
 counted are its processor time, its wall time and the peak of its own memory (anonymous pages; mapped files are the system's to
 take back). Steps that write in streams are killed half way and started again, and what was there before must stay as it was.
-A row of results is written when a step ends, and what is there is not measured again: the same command continues. The data of a
-row are deleted after it. --table prints what was measured; --plot draws it.
+A row of results is written when a step ends, and what is there is not measured again: the same command continues. After
+--minutes no further step begins. The data of a row are deleted after it. --table prints what was measured; --plot draws it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -72,15 +73,17 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--folder", type=Path, help="where to generate; the system's temporary folder by default")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no step after so many")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--table", action="store_true", help="measure nothing: print what is in --out")
     options = parser.parse_args(given)
     if not options.table:
         folder = options.folder or Path(tempfile.gettempdir()) / "lead-ds-scale"
+        until = time.monotonic() + 60 * options.minutes
         for size in options.sizes:
             for row in options.rows:
-                measure(row, size, folder / f"{row}-{size}", options.out)
+                measure(row, size, folder / f"{row}-{size}", options.out, until)
     print(table(results(options.out)))
     if options.plot:
         plot(results(options.out), options.plot)
@@ -93,15 +96,18 @@ def results(out: Path) -> dict[tuple[str, str, int], Row]:
     return {(row["row"], row["step"], row["size"]): row for row in rows}
 
 
-def measure(row: str, size: int, folder: Path, out: Path) -> None:
-    """The steps of a row that are not in `out` yet; its folder is deleted afterwards."""
+def measure(row: str, size: int, folder: Path, out: Path, until: float = float("inf")) -> None:
+    """The steps of a row that are not in `out` yet; its folder is deleted afterwards. until: when no further step begins."""
     steps = [step for step in ROWS[row] if (row, step.name, size) not in results(out)]
-    if not steps:
+    if not steps or time.monotonic() > until:
         return
     steps = steps if folder.exists() else ROWS[row]  # later steps read what earlier ones wrote
     if row not in GENERATED:
         run("generate", size, folder)
     for step in steps:
+        if time.monotonic() > until:
+            print(f"{row} {size}: out of time before {step.name}; the same command goes on", flush=True)
+            return
         found = run(step.name, size, folder, step)
         found |= {
             "machine": machine(torch.device("cpu")),
@@ -174,7 +180,7 @@ def once(step: str, size: int, folder: Path, files: str, stop: int | None) -> tu
             own = max(own, own_memory(process.pid))
             if stop is not None and not killed and len(written(folder, files)) >= stop:
                 time.sleep(random.random())
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process.pid)
                 killed = True
             time.sleep(0.1)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -186,6 +192,14 @@ def once(step: str, size: int, folder: Path, files: str, stop: int | None) -> tu
     if process.returncode:
         raise RuntimeError(f"{step} ended with status {process.returncode}: {said[-2000:]}")
     return True, json.loads(said.splitlines()[-1]), spent
+
+
+def kill(pid: int) -> None:
+    """End a process and all that it started, as a host that dies does: stages of a pipeline are sessions of their own."""
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def own_memory(pid: int) -> float:
