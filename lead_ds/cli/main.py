@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a) and a != "--debug"]
     try:
         _refuse_undecoded(arguments)
+        _refuse_no_number()
         program = typer.main.get_command(app)
         _refuse_twice(arguments, getattr(program, "commands", {}))
         status = program(args=arguments, prog_name="lead-ds", standalone_mode=False)
@@ -118,6 +119,14 @@ def _refuse_undecoded(arguments: Sequence[str]) -> None:
             ) from None
 
 
+def _refuse_no_number() -> None:
+    """Raise InputError for what a launcher would have set, and that is none of its numbers."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise InputError(name, f"is {value!r} in the environment, and no number", "unset it, or use a launcher")
+
+
 def _refuse_twice(arguments: Sequence[str], commands: Mapping[str, Any]) -> None:
     """Raise InputError for an option that is given twice and holds one value: the first would be dropped."""
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
@@ -132,7 +141,8 @@ def _refuse_twice(arguments: Sequence[str], commands: Mapping[str, Any]) -> None
 def _report(message: str, status: int, debug: bool) -> int:
     if debug and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    rank = int(os.environ.get("RANK", "0"))
+    named = os.environ.get("RANK", "0")
+    rank = int(named) if named.isdecimal() else 0
     if rank and status == 2:
         # Wrong input is wrong on every rank: rank 0 reports it once. Leave it the time to, before the launcher ends us
         # all.

@@ -295,6 +295,9 @@ def mine(
 ) -> None:
     """Mine hard negatives from a model, a TREC run, or BM25; writes training groups with the scores it saw.
 
+    After a kill it starts over, but for what --rescore has scored. To resume the rest as well, use encode, index and
+    search --out, which resume, and then mine --run.
+
     lead-ds mine --model runs/first/student --data data/msmarco --out data/msmarco/train.jsonl --depth 200 --number 30
 
     lead-ds mine --model intfloat/e5-base-v2 --data data --out data/train.jsonl query_prompt="query: "

@@ -225,6 +225,13 @@ def test_status_2_and_one_line(arguments: list[str], says: str) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("WORLD_SIZE", ""), ("MASTER_PORT", "-1")])
+def test_an_environment_that_no_launcher_makes(name: str, value: str) -> None:
+    done = lead_ds("distill", "nowhere.yaml", **{name: value})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {name}: is {value!r} in the environment, and no number"), done.stderr
+
+
 def test_under_the_launcher_the_status_is_2_and_rank_0_tells(configure: Callable[..., Path]) -> None:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module", "lead_ds"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

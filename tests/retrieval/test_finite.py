@@ -64,6 +64,15 @@ def test_vectors_of_another_hand_are_checked_before_they_are_indexed(model: Path
         build_index(Vectors.open(tmp_path / "vectors"), tmp_path / "index", quiet=True)
 
 
+def test_a_reranker_that_is_not_finite_is_told_as_such(rooms: Path, tmp_path: Path) -> None:
+    shutil.copytree(rooms / "cross", tmp_path / "cross")
+    weights = load_file(tmp_path / "cross" / "model.safetensors")
+    weights["classifier.weight"][0, 0] = math.nan
+    save_file(weights, tmp_path / "cross" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"gives scores that are not finite numbers in float32"):
+        Reranker.open(str(tmp_path / "cross"))
+
+
 def test_scores_that_are_not_finite_make_no_run() -> None:
     with pytest.raises(RunError, match="the score of passage 'b' for query 'q' is not finite"):
         make_run(["q"], [[1.0, math.nan]], [[0, 1]], ["a", "b"])

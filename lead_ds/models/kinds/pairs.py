@@ -72,6 +72,9 @@ class PairScorer(Kind):
             scorer = super().of_parts(chain, model, config, student=student).eval()
             ours_B = scorer(tokens=tokens).float()
             theirs_B = scorer.scores_of(said.float())
+        if not theirs_B.isfinite().all():
+            what = f"gives scores that are not finite numbers in {str(parameter.dtype).removeprefix('torch.')}"
+            raise InputError(config.path, what, "set dtype to fp32; else a weight of the model is not finite")
         exact = parameter.dtype == torch.float32
         if not torch.allclose(ours_B, theirs_B, rtol=1e-3 if exact else 0.05, atol=1e-3 if exact else 0.3):
             what = f"a {model.config.model_type} computes its scores in another way than is known here"
