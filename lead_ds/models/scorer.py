@@ -132,8 +132,10 @@ class Scorer(nn.Module):
         def read(tokens: Tokens) -> Tensor:
             return self._read(tokens, layers)
 
-        count = 0 if batch.queries is None else len(batch.queries["input_ids"])
         if batch.passes is not None:
+            count = (
+                0 if batch.queries is None else len(batch.queries["input_ids"])
+            )  # not what a module of your own gives
             found = self.in_passes(batch.passes, read)
             return found[:, :count], found[:, count:], None, None
         queries = taps_queries = None
