@@ -37,10 +37,16 @@ def tables(rows: list[Row]) -> str:
 
 
 def teacher_planned(row: Row) -> float:
-    """MiB that the plan gives a process for its teacher in a forward."""
+    """MiB that the plan gives a process for its teacher in a forward, its activations apart."""
     parts = row["plan"]["parts"]
-    # Its activations are planned only as far as they exceed the student's.
     return sum(parts[name] for name in ("teacher shard", "teacher gathered layers")) + row["plan"]["host"]
+
+
+def planned(plan: Row) -> float:
+    """MiB of a process in a run. Of DeepSpeed's buckets only what gradients fill: a CPU's untouched pages take nothing."""
+    parts = plan["parts"]
+    buckets = min(parts["communication buffers"], 2 * parts["student gradients"])
+    return sum(parts.values()) - parts["communication buffers"] + buckets + plan["host"]
 
 
 def alone(row: Row) -> str:
@@ -75,7 +81,7 @@ def beside(row: Row) -> str:
     steps = ranks[0]["steps"]
     spans = [after[1] - before[1] for before, after in pairwise(steps)]
     half = len(spans) // 2
-    plan = sum(row["plan"]["parts"].values()) + row["plan"]["host"] if "plan" in row else None
+    plan = planned(row["plan"]) if "plan" in row else None
     cells = [
         row["model"],
         row["placement"] + (", cached" if row["part"] == "cached" else ""),

@@ -163,14 +163,15 @@ def batches(path: Path, out: Path) -> None:
         windows = open_inputs(config, here)[2]
         for step in range(config.train.steps):
             window = windows.window(step)
+            group = len(window.passage_ids) // len(window.query_ids)
             texts = corpus.texts(corpus.rows(window.passage_ids))
             labels: list[Any] = [None] * len(window.query_ids)
             found = window.teachers[0][0].looked_up if window.teachers else None
             if found is not None and "relevance" in found:
                 labels = found["relevance"][..., -1].double().tolist()
             elif found is not None:
-                q_BD, p_BND = found["queries"][-1], found["passages"][-1].unflatten(0, (-1, window.group))
+                q_BD, p_BND = found["queries"][-1], found["passages"][-1].unflatten(0, (-1, group))
                 labels = np.concatenate([q_BD[:, None], p_BND], 1).astype(float).tolist()
             for place, query in enumerate(queries.texts(queries.rows(window.query_ids))):
-                passages = texts[place * window.group : (place + 1) * window.group]
+                passages = texts[place * group : (place + 1) * group]
                 file.write(json.dumps({"query": query, "passages": passages, "label": labels[place]}) + "\n")

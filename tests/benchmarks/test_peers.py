@@ -72,7 +72,13 @@ def test_tables_of_large_teachers() -> None:
         "gather_seconds": 2.0,
         "gathered": 800.0,
     }
-    plan = {"parts": {"teacher shard": 500.0, "teacher gathered layers": 100.0, "student": 50.0}, "host": 0.0}
+    parts = {
+        "teacher shard": 500.0,
+        "teacher gathered layers": 100.0,
+        "student gradients": 25.0,
+        "communication buffers": 400.0,
+    }
+    plan = {"parts": parts, "host": 0.0}
     steps = [[1, 0.0, 0.0, 400.0, 2.0], [2, 2.0, 1.0, 401.0, 1.9], [3, 4.0, 2.0, 401.0, 1.8]]
     rows = [
         {"model": "m", "placement": "zero3", "part": "alone", "ranks": [rank, rank], "plan": plan},
@@ -87,4 +93,4 @@ def test_tables_of_large_teachers() -> None:
     ]
     told = tables(rows)
     assert "| m | zero3 | 2 | 3 | 500 (0.500) | 520 | 640 | 600 | 700 | 2.0 | 2.0 s, 400 MiB/s |" in told
-    assert "| m | zero3 | 3 | 2: 1 taken twice, equal | 630 | 650 | 0.97 | 2.00, 2.00 | +0 |" in told
+    assert "| m | zero3 | 3 | 2: 1 taken twice, equal | 630 | 675 | 0.93 | 2.00, 2.00 | +0 |" in told
