@@ -16,6 +16,7 @@ from lead_ds.retrieval.sparse import SparseVectors, merge_top_k, sparse_search
 
 BLOCK_ELEMENTS = 1 << 26  # scores held at once: 256 MB in float32
 QUERY_BLOCK = 4096
+DEEP = 256  # results from which selection takes longer than a comparison beforehand
 STRETCH = 64  # passages whose best score is compared first
 LAST_ROW = 1 << 60  # of no passage: behind every other of the same score
 
@@ -54,7 +55,7 @@ def _candidates(scores_QP: Tensor, best_Qk: Tensor, k: int) -> tuple[Tensor, Ten
     Most of a later block is below the k-th best so far. A look at the largest of each stretch finds what is not, in a fraction
     of the time that selection takes.
     """
-    if best_Qk.shape[1] == k > 0:
+    if best_Qk.shape[1] == k >= DEEP:
         least_Q1 = best_Qk[:, -1:]
         stretches = pad(scores_QP, (0, -scores_QP.shape[1] % STRETCH), value=-torch.inf).unflatten(1, (-1, STRETCH))
         # Not above, but not below or equal: what is not a number is kept, and refused by whoever reads the scores.
