@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.data.tokens.ids import ids_and_types
+from lead_ds.data.tokens.long_texts import shortened
 from lead_ds.data.tokens.pair_templates import Message, PairTemplate
 from lead_ds.errors import InputError
 
@@ -216,7 +217,7 @@ class TextEncoder:
         alone = length is not None
         with self._lock:
             encoded = self.tokenizer(
-                list(texts),
+                list(texts if length is None else shortened(self.tokenizer, texts, length)),
                 truncation=alone,
                 max_length=length,
                 add_special_tokens=alone,

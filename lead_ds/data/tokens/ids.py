@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lead_ds.data.tokens.long_texts import shortened, shortened_pairs
+
 
 def ids_and_types(
     tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, length: int, *, types: bool
@@ -14,9 +16,13 @@ def ids_and_types(
     The same as `tokenizer(texts, pairs, truncation=True, max_length=length)`, which also keeps where each token stands in its
     text: that and its bookkeeping take about as long as the tokens.
     """
+    if pairs is None:
+        texts = shortened(tokenizer, texts, length)
+    else:
+        texts, pairs = shortened_pairs(tokenizer, texts, pairs, length)
     if not _plain(tokenizer):
         given = {"truncation": True, "max_length": length, "return_attention_mask": False}
-        encoded = tokenizer(list(texts), pairs, return_token_type_ids=types, **given)
+        encoded = tokenizer(list(texts), pairs and list(pairs), return_token_type_ids=types, **given)
         return encoded["input_ids"], encoded.get("token_type_ids") if types else None
     from transformers.tokenization_utils_base import TruncationStrategy
     from transformers.utils import PaddingStrategy

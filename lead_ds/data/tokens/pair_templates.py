@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lead_ds.data.tokens.long_texts import shortened
+
 Rows = list[list[int]]
 Span = tuple[int, int]  # of characters
 
@@ -78,7 +80,8 @@ class Whole:
         for query, passage in zip(queries, passages, strict=True):
             filled = {"{query}": query, "{passage}": passage}
             texts.append("".join(filled.get(piece, piece) for piece in _PLACES.split(self.template)))
-        return tokenizer(texts, truncation=True, max_length=length, return_attention_mask=False)["input_ids"], None
+        read = shortened(tokenizer, texts, length)
+        return tokenizer(read, truncation=True, max_length=length, return_attention_mask=False)["input_ids"], None
 
     def __str__(self) -> str:
         return self.template
@@ -101,7 +104,8 @@ class Enclosed:
         for query, passage in zip(queries, passages, strict=True):
             filled = {"{instruction}": self.instruction, "{query}": query, "{passage}": passage}
             texts.append("".join(filled.get(piece, piece) for piece in _PLACES.split(self.body)))
-        bodies = tokenizer(texts, truncation=True, max_length=room, return_attention_mask=False)["input_ids"]
+        read = shortened(tokenizer, texts, room)
+        bodies = tokenizer(read, truncation=True, max_length=room, return_attention_mask=False)["input_ids"]
         return [head + body + tail for body in bodies], None
 
     def __str__(self) -> str:
@@ -200,4 +204,6 @@ def _dropped(offsets: Sequence[Span], spans: dict[str, list[Span]], excess: int)
 def _ids(tokenizer: Any, text: Any, length: int | None = None) -> Any:
     """Tokens of a text or of texts alone, without special ones."""
     cut: dict[str, Any] = {"verbose": False} if length is None else {"truncation": True, "max_length": max(length, 1)}
+    if length is not None:
+        text = shortened(tokenizer, text, length)
     return tokenizer(text, add_special_tokens=False, return_attention_mask=False, **cut)["input_ids"]
