@@ -36,6 +36,7 @@ CUT_LR = 2e-4
 # Its last three layers, where a dual encoder forms its vector; the steps begin nearer to the teacher, and may be larger.
 UPPER = (9, 10, 11)
 UPPER_LR = 5e-4
+VECTORS = {"weight": 50.0, "into": "same"}  # chosen on dev queries, of 5, 15 and 50
 TUNED_LR = 2e-4  # chosen, as the weights beside it, on dev queries
 DE_LAYERS = "3,6,7,8,9,10,11"  # whose vectors are kept: the upper half, and what `skip` takes
 # A unit-length model's relevance lies in [-1, 1]: 1/20 makes of it what a cross-encoder's logits are.
@@ -149,19 +150,33 @@ ARMS = [
     ),
     Arm(
         "upper-aligned",
-        "the same + vectors, weight 5",
+        "the same + vectors, weight 50",
         "de",
-        losses={"response": {"weight": 3.0}, "embedding": {"weight": 5.0, "into": "same"}},
+        losses={"response": {"weight": 3.0}, "embedding": VECTORS},
         source="vectors",
         cut=UPPER,
         lr=UPPER_LR,
         beside="upper",
     ),
     Arm(
-        "upper-widths",
-        "the same, in two widths",
+        "upper-layers",
+        "the same + LEAD: the teacher's layers 9 and 10 to those that were cut out of it, weight 1",
         "de",
-        losses={"response": {"weight": 3.0}, "embedding": {"weight": 5.0, "into": "same"}},
+        losses={
+            "response": {"weight": 3.0},
+            "embedding": VECTORS,
+            **_layer(select="given", teacher_layers=[9, 10], student_layers=[0, 1]),
+        },
+        source="vectors",
+        cut=UPPER,
+        lr=UPPER_LR,
+        beside="upper-aligned",
+    ),
+    Arm(
+        "upper-widths",
+        "the last three layers, ranking and vectors, in two widths",
+        "de",
+        losses={"response": {"weight": 3.0}, "embedding": VECTORS},
         source="vectors",
         cut=UPPER,
         lr=UPPER_LR,
