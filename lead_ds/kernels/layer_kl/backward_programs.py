@@ -16,6 +16,72 @@ def _residual(t, s, lse_t, lse_s, RANGE: tl.constexpr):
     return (tl.exp2(s - lse_s) - tl.exp2(t - lse_t)) * RANGE
 
 
+@triton.jit
+def _query_rows(
+    tile, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr,
+    queries, passages, width, map_stride,
+    RANGE: tl.constexpr, STUDENT_COSINE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of dq."""
+    query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    real = query < queries
+    lse_t = tl.load(t_lse + query, mask=real, other=0.0)[:, None]
+    lse_s = tl.load(s_lse + query, mask=real, other=0.0)[:, None]
+    if STUDENT_COSINE:
+        q_weight = tl.load(sq_weight_ptr + layer * queries + query, mask=real, other=0.0)
+    dq = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
+    for start in range(0, passages, BLOCK_PASSAGES):
+        passage = start + tl.arange(0, BLOCK_PASSAGES)
+        place = query[:, None] * map_stride + passage[None, :]
+        inside = real[:, None] & (passage < passages)[None, :]
+        t = tl.load(t_map + place, mask=inside, other=HIDDEN)
+        s = tl.load(s_map + place, mask=inside, other=HIDDEN)
+        base = sd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
+        d_tile = tl.load(base, mask=(passage < passages)[:, None] & in_width, other=0.0)
+        residual = _residual(t, s, lse_t, lse_s, RANGE)
+        if STUDENT_COSINE:
+            weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=passage < passages, other=0.0)
+            residual *= q_weight[:, None] * weight[None, :]
+        residual = residual.to(d_tile.dtype)
+        dq = tl.dot(residual, d_tile, dq, input_precision=PRECISION)
+    base = dq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
+    tl.store(base, (dq * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+
+
+@triton.jit
+def _passage_rows(
+    tile, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sq_ptr, sq_weight_ptr, sd_weight_ptr, dd_ptr,
+    queries, passages, width, map_stride,
+    RANGE: tl.constexpr, STUDENT_COSINE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of dd."""
+    passage = tile * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
+    real = passage < passages
+    if STUDENT_COSINE:
+        d_weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=real, other=0.0)
+    dd = tl.zeros([BLOCK_PASSAGES, BLOCK_WIDTH], dtype=tl.float32)
+    for start in range(0, queries, BLOCK_QUERIES):
+        query = start + tl.arange(0, BLOCK_QUERIES)
+        lse_t = tl.load(t_lse + query, mask=query < queries, other=0.0)[None, :]
+        lse_s = tl.load(s_lse + query, mask=query < queries, other=0.0)[None, :]
+        place = query[None, :] * map_stride + passage[:, None]
+        inside = real[:, None] & (query < queries)[None, :]
+        t = tl.load(t_map + place, mask=inside, other=HIDDEN)
+        s = tl.load(s_map + place, mask=inside, other=HIDDEN)
+        base = sq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
+        q_tile = tl.load(base, mask=(query < queries)[:, None] & in_width, other=0.0)
+        residual = _residual(t, s, lse_t, lse_s, RANGE)
+        if STUDENT_COSINE:
+            weight = tl.load(sq_weight_ptr + layer * queries + query, mask=query < queries, other=0.0)
+            residual *= d_weight[:, None] * weight[None, :]
+        residual = residual.to(q_tile.dtype)
+        dd = tl.dot(residual, q_tile, dd, input_precision=PRECISION)
+    base = dd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
+    tl.store(base, (dd * scale).to(dd_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     maps_ptr, lse_ptr, grad_ptr, sq_ptr, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr, dd_ptr, layers, queries,
@@ -33,54 +99,19 @@ def gradient_kernel(
     scale = tl.load(grad_ptr + layer) / RANGE
     query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
     pid = tl.program_id(0)
+    # Functions of their own: what a branch names may not have another shape in the other branch.
     if pid < query_tiles:
-        query = pid * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-        real = query < queries
-        lse_t = tl.load(t_lse + query, mask=real, other=0.0)[:, None]
-        lse_s = tl.load(s_lse + query, mask=real, other=0.0)[:, None]
-        if STUDENT_COSINE:
-            q_weight = tl.load(sq_weight_ptr + layer * queries + query, mask=real, other=0.0)
-        dq = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
-        for start in range(0, passages, BLOCK_PASSAGES):
-            passage = start + tl.arange(0, BLOCK_PASSAGES)
-            place = query[:, None] * map_stride + passage[None, :]
-            inside = real[:, None] & (passage < passages)[None, :]
-            t = tl.load(t_map + place, mask=inside, other=HIDDEN)
-            s = tl.load(s_map + place, mask=inside, other=HIDDEN)
-            base = sd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
-            d_tile = tl.load(base, mask=(passage < passages)[:, None] & in_width, other=0.0)
-            residual = _residual(t, s, lse_t, lse_s, RANGE)
-            if STUDENT_COSINE:
-                weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=passage < passages, other=0.0)
-                residual *= q_weight[:, None] * weight[None, :]
-            residual = residual.to(d_tile.dtype)
-            dq = tl.dot(residual, d_tile, dq, input_precision=PRECISION)
-        base = dq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
-        tl.store(base, (dq * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+        _query_rows(
+            pid, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr,
+            queries, passages, width, map_stride, RANGE, STUDENT_COSINE, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH,
+            PRECISION,
+        )  # fmt: skip
     else:
-        passage = (pid - query_tiles) * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
-        real = passage < passages
-        if STUDENT_COSINE:
-            d_weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=real, other=0.0)
-        dd = tl.zeros([BLOCK_PASSAGES, BLOCK_WIDTH], dtype=tl.float32)
-        for start in range(0, queries, BLOCK_QUERIES):
-            query = start + tl.arange(0, BLOCK_QUERIES)
-            lse_t = tl.load(t_lse + query, mask=query < queries, other=0.0)[None, :]
-            lse_s = tl.load(s_lse + query, mask=query < queries, other=0.0)[None, :]
-            place = query[None, :] * map_stride + passage[:, None]
-            inside = real[:, None] & (query < queries)[None, :]
-            t = tl.load(t_map + place, mask=inside, other=HIDDEN)
-            s = tl.load(s_map + place, mask=inside, other=HIDDEN)
-            base = sq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
-            q_tile = tl.load(base, mask=(query < queries)[:, None] & in_width, other=0.0)
-            residual = _residual(t, s, lse_t, lse_s, RANGE)
-            if STUDENT_COSINE:
-                weight = tl.load(sq_weight_ptr + layer * queries + query, mask=query < queries, other=0.0)
-                residual *= d_weight[:, None] * weight[None, :]
-            residual = residual.to(q_tile.dtype)
-            dd = tl.dot(residual, q_tile, dd, input_precision=PRECISION)
-        base = dd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
-        tl.store(base, (dd * scale).to(dd_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+        _passage_rows(
+            pid - query_tiles, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sq_ptr, sq_weight_ptr,
+            sd_weight_ptr, dd_ptr, queries, passages, width, map_stride, RANGE, STUDENT_COSINE, BLOCK_QUERIES,
+            BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -147,8 +147,8 @@ def forward_kernel(
                 score_base = scores_ptr + (tile % parts).to(tl.int64) * queries * passages + passage
                 lanes = tl.arange(0, LANES)
                 total = tl.sum(tl.where(lane[:, None] == lanes[None, :], gained[:, None], 0.0), axis=0)
-                inside = (lanes < pack) & (first_query + lanes < queries)
-                tl.store(score_base + (first_query + lanes).to(tl.int64) * passages, total, mask=inside)
+                owned = (lanes < pack) & (first_query + lanes < queries)
+                tl.store(score_base + (first_query + lanes).to(tl.int64) * passages, total, mask=owned)
                 if SAVE_ARGMAX:
                     argmax_row = argmax_ptr + passage.to(tl.int64) * queries * length_q + row_in_q
                     tl.store(argmax_row, tl.where(won, winner, -1).to(argmax_ptr.dtype.element_ty), mask=real)
