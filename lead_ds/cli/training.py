@@ -88,15 +88,15 @@ def report(
 def demo(
     out: Path = typer.Option(Path("runs/demo"), "--out", help="Where to write; a finished demo there is shown again."),
     processes: int = typer.Option(2, "--processes", min=1, help="Processes that share the teacher."),
-    steps: int = typer.Option(60, "--steps", min=1, help="Training steps, for each of the two students."),
+    steps: int = typer.Option(60, "--steps", min=1, help="Training steps, for each of the three students."),
     prompt: bool = typer.Option(True, help="End with a query prompt where a person watches."),
 ) -> None:
     """See it work in ten minutes: no GPU, no network.
 
     Python functions of this machine become a collection (what a function does -> its code). A packaged six-layer
-    sentence model, sharded over the processes by ZeRO-3, teaches its last three layers on texts that nobody judged. The
-    same three layers are trained on the few judged queries. Ends with a table of what each is worth on modules that
-    training never saw.
+    sentence model, sharded over the processes by ZeRO-3, teaches its last three layers on texts that nobody judged. These
+    are then trained on few judged queries, and so are the same layers without a teacher. Ends with a table of what each
+    is worth on modules that training never saw.
     """
     from lead_ds.demo.run import run_demo
 

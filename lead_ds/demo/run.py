@@ -1,4 +1,4 @@
-"""`lead-ds demo`: build the collection, train twice under the DeepSpeed launcher, compare four models."""
+"""`lead-ds demo`: build the collection, train three times under the DeepSpeed launcher, compare five models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_demo(out: Path, *, processes: int, steps: int, prompt: bool) -> Path:
     console = Console()
     started = time.perf_counter()
     teacher = packaged_model()
-    console.rule("1/4  a collection out of this machine's Python packages")
+    console.rule("1/5  a collection out of this machine's Python packages")
     data = build_corpus(cache_folder())
     counts = {name: sum(1 for _ in (data / name).open()) for name in ("corpus.jsonl", "train.jsonl", "texts.jsonl")}
     console.print(
@@ -42,23 +42,24 @@ def run_demo(out: Path, *, processes: int, steps: int, prompt: bool) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     students = {}
     ways = {
-        "labels": "trained on the judged queries",
-        "distilled": "distilled on texts alone, from a teacher sharded by ZeRO-3",
+        "labels": f"trained on judged queries: {processes} processes",
+        "distilled": f"distilled on texts alone: {processes} processes, ZeRO-3 teacher",
+        "both": f"of that student, on judged queries: {processes} processes",
     }
     for number, (name, way) in enumerate(ways.items(), start=2):
-        console.rule(f"{number}/4  a student of three layers, {way}: {processes} processes")
+        console.rule(f"{number}/5  three layers {way}")
         students[name] = train(name, out, data, teacher, processes=processes, steps=steps)
-    console.rule("4/4  what each is worth, on modules that training never saw")
+    console.rule("5/5  what each is worth, on modules that training never saw")
     found = compare(out, data, teacher, students, steps)
     console.print(table(found["test"], steps))
     gain = found["gain"]
     console.print(
-        f"Distilled against labels alone: {gain['difference']:+.4f} nDCG@10 (95% interval {gain['low']:+.4f} to "
+        f"Distilled, then labels, against labels alone: {gain['difference']:+.4f} nDCG@10 (95% interval {gain['low']:+.4f} to "
         f"{gain['high']:+.4f}, p {gain['p_value']:.2g}; {gain['queries']} queries)"
     )
     page = write_report(out / "distilled")
     minutes = (time.perf_counter() - started) / 60
-    student = students["distilled"]
+    student = students["both"]
     console.print(f"{minutes:.1f} minutes. Your student: [bold]{student}[/bold]")
     console.print(f'  in Python:  SentenceTransformer("{student}")')
     # Unwrapped: a command that breaks over two lines cannot be copied.
@@ -88,7 +89,10 @@ def cache_folder() -> Path:
 
 
 def settings(name: str, out: Path, data: Path, teacher: Path, steps: int, processes: int) -> dict[str, Any]:
-    """The configuration of one of the two students: the same layers, steps and texts a step, by labels or by the teacher."""
+    """The configuration of a student: the same layers, steps and texts a step, by labels, by the teacher, or by labels after it.
+
+    labels and both are the same training on the same judged queries; only their first weights differ.
+    """
     lengths = {"query_length": 32, "passage_length": 64}
     model = {"kind": "dual_encoder", "path": str(teacher), **lengths}
     tree: dict[str, Any] = {
@@ -100,6 +104,8 @@ def settings(name: str, out: Path, data: Path, teacher: Path, steps: int, proces
         "monitor": {"tensorboard": False, "csv": True},
         "output": str(out / name),
     }
+    if name == "both":
+        tree["student"] = {**model, "path": str(out / "distilled" / "student")}
     if name == "distilled":
         tree["teacher"] = {**model, "placement": "zero3", "dtype": "fp32"}
         tree["data"] = {"path": str(data), "train": "texts.jsonl", "format": "texts", "negatives": 0}
@@ -152,7 +158,7 @@ def has_cuda() -> bool:
 
 
 def compare(out: Path, data: Path, teacher: Path, students: dict[str, Path], steps: int) -> dict[str, Any]:
-    """Test-split metrics of the four models, and what distilling gained; kept in comparison.json."""
+    """Test-split metrics of the five models, and what distilling gained; kept in comparison.json."""
     from lead_ds.config import StudentConfig
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.io.files import write_json
@@ -166,12 +172,13 @@ def compare(out: Path, data: Path, teacher: Path, students: dict[str, Path], ste
     models: dict[str, Any] = {
         "teacher": StudentConfig.model_validate({**student, "layers": None}),  # the whole model, at the same lengths
         "student before": StudentConfig.model_validate(student),
-        "student, labels alone": students["labels"],
-        "student, distilled": students["distilled"],
+        "labels alone": students["labels"],
+        "distilled, no label": students["distilled"],
+        "distilled, then labels": students["both"],
     }
     task = Task(Dataset.open(data), "test", MEASURES)
     scores = {name: evaluate_model(*open_encoder(model), task) for name, model in models.items()}
-    gain = compare_scores(scores["student, labels alone"], scores["student, distilled"], "nDCG@10")
+    gain = compare_scores(scores["labels alone"], scores["distilled, then labels"], "nDCG@10")
     found = {"test": {name: one.mean for name, one in scores.items()}, "gain": asdict(gain), "steps": steps}
     write_json(kept, found)
     return found
