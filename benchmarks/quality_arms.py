@@ -159,7 +159,7 @@ ARMS = [
         beside="upper",
     ),
     Arm(
-        "upper-layers",
+        "lead-upper",
         "the same + LEAD: the teacher's layers 9 and 10 to those that were cut out of it, weight 1",
         "de",
         losses={

@@ -94,6 +94,8 @@ class StageGraph:
             at = next((i for i, word in enumerate(commands[0]) if i > 1 and word.startswith("--")), None)
             at = at if made.resumes else None
             head, tail = (commands[0], ()) if at is None else (commands[0][:at], commands[0][at:])
+            if made.resumes:  # in place of the whole pipeline's
+                head = tuple(word for word in head if not word.startswith("output="))
             commands[0] = (*head, place, *tail)
         self.stages[name] = Stage(
             name=name,

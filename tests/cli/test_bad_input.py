@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from lead_ds.engine.distributed.ranks import free_port
 from tests.helpers.forked import lead_ds
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.rooms import settings
@@ -233,7 +234,8 @@ def test_an_environment_that_no_launcher_makes(name: str, value: str) -> None:
 
 
 def test_under_the_launcher_the_status_is_2_and_rank_0_tells(configure: Callable[..., Path]) -> None:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module", "lead_ds"]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command += ["--master_port", str(free_port()), "--module", "lead_ds"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     path = configure(data={"path": "nowhere"})
     done = subprocess.run(

@@ -100,7 +100,7 @@ output: runs/x
 """
 DEEPSPEED = (
     b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}',
-    b'{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "bf16": {"enabled": true}}',
+    b'{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "wall_clock_breakdown": true}',
 )
 
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches
@@ -85,7 +84,7 @@ def fit_attention(
 
 def _fit_on_a_cpu(trainee: Trainee, batches: Batches, ranks: Ranks, known: str | None) -> None:
     """Eager attention for short rows. By their length, not by the clock: a CPU's runs have the same bits each time."""
-    if isinstance(getattr(trainee.student, "backbone", None), PreTrainedModel):
+    if hasattr(getattr(trainee.student, "backbone", None), "set_attn_implementation"):
         read = [
             tokens for one in batches.window(0).student for tokens in (one.passes.tokens if one.passes else one.tables)
         ]
