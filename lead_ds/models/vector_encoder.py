@@ -22,7 +22,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.backbone import is_decoder
 from lead_ds.models.chain import replace_modules
 from lead_ds.models.files import family_of, read_json, saved_modules
-from lead_ds.models.kinds.kind import Kind, Use, new_layer, reading_at_most
+from lead_ds.models.kinds.kind import Kind, Use, new_layer, reading_at_most, two_sided
 from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
 from lead_ds.relevance import VectorFeatures
@@ -68,11 +68,7 @@ class VectorEncoder(Kind):
         "sentence-transformers",
         "sentence-similarity",
         ("sentence-transformers", "feature-extraction", "dense-retrieval"),
-        """from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("this directory")
-queries = model.encode_query(["what is late interaction?"])
-passages = model.encode_document(["ColBERT compares every query token with every passage token."])
-print(model.similarity(queries, passages))""",
+        two_sided("SentenceTransformer"),
     )
 
     def __init__(self, chain: Any, model: Any, config: DualEncoderConfig, *, student: bool = False) -> None:

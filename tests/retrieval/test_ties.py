@@ -1,4 +1,4 @@
-"""A model that gives every passage the same score orders nothing, and is told so."""
+"""A model that gives every passage the same score orders nothing, and the user is warned."""
 
 from __future__ import annotations
 

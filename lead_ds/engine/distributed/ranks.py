@@ -158,7 +158,7 @@ def _told_while_waiting() -> Iterator[None]:
 
 
 def _announced() -> dist.Store | None:
-    """The store that the processes meet at, told that this one is there; None where nobody answers."""
+    """The store where the processes meet, which now knows of this one; None where nobody answers."""
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         socket.create_connection((host, port), timeout=1).close()  # PyTorch would print where nobody answers

@@ -17,69 +17,39 @@ def _residual(t, s, lse_t, lse_s, RANGE: tl.constexpr):
 
 
 @triton.jit
-def _query_rows(
-    tile, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr,
-    queries, passages, width, map_stride,
-    RANGE: tl.constexpr, STUDENT_COSINE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+def _gradient_rows(
+    tile, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, other_ptr, row_weight_ptr, other_weight_ptr,
+    out_ptr, rows, others, width, row_stride, other_stride, OF_QUERIES: tl.constexpr, RANGE: tl.constexpr,
+    STUDENT_COSINE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of dq."""
-    query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    real = query < queries
-    lse_t = tl.load(t_lse + query, mask=real, other=0.0)[:, None]
-    lse_s = tl.load(s_lse + query, mask=real, other=0.0)[:, None]
+    """A tile of rows of dq, whose others are the passages, or of dd, whose others are the queries."""
+    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real = row < rows
+    if OF_QUERIES:
+        lse_t = tl.load(t_lse + row, mask=real, other=0.0)[:, None]
+        lse_s = tl.load(s_lse + row, mask=real, other=0.0)[:, None]
     if STUDENT_COSINE:
-        q_weight = tl.load(sq_weight_ptr + layer * queries + query, mask=real, other=0.0)
-    dq = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], dtype=tl.float32)
-    for start in range(0, passages, BLOCK_PASSAGES):
-        passage = start + tl.arange(0, BLOCK_PASSAGES)
-        place = query[:, None] * map_stride + passage[None, :]
-        inside = real[:, None] & (passage < passages)[None, :]
+        row_weight = tl.load(row_weight_ptr + layer * rows + row, mask=real, other=0.0)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], dtype=tl.float32)
+    for start in range(0, others, BLOCK_OTHERS):
+        other = start + tl.arange(0, BLOCK_OTHERS)
+        if not OF_QUERIES:
+            lse_t = tl.load(t_lse + other, mask=other < others, other=0.0)[None, :]
+            lse_s = tl.load(s_lse + other, mask=other < others, other=0.0)[None, :]
+        place = row[:, None] * row_stride + other[None, :] * other_stride
+        inside = real[:, None] & (other < others)[None, :]
         t = tl.load(t_map + place, mask=inside, other=HIDDEN)
         s = tl.load(s_map + place, mask=inside, other=HIDDEN)
-        base = sd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
-        d_tile = tl.load(base, mask=(passage < passages)[:, None] & in_width, other=0.0)
+        base = other_ptr + layer * others * width + (other[:, None] * width + column[None, :])
+        features = tl.load(base, mask=(other < others)[:, None] & in_width, other=0.0)
         residual = _residual(t, s, lse_t, lse_s, RANGE)
         if STUDENT_COSINE:
-            weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=passage < passages, other=0.0)
-            residual *= q_weight[:, None] * weight[None, :]
-        residual = residual.to(d_tile.dtype)
-        dq = tl.dot(residual, d_tile, dq, input_precision=PRECISION)
-    base = dq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
-    tl.store(base, (dq * scale).to(dq_ptr.dtype.element_ty), mask=real[:, None] & in_width)
-
-
-@triton.jit
-def _passage_rows(
-    tile, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sq_ptr, sq_weight_ptr, sd_weight_ptr, dd_ptr,
-    queries, passages, width, map_stride,
-    RANGE: tl.constexpr, STUDENT_COSINE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of rows of dd."""
-    passage = tile * BLOCK_PASSAGES + tl.arange(0, BLOCK_PASSAGES)
-    real = passage < passages
-    if STUDENT_COSINE:
-        d_weight = tl.load(sd_weight_ptr + layer * passages + passage, mask=real, other=0.0)
-    dd = tl.zeros([BLOCK_PASSAGES, BLOCK_WIDTH], dtype=tl.float32)
-    for start in range(0, queries, BLOCK_QUERIES):
-        query = start + tl.arange(0, BLOCK_QUERIES)
-        lse_t = tl.load(t_lse + query, mask=query < queries, other=0.0)[None, :]
-        lse_s = tl.load(s_lse + query, mask=query < queries, other=0.0)[None, :]
-        place = query[None, :] * map_stride + passage[:, None]
-        inside = real[:, None] & (query < queries)[None, :]
-        t = tl.load(t_map + place, mask=inside, other=HIDDEN)
-        s = tl.load(s_map + place, mask=inside, other=HIDDEN)
-        base = sq_ptr + layer * queries * width + (query[:, None] * width + column[None, :])
-        q_tile = tl.load(base, mask=(query < queries)[:, None] & in_width, other=0.0)
-        residual = _residual(t, s, lse_t, lse_s, RANGE)
-        if STUDENT_COSINE:
-            weight = tl.load(sq_weight_ptr + layer * queries + query, mask=query < queries, other=0.0)
-            residual *= d_weight[:, None] * weight[None, :]
-        residual = residual.to(q_tile.dtype)
-        dd = tl.dot(residual, q_tile, dd, input_precision=PRECISION)
-    base = dd_ptr + layer * passages * width + (passage[:, None] * width + column[None, :])
-    tl.store(base, (dd * scale).to(dd_ptr.dtype.element_ty), mask=real[:, None] & in_width)
+            weight = tl.load(other_weight_ptr + layer * others + other, mask=other < others, other=0.0)
+            residual *= row_weight[:, None] * weight[None, :]
+        total = tl.dot(residual.to(features.dtype), features, total, input_precision=PRECISION)
+    base = out_ptr + layer * rows * width + (row[:, None] * width + column[None, :])
+    tl.store(base, (total * scale).to(out_ptr.dtype.element_ty), mask=real[:, None] & in_width)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -99,18 +69,18 @@ def gradient_kernel(
     scale = tl.load(grad_ptr + layer) / RANGE
     query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
     pid = tl.program_id(0)
-    # Functions of their own: what a branch names may not have another shape in the other branch.
+    # A function: what one branch names may not have another shape in the other.
     if pid < query_tiles:
-        _query_rows(
+        _gradient_rows(
             pid, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr,
-            queries, passages, width, map_stride, RANGE, STUDENT_COSINE, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH,
-            PRECISION,
+            queries, passages, width, map_stride, 1, True, RANGE, STUDENT_COSINE, BLOCK_QUERIES, BLOCK_PASSAGES,
+            BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
     else:
-        _passage_rows(
-            pid - query_tiles, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sq_ptr, sq_weight_ptr,
-            sd_weight_ptr, dd_ptr, queries, passages, width, map_stride, RANGE, STUDENT_COSINE, BLOCK_QUERIES,
-            BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+        _gradient_rows(
+            pid - query_tiles, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sq_ptr, sd_weight_ptr,
+            sq_weight_ptr, dd_ptr, passages, queries, width, 1, map_stride, False, RANGE, STUDENT_COSINE, BLOCK_PASSAGES,
+            BLOCK_QUERIES, BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
 
 

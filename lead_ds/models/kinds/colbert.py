@@ -20,7 +20,7 @@ from lead_ds.data.tokens.tokenizer import keep_markers_whole
 from lead_ds.errors import InputError
 from lead_ds.models.chain import replace_modules
 from lead_ds.models.files import RECORD, family_of, read_json, saved_modules
-from lead_ds.models.kinds.kind import KINDS, Kind, Use, new_layer
+from lead_ds.models.kinds.kind import KINDS, Kind, Use, new_layer, two_sided
 from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
 from lead_ds.relevance import Scale, TokenFeatures
@@ -77,11 +77,7 @@ class ColBERT(Kind):
         "sentence-transformers",
         "text-ranking",
         ("sentence-transformers", "ColBERT", "late-interaction", "reranker"),
-        """from sentence_transformers import MultiVectorEncoder
-model = MultiVectorEncoder("this directory")
-queries = model.encode_query(["what is late interaction?"])
-passages = model.encode_document(["ColBERT compares every query token with every passage token."])
-print(model.similarity(queries, passages))""",
+        two_sided("MultiVectorEncoder"),
     )
 
     def __init__(self, chain: Any, model: Any, config: ColBERTConfig, *, student: bool = False) -> None:

@@ -36,6 +36,15 @@ class Use:
     example: str
 
 
+def two_sided(reader: str) -> str:
+    """The example of a kind whose queries and passages are encoded apart, by a class of sentence-transformers."""
+    return f"""from sentence_transformers import {reader}
+model = {reader}("this directory")
+queries = model.encode_query(["what is late interaction?"])
+passages = model.encode_document(["ColBERT compares every query token with every passage token."])
+print(model.similarity(queries, passages))"""
+
+
 class Kind(Scorer):
     """A kind of model: a class of scorers, with what the rest of the house may ask of it.
 

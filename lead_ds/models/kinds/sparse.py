@@ -18,7 +18,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.backbone import checkpoint_activations
 from lead_ds.models.chain import replace_modules
 from lead_ds.models.files import family_of, read_json
-from lead_ds.models.kinds.kind import KINDS, Kind, Use, reading_at_most
+from lead_ds.models.kinds.kind import KINDS, Kind, Use, reading_at_most, two_sided
 from lead_ds.models.packing import unpacked
 from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
@@ -58,11 +58,7 @@ class Sparse(Kind):
         "sentence-transformers",
         "feature-extraction",
         ("sentence-transformers", "sparse-encoder", "splade"),
-        """from sentence_transformers import SparseEncoder
-model = SparseEncoder("this directory")
-queries = model.encode_query(["what is late interaction?"])
-passages = model.encode_document(["ColBERT compares every query token with every passage token."])
-print(model.similarity(queries, passages))""",
+        two_sided("SparseEncoder"),
     )
 
     def __init__(self, chain: Any, model: Any, config: SparseConfig, *, student: bool = False) -> None:
