@@ -49,8 +49,8 @@ def test_a_run_that_loses_each_of_its_hosts(
         slurm.kill_host(host)
         job = slurm.wait(number, "PENDING")
         slurm.start_host(host)
-        # It holds the job back for two minutes. Sooner, we think, its order to end the job on the lost host, which it repeats until the
-        # host is back, would meet the job that began again.
+        # It holds the job back for two minutes. Sooner, we think, its order to end the job on the lost host, which it repeats
+        # until the host is back, would meet the job that began again.
         slurm.wait(number, "RUNNING")
     job = slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
     told = config.with_suffix(".log").read_text()
