@@ -119,6 +119,7 @@ def measure(options: argparse.Namespace) -> None:
     size = {name: getattr(options, name) for name in ("steps", "batch", "negatives", "length", "lr")}
     peers_data.build(work / "data", options.data, options.steps * options.batch, options.negatives)
     peers_data.student(work / "student", options.models / "minilm-l3")
+    peers_data.plain(work / "plain", options.models / "minilm-l3")
     done = {(row["loss"], row["name"], row.get("round", 0)) for row in read(options.out)}
     for loss in options.only:
         if loss in MORE:
@@ -151,7 +152,7 @@ def once(loss: str, name: str, options: argparse.Namespace, size: dict[str, Any]
         if not begun.exists():
             spec = {
                 "library": "make-colbert",
-                "student": str(work / "student"),
+                "student": str(work / "plain"),
                 "length": size["length"],
                 "out": str(begun),
             }

@@ -90,9 +90,20 @@ def student(folder: Path, source: Path) -> None:
     part.rename(folder)
 
 
-def configuration(
-    work: Path, models: Path, loss: str, size: dict[str, Any], student: str, **more: Any
-) -> dict[str, Any]:
+def plain(folder: Path, source: Path) -> None:
+    """The student's transformer alone, for libraries whose sentence-transformers is older than what wrote the student."""
+    if folder.exists():
+        return
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    path = part / "config.json"
+    shape = json.loads(path.read_text("utf-8"))
+    write_json(path, {**shape, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    part.rename(folder)
+
+
+def configuration(work: Path, models: Path, loss: str, size: dict[str, Any], begun: str, **more: Any) -> dict[str, Any]:
     """The run of a loss, as a configuration's tree. size: steps, batch, length, lr; more: sections, laid over it."""
     reranker = {"kind": "cross_encoder", "path": str(models / "reranker-l12"), "max_length": 2 * size["length"]}
     lengths = {"query_length": size["length"], "passage_length": size["length"]}
@@ -107,7 +118,7 @@ def configuration(
     }
     tree: dict[str, Any] = {
         "seed": 888,
-        "student": {"kind": "dual_encoder", "path": student, **lengths},
+        "student": {"kind": "dual_encoder", "path": begun, **lengths},
         "data": {"path": str(work / "data"), "negatives": 0 if loss == "embed" else size["negatives"]},
         "losses": {**off, **losses[loss]},
         "train": {
@@ -131,7 +142,7 @@ def configuration(
     if loss == "embed":
         tree["train"]["steps"] = size["steps"] // 3
     if loss == "colbert":
-        tree["student"] = {"kind": "colbert", "path": student}
+        tree["student"] = {"kind": "colbert", "path": begun}
     for name, section in more.items():
         tree[name] = {**tree.get(name, {}), **section}
     return tree

@@ -31,6 +31,7 @@ def online(work: Path, models: Path, size: Size, done: set[str]) -> Iterator[Row
             tree = peers_data.configuration(work, models, loss, size, str(work / "student"), teacher=both, student=both)
             tree |= {"output": str(work / "online")}
             tree["train"] |= {"batch_size": 4, "steps": 100}
+            tree["data"]["negatives"] = size["negatives"]
             out = work / "online.json"
             out.unlink(missing_ok=True)
             path = peers_data.written(work / "online.yaml", tree)
@@ -97,19 +98,25 @@ def teaching(work: Path, models: Path, size: Size, done: set[str]) -> Iterator[R
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """A Python process from its command to its end: seconds, and MiB at most."""
-    began = time.time()
+    """A Python process from its command to its end: seconds, and MiB at most.
+
+    Its memory is read from /proc while it runs: what `wait4` reports counts this process's own, which began it.
+    """
+    began, peak = time.time(), 0.0
     environment = {**os.environ, "PEERS_STARTED": str(began), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, env=environment)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    status = Path(f"/proc/{process.pid}/status")
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        fields = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
+        if "VmHWM" in fields:  # one that ends at this moment has none
+            peak = float(fields["VmHWM"].split()[0]) / 1024
+        time.sleep(0.05)
+    ended = time.time()
+    _, code, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(code)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return {
-        "processor": used.ru_utime + used.ru_stime,
-        "wall": time.time() - began,
-        "peak": used.ru_maxrss / 1024,
-    }
+    return {"processor": used.ru_utime + used.ru_stime, "wall": ended - began, "peak": peak}
 
 
 ROWS: dict[str, Callable[[Path, Path, Size, set[str]], Iterator[Row]]] = {

@@ -2,18 +2,19 @@
 
     python -m benchmarks.quality build  --data DATA --work WORK
     python -m benchmarks.quality texts  --data DATA --work WORK
-    python -m benchmarks.quality mine   --models MODELS --work WORK
-    python -m benchmarks.quality teach  --models MODELS --work WORK [--teacher ce de cb]
+    python -m benchmarks.quality mine   --models MODELS --work WORK [--rescore]
+    python -m benchmarks.quality teach  --models MODELS --work WORK [--teacher ce de mp cb]
     python -m benchmarks.quality run    --models MODELS --work WORK [--arms lead response] [--seeds 1 2 3]
     python -m benchmarks.quality report --work WORK --out benchmarks/results/quality.json
     python -m benchmarks.quality layers --work WORK --out benchmarks/results/quality-layers.json
 
-`mine`, before `teach`, puts negatives that the student itself finds in the place of BM25's.
+`mine`, before `teach`, puts negatives that the student itself finds in the place of BM25's. With --rescore the cross-encoder
+scores them, and those that it ranks with the positives are left out.
 `run` and `report` take `--split dev`: settings are chosen on dev queries, and test queries are run once.
 
 DATA holds collections in BEIR's layout, one folder each (squadshifts, medquad, tldr, scifact, cranfield, vaswani).
-MODELS holds minilm-l3 (the student), reranker-l12 (cross-encoder), bge-small (dual encoder) and colbert, which `teach`
-warms up. Every command goes on where it was ended: what is in WORK is not made again. Sizes are options of `build` and
+MODELS holds minilm-l3 (the student), reranker-l12 (cross-encoder), bge-small and mpnet-base (dual encoders) and colbert, which
+`teach` warms up. Every command goes on where it was ended: what is in WORK is not made again. Sizes are options of `build` and
 `run`.
 """
 
@@ -63,6 +64,8 @@ from lead_ds.settings.data import DataConfig
 
 MEASURES = ("nDCG@10", "RR@10", "R@100")
 SETTINGS = "settings.json"
+DENSE = {"de": DE_LAYERS, "mp": "final"}  # which of a dual encoder's layers `teach` keeps the vectors of
+UNTRAINED = ("start", "teacher-de", "teacher-mp")
 
 
 def build(args: argparse.Namespace) -> None:
@@ -84,8 +87,10 @@ def texts(args: argparse.Namespace) -> None:
 def mine(args: argparse.Namespace) -> None:
     """Hard negatives by the student as it is, in the place of BM25's."""
     told = read_json(args.work / SETTINGS, "call `build` first")
-    mine_by(models_of(args)["student"], args.work / "train", told["size"]["negatives"])
-    write_json(args.work / SETTINGS, {**told, "negatives by": "student"})
+    models = models_of(args)
+    reranker = models["ce"] if args.rescore else None
+    mine_by(models["student"], args.work / "train", told["size"]["negatives"], reranker)
+    write_json(args.work / SETTINGS, {**told, "negatives by": "student, cross-encoder" if args.rescore else "student"})
 
 
 def teach(args: argparse.Namespace) -> None:
@@ -97,23 +102,23 @@ def teach(args: argparse.Namespace) -> None:
         if name == "cb" and not models["cb"].exists():
             warm_up_colbert(args, models)
         for lens in (False, True) if name == "ce" else (False,):
-            arm = Arm("teach", "", name, source="vectors" if name == "de" else "relevance", lens=lens)
+            arm = Arm("teach", "", name, source="vectors" if name in DENSE else "relevance", lens=lens)
             tree = settings(replace(arm, source="model"), args.work, models, seed=888, **sizes_of(args))
             tree["teacher"]["batch_size"] = 64
             if lens:
                 tree["losses"]["layer"]["teacher_temperature"] = LENS_TEMPERATURE
                 fit_lens(Config.model_validate(tree), args.work / "lens")
                 tree["teacher"] |= {"lens": "tuned", "lens_path": str(args.work / "lens")}
-            vectors = DE_LAYERS if name == "de" else None
+            vectors = DENSE.get(name)
             write_cache(Config.model_validate(tree), cache_of(arm, args.work), vectors=vectors)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train and test every arm with every seed."""
     models = models_of(args)
-    for name in ("start", "teacher-de"):
+    for name in UNTRAINED:
         if name in args.arms:
-            path = models["student" if name == "start" else "de"]
+            path = models["student" if name == "start" else name.removeprefix("teacher-")]
             student = {**settings_student(name), "path": str(path)}
             keep(args, name, 0, partial(untrained, student))
     from lead_ds.engine.distributed.ranks import ranks
@@ -132,7 +137,7 @@ def settings_student(name: str) -> dict[str, Any]:
     """How a model that is not trained here is read."""
     if name == "start":
         return dict(STUDENT)
-    return {**TEACHERS["de"], "query_length": 64}
+    return {**TEACHERS[name.removeprefix("teacher-")], "query_length": 64}
 
 
 def train(args: argparse.Namespace, models: dict[str, Path], arm: Arm, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -263,12 +268,13 @@ def main(arguments: list[str] | None = None) -> None:
     one = commands.add_parser("texts", parents=[every, data], help="training queries and sentences, without judgements")
     one.set_defaults(call=texts)
     one = commands.add_parser("mine", parents=[every, models], help="negatives by the student in the place of BM25's")
+    one.add_argument("--rescore", action="store_true", help="and scored again by the cross-encoder")
     one.set_defaults(call=mine)
     one = commands.add_parser("teach", parents=[every, models, steps], help="run the teachers once")
-    one.add_argument("--teacher", nargs="+", default=["ce", "de", "cb"], choices=["ce", "de", "cb"])
+    one.add_argument("--teacher", nargs="+", default=["ce", "de", "cb"], choices=list(TEACHERS))
     one.set_defaults(call=teach)
     one = commands.add_parser("run", parents=[every, models, steps], help="train and test")
-    names = ["start", "teacher-de", *(arm.name for arm in ARMS)]
+    names = [*UNTRAINED, *(arm.name for arm in ARMS)]
     one.add_argument("--arms", nargs="+", default=names, choices=names)
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     one.add_argument(

@@ -7,7 +7,7 @@ out of the dual encoder that teaches it; see `quality.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "query_length": 48,
         "passage_length": 64,
     },
+    "mp": {"kind": "dual_encoder", "pooling": "mean", "normalize": True, "query_length": 32, "passage_length": 64},
     "cb": {"kind": "colbert", "query_length": 32, "passage_length": 64},
 }
 # Every fourth layer of the dual encoder: a student that was never trained as a model of three layers, as users begin one.
@@ -41,20 +42,21 @@ TUNED_LR = 2e-4  # chosen, as the weights beside it, on dev queries
 DE_LAYERS = "3,6,7,8,9,10,11"  # whose vectors are kept: the upper half, and what `skip` takes
 # A unit-length model's relevance lies in [-1, 1]: 1/20 makes of it what a cross-encoder's logits are.
 COSINE_TEMPERATURE = 0.05
-TEACHER_TEMPERATURE = {"ce": 3.0, "de": COSINE_TEMPERATURE, "cb": 1.0}
+TEACHER_TEMPERATURE = {"ce": 3.0, "de": COSINE_TEMPERATURE, "mp": COSINE_TEMPERATURE, "cb": 1.0}
 LENS_TEMPERATURE = 1.0  # that the cross-encoder's lens is fitted at, and read at
-MODELS = {"student": "minilm-l3", "ce": "reranker-l12", "de": "bge-small"}
+MODELS = {"student": "minilm-l3", "ce": "reranker-l12", "de": "bge-small", "mp": "mpnet-base"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the student. teacher: ce, de, cb or none; losses: overrides of the losses' sections.
+    """One way to train the student. teacher: ce, de, mp, cb or none; losses: overrides of the losses' sections.
 
     source: what a teacher is read from. relevance: what `lead-ds teach` wrote of a query's own passages. vectors: of
     every text, so that all passages of the batch are compared. model: the model itself, where a dual encoder compares
     the same, and `cotrain` trains it along (without dropout, as the student). cut: the dual encoder's layers that are
-    the student, which learns at CUT_LR. dims: widths that it is trained in. lr: another than the others'. beside: the
-    arm of response KL that it is held against, where that is not its teacher's own.
+    the student, which learns at CUT_LR. dims: widths that it is trained in. lr: another than the others'. second: a
+    further teacher, and the losses that it feeds. beside: the arm that it is held against, where that is not response KL of
+    its teacher.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Arm:
     cut: tuple[int, ...] = ()
     dims: tuple[int, ...] = ()
     lr: float | None = None
+    second: tuple[str, tuple[str, ...]] | None = None
     beside: str | None = None
 
 
@@ -183,6 +186,36 @@ ARMS = [
         beside="upper-aligned",
         dims=(128, 384),
     ),
+    Arm(
+        "upper-two",
+        "the last three layers, ranking by two teachers, vectors of the one that they were cut out of",
+        "de",
+        losses={"response": {"weight": 3.0}, "embedding": VECTORS},
+        source="vectors",
+        cut=UPPER,
+        lr=UPPER_LR,
+        second=("mp", ("response",)),
+        beside="upper-aligned",
+    ),
+    Arm(
+        "upper-mpnet",
+        "the last three layers, ranking and vectors of the second teacher alone, through a linear map",
+        "mp",
+        losses={"response": {"weight": 3.0}, "embedding": {**VECTORS, "into": "teacher"}},
+        source="vectors",
+        cut=UPPER,
+        lr=UPPER_LR,
+        beside="upper-two",
+    ),
+    Arm(
+        "aligned",
+        "minilm-l3: labels + response KL, weight 3, + vectors, weight 50",
+        "de",
+        losses={"response": {"weight": 3.0}, "embedding": VECTORS},
+        source="vectors",
+        lr=UPPER_LR,
+        beside="response-de-tuned",
+    ),
     Arm("response-cb", "labels + response KL, ColBERT teacher", "cb"),
     Arm("lead-cb", "LEAD, last 3 layers, ColBERT teacher", "cb", losses=_layer()),
     Arm(
@@ -237,7 +270,11 @@ def settings(
         "monitor": {"tensorboard": False, "csv": False},
         "output": str(work / "runs" / f"{arm.name}-{seed}"),
     }
-    if arm.teacher is not None:
+    if arm.second is not None:
+        name, fed = arm.second
+        first = {**teacher_section(arm, work, models), "losses": ["response", "embedding"]}
+        tree["teachers"] = [first, {**teacher_section(replace(arm, teacher=name), work, models), "losses": list(fed)}]
+    elif arm.teacher is not None:
         tree["teacher"] = teacher_section(arm, work, models)
     for name, changed in arm.losses.items():
         tree["losses"][name] = {**tree["losses"].get(name, {}), **changed}

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.texts import Texts
 from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.retrieval.mine import MineSettings, mine
+from lead_ds.retrieval.rescore import open_teacher, rescore
 
 DONE = "built.json"
 
@@ -83,11 +85,20 @@ def build_texts(path: Path, sets: Mapping[str, Path], seed: int = 888) -> None:
         temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts if text.strip()), "utf-8")
 
 
-def mine_by(model: Path, folder: Path, negatives: int) -> None:
-    """A model's negatives for a training collection, drawn from the first 50 that it finds, in the place of those it has."""
+def mine_by(model: Path, folder: Path, negatives: int, reranker: Path | None = None) -> None:
+    """A model's negatives for a training collection, drawn from the first 50 that it finds, in the place of those it has.
+
+    reranker: scores the first 30 again. Those that it ranks with the positives are left out, and the rest is drawn from
+    evenly over the range of its scores.
+    """
     dataset = Dataset.open(folder)
     settings = MineSettings(number=negatives, depth=min(50, len(dataset.corpus)), sample="random")
-    mine(model, dataset, folder / "train.jsonl", "train", settings)
+    rescored = None
+    if reranker is not None:
+        settings = MineSettings(number=negatives, depth=min(30, len(dataset.corpus)), margin=0.0, sample="stratified")
+        teacher = open_teacher(str(reranker), ["kind=cross_encoder", "max_length=144", "dtype=bf16"])
+        rescored = partial(rescore, teacher, dataset, folder=folder / "train.scores")
+    mine(model, dataset, folder / "train.jsonl", "train", settings, rescored=rescored)
     keep_full(folder / "train.jsonl", negatives)
 
 

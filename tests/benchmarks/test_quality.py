@@ -27,7 +27,7 @@ TESTS = ("squadshifts", "medquad", "tldr")
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_a_configuration(arm, tmp_path: Path) -> None:
-    models = {name: tmp_path / name for name in ("student", "cut", "ce", "de", "cb")}
+    models = {name: tmp_path / name for name in ("student", "cut", "ce", "de", "mp", "cb")}
     config = Config.model_validate(settings(arm, tmp_path, models, negatives=3, steps=10, batch=4, lr=1e-5, seed=3))
     assert config.losses.needs_teacher == (arm.teacher is not None)
     assert config.teacher is None or config.teacher.train == arm.cotrain
