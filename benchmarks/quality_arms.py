@@ -177,9 +177,9 @@ ARMS = [
     ),
     Arm(
         "upper-widths",
-        "the last three layers, ranking and vectors, in two widths",
+        "the last three layers, ranking and vectors, in two widths of the teacher's main directions",
         "de",
-        losses={"response": {"weight": 3.0}, "embedding": VECTORS},
+        losses={"response": {"weight": 3.0}, "embedding": {**VECTORS, "into": "pca", "keep": True}},
         source="vectors",
         cut=UPPER,
         lr=UPPER_LR,

@@ -60,3 +60,14 @@ def test_fitted_once_and_kept(configure: Callable[..., Path], tmp_path: Path, ro
     with torch.no_grad():
         ours = scorer.embed(encoder.passages(["a text", "another one"]))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_kept_pca_begins_on_the_teachers_main_directions(configure: Callable[..., Path]) -> None:
+    """The teacher itself as a student: with the layer in closed form it is there before it has learned anything."""
+    section = {"weight": 1.0, "into": "pca", "sample": 600}
+    itself = {"path": "llama", "normalize": False, "dims": [8, 32]}
+    train = {**TRAIN, "steps": 1, "save_every": 1, "lr": 1e-8}
+    losses = {False: {**ALONE, "embedding": section}, True: {**ALONE, "embedding": {**section, "keep": True}}}
+    configs = [configure(f"kept-{kept}", losses=losses[kept], train=train, student=itself) for kept in losses]
+    [[apart], [begun]] = distil_each([str(path) for path in configs])
+    assert begun < 0.01 * apart

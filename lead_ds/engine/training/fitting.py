@@ -49,7 +49,9 @@ def read_by(term: Term, taught: Sequence[Teacher | Scorer], ranks: Ranks) -> Rea
 
 
 def keep_map(config: Config, student: Kind, taught: Sequence[Teacher | Scorer], batches: Batches, ranks: Ranks) -> None:
-    """Give the student the linear map into the teacher's space as its last layer, where a loss keeps one. Every rank calls this.
+    """Give the student a linear map as its last layer, where a loss keeps one. Every rank calls this.
+
+    It leads into the teacher's space, or onto the main directions of the teacher's vectors.
 
     Raises InputError where there are no vectors to map, and for several teachers whose vectors are not concatenated.
     """
@@ -75,7 +77,10 @@ def keep_map(config: Config, student: Kind, taught: Sequence[Teacher | Scorer], 
         raise InputError("losses.embedding.keep", f"maps vectors, and the {who} gives scores", "set it to false")
     torch.manual_seed(config.seed + 2)
     weight_TS = begin_map(widths[0], widths[1])
-    if section.start == "ridge":
+    if section.into == "pca":
+        sums = moments(student, reads, batches, ranks, section.sample)
+        weight_TS = sums.directions(widths[0]).T @ sums.ridge()
+    elif section.start == "ridge":
         weight_TS = moments(student, reads, batches, ranks, section.sample).ridge()
     agreed(ranks, lambda: student.project(weight_TS))
 
