@@ -88,14 +88,14 @@ def build_texts(path: Path, sets: Mapping[str, Path], seed: int = 888) -> None:
 def mine_by(model: Path, folder: Path, negatives: int, reranker: Path | None = None) -> None:
     """A model's negatives for a training collection, drawn from the first 50 that it finds, in the place of those it has.
 
-    reranker: scores the first 30 again. Those that it ranks with the positives are left out, and the rest is drawn from
+    reranker: scores the first 16 again. Those that it ranks with the positives are left out, and the rest is drawn from
     evenly over the range of its scores.
     """
     dataset = Dataset.open(folder)
     settings = MineSettings(number=negatives, depth=min(50, len(dataset.corpus)), sample="random")
     rescored = None
     if reranker is not None:
-        settings = MineSettings(number=negatives, depth=min(30, len(dataset.corpus)), margin=0.0, sample="stratified")
+        settings = MineSettings(number=negatives, depth=min(16, len(dataset.corpus)), margin=0.0, sample="stratified")
         teacher = open_teacher(str(reranker), ["kind=cross_encoder", "max_length=144", "dtype=bf16"])
         rescored = partial(rescore, teacher, dataset, folder=folder / "train.scores")
     mine(model, dataset, folder / "train.jsonl", "train", settings, rescored=rescored)
