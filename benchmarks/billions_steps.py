@@ -124,13 +124,13 @@ def alone(spec: Facts) -> Facts:
         found: Facts = {"load_seconds": time.perf_counter() - begun, "load_peak": memory.peak - before}
         held, whole = teacher.parameter_bytes()
         found |= {"parameters_held": held / MIB, "parameters_whole": whole / MIB}
-        spans = []
+        spans: list[tuple[float, float]] = []
         for window in windows:
             if len(spans) == 1:  # the first forward finds out the order of parameters
                 found["held_between_forwards"] = memory.begin() - before
-            begun = time.perf_counter(), time.process_time()
+            start = time.perf_counter(), time.process_time()
             teacher.window(window, [teacher.num_layers - 3, teacher.num_layers - 2])
-            spans.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+            spans.append((time.perf_counter() - start[0], time.process_time() - start[1]))
         found["forward_peak"] = memory.peak - before
         found["held_after"] = memory.begin() - before
         found["held_mapped"] = own("RssFile") - files
@@ -142,10 +142,9 @@ def alone(spec: Facts) -> Facts:
                 with deepspeed.zero.GatheredParameters(list(layer.parameters())):
                     pass
             found["gather_seconds"] = time.perf_counter() - begun
-            sizes = [
-                p.ds_numel * p.element_size() for layer in teacher.scorer.capture.layers for p in layer.parameters()
-            ]
-            found["gathered"] = sum(sizes) / MIB
+            # Any: `ds_numel` is DeepSpeed's.
+            shards: list[Any] = [p for layer in teacher.scorer.capture.layers for p in layer.parameters()]
+            found["gathered"] = sum(p.ds_numel * p.element_size() for p in shards) / MIB
         memory.end()
     return found
 
@@ -171,7 +170,8 @@ def distill(spec: Facts) -> Facts:
     from lead_ds.face.distiller import Distiller
 
     torch.set_num_threads(1)
-    memory, steps = Memory(), []
+    memory = Memory()
+    steps: list[tuple[Any, ...]] = []
 
     class Steps(Callback):
         every_rank = True

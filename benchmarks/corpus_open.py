@@ -15,7 +15,6 @@ import multiprocessing
 import platform
 import random
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -124,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -176,11 +176,8 @@ def check_kernel(kernel: str, dtype: str, device: str, repeats: int) -> Iterator
     for case in cases(device == "cpu"):
         start = time.perf_counter()
         # The reference is given what the kernel is: numbers rounded to its dtype.
-        rounded = Case(
-            case.name,
-            *({n: x.to(DTYPES[dtype]) for n, x in some.items()} for some in (case.fixed, case.leaves)),
-            case.how,
-        )
+        fixed, leaves = ({n: x.to(DTYPES[dtype]) for n, x in some.items()} for some in (case.fixed, case.leaves))
+        rounded = Case(case.name, fixed, leaves, case.how)
         exact = results(exact_call, rounded, torch.float64, "cpu")
         found = results(call, rounded, DTYPES[dtype], device)
         error = max(

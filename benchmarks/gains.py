@@ -12,7 +12,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +29,7 @@ from lead_ds.engine.training.distill import open_batches
 from lead_ds.models.load import load_student, load_text
 from lead_ds.models.scorer import Scorer
 from lead_ds.plan.activations import Ledger
-from lead_ds.relevance import Features, ScoreFeatures, TokenFeatures
+from lead_ds.relevance import Features, ScoreFeatures, VectorFeatures
 from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, depth_needed
 from lead_ds.teachers.teacher import Lesson
 
@@ -58,7 +59,7 @@ def batches_of(config: Config) -> Batches:
     return open_batches(config, open_groups(config.data), load_text(config.student), HERE)
 
 
-def in_turns(cases: dict[str, Timed], rounds: int) -> dict[str, float]:
+def in_turns(cases: Mapping[str, Timed], rounds: int) -> dict[str, float]:
     """Median seconds of this process on its processors, of each case, all of them once per round; the first warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
@@ -122,14 +123,14 @@ def passes(arguments: argparse.Namespace) -> None:
             difference[n] = max(
                 (a - b).abs().max().item() / a.abs().max().item() for a, b in zip(plain, found, strict=True)
             )
-        seconds = in_turns({n: lambda turn, n=n, run=run: run(n, turn) for n in settings}, arguments.rounds)
+        seconds = in_turns({n: partial(run, n) for n in settings}, arguments.rounds)
         counts = {n: statistics.mean(tokens_run(w, "teacher") for w in found) for n, found in windows.items()}
         tell(f"teacher.passes, {name}", seconds, tokens=counts, relative_difference=difference)
 
 
 def packed(arguments: argparse.Namespace) -> None:
     """A teacher's window in packed rows; texts as long as MS MARCO's, weights at random, a layer or two of each shape."""
-    decoder = {"model_type": "mistral", "sliding_window": None}
+    decoder: dict[str, Any] = {"model_type": "mistral", "sliding_window": None}
     narrow = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     shapes = {
@@ -142,7 +143,7 @@ def packed(arguments: argparse.Namespace) -> None:
             path, ways = Path(folder), (None, 4, "packed")
             write_model(path / "model", shape, "dual_encoder")
             write_data(path / "data", arguments.batch_size * (arguments.rounds + 1), 8, 32, 128, "natural")
-            model = {"path": str(path / "model"), "weights": "random", "dtype": "fp32"}
+            model: dict[str, Any] = {"path": str(path / "model"), "weights": "random", "dtype": "fp32"}
             model |= {"query_length": 32, "passage_length": 128}
             configs = {
                 str(n): Config.model_validate(
@@ -176,7 +177,7 @@ def packed(arguments: argparse.Namespace) -> None:
 
             tell(
                 f"teacher.passes: packed, {name}, natural lengths",
-                in_turns({n: lambda turn, n=n, read=read: read(n, turn) for n in windows}, arguments.rounds),
+                in_turns({n: partial(read, n) for n in windows}, arguments.rounds),
                 relative_difference=difference,
                 **{"tokens run / real": {n: round(sum(counts) / real, 3) for n, counts in run.items()}},
             )
@@ -220,15 +221,19 @@ def truncate(arguments: argparse.Namespace) -> None:
     layer = {"select": "given", "teacher_layers": [1, 3], "student_layers": [0, 2]}
     config = config_of(arguments, "reranker-l12", losses={"response": {"weight": 0.0}, "layer": layer})
     windows = [batches_of(config).window(turn) for turn in range(arguments.rounds + 1)]
+    assert config.teacher is not None
     lesson, depth = Lesson.of(config), depth_needed(config.teacher, config.losses)
     teachers = {"whole": build_teacher(lesson, HERE), "truncated": build_teacher(lesson, HERE, depth)}
-    equal = [t.window(windows[0].teachers[0], [1, 3]).layers.s_KQN for t in teachers.values()]
-    cases = {n: lambda turn, t=t: t.window(windows[turn].teachers[0], [1, 3]) for n, t in teachers.items()}
-    same = dict.fromkeys(teachers, torch.equal(*equal))
+    whole, cut = (tensors(t.window(windows[0].teachers[0], [1, 3]).layers)[0] for t in teachers.values())
+    same = dict.fromkeys(teachers, torch.equal(whole, cut))
+
+    def read(name: str, turn: int) -> None:
+        teachers[name].window(windows[turn].teachers[0], [1, 3])
+
     megabytes = {n: t.parameter_bytes()[0] >> 20 for n, t in teachers.items()}
     tell(
         "teacher.truncate, reranker-l12, layers 1 and 3",
-        in_turns(cases, arguments.rounds),
+        in_turns({n: partial(read, n) for n in teachers}, arguments.rounds),
         bit_equal=same,
         mib=megabytes,
     )
@@ -241,7 +246,7 @@ def tokens(arguments: argparse.Namespace) -> None:
             str(cache): batches_of(config_of(arguments, name, data={"token_cache": cache}))
             for cache in (False, arguments.tokens)
         }
-        cases = {n: lambda turn, b=b: b.window(turn) for n, b in read.items()}
+        cases = {n: b.window for n, b in read.items()}
         tell(f"data.token_cache, teacher {name}", in_turns(cases, arguments.rounds * 4))
 
 
@@ -250,7 +255,7 @@ def tensors(features: Features | None) -> list[torch.Tensor]:
     assert features is not None
     if isinstance(features, ScoreFeatures):
         return [features.s_KQN]
-    assert not isinstance(features, TokenFeatures)
+    assert isinstance(features, VectorFeatures)
     return [features.q_KQD, features.p_KPD]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def models(folder: Path) -> None:
 
     torch.manual_seed(0)
     for name, width, layers in (("student", 32, 2), ("teacher", 64, 3)):
-        shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+        shape: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
         config = BertConfig(**shape, num_attention_heads=2, vocab_size=VOCABULARY + len(SPECIAL))
         BertModel(config).save_pretrained(folder / name)
         tokenizer(folder / name)

@@ -63,8 +63,8 @@ def slope(found: list[Row]) -> float | None:
 def work(rows: Rows, passages: int, options: argparse.Namespace) -> str:
     """Markdown: core-hours of each step, and the machines that end it in time, and hold what it holds."""
     seconds: dict[str, float] = {}
-    for name, row, step in (("corpus indexed", "open", "index"), ("tokens kept", "kept", "tokens")):
-        each = slope(measured(rows, row, step))
+    for name, of, step in (("corpus indexed", "open", "index"), ("tokens kept", "kept", "tokens")):
+        each = slope(measured(rows, of, step))
         if each is not None:
             seconds[name] = each * passages
     for line in ENCODED.read_text("utf-8").splitlines() if ENCODED.exists() else []:

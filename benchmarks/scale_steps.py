@@ -32,7 +32,7 @@ SMALL = {
 }  # fewer vectors than train the above
 TRAINS = 39 * 1024
 TIMED_STEPS = 5  # of a student of MiniLM's shape
-STUDENT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+STUDENT: Facts = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
 
 
 def own() -> float:
@@ -97,12 +97,14 @@ def flat(batches: Any, start: int, count: int) -> tuple[list[float], float, floa
 
 def tokens(size: int, folder: Path) -> Facts:
     """The student's tokens of all texts."""
+    from lead_ds.data.groups.by_id import IdGroups
     from lead_ds.data.groups.open import open_groups
     from lead_ds.data.tokens.cache import TokenCache
     from lead_ds.models.load import load_text
 
     config = config_of(folder)
     groups = open_groups(config.data)
+    assert isinstance(groups, IdGroups)
     TokenCache.open(str(folder / "tokens"), groups, load_text(config.student), rank=0)
     return {"texts": len(groups.queries) + len(groups.corpus)}
 

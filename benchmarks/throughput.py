@@ -194,7 +194,7 @@ def speed_rows(runner: Runner, steps: list[dict[str, float]], ranks: Ranks, flop
     return rows + [row_of(runner, f"part: {name}", "ms", 1e3 * seconds) for name, seconds in parts.items()]
 
 
-def row_of(runner: Runner, metric: str, unit: str, value: float, **more: Any) -> Row:
+def row_of(runner: Runner, metric: str, unit: str, value: float | str, **more: Any) -> Row:
     """One number."""
     return {"provider": runner.name, "metric": metric, "unit": unit, "value": value, **more}
 

@@ -51,8 +51,8 @@ class Inputs:
 
     def layers(self, step: int) -> tuple[list[int], list[int]]:
         """The layers that lead-ds compares at a step."""
-        depths = [read_depth(settings) for settings in (self.config.teacher, self.config.student)]
-        return self.config.losses.pairs(Depths(*depths, self.config.seed), step).get("layer", NO_LAYERS)
+        depths = Depths(read_depth(self.config.teacher), read_depth(self.config.student), self.config.seed)
+        return self.config.losses.pairs(depths, step).get("layer", NO_LAYERS)
 
     def _step(self, step: int) -> list[Texts]:
         batches, encoder = self.batches, self.batches.student.encoder

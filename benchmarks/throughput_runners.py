@@ -34,7 +34,7 @@ from lead_ds.engine.training.objective import build_objective
 from lead_ds.engine.training.trainee import Trainee, build_engine, student_dtype
 from lead_ds.models.backbone import load_model
 from lead_ds.models.files import transformer_folder
-from lead_ds.models.kinds.llm_reranker import LLMReranker, answer_tokens
+from lead_ds.models.kinds.llm_reranker import LLMReranker, LLMRerankerConfig, answer_tokens
 from lead_ds.models.load import load_student
 from lead_ds.models.templates import CARDS, Asked
 from lead_ds.teachers.frozen import FrozenTeacher, build_teacher, teacher_dtype
@@ -281,18 +281,19 @@ def build_loop(kind: type[Loop], config: Config, device: torch.device) -> Loop:
     teacher_config = config.teacher.model_copy(update=old)
     student_config = config.student.model_copy(update=old)
     dtype = torch.float32 if lead else teacher_dtype(teacher_config, device)
-    reranker = config.teacher.kind == "llm_reranker"
+    reranker = isinstance(config.teacher, LLMRerankerConfig)
     torch.manual_seed(config.seed)
     with _made_on(device, config):
         teacher = load_model(teacher_config, "causal" if reranker else "base", dtype).to(device)
         student = load_model(student_config, "base", torch.float32).to(device)
     losses = config.losses
     answers = None
-    if reranker:
+    if isinstance(config.teacher, LLMRerankerConfig):
         from lead_ds.data.tokens.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(config.teacher.path, transformer_folder(config.teacher.path), False)
-        answers = answer_tokens(tokenizer, config.teacher, Asked(None, CARDS["plain"]))
+        yes, no = answer_tokens(tokenizer, config.teacher, Asked(None, CARDS["plain"]))
+        answers = yes, no
     settings = Settings(
         group_size=1 + config.data.negatives,
         teacher_temperature=losses.response.teacher_temperature,

@@ -64,13 +64,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--groups", type=int, default=40)
     options = parser.parse_args()
-    read = vectors(options.config, options.overrides, options.groups)
+    q_KQD, p_KPD = vectors(options.config, options.overrides, options.groups)
     rows: Table = [["layer", "dot: as it is", "deviations", "cosine: as it is", "deviations"]]
     columns = []
     for cosine in (False, True):
-        true = spread(*read, cosine)
+        true = spread(q_KQD, p_KPD, cosine)
         for centred in (False, True):
-            off = spread(*(halved(x, centred) for x in read), cosine) - true
+            off = spread(halved(q_KQD, centred), halved(p_KPD, centred), cosine) - true
             columns.append(off.square().mean((1, 2)).sqrt() / true.square().mean((1, 2)).sqrt())
     for layer, values in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
         name = str(layer) if layer < len(columns[0]) - 1 else "final"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lead_ds.losses import Loss, LossSettings, LossShape, Views, register
+from lead_ds.losses import Loss, LossSettings, LossShape, Views, final_vectors, register
 
 
 class ProjectedSettings(LossSettings):
@@ -27,10 +27,12 @@ class Projected(Loss):
 
     def __init__(self, settings: ProjectedSettings, shape: LossShape) -> None:
         super().__init__(settings, shape)
-        self.map = torch.nn.Linear(shape.student.width, shape.teacher.width, bias=False)
+        self.map = torch.nn.Linear(*shape.widths(self.name), bias=False)
 
     def forward(self, views: Views) -> Tensor:
-        student, teacher = views.student.final, views.teacher.final
-        pairs = [(student.q_KQD, teacher.q_KQD), (student.p_KPD, teacher.p_KPD)][: 1 + self.settings.passages]
-        distances = [1 - cosine_similarity(self.map(s).float(), t.float(), dim=-1).mean() for s, t in pairs]
+        student = final_vectors(views.student, "student", self.name)  # of queries, of passages
+        teacher = final_vectors(views.teacher, "teacher", self.name)
+        pairs = list(zip(student, teacher, strict=True))[: 1 + self.settings.passages]
+        mapped = [(self.map(s.to(self.map.weight.dtype)).float(), t) for s, t in pairs]
+        distances = [1 - cosine_similarity(s, t, dim=-1).mean() for s, t in mapped]
         return torch.stack(distances).mean()

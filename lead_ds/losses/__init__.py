@@ -16,6 +16,7 @@ from lead_ds.losses.response import Response, response_kl
 from lead_ds.losses.selection import Depths, informative_layers
 from lead_ds.losses.similarity import Similarity, similarity_mse
 from lead_ds.losses.spread import Spread, spread_out
+from lead_ds.losses.vectors import final_vectors
 from lead_ds.losses.views import Scope, Side, Views
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "contrastive_loss",
     "embedding_distance",
     "entropy",
+    "final_vectors",
     "flops",
     "informative_layers",
     "layer_relevance_kl",

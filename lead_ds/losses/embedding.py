@@ -161,11 +161,7 @@ class Embedding(Loss):
     def __init__(self, **values: Any) -> None: ...
     def __init__(self, settings: Any = None, shape: Any = None, **values: Any) -> None:
         super().__init__(settings, shape)
-        student, teacher = shape.student.width, shape.teacher.width if shape.teacher else None
-        if student is None or teacher is None:
-            who = "student" if student is None else "teacher"
-            what = f"compares vectors, and the {who} has none"
-            raise InputError("losses.embedding", what, "set its weight to 0, or name a model of vectors")
+        student, teacher = shape.widths(self.name)
         _check_widths(settings.into, student, teacher)
         # Weights of the loss itself, not of a module in it: ZeRO-3 gathers them for this forward, which may then cast them.
         mapped = isinstance(settings, IntoTeacher) and not settings.keep

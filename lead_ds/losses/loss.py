@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lead_ds.errors import InputError
 from lead_ds.losses.selection import NO_LAYERS, Depths, Layers
 from lead_ds.losses.vectors import Moments
 from lead_ds.losses.views import Views
@@ -55,6 +56,14 @@ class LossShape:
     impl: Impl = "auto"
     dims: Sequence[int] = ()
     quantize: Quantize | None = None
+
+    def widths(self, loss: str) -> tuple[int, int]:
+        """Of the student's and the teacher's vectors. Raises InputError naming the loss where one has none."""
+        student, teacher = self.student.width, self.teacher.width if self.teacher else None
+        if student is None or teacher is None:
+            what = f"compares vectors, and the {'student' if student is None else 'teacher'} has none"
+            raise InputError(f"losses.{loss}", what, "set its weight to 0, or name a model of vectors")
+        return student, teacher
 
 
 @dataclass(frozen=True)
