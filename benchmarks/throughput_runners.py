@@ -136,7 +136,7 @@ class LeadDS(Runner):
         self.student_dtype = student_dtype(config.student, ranks.device)
         student = load_student(config.student, self.student_dtype)
         trainee = Trainee(student).to(ranks.device)
-        fit_attention(trainee, config, batches, self.student_dtype, ranks)
+        fit_attention(trainee, config.student, batches, self.student_dtype, ranks)
         with _made_on(ranks.device, config):
             teachers = open_teachers(config, batches, ranks)
         self.teacher: Teacher | None = teachers.get("teacher")

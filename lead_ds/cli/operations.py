@@ -40,7 +40,7 @@ def plan(
     room = None if host_memory is None else int(host_memory * 1e9)
     cluster = Cluster(gpus=gpus, nodes=nodes, gpu_memory=int(gpu_memory * 1e9), host_memory=room)
     made = make_plan(requirements(settings), cluster)
-    files = write_configurations(made, settings, write) if write is not None and made.recommended else []
+    files = write_configurations(made, settings.deepspeed, write) if write is not None and made.recommended else []
     if as_json:
         print(json.dumps({**plan_json(made), "files": [str(file) for file in files]}, indent=1))
     else:

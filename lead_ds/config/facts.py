@@ -40,6 +40,11 @@ def fed(config: Run, teacher: Any) -> frozenset[str]:
     return reading - frozenset(config.losses.needing(*lacking) if lacking else ())
 
 
+def scoped(config: Run) -> Iterator[tuple[str, Any]]:
+    """The losses with a weight whose `scope` says over which passages they are, by name: their sections."""
+    return ((name, section) for name, (_, section) in config.losses.active.items() if hasattr(section, "scope"))
+
+
 def span_of(teacher: Any) -> Span:
     """The steps at which a teacher teaches."""
     return Span(getattr(teacher, "after", 0), getattr(teacher, "until", None))

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from lead_ds.config.facts import GIFTS, computes, fed, gives_vectors, is_sparse, phases, reads_pairs, span_of, trained
+from lead_ds.config.facts import (
+    GIFTS,
+    computes,
+    fed,
+    gives_vectors,
+    is_sparse,
+    phases,
+    reads_pairs,
+    scoped,
+    span_of,
+    trained,
+)
 from lead_ds.settings.roles import CachedRole, Span, TeacherRole
 from lead_ds.settings.run import Run
 
@@ -37,9 +48,9 @@ def losses_have_a_teacher(config: Run) -> Iterator[Broken]:
 
 def labels_have_something_to_compare(config: Run) -> Iterator[Broken]:
     """Within a query's own passages, labels say something only where there are negatives."""
-    for name, loss in (("contrastive", config.losses.contrastive), ("focal", config.losses.focal)):
+    for name, loss in scoped(config):
         in_group = reads_pairs(config.student.kind) or loss.scope == "group"
-        if in_group and loss.weight > 0 and config.data.negatives == 0:
+        if in_group and config.data.negatives == 0:
             what = f"is 0: the {name} loss of a model of pairs, and of scope: group, compares a query's own passages"
             yield Broken("data.negatives", what, "set it to 1 or more")
 
@@ -57,8 +68,8 @@ def scope_is_one_that_pairs_have(config: Run) -> Iterator[Broken]:
     if not reads_pairs(config.student.kind):
         return
     kind = f"is ignored by a {config.student.kind}, which scores a query's own passages alone"
-    for name, loss in (("contrastive", config.losses.contrastive), ("focal", config.losses.focal)):
-        if loss.weight > 0 and loss.scope == "batch":
+    for name, loss in scoped(config):
+        if loss.scope == "batch":
             yield Broken(f"losses.{name}.scope", f"batch {kind}", "set it to auto, or group")
     if config.train.in_batch == "local":
         yield Broken("train.in_batch", f"local {kind}", "take it out")

@@ -93,6 +93,11 @@ class Scorer(nn.Module):
         """How many transformer layers can be read."""
         return len(self.capture)
 
+    @property
+    def readable(self) -> list[int]:
+        """The layers that can be requested, ascending: see `Teacher`."""
+        return list(range(self.num_layers))
+
     def forward(
         self,
         batch: ModelBatch | None = None,

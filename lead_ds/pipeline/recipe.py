@@ -15,6 +15,7 @@ from lead_ds.pipeline.ready import Ready, reading_settings
 from lead_ds.pipeline.settings import deciding, existing, flat, options_of
 from lead_ds.pipeline.stage_graph import Made, Reads, StageGraph
 from lead_ds.retrieval.metrics import DEFAULT_DEPTH, depth, parse_measure
+from lead_ds.settings.data import DataConfig
 from lead_ds.settings.documents import in_yaml
 from lead_ds.settings.parse import key_of
 from lead_ds.settings.pipeline import EvaluateStage, LensStage, Mining, PipelineConfig, TeachStage
@@ -162,7 +163,7 @@ class Recipe:
             Made("run", (f"run/{product}/**/*",), resumes="run/config.yaml"),
             tree,
             needs,
-            Reads(self._training_files(config, groups), self._evaluation_files(config.evaluation)),
+            Reads(self._training_files(config.data, groups), self._evaluation_files(config.evaluation)),
             models=given.models,
             distributed=True,
         )
@@ -200,7 +201,7 @@ class Recipe:
             Made(product, (f"{product}/*",), repairs=True),
             tree,
             needs,
-            Reads(self._training_files(config, groups)),
+            Reads(self._training_files(config.data, groups)),
             models=given.models,
             distributed=True,
         )
@@ -372,10 +373,10 @@ class Recipe:
         run = () if evaluation.run is None else (Path(evaluation.run),)
         return (*self._graph.files(f"qrels/{evaluation.split}.tsv", *elsewhere, data=data), *run)
 
-    def _training_files(self, config: Config, groups: str) -> tuple[Path, ...]:
+    def _training_files(self, data: DataConfig, groups: str) -> tuple[Path, ...]:
         """What a training command reads of the data, beside the groups that a stage makes."""
         files: list[Path] = []
-        for part in config.data.by_name.values():
+        for part in data.by_name.values():
             folder = Path(part.path)
             files += self._graph.files("corpus.jsonl", "queries.jsonl", data=folder)
             if (folder / part.train).is_dir():  # of texts alone

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, zero_stage
 from lead_ds.io.files import write_json
 from lead_ds.plan.placement import Plan
 from lead_ds.plan.requirements import TEACHER_FILES, teacher_configuration
+from lead_ds.settings.train import DeepSpeedFiles
 
 
-def write_configurations(made: Plan, config: Config, folder: Path) -> list[Path]:
+def write_configurations(made: Plan, files: DeepSpeedFiles, folder: Path) -> list[Path]:
     """Write the recommended student's and teacher's DeepSpeed configurations; their paths."""
 
     assert made.recommended is not None
     choice = made.recommended.choice
-    student = read_deepspeed_config(config.deepspeed.student)
+    student = read_deepspeed_config(files.student)
     if zero_stage(student) != choice.stage:
         student = read_deepspeed_config(f"ds_configs/student_zero{choice.stage}.json")
     trees = {"student": student}
     if choice.placement in TEACHER_FILES:
-        trees["teacher"] = teacher_configuration(config, choice.placement)
-    files = []
-    for name, tree in trees.items():
-        write_json(folder / f"{name}.json", tree)
-        files.append(folder / f"{name}.json")
-    return files
+        trees["teacher"] = teacher_configuration(files, choice.placement)
+    written = [folder / f"{name}.json" for name in trees]
+    for path, tree in zip(written, trees.values(), strict=True):
+        write_json(path, tree)
+    return written
 
 
 def describe(made: Plan) -> list[str]:

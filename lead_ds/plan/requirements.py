@@ -21,7 +21,7 @@ from lead_ds.plan.activations import forward_bytes
 from lead_ds.plan.placement import PlannedTeacher, Requirements
 from lead_ds.plan.shapes import ModelShape
 from lead_ds.settings.model import ModelConfig
-from lead_ds.settings.train import LoraConfig
+from lead_ds.settings.train import DeepSpeedFiles, LoraConfig
 from lead_ds.teachers.frozen import depth_needed
 from lead_ds.teachers.open import teacher_class
 
@@ -71,9 +71,11 @@ def requirements(config: Config) -> Any:
         student_element=BYTES.get(config.student.dtype, 2),  # auto: half precision on a GPU
         group_size=group_size,
         student_activations=student_activations,
-        lengths=lengths(config, student),
+        lengths=lengths(config.student, student),
         student_zero=zero,
-        teacher_zero={name: teacher_configuration(config, name)["zero_optimization"] for name in TEACHER_FILES},
+        teacher_zero={
+            name: teacher_configuration(config.deepspeed, name)["zero_optimization"] for name in TEACHER_FILES
+        },
     )
 
 
@@ -87,9 +89,9 @@ def in_forwards(texts: list[tuple[int, int]], passes: int | str | None) -> list[
     return [(math.ceil(rows / forwards), longest)] * forwards
 
 
-def lengths(config: Config, backbone: Any) -> tuple[int, ...]:
+def lengths(settings: ModelConfig, backbone: Any) -> tuple[int, ...]:
     """The student's longest text as configured, half of it and twice, as far as the model reads."""
-    length = KINDS[config.student.kind].longest(config.student)
+    length = KINDS[settings.kind].longest(settings)
     longest = int(getattr(backbone.config.get_text_config(), "max_position_embeddings", 0) or 2 * length)
     return tuple(n for n in (length // 2, length, 2 * length) if 0 < n <= longest or n == length)
 
@@ -97,11 +99,11 @@ def lengths(config: Config, backbone: Any) -> tuple[int, ...]:
 TEACHER_FILES = {"zero3": "", "zero3+cpu": "teacher_zero3_cpu.json", "zero3+nvme": "teacher_zero3_nvme.json"}
 
 
-def teacher_configuration(config: Config, placement: str) -> dict[str, Any]:
+def teacher_configuration(files: DeepSpeedFiles, placement: str) -> dict[str, Any]:
     """The DeepSpeed configuration of a placement: for zero3 the run's own."""
 
     name = TEACHER_FILES[placement]
-    tree = read_deepspeed_config(f"ds_configs/{name}" if name else config.deepspeed.teacher)
+    tree = read_deepspeed_config(f"ds_configs/{name}" if name else files.teacher)
     if placement == "zero3":
         tree.get("zero_optimization", {}).pop("offload_param", None)
     tree.setdefault("zero_optimization", {})

@@ -30,6 +30,7 @@ from lead_ds.relevance import ScoreFeatures, VectorFeatures
 from lead_ds.report.lens import lens_plot
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
+from lead_ds.teachers.frozen import to_read
 from lead_ds.teachers.informative import worth
 from lead_ds.teachers.lens import lens_identity
 from lead_ds.teachers.reading import opened
@@ -110,19 +111,13 @@ def fit_lens(config: Run, out: Path, fit: Fit, *, command: Sequence[str] = (), q
 
 def fittable(config: Run) -> TeacherRole:
     """The teacher of a configuration. Raises InputError where it can have no lens."""
-    teacher = config.teacher
-    if teacher is None:
-        raise InputError("teacher", "is missing", "name the model to fit a lens to")
-    if teacher.kind == "cached":
-        raise InputError("teacher.kind", "a cache has no states", "name the teacher itself, with its kind")
+    teacher = to_read(config)
     if getattr(teacher, "dim", None) is not None:
         raise InputError("teacher.dim", "a lens is fitted to whole vectors", "take it out")
     if KINDS[teacher.kind].lens_form is None:
         has = "none of its layers" if KINDS[teacher.kind].gives_vectors else "one per token"
         what = f"a lens reads one state per text, {teacher.kind} has {has}"
         raise InputError("teacher.kind", what, "distil it as it is")
-    if teacher.train:
-        raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
     if config.data.negatives == 0:
         raise InputError("data.negatives", "is 0: there is nothing to compare a positive with", "set it to 7, say")
     return teacher

@@ -31,6 +31,7 @@ from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.relevance import Features
 from lead_ds.settings.data import DataConfig
 from lead_ds.settings.roles import TeacherRole
+from lead_ds.settings.run import Run
 from lead_ds.teachers.lens import FittedLens, open_lens
 from lead_ds.teachers.teacher import Gift, Lesson, Teacher, TeacherView
 
@@ -200,6 +201,18 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
 def teacher_dtype(settings: TeacherRole, device: torch.device) -> torch.dtype:
     """What the configuration sets; auto: 16 bits, on a GPU those that the model was published in (see `half_of`)."""
     return half_of(settings.path, device) if settings.dtype == "auto" else DTYPES[settings.dtype]
+
+
+def to_read(config: Run) -> TeacherRole:
+    """The teacher of a configuration, a frozen model that is to be read. Raises InputError where it is none."""
+    teacher = config.teacher
+    if teacher is None:
+        raise InputError("teacher", "is missing", "name the model to read")
+    if teacher.kind not in KINDS:
+        raise InputError("teacher.kind", f"{teacher.kind} is no model to run here", "name the model with its kind")
+    if teacher.train:
+        raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
+    return teacher
 
 
 def depth_needed(settings: TeacherRole, losses: Any) -> int | None:

@@ -29,7 +29,7 @@ from lead_ds.models.kinds.kind import KINDS
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
 from lead_ds.teachers.cached import epochs_of
-from lead_ds.teachers.frozen import build_teacher, teacher_dtype
+from lead_ds.teachers.frozen import build_teacher, teacher_dtype, to_read
 from lead_ds.teachers.identity import data_facts, teacher_facts
 from lead_ds.teachers.informative import worth_of_cache
 from lead_ds.teachers.lens import open_lens
@@ -169,23 +169,12 @@ def note_worth(config: Run, cache: TeacherCache, groups: Groups) -> None:
 
 def teachable(config: Run, vectors: bool = False) -> TeacherRole:
     """The teacher of a configuration. Raises InputError where it, or its `vectors`, cannot be cached."""
-    teacher = config.teacher
-    if teacher is None:
-        raise InputError("teacher", "is missing", "name the model to learn from")
-    if teacher.kind == "cached":
-        raise InputError("teacher.kind", "is cached already", "name the teacher itself, with its kind")
-    if teacher.kind not in KINDS:
-        raise InputError("teacher.kind", f"{teacher.kind} is no model to run here", "name the model with its kind")
-    if teacher.train:
-        raise InputError("teacher.train", "a co-trained teacher changes at every step", "set teacher.train=false")
-    if vectors and not KINDS[teacher.kind].gives_vectors:
-        has = (
-            "reads a query with a passage"
-            if KINDS[teacher.kind].reads_pairs
-            else "has a vector for every token, not one for a text"
-        )
+    teacher = to_read(config)
+    kind = KINDS[teacher.kind]
+    if vectors and not kind.gives_vectors:
+        has = "reads a query with a passage" if kind.reads_pairs else "has a vector for every token, not one for a text"
         raise InputError("--vectors", f"a teacher of kind {teacher.kind} {has}", "leave it out: relevance is kept then")
-    if vectors and KINDS[teacher.kind].sparse:
+    if vectors and kind.sparse:
         what = f"a teacher of kind {teacher.kind} has vectors as wide as its vocabulary, which fill a disk"
         raise InputError("--vectors", what, "leave it out: relevance is kept then")
     return teacher

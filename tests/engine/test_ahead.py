@@ -130,7 +130,7 @@ def test_a_bf16_student_of_short_rows_has_eager_attention_on_a_cpu(
         config = load_config(configure(student=student))
         dtype = student_dtype(config.student, HERE.device)
         trainee = Trainee(load_student(config.student, dtype))
-        fit_attention(trainee, config, windows_of(config, HERE), dtype, HERE, known)
+        fit_attention(trainee, config.student, windows_of(config, HERE), dtype, HERE, known)
         return str(trainee.student.backbone.config._attn_implementation)
 
     assert chosen() == "sdpa"

@@ -294,7 +294,7 @@ def test_held_out_groups_share_no_positive() -> None:
     ("override", "told"),
     [
         ("teacher.kind=colbert", "one state per text"),
-        ("teacher.kind=cached", "a cache has no states"),
+        ("teacher.kind=cached", "cached is no model to run here"),
         ("teacher.train=true teacher.dtype=auto", "changes at every step"),
         ("data.negatives=0", "nothing to compare a positive with"),
     ],

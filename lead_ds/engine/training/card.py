@@ -12,6 +12,7 @@ from lead_ds.engine.training.averaging import RECORD as AVERAGE
 from lead_ds.io.json_text import parse_json
 from lead_ds.models.card import front_matter
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.settings.train import EvaluationConfig
 
 
 def model_card(config: Config, run: Path) -> str:
@@ -33,7 +34,8 @@ def model_card(config: Config, run: Path) -> str:
         sources = [read_as(teacher, place, run) for place, teacher in enumerate(teachers)]
         lines += [f"Distilled by lead-ds from {' and '.join(sources)}{how}.", ""]
     else:
-        over = "its own passages" if in_group(config) else "every passage of the batch"
+        in_group = KINDS[student.kind].reads_pairs or config.losses.contrastive.scope == "group"
+        over = "its own passages" if in_group else "every passage of the batch"
         temperature = config.losses.contrastive.temperature
         lines += [
             f"Trained by lead-ds on labels alone: the positive's likelihood among {over}, at temperature {temperature:g}"
@@ -53,11 +55,11 @@ def model_card(config: Config, run: Path) -> str:
             values = " | ".join(f"{row['evaluation'].get(name, float('nan')):.4f}" for name in names)
             lines.append(f"| {row['step']} | {values} |")
         lines.append("")
-    if student.dims:
-        lines += widths(config, evaluations)
+    if dims := student.dims:
+        lines += widths(dims, config.evaluation, evaluations)
     lines += ["## Training", ""]
     if (run / AVERAGE).exists():
-        lines += [averaged(parse_json((run / AVERAGE).read_text("utf-8")), config), ""]
+        lines += [averaged(parse_json((run / AVERAGE).read_text("utf-8")), config.evaluation), ""]
     losses = [row for row in _rows(run / "metrics.jsonl") if "loss" in row]
     if losses:
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses[-1]["parts"].items())
@@ -71,19 +73,18 @@ def model_card(config: Config, run: Path) -> str:
     return "\n".join(lines)
 
 
-def widths(config: Config, evaluations: list[dict]) -> list[str]:
+def widths(trained: list[int], evaluation: EvaluationConfig, evaluations: list[dict]) -> list[str]:
     """Lines on the widths that a student was trained at, with a table of what the best evaluation measured at each."""
-    assert config.student.dims is not None
-    dims = ", ".join(map(str, config.student.dims))
+    dims = ", ".join(map(str, trained))
     lines = ["## Widths", "", f"Its first dimensions alone serve as vectors, too: trained at {dims}.", ""]
-    use = f'SentenceTransformer("this directory", truncate_dim={config.student.dims[0]})'
-    lines += [f"`{use}` reads it so, and `lead-ds encode --dim {config.student.dims[0]}`.", ""]
+    use = f'SentenceTransformer("this directory", truncate_dim={trained[0]})'
+    lines += [f"`{use}` reads it so, and `lead-ds encode --dim {trained[0]}`.", ""]
     measured = [row for row in evaluations if row.get("widths")]
     if not measured:
         return lines
-    best = max(measured, key=lambda row: row["evaluation"].get(config.evaluation.metric) or float("-inf"))
+    best = max(measured, key=lambda row: row["evaluation"].get(evaluation.metric) or float("-inf"))
     names = list(best["evaluation"])
-    lines += [f"On the {config.evaluation.split} split, at step {best['step']}:", ""]
+    lines += [f"On the {evaluation.split} split, at step {best['step']}:", ""]
     lines += ["| dimensions | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for dim, found in best["widths"].items():
         values = " | ".join(f"{found.get(name, float('nan')):.4f}" for name in names)
@@ -101,18 +102,13 @@ def read_as(teacher: Any, place: int, run: Path) -> str:
     return f"`{Path(path).name}` ({kind.replace('_', ' ')})"
 
 
-def averaged(found: dict, config: Config) -> str:
+def averaged(found: dict, evaluation: EvaluationConfig) -> str:
     """A line on the checkpoints that the weights are the mean of."""
     counted = zip(found["checkpoints"], found["counts"], strict=True)
     names = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in counted if count)
-    value, metric = found["value"], config.evaluation.metric
-    score = "" if value is None else f" On the {config.evaluation.split} split: {metric} {value:.4f}."
+    value, metric = found["value"], evaluation.metric
+    score = "" if value is None else f" On the {evaluation.split} split: {metric} {value:.4f}."
     return f"Weights: the mean of {names}.{score}"
-
-
-def in_group(config: Config) -> bool:
-    """Whether the contrastive loss compares a query's own passages only."""
-    return KINDS[config.student.kind].reads_pairs or config.losses.contrastive.scope == "group"
 
 
 def _rows(path: Path) -> list[dict]:

@@ -16,13 +16,14 @@ from lead_ds.errors import InputError
 from lead_ds.kernels.dispatch import probe_seconds, resolve
 from lead_ds.models.as_read import reading_line, sample
 from lead_ds.settings.roles import Span
+from lead_ds.settings.train import Impl
 from lead_ds.teachers.teacher import Teacher
 
 
-def kernels_used(config: Config, ranks: Ranks) -> str:
-    """triton or torch: what `kernels` of the configuration means on this device."""
+def kernels_used(kernels: Impl, ranks: Ranks) -> str:
+    """triton or torch: what the setting `kernels` means on this device."""
     try:
-        return resolve(config.kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
+        return resolve(kernels, torch.empty(0, device=ranks.device), kernel="layer_kl")
     except ValueError as error:
         raise InputError("kernels", str(error), "set kernels=auto, or torch") from None
 
@@ -42,7 +43,7 @@ def readings(groups: Groups, batches: Batches, student: Any, teachers: Sequence[
 def describe(config: Config, ranks: Ranks, student: Any, teachers: Mapping[str, Teacher], groups: int) -> str:
     """The first lines of a run."""
     depth = f"{student.num_layers} layers, {student.width} wide"
-    kernels = kernels_used(config, ranks)
+    kernels = kernels_used(config.kernels, ranks)
     tried = f", tried in {probe_seconds(ranks.device):.1f} s" if kernels == "triton" else ""
     run = f"{groups} groups; {ranks.world} process(es); {kernels} kernels{tried}"
     role = "student" if config.taught else config.student.kind.replace("_", " ")

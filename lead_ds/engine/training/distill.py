@@ -95,7 +95,7 @@ def train(
         held.enter_context(owned(output, "another run", ranks))
         check_output(output, resume, ranks)  # again: who had the folder until now may have left a run in it
         check_shared(output, ranks)
-        kernels_used(config, ranks)  # reported now, where they cannot run
+        kernels_used(config.kernels, ranks)  # reported now, where they cannot run
         config = agreed(ranks, lambda: settled(config, given))
 
         checkpoints = Checkpoints(output / "checkpoints", ranks, config.train.keep, whole=config.train.lora is None)
@@ -108,7 +108,7 @@ def train(
         torch.manual_seed(config.seed)  # the same new layers on every rank
         dtype = student_dtype(config.student, ranks.device)
         student = agreed(ranks, lambda: given.load_student(config.student, dtype))
-        student, kept = narrowed(config, student, batches, ranks, output if resume else None)
+        student, kept = narrowed(config.student.width, student, batches, ranks, output if resume else None)
         cotrained, trained_along = None, config.cotrained
         if trained_along is not None and batches.teachers:
             cotrained = agreed(ranks, lambda: load_teacher(trained_along, dtype))
@@ -118,7 +118,7 @@ def train(
         if (lora := config.train.lora) is not None:
             agreed(ranks, lambda: add_lora(student, lora))
         trainee = Trainee(student, cotrained).to(ranks.device)
-        fit_attention(trainee, config, batches, dtype, ranks, measured.get("student"))
+        fit_attention(trainee, config.student, batches, dtype, ranks, measured.get("student"))
         teachers = open_teachers(config, batches, ranks, given, measured) if cotrained is None else {}
         taught = [*teachers.values()] if cotrained is None else [cotrained]
         keep_map(config, student, taught, batches, ranks)
@@ -227,7 +227,7 @@ def open_inputs(
     for key, reads in batches.teachers.items():
         if reads.encoder is not None:
             check_room(reads.encoder, key)
-    batches.check(compared(config, ranks.world))
+    batches.check(compared(config.train, ranks.world))
     return groups, student_text, batches, open_evaluator(config, student_text, ranks)
 
 
@@ -252,20 +252,17 @@ def open_teachers(
 
     measured: the attention backends that the run chose before it was interrupted, by the models' keys."""
     return {
-        key: open_teacher(Lesson.of(config, key, (measured or {}).get(key)), config, key, place, batches, ranks, given)
+        key: open_teacher(Lesson.of(config, key, (measured or {}).get(key)), key, place, batches, ranks, given)
         for place, key in enumerate(batches.teachers)
     }
 
 
-def open_teacher(
-    lesson: Lesson, config: Config, key: str, place: int, batches: Batches, ranks: Ranks, given: Given
-) -> Teacher:
+def open_teacher(lesson: Lesson, key: str, place: int, batches: Batches, ranks: Ranks, given: Given) -> Teacher:
     """One of them. place: of those that `batches` serve."""
-    settings = config.taught[key]
     if key in given.teachers:
         module = given.teachers[key]
-        return OwnTeacher(agreed(ranks, lambda: OwnEncoder(module, settings)), ranks.device)
-    kind = teacher_class(settings.kind)
+        return OwnTeacher(agreed(ranks, lambda: OwnEncoder(module, lesson.teacher)), ranks.device)
+    kind = teacher_class(lesson.teacher.kind)
     return kind.open(lesson, batches.teachers[key], lambda: batches.window(0).teachers[place], ranks)
 
 
@@ -320,7 +317,7 @@ def write_facts(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(output, f"cannot be made: {error.strerror}", "set output= to another folder") from None
-    facts: dict[str, Any] = {"kernels": kernels_used(config, ranks)}
+    facts: dict[str, Any] = {"kernels": kernels_used(config.kernels, ranks)}
     if state["accepted"]:
         facts["accepted_changes"] = state["accepted"]
     described = [teacher.facts() for teacher in teachers.values()]

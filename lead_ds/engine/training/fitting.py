@@ -15,7 +15,7 @@ from lead_ds.config.facts import fed
 from lead_ds.data.batches import Batches, Window
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.engine.training.objective import said
+from lead_ds.engine.training.objective import final_of, said
 from lead_ds.errors import InputError
 from lead_ds.io.files import atomic
 from lead_ds.losses.embedding import begin_map
@@ -38,10 +38,7 @@ def read_by(term: Term, taught: Sequence[Teacher | Scorer], ranks: Ranks) -> Rea
     """The final features that a term compares the student's with: of a teacher, trained or not, or of several as one."""
 
     def of(place: int, window: Window) -> Features:
-        teacher, chunks = taught[place], window.teachers[place]
-        if isinstance(teacher, Teacher):
-            return teacher.window(chunks, []).final
-        return _merged(said(teacher, batch.to(ranks.device)) for batch in chunks)
+        return final_of(taught[place], window.teachers[place], ranks.device)
 
     if term.how == "alone":
         return lambda window: of(term.teachers[0], window)
@@ -162,17 +159,12 @@ def moments(student: Kind, reads: Reads, batches: Batches, ranks: Ranks, texts: 
     """
     total: Moments | None = None
     for window in first_windows(batches, ranks, texts):
-        own = _merged(said(student, batch.to(ranks.device)) for batch in window.student)
+        own = final_of(student, window.student, ranks.device)
         part = Moments.of(_texts(own, "student"), _texts(reads(window), "teacher"))
         total = part if total is None else total + part
     assert total is not None
     parts = ranks.all((total.tt.numpy(), total.ts.numpy(), total.ss.numpy()))
     return Moments(*(torch.from_numpy(sum(arrays)) for arrays in zip(*parts, strict=True)))  # type: ignore[call-overload]
-
-
-def _merged(parts: Iterator[Features]) -> Features:
-    first, *others = parts
-    return first.merged(others)
 
 
 def _texts(features: Features, who: str) -> Tensor:

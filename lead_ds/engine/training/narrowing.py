@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lead_ds.config import Config
 from lead_ds.data.batches import Batches
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
@@ -18,17 +17,19 @@ from lead_ds.errors import InputError
 from lead_ds.io.files import atomic
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.narrow import Importance, Kept, Sizes, chosen, first_ones, narrow, sizes_after
+from lead_ds.settings.roles import WidthConfig
 
 NARROWED = "narrowed.safetensors"
 
 
-def narrowed(config: Config, student: Kind, batches: Batches, ranks: Ranks, resumed: Path | None) -> tuple[Kind, Kept]:
-    """The student as `student.width` cuts it, and what of it was kept; itself and {} without. Every rank calls this.
+def narrowed(
+    width: WidthConfig | None, student: Kind, batches: Batches, ranks: Ranks, resumed: Path | None
+) -> tuple[Kind, Kept]:
+    """The student as `width` cuts it, and what of it was kept; itself and {} without. Every rank calls this.
 
     resumed: the folder of a run that goes on, whose own choice is read. Raises InputError where that is damaged, and as
     `sizes_after` and `narrow`.
     """
-    width = config.student.width
     if width is None:
         return student, {}
     sizes = agreed(ranks, lambda: sizes_after(width, student))

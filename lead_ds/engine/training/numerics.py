@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from lead_ds.config import Config
 from lead_ds.data.batches import Batches
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.trainee import Trainee
 from lead_ds.errors import InputError
 from lead_ds.models.attention_backend import candidates, choose_attention
+from lead_ds.settings.model import ModelConfig
 
 # On a CPU the backward pass of torch's fused attention is slow in bfloat16, however short its rows: a layer of 384 features
 # and rows of 32 to 128 tokens takes 1.8 to 2.0 times as long as with eager attention, 1.1 times at 256, 0.7 at 512.
@@ -62,10 +62,14 @@ def fixed_order(wanted: bool) -> Iterator[None]:
 
 
 def fit_attention(
-    trainee: Trainee, config: Config, batches: Batches, dtype: torch.dtype, ranks: Ranks, known: str | None = None
+    trainee: Trainee,
+    settings: ModelConfig,
+    batches: Batches,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    known: str | None = None,
 ) -> None:
     """Give the student the attention backend that is the fastest for it, forward and backward; or the one that is known."""
-    settings = config.student
     if settings.attention == "auto" and dtype == torch.bfloat16 and ranks.device.type == "cpu":
         _fit_on_a_cpu(trainee, batches, ranks, known)
         return

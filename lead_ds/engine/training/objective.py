@@ -11,6 +11,7 @@ import torch
 from lead_ds.config import Config
 from lead_ds.config.facts import fed
 from lead_ds.data.batches import Batches
+from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
@@ -47,11 +48,7 @@ def build_objective(
     for place, (teacher, settings) in enumerate(zip(taught, config.taught.values(), strict=bool(taught))):
         losses, of_vectors = fed(config, settings), None
         if window is not None and not losses.isdisjoint(compares):
-            chunks = window.teachers[place]
-            if isinstance(teacher, Teacher):
-                of_vectors = teacher.window(chunks, []).final.width
-            else:
-                of_vectors = said(teacher, chunks[0].to(ranks.device)).width
+            of_vectors = final_of(teacher, window.teachers[place], ranks.device).width
             check_width(compares[0], "teacher", of_vectors)
         facts = ModelFacts(settings.kind, teacher.num_layers, of_vectors)
         teachers.append(Taught(facts, losses, getattr(settings, "weight", 1.0)))
@@ -81,10 +78,9 @@ class Selected:
         """taught: the models that are learned from, trained or not. informative: see `Depths`, of each."""
         return cls(
             [
-                (config.losses_of(key), depths_of(config, student, teacher, layers))
-                for key, teacher, layers in zip(
-                    config.taught, taught, informative, strict=False
-                )  # none, without losses
+                (config.losses_of(key), depths_of(student, teacher, config.seed, layers))
+                # none, without losses
+                for key, teacher, layers in zip(config.taught, taught, informative, strict=False)
             ]
         )
 
@@ -93,10 +89,17 @@ class Selected:
         return [losses.pairs(depths, step) for losses, depths in self.of_teachers]
 
 
-def depths_of(config: Config, student: Scorer, taught: Teacher | Scorer, informative: Sequence[int]) -> Depths:
+def depths_of(student: Scorer, taught: Teacher | Scorer, seed: int, informative: Sequence[int]) -> Depths:
     """The layers of a teacher, trained or not, and of the student that can be selected."""
-    readable = taught.readable if isinstance(taught, Teacher) else list(range(taught.num_layers))
-    return Depths(taught.num_layers, student.num_layers, config.seed, informative, readable)
+    return Depths(taught.num_layers, student.num_layers, seed, informative, taught.readable)
+
+
+def final_of(model: Teacher | Scorer, batches: Sequence[ModelBatch], device: torch.device) -> Features:
+    """The final features of some batches as one: a frozen teacher's, or those of a model in training, without dropout."""
+    if isinstance(model, Teacher):
+        return model.window(batches, []).final
+    first, *others = (said(model, batch.to(device)) for batch in batches)
+    return first.merged(others)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from lead_ds.io.facts import differing, flat
 from lead_ds.io.files import model_files
 from lead_ds.models.own import OwnText
 from lead_ds.settings.meaning import keys_of
+from lead_ds.settings.train import TrainConfig
 from lead_ds.teachers.identity import input_facts
 from lead_ds.teachers.open import teacher_class
 from lead_ds.teachers.teacher import Teacher
@@ -49,7 +50,8 @@ def load_state(
     path, state = found
     old, processes = Config.model_validate(state["config"]), state["processes"]
     changed = changed_keys(old, config)
-    if groups_per_step(old, processes) == groups_per_step(config, ranks.world):
+    before, now = groups_per_step(old.train, processes), groups_per_step(config.train, ranks.world)
+    if before == now:
         changed = [key for key in changed if key not in ("train.batch_size", "train.accumulation")]
     if changed:
         raise InputError(
@@ -57,18 +59,18 @@ def load_state(
             f"was written with another configuration: {', '.join(changed)} changed",
             "resume with the configuration that is in the run's folder, config.yaml",
         )
-    if groups_per_step(old, processes) != groups_per_step(config, ranks.world):
+    if before != now:
         raise InputError(
             path,
-            f"was written by {processes} processes, this run has {ranks.world}, and a step would take "
-            f"{groups_per_step(config, ranks.world)} groups instead of {groups_per_step(old, processes)}",
+            f"was written by {processes} processes, this run has {ranks.world}, and a step would take {now} groups instead "
+            f"of {before}",
             "set train.batch_size or train.accumulation so that their product with the processes stays the same",
         )
     together = processes * old.train.batch_size, ranks.world * config.train.batch_size
     if config.data.batches == "apart" and together[0] != together[1]:
         what = f"was written by micro-batches of {together[0]} groups of one set, over all processes; now they have {together[1]}"
         raise InputError(path, what, "set train.batch_size so that its product with the processes stays the same")
-    if ranks.main and compared(old, processes) != compared(config, ranks.world):
+    if ranks.main and compared(old.train, processes) != compared(config.train, ranks.world):
         print(f"{path.name}: a query is now compared with other in-batch passages than before", file=sys.stderr)
     checkpoints.load(engine, path)
     return state
@@ -87,30 +89,30 @@ def reading_facts(batches: Batches) -> dict[str, str]:
     return found
 
 
-def deepspeed_facts(config: Config) -> dict[str, str]:
+def deepspeed_facts(file: str | dict[str, Any]) -> dict[str, str]:
     """What the student's DeepSpeed file decides of the result, such as its optimizer, wherever it lies; how it shards
     is free."""
-    tree = read_deepspeed_config(config.deepspeed.student)
+    tree = read_deepspeed_config(file)
     return {f"deepspeed: {name}": json.dumps(part, sort_keys=True) for name, part in tree.items() if name in DECIDING}
 
 
-def student_facts(config: Config) -> dict[str, str]:
+def student_facts(path: str) -> dict[str, str]:
     """The files that the student began with: how it pools and reads, and what LoRA's updates belong to."""
-    folder = Path(config.student.path)
+    folder = Path(path)
     if not folder.is_dir():
         return {}
     found = {f"student: {name}": summary(file) for name, file in model_files(folder).items()}
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
-def groups_per_step(config: Config, processes: int) -> int:
+def groups_per_step(train: TrainConfig, processes: int) -> int:
     """Groups that an optimizer step takes, over all processes."""
-    return processes * config.train.batch_size * config.train.accumulation
+    return processes * train.batch_size * train.accumulation
 
 
-def compared(config: Config, processes: int) -> int:
+def compared(train: TrainConfig, processes: int) -> int:
     """Queries whose passages are compared with each other: the micro-batches of all processes, or of one."""
-    return config.train.batch_size * (processes if config.train.in_batch == "global" else 1)
+    return train.batch_size * (processes if train.in_batch == "global" else 1)
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
@@ -151,8 +153,8 @@ def check_inputs(
     }
 
     def facts() -> dict[str, str]:
-        known = input_facts(batches.groups, files) | reading_facts(batches) | deepspeed_facts(config) | (fits or {})
-        return known | student_facts(config)
+        known = input_facts(batches.groups, files) | reading_facts(batches) | (fits or {})
+        return known | deepspeed_facts(config.deepspeed.student) | student_facts(config.student.path)
 
     now = agreed(ranks, lambda: facts() if ranks.main else {})
     before = state.get("inputs") or now
