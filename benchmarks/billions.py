@@ -236,7 +236,7 @@ class Model:
         world = self.world(placement)
         made = make_plan(requirements(config), Cluster(world, 1, 80 * 10**9))
         estimate = next(one for one in made.placements if one.choice.placement == PLANNED[placement])
-        parts = {name: size / MIB for name, size in estimate.parts.items() if name != "context and slack"}
+        parts = {name: size / MIB for name, size in estimate.uses.items() if name != "context and slack"}
         return {"parts": parts, "host": estimate.host / world / MIB, "disk": estimate.disk / world / MIB}
 
     def run(self, step: str, spec: Row, world: int, stop: tuple[Path, int] | None = None) -> list[Row]:

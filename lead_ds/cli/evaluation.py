@@ -44,7 +44,7 @@ def evaluate(
     precision: str | None = typer.Option(
         None,
         "--precision",
-        help="Hold the corpus' vectors so, each in turn, and tell bytes beside quality: float32,int8,binary.",
+        help="Hold the corpus' vectors so, each in turn, and report bytes beside quality: float32,int8,binary.",
     ),
     rescored: int | None = options.RESCORED,
     gpus: int = options.GPUS,
@@ -105,7 +105,7 @@ def evaluate(
         ignored = {"--data": data, "--split": split, "--batch-size": batch_size}
         options.unused(ignored, "goes with --model", "take it out: a run alone is judged by --qrels")
     if json_file is None:
-        options.unused({"--per-query": per_query}, "is told as JSON alone", "add --json FILE, or --json -")
+        options.unused({"--per-query": per_query}, "is reported as JSON alone", "add --json FILE, or --json -")
     split = split or "test"
     if index is not None and (kind or depth or run):
         what = "is searched by a dual encoder: --kind, --run and --depth are for reranking"

@@ -26,7 +26,7 @@ def pipeline(
         "--again",
         help="Run these again although they are complete; their earlier output is kept under another name.",
     ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Show stages, their states and commands; run nothing."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Show stages, how far each is and its command; run nothing."),
     launcher: str | None = typer.Option(
         None,
         "--launcher",
@@ -39,7 +39,7 @@ def pipeline(
     negatives (BM25) -> first retriever -> mine hard negatives -> warm up teacher and student -> lens, cache of the teacher ->
     distil -> encode -> index -> search -> evaluate. Each stage is a command of lead-ds that is shown as it is run.
 
-    See the plan:   lead-ds pipeline run.yaml --dry-run
+    See the stages: lead-ds pipeline run.yaml --dry-run
 
     Run, continue:  lead-ds pipeline run.yaml
 

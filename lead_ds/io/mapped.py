@@ -106,11 +106,11 @@ def path_hash(path: Path) -> str:
 def write_arrays(path: Path, key: Signature, arrays: Arrays) -> None:
     """Write `arrays` and `key` to one file, atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    layout, offset = [], 0
+    entries, offset = [], 0
     for name, array in arrays.items():
-        layout.append({"name": name, "dtype": array.dtype.str, "size": array.size, "offset": offset})
+        entries.append({"name": name, "dtype": array.dtype.str, "size": array.size, "offset": offset})
         offset += -(-array.nbytes // _ALIGN) * _ALIGN
-    header = json.dumps({"key": key, "arrays": layout, "bytes": offset}).encode()
+    header = json.dumps({"key": key, "arrays": entries, "bytes": offset}).encode()
     header += b" " * (-(len(_MAGIC) + 8 + len(header)) % _ALIGN)
 
     def write(temporary: Path) -> None:

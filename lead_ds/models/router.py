@@ -47,14 +47,14 @@ Reader = tuple[Kind, TextEncoder]
 def routes(path: str | Path) -> tuple[str, str] | None:
     """The directories of the two models in a Router's directory, of queries and of documents; None for one model.
 
-    Raises InputError for a Router of another layout.
+    Raises InputError for a Router of another form.
     """
     types = saved_types(str(path))
     if not any(kind.rsplit(".", 1)[-1] == ROUTER for kind in types):
         return None
     folders = [Path(path).expanduser() / side for side in SIDES]
     if len(types) > 1 or not all((folder / "modules.json").is_file() for folder in folders):
-        what = "is a Router of another layout than lead-ds export --to router writes"
+        what = "is a Router of another form than lead-ds export --to router writes"
         raise InputError(path, what, "give its two models: --query-model and --document-model")
     return str(folders[0]), str(folders[1])
 

@@ -83,10 +83,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes per GPU by part, per machine (host, disk), and whether that fits."""
+    """Bytes per GPU by use, per machine (host, disk), and whether that fits."""
 
     choice: Choice
-    parts: dict[str, int]
+    uses: dict[str, int]
     host: int
     disk: int
     fits: bool
@@ -94,7 +94,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """Bytes on each GPU."""
-        return sum(self.parts.values())
+        return sum(self.uses.values())
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Calculator:
         trained = [r.student, *(teacher.shape for teacher in r.teachers if r.cotrained)]
         student = student_memory(trained, r.student_zero[choice.stage], r.student_element, cluster.world)
         activations = r.student_activations(choice.checkpointing, None)
-        parts = {
+        uses = {
             "student parameters": student.parameters,
             "student gradients": student.gradients,
             "student optimizer": student.master + student.moments,
@@ -161,19 +161,19 @@ class _Calculator:
                 teacher_memory(teacher.shape, placed, zero, teacher.element, cluster.world, cluster.gpus)
                 for teacher in r.teachers
             ]
-            parts["teacher shard"] = sum(teacher.shard for teacher in held)
+            uses["teacher shard"] = sum(teacher.shard for teacher in held)
             # They run one after the other.
-            parts["teacher gathered layers"] = max(teacher.gathered for teacher in held)
+            uses["teacher gathered layers"] = max(teacher.gathered for teacher in held)
             # The teachers' forwards are over before the student's activations exist: only the excess counts.
             largest = max(teacher.activations(choice.chunk) for teacher in r.teachers)
-            parts["teacher activations, more"] = max(0, largest - activations)
+            uses["teacher activations, more"] = max(0, largest - activations)
             host, disk = host + sum(one.host for one in held), sum(one.disk for one in held)
-        parts["captured features"] = self.features
-        parts["communication buffers"] = student.buffers + self.gathered_features
-        parts["context and slack"] = CONTEXT + int(SLACK * sum(parts.values()))
+        uses["captured features"] = self.features
+        uses["communication buffers"] = student.buffers + self.gathered_features
+        uses["context and slack"] = CONTEXT + int(SLACK * sum(uses.values()))
         room = cluster.host_memory
-        fits = sum(parts.values()) <= cluster.gpu_memory and (room is None or host <= room)
-        return Estimate(choice, parts, host, disk, fits)
+        fits = sum(uses.values()) <= cluster.gpu_memory and (room is None or host <= room)
+        return Estimate(choice, uses, host, disk, fits)
 
     @cached_property
     def captured(self) -> int:

@@ -58,8 +58,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(
             "student" if estimate.choice.placement == "none" else estimate.choice.placement, justify="right"
         )
-    for part in plan.placements[0].parts:
-        table.add_row(part, *(_gb(estimate.parts[part]) for estimate in plan.placements))
+    for use in plan.placements[0].uses:
+        table.add_row(use, *(_gb(estimate.uses[use]) for estimate in plan.placements))
     table.add_section()
     table.add_row("together", *(f"[bold]{_gb(e.total)}[/]" for e in plan.placements))
     table.add_row("fits", *("[green]yes[/]" if e.fits else "[red]no[/]" for e in plan.placements))
@@ -90,7 +90,7 @@ def activation_table(requirements: Requirements) -> Table:
 def _estimate(estimate: Estimate) -> dict[str, Any]:
     return {
         **asdict(estimate.choice),
-        "parts": estimate.parts,
+        "parts": estimate.uses,
         "total": estimate.total,
         "host": estimate.host,
         "disk": estimate.disk,

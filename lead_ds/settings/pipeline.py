@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from lead_ds.settings.base import Fraction, NonNegative, Place, Positive, Section
 from lead_ds.settings.mining import MineSettings
-from lead_ds.settings.typed import Part
+from lead_ds.settings.typed import Partial
 
-Changes = Annotated[dict[str, Any], Part()]
+Changes = Annotated[dict[str, Any], Partial()]
 """Sections of this very file, as far as a stage has them otherwise: {student: {path: ...}, train: {steps: 20000}}."""
 
 

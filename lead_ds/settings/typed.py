@@ -15,7 +15,7 @@ from lead_ds.settings.documents import compose_value, number, plain_scalar, word
 NULLS = ("null", "Null", "NULL")
 
 
-class Part:
+class Partial:
     """Marks a field that holds a part of the whole configuration, such as a stage's changes to it."""
 
 
@@ -24,7 +24,7 @@ def kinds_of(annotation: Any) -> Iterator[Any]:
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         first, *marks = typing.get_args(annotation)
-        yield from ([Part] if any(isinstance(mark, Part) for mark in marks) else kinds_of(first))
+        yield from ([Partial] if any(isinstance(mark, Partial) for mark in marks) else kinds_of(first))
     elif origin in (typing.Union, types.UnionType):
         for part in typing.get_args(annotation):
             yield from kinds_of(part)
@@ -36,11 +36,11 @@ def fields_of(kinds: list[Any], name: str, root: type[Section]) -> list[Any]:
     """The plain alternatives of the field `name` in those of `kinds` that are sections; [] where none has it."""
     found: list[Any] = []
     for kind in kinds:
-        section = root if kind is Part else kind
+        section = root if kind is Partial else kind
         if is_section(section) and name in section.known_fields():
             field = section.known_fields()[name]
-            part = any(isinstance(mark, Part) for mark in field.metadata)
-            found += [kind for kind in ([Part] if part else kinds_of(field.annotation)) if kind not in found]
+            part = any(isinstance(mark, Partial) for mark in field.metadata)
+            found += [kind for kind in ([Partial] if part else kinds_of(field.annotation)) if kind not in found]
         elif typing.get_origin(kind) is dict:
             found += [kind for kind in kinds_of(typing.get_args(kind)[1]) if kind not in found]
     return found
@@ -76,7 +76,7 @@ def _takes(kinds: list[Any], shape: type) -> bool:
     """Whether a field may be a list, or a section."""
     if not kinds or Any in kinds:
         return True
-    sections = any(kind is Part or is_section(kind) for kind in kinds)
+    sections = any(kind is Partial or is_section(kind) for kind in kinds)
     return any(typing.get_origin(kind) is shape for kind in kinds) or (shape is dict and sections)
 
 

@@ -80,8 +80,8 @@ def fit_lens(config: Run, out: Path, fit: Fit, *, command: Sequence[str] = (), q
             raise InputError(groups.path, "holds texts alone: a lens is fitted to groups", "name groups, or lens: head")
         facts = agreed(ranks, lambda: check_folder(out, lens_identity(settings, encoder, config.seed)))
         states = read_states(config, out / "states", groups, encoder, fit.groups, ranks, quiet=quiet)
-        parts = agreed(ranks, lambda: split(states.positives, fit.held_out, config.seed))
-        task = Task(states, settings, config.losses.layer.teacher_temperature, parts, fit, config.seed, ranks.device)
+        rows_of = agreed(ranks, lambda: split(states.positives, fit.held_out, config.seed))
+        task = Task(states, settings, config.losses.layer.teacher_temperature, rows_of, fit, config.seed, ranks.device)
         mine = range(ranks.rank, states.num_layers, ranks.world)
         fitted = {}
         with progress("fitting", len(mine), "layers", shown=ranks.main and not quiet) as meter:
@@ -97,7 +97,7 @@ def fit_lens(config: Run, out: Path, fit: Fit, *, command: Sequence[str] = (), q
             "checksum": lens.checksum(facts),
             "data": states.manifest["facts"]["data"],
             "fit": {**asdict(fit), "seed": config.seed, "temperature": task.temperature},
-            "groups": {name: len(rows) for name, rows in parts.items()},
+            "groups": {name: len(rows) for name, rows in rows_of.items()},
             "passages": 1 + config.data.negatives,
             "chance": {"nll": math.log(1 + config.data.negatives), "accuracy": 1 / (1 + config.data.negatives)},
             "final": task.final(),
@@ -144,11 +144,11 @@ def split(positives: np.ndarray, held_out: float, seed: int) -> dict[str, np.nda
     before[order] = np.cumsum(sizes[order]) - sizes[order]
     place, wanted = before[owner], int(len(positives) * held_out)
     bounds = {"stop": (0, wanted), "report": (wanted, 2 * wanted), "fit": (2 * wanted, len(positives))}
-    parts = {name: np.flatnonzero((first <= place) & (place < last)) for name, (first, last) in bounds.items()}
-    if any(len(rows) == 0 for rows in parts.values()):
+    rows_of = {name: np.flatnonzero((first <= place) & (place < last)) for name, (first, last) in bounds.items()}
+    if any(len(rows) == 0 for rows in rows_of.values()):
         what = f"{len(positives)} groups have {len(sizes)} positives: too few to hold some out"
         raise InputError("--groups", what, "use more groups")
-    return parts
+    return rows_of
 
 
 class Task:
@@ -159,14 +159,14 @@ class Task:
         states: States,
         settings: TeacherRole,
         temperature: float,
-        parts: dict[str, np.ndarray],
+        rows_of: dict[str, np.ndarray],
         fit: Fit,
         seed: int,
         device: torch.device,
     ) -> None:
         self.states, self.scale, self.temperature = states, settings.scale, temperature
         self.fit, self.seed, self.device = fit, seed, device
-        self.parts = {name: torch.from_numpy(rows).to(device) for name, rows in parts.items()}
+        self.rows_of = {name: torch.from_numpy(rows).to(device) for name, rows in rows_of.items()}
         self.final_log_GN = self.logits(*self.read(-1)).log_softmax(-1)
 
     def read(self, layer: int) -> tuple[Tensor, ...]:
@@ -192,7 +192,7 @@ class Task:
         own = self.read(layer)
         states = (self.states.layer("states", layer, self.device),) if pairs else own
         # In units of what the layer holds, so that one learning rate does for any model.
-        unit_D = states[-1][self.parts["fit"]].flatten(0, 1).std(0) + 1e-6 if pairs else _rms(states[-1])
+        unit_D = states[-1][self.rows_of["fit"]].flatten(0, 1).std(0) + 1e-6 if pairs else _rms(states[-1])
         lens = Lens.identity("scores" if pairs else "vectors", layer + 1, self.states.width, fit.rank, self.seed)
         free = {name: x[layer:].to(self.device).requires_grad_() for name, x in lens.tensors.items()}
 
@@ -221,22 +221,22 @@ class Task:
         for step in range(fit.steps + 1):
             if step % every == 0 or step == fit.steps:
                 with torch.no_grad():
-                    loss = float(self.loss(logits(self.parts["stop"]), self.parts["stop"]))
+                    loss = float(self.loss(logits(self.rows_of["stop"]), self.rows_of["stop"]))
                 if loss < best:
                     best, best_step = loss, step
                     kept = Lens(lens.form, {name: x.detach().clone() for name, x in fitted().tensors.items()})
                 elif step - best_step >= PATIENCE * every:
                     break
             if step < fit.steps:
-                drawn = torch.randint(len(self.parts["fit"]), (fit.batch_size,), generator=generator)
-                rows = self.parts["fit"][drawn.to(self.device)]
+                drawn = torch.randint(len(self.rows_of["fit"]), (fit.batch_size,), generator=generator)
+                rows = self.rows_of["fit"][drawn.to(self.device)]
                 optimizer.zero_grad()
                 self.loss(logits(rows), rows).backward()
                 optimizer.step()
                 schedule.step()
         if not math.isfinite(best):
             raise RunError(f"layer {layer}", "its lens came to no finite number", "lower --lr")
-        rows = self.parts["report"]
+        rows = self.rows_of["report"]
         with torch.no_grad():
             before, after = _worth(self.logits(*(had[rows] for had in own))), _worth(logits(rows, kept))
         return kept.to("cpu"), {"layer": layer, "before": before, "after": after, "stopped_at": best_step}
@@ -251,7 +251,7 @@ class Task:
 
     def final(self) -> dict[str, float]:
         """What the final state is worth, which no lens changes."""
-        return _worth(self.final_log_GN[self.parts["report"]])
+        return _worth(self.final_log_GN[self.rows_of["report"]])
 
 
 def save_lens(out: Path, lens: Lens, record: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
 
 
 @dataclass
-class Shard:
+class GroupTexts:
     """Texts of groups: each group's query, and its candidates by key."""
 
     queries: list[str]
@@ -77,7 +77,7 @@ class Shard:
         return np.repeat(np.arange(len(self.keys)), [len(keys) for keys in self.keys])
 
     @classmethod
-    def read(cls, groups: Groups, rows: Sequence[int], negatives: int, draws: dict[str, Any] | None) -> Shard:
+    def read(cls, groups: Groups, rows: Sequence[int], negatives: int, draws: dict[str, Any] | None) -> GroupTexts:
         """Every passage that a draw of these groups may choose."""
         shard = cls([], [], [], rows)
         for row in rows:
@@ -91,7 +91,7 @@ class Shard:
         return shard
 
     @classmethod
-    def drawn(cls, groups: Groups, rows: Sequence[int], seed: int) -> Shard:
+    def drawn(cls, groups: Groups, rows: Sequence[int], seed: int) -> GroupTexts:
         """One draw of each of these groups, the positive first."""
         draws = [groups.draw(row, seed, epoch=0) for row in rows]
         passages = [passage for drawn in draws for passage in drawn.passages]
@@ -122,20 +122,20 @@ class Reader(ABC):
         """What the teacher gives for texts or pairs on its device: one forward."""
 
     @abstractmethod
-    def said(self, shard: Shard, tell: Callable[[float], None]) -> Any:
+    def said(self, shard: GroupTexts, tell: Callable[[float], None]) -> Any:
         """What `read` gives; `tell` takes the part that is done."""
 
-    def units(self, shard: Shard) -> int:
+    def units(self, shard: GroupTexts) -> int:
         """How much of what is counted for the user a shard holds."""
         return len(shard.queries)
 
-    def forwards(self, shard: Shard) -> int:
+    def forwards(self, shard: GroupTexts) -> int:
         """How often the model will run."""
         if self.pairs:
             return -(-len(shard.passages) // self.batch_size)
         return sum(-(-len(set(texts)) // self.batch_size) for texts in (shard.queries, shard.passages))
 
-    def read(self, shard: Shard, forwards: int, meter: Progress) -> Any:
+    def read(self, shard: GroupTexts, forwards: int, meter: Progress) -> Any:
         """The teacher's output for a shard, by `forwards` runs of the model."""
         done = 0
 
@@ -150,7 +150,7 @@ class Reader(ABC):
             self.look(self._tokens_of_pairs([("a", "a")]) if self.pairs else self.encoder.queries(["a"]))
         return out
 
-    def run_pairs(self, shard: Shard, tell: Callable[[float], None]) -> Iterator[tuple[list[int], Tensor]]:
+    def run_pairs(self, shard: GroupTexts, tell: Callable[[float], None]) -> Iterator[tuple[list[int], Tensor]]:
         """(candidates, what was looked at) of every candidate with its query, batch after batch."""
         pairs = [(shard.queries[owner], text) for owner, text in zip(shard.owners, shard.passages, strict=True)]
         read = 0
@@ -182,16 +182,16 @@ class RelevanceReader(Reader):
         """Scores [T + 1, B] of pairs, vectors [T + 1, B, D] or token states [T + 1, B, L, D] of texts."""
         return self.teacher.all_layers(tokens)
 
-    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+    def said(self, shard: GroupTexts, tell: Callable[[float], None]) -> np.ndarray:
         return (self._of_pairs if self.pairs else self._of_texts)(shard, tell)
 
-    def _of_pairs(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+    def _of_pairs(self, shard: GroupTexts, tell: Callable[[float], None]) -> np.ndarray:
         out = self._empty(shard)
         for places, scores_TB in self.run_pairs(shard, tell):
             out[places] = scores_TB.float().T.cpu().numpy()
         return out
 
-    def _of_texts(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+    def _of_texts(self, shard: GroupTexts, tell: Callable[[float], None]) -> np.ndarray:
         out = self._empty(shard)
         asked, query_of_group = once(shard.queries)
         texts, passage_of = once(shard.passages)
@@ -210,7 +210,7 @@ class RelevanceReader(Reader):
             tell(read / len(texts))
         return out
 
-    def _empty(self, shard: Shard) -> np.ndarray:
+    def _empty(self, shard: GroupTexts) -> np.ndarray:
         return np.empty((len(shard.passages), self.teacher.num_layers + 1), np.float32)
 
 
@@ -228,17 +228,17 @@ class VectorReader(Reader):
         super().__init__(settings, teacher, encoder, batch_size)
         self.layers = layers
 
-    def units(self, shard: Shard) -> int:
+    def units(self, shard: GroupTexts) -> int:
         return len(shard.queries) + len(shard.passages)
 
-    def forwards(self, shard: Shard) -> int:
+    def forwards(self, shard: GroupTexts) -> int:
         return -(-len(set(self._texts(shard))) // self.batch_size)
 
     def look(self, tokens: Tokens) -> Tensor:
         """[K + 1, B, D]."""
         return self.teacher.read(tokens, self.layers)
 
-    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+    def said(self, shard: GroupTexts, tell: Callable[[float], None]) -> np.ndarray:
         texts, rows = once(self._texts(shard))
         read, done = np.empty((0, 0, 0), np.float32), 0
 
@@ -256,7 +256,7 @@ class VectorReader(Reader):
             tell(done / len(texts))
         return read[rows] if len(texts) < len(rows) else read
 
-    def _texts(self, shard: Shard) -> Sequence[Any]:
+    def _texts(self, shard: GroupTexts) -> Sequence[Any]:
         """The texts of a shard; of texts alone, each with whether it is asking."""
         if shard.asking is not None:
             return [*zip(shard.passages, shard.asking, strict=True)]
@@ -269,14 +269,14 @@ class ComparingReader(Reader):
     def __init__(self, vectors: VectorCache, scale: Scale) -> None:
         self.vectors, self.scale = vectors, scale
 
-    def forwards(self, shard: Shard) -> int:
+    def forwards(self, shard: GroupTexts) -> int:
         return 0
 
     def look(self, tokens: Tokens) -> Tensor:
         """See `Reader`: never called."""
         raise NotImplementedError
 
-    def said(self, shard: Shard, tell: Callable[[float], None]) -> np.ndarray:
+    def said(self, shard: GroupTexts, tell: Callable[[float], None]) -> np.ndarray:
         found = [np.empty((0, len(self.vectors.layers) + 1), np.float32)]
         for place, (row, keys) in enumerate(zip(shard.rows, shard.keys, strict=True)):
             arrays = {name: torch.from_numpy(x) for name, x in self.vectors.said([row], [keys]).items()}
@@ -290,8 +290,8 @@ def write_in_turns(
     todo: Sequence[int],
     ranks: Ranks,
     reader: Reader,
-    load: Callable[[int | None], Shard],
-    save: Callable[[int, Shard, Any], None],
+    load: Callable[[int | None], GroupTexts],
+    save: Callable[[int, GroupTexts, Any], None],
     meter: Progress,
 ) -> None:
     """Read and save the shards of `todo`, every rank its own; they take turns together, for a sharded teacher needs them

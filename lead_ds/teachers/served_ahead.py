@@ -13,7 +13,7 @@ from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.io.progress import progress
 from lead_ds.settings.run import Run
 from lead_ds.teachers.cached import epochs_of
-from lead_ds.teachers.reading import Shard
+from lead_ds.teachers.reading import GroupTexts
 from lead_ds.teachers.served import ServedLookup, ServedTeacher
 from lead_ds.teachers.teacher import Lesson
 
@@ -44,9 +44,9 @@ def _ask(config: Run, epochs: int | None, quiet: bool, ranks: Ranks) -> tuple[in
                 lookup.read(np.array(some), [groups.draw(row, config.seed, 0) for row in some])
                 meter.advance(len(some))
                 continue
-            shard = Shard.read(groups, some, config.data.negatives, draws)
-            owners = shard.owners.tolist()
-            pairs = [(shard.queries[owner], text) for owner, text in zip(owners, shard.passages, strict=True)]
-            lookup.asked(lookup.questions(shard.queries, pairs))
+            texts = GroupTexts.read(groups, some, config.data.negatives, draws)
+            owners = texts.owners.tolist()
+            pairs = [(texts.queries[owner], text) for owner, text in zip(owners, texts.passages, strict=True)]
+            lookup.asked(lookup.questions(texts.queries, pairs))
             meter.advance(len(some))
     return len(lookup.answers), lookup.answers.folder

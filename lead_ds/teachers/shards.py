@@ -29,7 +29,7 @@ from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
-from lead_ds.teachers.reading import Reader, RelevanceReader, Shard, VectorReader, drawn_besides, say
+from lead_ds.teachers.reading import GroupTexts, Reader, RelevanceReader, VectorReader, drawn_besides, say
 
 GROUPS_OF_PAIRS, GROUPS_OF_TEXTS = 512, 2048  # of a shard; texts that its groups share are read once
 TEXTS = 4096  # of a shard of vectors
@@ -82,14 +82,14 @@ class Shards(ABC):
         """How many of `unit` a shard holds."""
 
     @abstractmethod
-    def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
+    def load(self, manifest: dict[str, Any], shard: int | None) -> GroupTexts:
         """The texts of a shard; of None, none."""
 
     @abstractmethod
-    def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
+    def arrays(self, texts: GroupTexts, said: np.ndarray) -> Arrays:
         """The arrays of a shard. Raises ValueError for what cannot be stored."""
 
-    def save(self, manifest: dict[str, Any], shard: int, texts: Shard, said: np.ndarray) -> None:
+    def save(self, manifest: dict[str, Any], shard: int, texts: GroupTexts, said: np.ndarray) -> None:
         """Write a shard, whole or not at all. Raises RunError for what cannot be stored."""
         path = self.path(shard, manifest)
         try:
@@ -163,11 +163,11 @@ class RelevanceShards(Shards):
     def amount(self, shard: int, manifest: dict[str, Any]) -> int:
         return len(self._rows(shard, manifest))
 
-    def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
+    def load(self, manifest: dict[str, Any], shard: int | None) -> GroupTexts:
         rows = range(0) if shard is None else self._rows(shard, manifest)
-        return Shard.read(self.groups, rows, self.config.data.negatives, manifest["facts"]["draws"])
+        return GroupTexts.read(self.groups, rows, self.config.data.negatives, manifest["facts"]["draws"])
 
-    def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
+    def arrays(self, texts: GroupTexts, said: np.ndarray) -> Arrays:
         return relevance_files.shard_arrays(texts.keys, said)
 
     def _rows(self, shard: int, manifest: dict[str, Any]) -> range:
@@ -238,24 +238,24 @@ class VectorShards(Shards):
         size, (kind, place) = manifest["shard_texts"], shard_of(manifest, shard)
         return min(size, manifest[kind] - place * size)
 
-    def load(self, manifest: dict[str, Any], shard: int | None) -> Shard:
+    def load(self, manifest: dict[str, Any], shard: int | None) -> GroupTexts:
         """See `Shards`. A shard holds queries or passages alone."""
         if shard is None:
-            return Shard([], [], [])
+            return GroupTexts([], [], [])
         size, (kind, place) = manifest["shard_texts"], shard_of(manifest, shard)
         index, mine = mapped(index_path(self.out))[0], slice(place * size, (place + 1) * size)
         if kind == "queries":
-            return Shard([self.groups.pool(int(row)).query for row in index["query_groups"][mine]], [], [])
+            return GroupTexts([self.groups.pool(int(row)).query for row in index["query_groups"][mine]], [], [])
         if self.groups.alone:
             pools = [self.groups.pool(row) for row in index["passage_groups"][mine].tolist()]
             asking = [pool.role == "query" for pool in pools]
-            return Shard([], [], [pool.passages[0] for pool in pools], asking=asking)
+            return GroupTexts([], [], [pool.passages[0] for pool in pools], asking=asking)
         owners = np.unique(index["passage_groups"][mine]).tolist()
-        read = Shard.read(self.groups, owners, self.config.data.negatives, manifest["facts"]["draws"])
+        read = GroupTexts.read(self.groups, owners, self.config.data.negatives, manifest["facts"]["draws"])
         texts = dict(zip(np.concatenate(read.keys).tolist(), read.passages, strict=True))
-        return Shard([], [], [texts[key] for key in index["passages"][mine].tolist()])
+        return GroupTexts([], [], [texts[key] for key in index["passages"][mine].tolist()])
 
-    def arrays(self, texts: Shard, said: np.ndarray) -> Arrays:
+    def arrays(self, texts: GroupTexts, said: np.ndarray) -> Arrays:
         return vector_arrays(said, self.stored.type)
 
     def listing(self, draws: dict[str, Any] | None) -> Listing:

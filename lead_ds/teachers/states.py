@@ -39,7 +39,7 @@ from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
 from lead_ds.teachers.identity import data_facts
 from lead_ds.teachers.lens import lens_identity
-from lead_ds.teachers.reading import Reader, Shard, say, write_in_turns
+from lead_ds.teachers.reading import GroupTexts, Reader, say, write_in_turns
 from lead_ds.teachers.teacher import Lesson
 
 SHARD_GROUPS = 64
@@ -101,9 +101,9 @@ def read_states(
         window = config.train.batch_size * config.train.accumulation * (1 + config.data.negatives)
         reader = StateReader(settings, teacher, encoder, settings.batch_size or window)
 
-        def load(shard: int | None) -> Shard:
+        def load(shard: int | None) -> GroupTexts:
             own = [] if shard is None else rows[shard * SHARD_GROUPS : (shard + 1) * SHARD_GROUPS]
-            return Shard.drawn(groups, own, config.seed)
+            return GroupTexts.drawn(groups, own, config.seed)
 
         total = sum(min(SHARD_GROUPS, count - shard * SHARD_GROUPS) for shard in todo[ranks.rank :: ranks.world])
         with progress("reading states", total, "groups", shown=ranks.main and not quiet and total > 0) as meter:
@@ -138,7 +138,7 @@ def _begin(config: Run, folder: Path, groups: Groups, encoder: TextEncoder, coun
     return {"facts": facts}
 
 
-def _save(folder: Path, facts: dict[str, Any], shard: int, texts: Shard, arrays: dict[str, np.ndarray]) -> None:
+def _save(folder: Path, facts: dict[str, Any], shard: int, texts: GroupTexts, arrays: dict[str, np.ndarray]) -> None:
     path = shard_paths(folder, {"facts": facts})[shard]
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise RunError(
@@ -175,10 +175,10 @@ class StateReader(Reader):
         self.teacher.all_layers(tokens)
         return torch.stack(list(self.recording.states))
 
-    def said(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
+    def said(self, shard: GroupTexts, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
         return (self._of_pairs if self.pairs else self._of_texts)(shard, tell)
 
-    def _of_pairs(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
+    def _of_pairs(self, shard: GroupTexts, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
         layers, pairs, groups = self.teacher.num_layers, len(shard.passages), len(shard.queries)
         if not pairs:
             return {}
@@ -190,7 +190,7 @@ class StateReader(Reader):
         shape = groups, pairs // groups
         return {"states": states.reshape(layers, *shape, -1), "own": own.reshape(-1, *shape)}
 
-    def _of_texts(self, shard: Shard, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
+    def _of_texts(self, shard: GroupTexts, tell: Callable[[float], None]) -> dict[str, np.ndarray]:
         if not shard.passages:
             return {}
         queries = self._vectors(shard.queries, self.encoder.queries, lambda part: tell(part / (1 + self._size(shard))))
@@ -199,7 +199,7 @@ class StateReader(Reader):
         groups = len(shard.queries)
         return {"queries": queries, "passages": passages.reshape(len(passages), groups, -1, passages.shape[-1])}
 
-    def _size(self, shard: Shard) -> float:
+    def _size(self, shard: GroupTexts) -> float:
         return len(shard.passages) / len(shard.queries)
 
     def _vectors(

@@ -109,9 +109,9 @@ def test_memory_and_shapes_are_those_of_lead_ds_plan() -> None:
     parameters = scaling.requirements("7B", WORK).teachers[0].shape.parameters
     share = sum(-(-p.numel // 16) for p in parameters)
     second = sum(-(-p.numel // 8) for p in parameters)
-    assert plan["replicate"].parts["teacher shard"] == ELEMENT * teacher.numel
-    assert plan["zero3"].parts["teacher shard"] == ELEMENT * share
-    assert plan["zero3+hpz"].parts["teacher shard"] == ELEMENT * (share + second)
+    assert plan["replicate"].uses["teacher shard"] == ELEMENT * teacher.numel
+    assert plan["zero3"].uses["teacher shard"] == ELEMENT * share
+    assert plan["zero3+hpz"].uses["teacher shard"] == ELEMENT * (share + second)
     assert plan["zero3+cpu"].host == 8 * ELEMENT * share
     assert all(estimate.fits == (estimate.total <= 80e9) for estimate in plan.values())
 

@@ -195,7 +195,7 @@ def test_more_ranks_than_groups(rooms: Path, tmp_path: Path) -> None:
             "error: --split: goes with --model (take it out",
         ),
         (["evaluate", "--run", "r", "--qrels", "q", "--batch-size", "3"], "error: --batch-size: goes with --model"),
-        (["evaluate", "--run", "r", "--qrels", "q", "--per-query"], "error: --per-query: is told as JSON alone"),
+        (["evaluate", "--run", "r", "--qrels", "q", "--per-query"], "error: --per-query: is reported as JSON alone"),
         (
             ["evaluate", "--model", "m", "--data", "d", "--layout", "shard"],
             "error: --layout: is of an index on several",

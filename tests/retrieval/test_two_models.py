@@ -110,5 +110,5 @@ def test_what_cannot_be_named(router: Path, rooms: Path, tmp_path: Path) -> None
         run("export", "--model", rooms / "bert", "--to", "router", tmp_path / "x")
     other = shutil.copytree(router, tmp_path / "other")
     shutil.rmtree(other / "query")
-    with pytest.raises(InputError, match="of another layout"):
+    with pytest.raises(InputError, match="of another form"):
         routes(other)

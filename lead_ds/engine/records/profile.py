@@ -106,11 +106,11 @@ class Profile(PhaseClock):
 
     def _facts(self, everyone: list[dict[str, float]]) -> dict[str, Any]:
         steps = [1e3 * sum(step.values()) for step in self.times]
-        parts = []
+        phases = []
         for name, seconds in everyone[0].items():
             slowest = max(range(len(everyone)), key=lambda rank: everyone[rank].get(name, 0.0))
             slowest_ms = 1e3 * everyone[slowest].get(name, 0.0)
-            parts.append({"part": name, "ms": 1e3 * seconds, "slowest_ms": slowest_ms, "slowest_rank": slowest})
+            phases.append({"part": name, "ms": 1e3 * seconds, "slowest_ms": slowest_ms, "slowest_rank": slowest})
         p50, p95 = np.percentile(steps, [50, 95]).tolist()
         return {
             "device": device_name(),
@@ -118,7 +118,7 @@ class Profile(PhaseClock):
             "first_step": self.start + self.settings.skip + 1,
             "steps": len(steps),
             "step_ms": {"p50": p50, "p95": p95},
-            "parts": parts,
+            "parts": phases,
             "traced_step_ms": None,
             "exposed_communication_ms": None,
             "operators": [],

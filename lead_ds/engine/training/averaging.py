@@ -49,13 +49,13 @@ def average(config: Config, engine: Any, checkpoints: Checkpoints, evaluator: An
         raise RunError(
             checkpoints.folder, what, "set train.save_every, or train.average, lower; continue with --resume"
         )
-    student, states = engine.module.student, list[State | None]()
+    student, saved = engine.module.student, list[State | None]()
     for name in names:
         checkpoints.load(engine, checkpoints.folder / name)
-        states.append(gathered_state_dict(student, ranks))
+        saved.append(gathered_state_dict(student, ranks))
 
     def measured(counts: Sequence[int]) -> float:
-        put(student, mean_of(states, counts) if ranks.main else None, ranks)
+        put(student, mean_of(saved, counts) if ranks.main else None, ranks)
         return float(evaluator(student)[config.evaluation.metric])
 
     found = Average(names, [1] * len(names))
@@ -63,7 +63,7 @@ def average(config: Config, engine: Any, checkpoints: Checkpoints, evaluator: An
         found = search(names, measured)
     elif evaluator is not None:
         found = Average(names, found.counts, measured(found.counts))
-    put(student, mean_of(states, found.counts) if ranks.main else None, ranks)
+    put(student, mean_of(saved, found.counts) if ranks.main else None, ranks)
     if ranks.main:
         write_json(Path(config.output) / RECORD, asdict(found))
     return found
@@ -88,9 +88,9 @@ def search(names: list[str], measured: Any) -> Average:
     return Average(names, counts, value)
 
 
-def mean_of(states: Sequence[State | None], counts: Sequence[int]) -> State:
-    """The mean of states that count so often, summed in float32, in their dtypes; what is not a float is the last's."""
-    known = [(state, count) for state, count in zip(states, counts, strict=True) if state is not None and count]
+def mean_of(saved: Sequence[State | None], counts: Sequence[int]) -> State:
+    """The mean of weights that count so often, summed in float32, in their dtypes; what is not a float is the last's."""
+    known = [(state, count) for state, count in zip(saved, counts, strict=True) if state is not None and count]
     whole, last = sum(count for _, count in known), known[-1][0]
     found: State = {}
     for name, x in last.items():

@@ -7,7 +7,7 @@ moves by w <- 2^(m_t - m_t') (w + l_t ((m_t - m_t') - (m_s - m_s'))). Then KL = 
 Because delta is centred, an offset of the logits costs no digits. Only the two log-sum-exps are kept (8 bytes a row);
 the backward recomputes the probabilities from them, and forms student minus teacher in float32 before any rounding.
 
-All layer pairs of equal layout share a launch; a kernel finds its pair's tensors among tuples of pointers.
+All layer pairs of equal shapes and strides share a launch; a kernel finds its pair's tensors among tuples of pointers.
 
 Dimensions: K pairs, B texts, H heads, L tokens, d width of a head.
 """

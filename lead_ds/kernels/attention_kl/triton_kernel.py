@@ -159,8 +159,8 @@ def _groups(pairs: list[LayerPair]) -> list[list[int]]:
     """Indices of pairs that can share a launch: equal shapes, strides, dtypes, scales and band."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for k, pair in enumerate(pairs):
-        layouts = tuple((x.shape, x.stride(), x.dtype) for x in (pair.tq, pair.tk, pair.sq, pair.sk))
-        groups.setdefault((layouts, pair.teacher_scale, pair.student_scale, pair.band), []).append(k)
+        alike = tuple((x.shape, x.stride(), x.dtype) for x in (pair.tq, pair.tk, pair.sq, pair.sk))
+        groups.setdefault((alike, pair.teacher_scale, pair.student_scale, pair.band), []).append(k)
     return list(groups.values())
 
 
