@@ -69,10 +69,11 @@ def layer_kl_call(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor
 
 def layer_kl_exact(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor, **how: Any) -> Tensor:
     """Its reference."""
+    from lead_ds.kernels import Factors
     from lead_ds.kernels.layer_kl.reference import layer_kl_reference
 
-    temperature, cosine = how["temperature"], (how["cosine"], how["cosine"])
-    return layer_kl_reference(tq, td, sq, sd, target, temperature, temperature, mask=how["mask"], cosine=cosine)[0]
+    rest = how["temperature"], how["cosine"]
+    return layer_kl_reference(Factors(tq, td, *rest), Factors(sq, sd, *rest), target, mask=how["mask"])[0]
 
 
 def maxsim_cases(small: bool) -> Iterator[Case]:
@@ -121,9 +122,10 @@ def attention_kl_call(tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, mask: Tens
 
 def attention_kl_exact(tq: Tensor, tk: Tensor, sq: Tensor, sk: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
     """Its reference."""
+    from lead_ds.kernels.attention_kl.inputs import Maps
     from lead_ds.kernels.attention_kl.reference import attention_kl_reference
 
-    return attention_kl_reference(tq, tk, sq, sk, mask, **how)
+    return attention_kl_reference(Maps(tq, tk), Maps(sq, sk), mask, **how)
 
 
 def interaction_cases(small: bool) -> Iterator[Case]:
@@ -143,11 +145,11 @@ def interaction_call(**given: Any) -> Tensor:
     return interaction_attention(impl="triton", **given)
 
 
-def interaction_exact(**given: Any) -> Tensor:
+def interaction_exact(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, **how: Any) -> Tensor:
     """Its reference."""
     from lead_ds.kernels.interaction.reference import interaction_reference
 
-    return interaction_reference(**given)
+    return interaction_reference((tq, td, 1.0), (sq, sd, 1.0), **how)
 
 
 # Cases, the kernel, its reference.

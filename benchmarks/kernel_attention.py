@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from benchmarks.kernel_spec import Ceilings, Inputs, KernelSpec, Shape
 from lead_ds.kernels import attention_kl
+from lead_ds.kernels.attention_kl.inputs import Maps
 from lead_ds.kernels.attention_kl.reference import attention_kl_reference
 
 
@@ -75,7 +76,7 @@ def lead_ds_atomic(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
 def reference(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
     """The oracle, pair by pair."""
     pairs = zip(*columns(tensors), strict=True)
-    values = [attention_kl_reference(tq, tk, sq, sk, mask) for tq, tk, sq, sk in pairs]
+    values = [attention_kl_reference(Maps(tq, tk), Maps(sq, sk), mask) for tq, tk, sq, sk in pairs]
     return torch.stack(values).mean()
 
 

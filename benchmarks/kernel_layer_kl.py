@@ -1,7 +1,5 @@
 """The benchmark of layer_kl."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,9 +46,9 @@ def in_training(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) 
     return relevance_kl(VectorFeatures(tq, td).relevance(), VectorFeatures(sq, sd).relevance(), target)[0]
 
 
-def reference(**tensors: Any) -> Tensor:
+def reference(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor) -> Tensor:
     """The KL of the oracle."""
-    return layer_kl_reference(**tensors)[0]
+    return layer_kl_reference(Factors(tq, td), Factors(sq, sd), target)[0]
 
 
 def floor(shape: Shape, mode: str, itemsize: int, ceilings: Ceilings) -> float:

@@ -153,9 +153,7 @@ def evaluate(
         with ranks() as here:
             if here.main:
                 of_queries, of_documents = options.settings_of_two(settings, documents)
-                if of_documents:
-                    what = "is ignored: that model made the index"
-                    raise InputError(f"document.{of_documents[0]}", what, "give it to lead-ds encode")
+                options.refuse_settings_of_index(of_documents)
                 searched = open_encoder(str(model), here.device, dim, of_queries)
                 options.tell_reading(searched, Dataset.open(data))
                 task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)

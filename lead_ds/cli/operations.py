@@ -7,12 +7,12 @@ from pathlib import Path
 
 import typer
 
-from lead_ds.cli.options import unused
+from lead_ds.cli import options
 
 
 def plan(
-    config: Path = typer.Argument(..., help="A YAML configuration.", metavar="CONFIG"),
-    overrides: list[str] | None = typer.Argument(None, help="Settings to override.", metavar="[KEY=VALUE]..."),
+    config: Path = options.CONFIG,
+    overrides: list[str] | None = options.OVERRIDES,
     gpus: int = typer.Option(1, "--gpus", min=1, help="GPUs of each machine."),
     nodes: int = typer.Option(1, "--nodes", min=1, help="Machines."),
     gpu_memory: float = typer.Option(80.0, "--gpu-memory", min=1.0, help="GB (10^9 bytes) of each GPU."),
@@ -66,7 +66,7 @@ def doctor(
     from lead_ds.doctor import diagnose, show
 
     if hostfile is None:
-        unused({"--ssh-port": ssh_port}, "is of the hosts of a hostfile", "add --hostfile, or take it out")
+        options.unused({"--ssh-port": ssh_port}, "is of the hosts of a hostfile", "add --hostfile, or take it out")
     report = diagnose(hostfile, ssh_port=ssh_port)
     if as_json:
         print(json.dumps(report.plain(), indent=1))

@@ -9,6 +9,16 @@ import typer
 
 from lead_ds.errors import InputError
 
+CONFIG = typer.Argument(..., help="A YAML configuration; see ds_configs/recipes/ for examples.", metavar="CONFIG")
+OVERRIDES = typer.Argument(None, help="Settings to override, such as train.lr=2e-5.", metavar="[KEY=VALUE]...")
+ACCEPT = typer.Option(
+    None,
+    "--accept-changed",
+    help="Go on with an input that changed, by its name: train, corpus, teacher, tokenizer ... Needs --resume; repeatable.",
+    metavar="NAME",
+)
+RESUME = typer.Option(False, "--resume", help="Continue the run in the output folder from its last good checkpoint.")
+QUIET = typer.Option(False, "--quiet", "-q", help="No progress.")
 _OF_RUNS = ("passes", "weights", "path")
 SETTINGS = typer.Argument(
     None,
@@ -82,6 +92,12 @@ def settings_of_two(settings: list[str] | None, documents: str | None) -> tuple[
             )
         found[side].append(own)
     return check_settings(found["query"]), check_settings(found["document"])
+
+
+def refuse_settings_of_index(of_documents: list[str]) -> None:
+    """Raise InputError for a setting of the model that made an index, which is not read again."""
+    for setting in of_documents:
+        raise InputError(f"document.{setting}", "is ignored: that model made the index", "give it to lead-ds encode")
 
 
 def check_settings(settings: list[str] | None) -> list[str]:

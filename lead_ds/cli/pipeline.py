@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from lead_ds.cli.training import OVERRIDES
+from lead_ds.cli import options
 from lead_ds.errors import InputError
 
 RECIPE = typer.Argument(..., help="A YAML configuration; see ds_configs/recipes/.", metavar="RECIPE")
@@ -17,7 +17,7 @@ RECIPE = typer.Argument(..., help="A YAML configuration; see ds_configs/recipes/
 
 def pipeline(
     recipe: Path = RECIPE,
-    overrides: list[str] | None = OVERRIDES,
+    overrides: list[str] | None = options.OVERRIDES,
     stages: str | None = typer.Option(None, "--stages", help="Only these, such as mine,distill."),
     first: str | None = typer.Option(None, "--from", help="Begin with this stage; those before must be complete."),
     until: str | None = typer.Option(None, "--until", help="End after this stage."),

@@ -220,11 +220,8 @@ def search(
     if documents is not None and index is None:
         settings["document_model"] = reads = open_encoder(documents, dim=dim, settings=of_documents)
         options.tell_reading(reads, dataset)
-    elif of_documents:
-        raise InputError(
-            f"document.{of_documents[0]}", "is ignored: that model made the index", "give it to lead-ds encode"
-        )
     else:
+        options.refuse_settings_of_index(of_documents)
         settings["document_model"] = documents
     searcher = Searcher.open(opened, data, quiet=bool(as_json), **settings)
     if query and out is None:

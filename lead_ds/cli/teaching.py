@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand
 
-from lead_ds.cli.training import CONFIG, OVERRIDES, say
+from lead_ds.cli import options
+from lead_ds.cli.training import say
 from lead_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class TeachCommand(TyperCommand):
 
 
 def teach(
-    config: Path = CONFIG,
-    overrides: list[str] | None = OVERRIDES,
+    config: Path = options.CONFIG,
+    overrides: list[str] | None = options.OVERRIDES,
     out: Path | None = typer.Option(
         None, "--out", help="Where the cache goes; default: OUTPUT/teacher_cache, or OUTPUT/teacher_vectors."
     ),
@@ -60,7 +61,7 @@ def teach(
     shard_texts: int | None = typer.Option(
         None, "--shard-texts", min=1, help="Of --vectors: texts of a file; default: 4096, or fewer for many processes."
     ),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
+    quiet: bool = options.QUIET,
 ) -> None:
     """Write the teacher's relevance of every training group, from every layer, to a cache; `distill` then needs no teacher.
 
@@ -106,9 +107,9 @@ def teach(
         raise typer.BadParameter("--stored is float16 or float32, and goes with --vectors")
     name = "teacher_cache" if vectors is None else "teacher_vectors"
     folder = out or Path(settings.output) / (name if teacher is None else f"{name}_{teacher}")
-    options: dict[str, Any] = {"vectors": vectors, "epochs": epochs, "shard_size": shard_groups or shard_texts}
-    options |= {"stored": stored} if stored else {}
-    cache = run(settings, folder, command=["lead-ds", *sys.argv[1:]], quiet=quiet, **options)
+    how: dict[str, Any] = {"vectors": vectors, "epochs": epochs, "shard_size": shard_groups or shard_texts}
+    how |= {"stored": stored} if stored else {}
+    cache = run(settings, folder, command=["lead-ds", *sys.argv[1:]], quiet=quiet, **how)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if "measured" in cache.manifest:
         say(layer_table(cache.manifest["measured"]) + "\n")
@@ -118,8 +119,8 @@ def teach(
 
 
 def fit_lens(
-    config: Path = CONFIG,
-    overrides: list[str] | None = OVERRIDES,
+    config: Path = options.CONFIG,
+    overrides: list[str] | None = options.OVERRIDES,
     out: Path | None = typer.Option(
         None, "--out", help="Where the lens goes; default: teacher.lens_path, else OUTPUT/lens."
     ),
@@ -136,7 +137,7 @@ def fit_lens(
         None, "--target", help="labels, or final: the teacher's own final distribution; default: labels."
     ),
     teacher: int | None = ONE,
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
+    quiet: bool = options.QUIET,
 ) -> None:
     """Fit the teacher's tuned lens: a small read-out of its own for each layer, with the teacher frozen.
 

@@ -7,25 +7,15 @@ from pathlib import Path
 
 import typer
 
-CONFIG = typer.Argument(..., help="A YAML configuration; see ds_configs/recipes/ for examples.", metavar="CONFIG")
-OVERRIDES = typer.Argument(None, help="Settings to override, such as train.lr=2e-5.", metavar="[KEY=VALUE]...")
-
-ACCEPT = typer.Option(
-    None,
-    "--accept-changed",
-    help="Go on with an input that changed, by its name: train, corpus, teacher, tokenizer ... Needs --resume; repeatable.",
-    metavar="NAME",
-)
+from lead_ds.cli import options
 
 
 def distill(
-    config: Path = CONFIG,
-    overrides: list[str] | None = OVERRIDES,
-    resume: bool = typer.Option(
-        False, "--resume", help="Continue the run in the output folder from its last good checkpoint."
-    ),
-    accept_changed: list[str] | None = ACCEPT,
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
+    config: Path = options.CONFIG,
+    overrides: list[str] | None = options.OVERRIDES,
+    resume: bool = options.RESUME,
+    accept_changed: list[str] | None = options.ACCEPT,
+    quiet: bool = options.QUIET,
 ) -> None:
     """Distil a teacher into a student, alone or under any launcher.
 
@@ -45,14 +35,12 @@ def distill(
 
 
 def warmup(
-    config: Path = CONFIG,
-    overrides: list[str] | None = OVERRIDES,
+    config: Path = options.CONFIG,
+    overrides: list[str] | None = options.OVERRIDES,
     of: str = typer.Option("student", "--of", help="Which model of the configuration: student or teacher."),
-    resume: bool = typer.Option(
-        False, "--resume", help="Continue the run in the output folder from its last good checkpoint."
-    ),
-    accept_changed: list[str] | None = ACCEPT,
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
+    resume: bool = options.RESUME,
+    accept_changed: list[str] | None = options.ACCEPT,
+    quiet: bool = options.QUIET,
 ) -> None:
     """Train one model on labels alone: a dual encoder, a ColBERT or a cross-encoder, alone or under any launcher.
 

@@ -34,11 +34,7 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = _temporary(path)
         yield Path(temporary)
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         temporary = ""
@@ -49,6 +45,15 @@ def atomic(path: Path) -> Iterator[Path]:
             os.unlink(temporary)
         with suppress(OSError):
             os.close(handle)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_errors() -> tuple[type[Exception], ...]:

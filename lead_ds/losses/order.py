@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lead_ds.losses.loss import Loss, LossSettings, register
-from lead_ds.losses.similarity import Pairs
-from lead_ds.losses.vectors import Vectors, cosines, final_vectors, matrices
+from lead_ds.losses.vectors import Pairs, matrices
 from lead_ds.losses.views import Views
 from lead_ds.settings.base import each_once
 
@@ -77,12 +76,7 @@ class Order(Loss):
     name, Settings, needs = "order", OrderSettings, frozenset({"features"})
 
     def forward(self, views: Views) -> Tensor:
-        student = self._matrices(final_vectors(views.student, "student", self.name))
-        teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
         margin = self.settings.margin
-        return torch.stack([triplet_order(s, t, margin) for s, t in matrices(student, teacher, self.name)]).mean()
-
-    def _matrices(self, vectors: Vectors) -> list[Tensor]:
-        q, p = vectors
-        sides = {"query_query": (q, q), "passage_passage": (p, p), "query_passage": (q, p)}
-        return [cosines(*sides[pairs]) for pairs in self.settings.of]
+        return torch.stack(
+            [triplet_order(s, t, margin) for s, t in matrices(views, self.settings.of, self.name)]
+        ).mean()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from lead_ds.losses.loss import Loss, LossSettings, register
-from lead_ds.losses.vectors import Vectors, cosines, final_vectors, matrices
+from lead_ds.losses.vectors import Pairs, matrices
 from lead_ds.losses.views import Views
 from lead_ds.settings.base import each_once
-
-Pairs = Literal["query_query", "passage_passage", "query_passage"]
 
 
 class SimilaritySettings(LossSettings):
@@ -54,11 +52,4 @@ class Similarity(Loss):
     name, Settings, needs = "similarity", SimilaritySettings, frozenset({"features"})
 
     def forward(self, views: Views) -> Tensor:
-        student = self._matrices(final_vectors(views.student, "student", self.name))
-        teacher = self._matrices(final_vectors(views.teacher, "teacher", self.name))
-        return torch.stack([similarity_mse(s, t) for s, t in matrices(student, teacher, self.name)]).mean()
-
-    def _matrices(self, vectors: Vectors) -> list[Tensor]:
-        q, p = vectors
-        sides = {"query_query": (q, q), "passage_passage": (p, p), "query_passage": (q, p)}
-        return [cosines(*sides[pairs]) for pairs in self.settings.of]
+        return torch.stack([similarity_mse(s, t) for s, t in matrices(views, self.settings.of, self.name)]).mean()

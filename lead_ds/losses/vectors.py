@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lead_ds.errors import InputError
-from lead_ds.losses.views import Side
+from lead_ds.losses.views import Side, Views
 from lead_ds.relevance import VectorFeatures
+
+Pairs = Literal["query_query", "passage_passage", "query_passage"]
 
 
 class Vectors(NamedTuple):
@@ -88,11 +90,15 @@ class Moments:
         return torch.linalg.solve(damped_SS, self.ts.T).T.float()
 
 
-def matrices(student: Sequence[Tensor], teacher: Sequence[Tensor], loss: str) -> list[tuple[Tensor, Tensor]]:
-    """Both models' similarity matrices, those without texts left out: texts alone are passages, and there are no queries.
+def matrices(views: Views, of: Sequence[Pairs], loss: str) -> list[tuple[Tensor, Tensor]]:
+    """The student's and the teacher's cosines of a micro-batch's texts, a pair of matrices for each of `of`.
 
-    Raises InputError where none is left.
+    Those without texts are left out: texts alone are passages, and there are no queries. Raises InputError where none is
+    left, and where a model gives no vector per text.
     """
+    both = final_vectors(views.student, "student", loss), final_vectors(views.teacher, "teacher", loss)
+    sides = [{"query_query": (q, q), "passage_passage": (p, p), "query_passage": (q, p)} for q, p in both]
+    student, teacher = ([cosines(*model[pairs]) for pairs in of] for model in sides)
     some = [(s, t) for s, t in zip(student, teacher, strict=True) if s.numel()]
     if not some:
         what = "is of queries, and texts alone stand among the passages"

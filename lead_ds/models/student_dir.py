@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError, RunError
-from lead_ds.io.files import write_errors
+from lead_ds.io.files import sync, write_errors
 from lead_ds.models.card import plain_card
 from lead_ds.models.files import RECORD
 from lead_ds.models.kinds.kind import Kind
@@ -71,22 +71,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield made
         made.chmod(0o755)  # mkdtemp's is private
-        _sync(made)
+        for path in (*made.rglob("*"), made):
+            sync(path)
         _put(made, folder)
     except write_errors() as error:
         raise RunError(folder, f"cannot be written: {error}", "check the folder and the free space") from None
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _put(made: Path, folder: Path) -> None:

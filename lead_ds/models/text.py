@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,32 +59,14 @@ class Reading:
                 "query": own.get("query_prefix"),
                 "document": own.get("document_prefix"),
             }
-        query, passage = config.query_prompt, config.passage_prompt
-        return cls(
-            path=config.path,
-            tokenizer=tokenizer,
-            query_prompt=query if query is not None else prompts.get("query") or "",
-            own_query_prompt=files_prompt,
-            passage_prompt=passage if passage is not None else prompts.get("document") or "",
-            shape=shape,
-            chain=chain,
-        )
+        return cls(config.path, tokenizer, *_prompts_of(config, prompts), files_prompt, shape, chain)
 
     @classmethod
     def static(cls, config: ModelConfig, tokenizer: Any) -> Reading:
         """Of a StaticEmbedding, whose tokenizer is `tokenizer`."""
         check_keys(config.path)
         said = read_json(config.path, "config_sentence_transformers.json").get("prompts") or {}
-        query, passage = config.query_prompt, config.passage_prompt
-        return cls(
-            path=config.path,
-            tokenizer=tokenizer,
-            query_prompt=query if query is not None else said.get("query") or "",
-            own_query_prompt=said.get("query") or "",
-            passage_prompt=passage if passage is not None else said.get("document") or "",
-            shape=None,
-            chain=None,
-        )
+        return cls(config.path, tokenizer, *_prompts_of(config, said), said.get("query") or "", None, None)
 
     @property
     def positions(self) -> int | None:
@@ -140,6 +123,15 @@ def _prompts(chain: Any) -> dict[str, str]:
     if type(chain).__name__ == "CrossEncoder":
         return {"query": chain.prompts.get(chain.default_prompt_name) or ""}
     return chain.prompts
+
+
+def _prompts_of(config: ModelConfig, saved: Mapping[str, Any]) -> tuple[str, str]:
+    """What stands before queries and before passages: the configuration's, else what the files say."""
+    query, passage = config.query_prompt, config.passage_prompt
+    return (
+        query if query is not None else saved.get("query") or "",
+        passage if passage is not None else saved.get("document") or "",
+    )
 
 
 def _shape(config: ModelConfig, folder: str) -> Any:

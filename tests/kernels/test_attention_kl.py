@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lead_ds.kernels.attention_kl import chunked
 from lead_ds.kernels.attention_kl.op import attention_kl
-from lead_ds.kernels.attention_kl.reference import attention_kl_reference, attention_log_probs
+from lead_ds.kernels.attention_kl.reference import attention_log_probs
+from tests.kernels.references import attention_kl_reference
 
 # name: B, teacher heads, their key heads, student heads, their key heads, L, dt, ds, arguments
 SHAPES: dict[str, tuple[int, int, int, int, int, int, int, int, dict[str, Any]]] = {
@@ -356,7 +357,7 @@ def test_triton_refuses_what_it_has_no_kernel_for(triton_device: torch.device) -
 _MEMORY = """
 import sys, torch
 from lead_ds.kernels.attention_kl.op import attention_kl
-from lead_ds.kernels.attention_kl.reference import attention_kl_reference
+from tests.kernels.references import attention_kl_reference
 torch.set_num_threads(1)
 def peak():  # not ru_maxrss, which a process takes over from the one that started it
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

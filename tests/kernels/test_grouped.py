@@ -7,7 +7,7 @@ from torch import Tensor
 from lead_ds.kernels.attention_kl.op import attention_kl
 from lead_ds.kernels.grouped import op as grouped
 from lead_ds.kernels.grouped.op import grouped_attention_kl
-from lead_ds.kernels.grouped.reference import grouped_attention_kl_reference
+from tests.kernels.references import grouped_attention_kl_reference
 
 # Text 0: a token of one model is two of the other, both ways; text 1: groups that only one model has; text 2: none at all.
 T_GROUPS = torch.tensor([[-1, 0, 0, 1, 2, 2, 3, -1, -1], [0, 1, 2, 3, 4, 5, 6, 7, -1], [-1] * 9])

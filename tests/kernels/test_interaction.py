@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lead_ds.kernels.interaction import op as interaction
 from lead_ds.kernels.interaction.op import interaction_attention
-from lead_ds.kernels.interaction.reference import interaction_reference
+from tests.kernels.references import interaction_reference
 
 SHARED = Path(os.environ.get("LEAD_DS_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "de_virt.npz"

@@ -10,8 +10,8 @@ from lead_ds.kernels import Factors
 from lead_ds.kernels import factors_kl as fused
 from lead_ds.kernels import layer_kl as public
 from lead_ds.kernels.layer_kl import chunked, inputs
-from lead_ds.kernels.layer_kl.reference import layer_kl_reference
 from tests.kernels.oracle import assert_as_accurate_as_eager
+from tests.kernels.references import layer_kl_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

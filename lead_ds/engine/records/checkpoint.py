@@ -20,6 +20,7 @@ from typing import Any
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.universal import for_this_world, settle_steps, tensors_only
 from lead_ds.errors import RunError
+from lead_ds.io.files import sync
 from lead_ds.io.json_text import parse_json
 
 PREFIX, PARTIAL, MANIFEST, BEST = "step-", ".partial", "manifest.json", "best.json"
@@ -147,12 +148,12 @@ class Checkpoints:
         write_json(partial / "state.json", state)
         files = {str(p.relative_to(partial)): checksum(p, sync=True) for p in sorted(partial.rglob("*")) if p.is_file()}
         write_json(partial / MANIFEST, files)
-        sync_folder(partial)
+        sync(partial)
         # A step saved again: after an evaluation that was owed, or falling back past a damaged one. Moved aside, not removed,
         # until the new one has its name: removing takes long, and a kill meanwhile would leave neither.
         older = move_aside(final) if final.exists() else None
         os.replace(partial, final)
-        sync_folder(self.folder)
+        sync(self.folder)
         if older is not None:
             shutil.rmtree(older)
         if best is not None:
@@ -281,12 +282,3 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,13 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Tensors = Tensor | Sequence[Tensor]
 _T = TypeVar("_T")
+
+
+class Maps(NamedTuple):
+    """What a model's attention maps are made of: queries [B, H, L, d] and keys [B, H / G, L, d], or a list of each.
+
+    scale: multiplies q . k; None: 1 / sqrt(d), after relation heads. Of several layers, one or one each.
+    """
+
+    q: Tensors
+    k: Tensors
+    scale: float | Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,14 +40,10 @@ class LayerPair:
 
 
 def layer_pairs(
-    tq: Tensors,
-    tk: Tensors,
-    sq: Tensors,
-    sk: Tensors,
+    teacher: Maps,
+    student: Maps,
     mask: Tensor | None,
     *,
-    teacher_scale: float | Sequence[float] | None,
-    student_scale: float | Sequence[float] | None,
     temperature: float,
     relation_heads: int | None,
     band: int | Sequence[int | None] | None,
@@ -46,7 +53,7 @@ def layer_pairs(
 
     Raises ValueError where shapes, head counts or arguments do not fit, or where the teacher requires grad.
     """
-    teacher_q, teacher_k, student_q, student_k = _as_list(tq), _as_list(tk), _as_list(sq), _as_list(sk)
+    teacher_q, teacher_k, student_q, student_k = map(_as_list, (*teacher[:2], *student[:2]))
     count = len(teacher_q)
     if count == 0 or not (len(teacher_k) == len(student_q) == len(student_k) == count):
         raise ValueError(
@@ -58,8 +65,8 @@ def layer_pairs(
     if any(tensor.requires_grad for tensor in (*teacher_q, *teacher_k)):
         raise ValueError("attention_kl: the teacher's q and k get no gradient; detach() them")
 
-    teacher_scales = _spread(teacher_scale, count, "teacher_scale")
-    student_scales = _spread(student_scale, count, "student_scale")
+    teacher_scales = _spread(teacher.scale, count, "teacher_scale")
+    student_scales = _spread(student.scale, count, "student_scale")
     bands = _spread(band, count, "band")
     pairs = []
     for k in range(count):

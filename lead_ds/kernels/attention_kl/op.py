@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lead_ds.kernels.attention_kl.chunked import attention_kl_chunked
-from lead_ds.kernels.attention_kl.inputs import LayerPair, Tensors, layer_pairs
+from lead_ds.kernels.attention_kl.inputs import LayerPair, Maps, Tensors, layer_pairs
 from lead_ds.kernels.dispatch import resolve, unless_refused, with_fallback
 from lead_ds.kernels.one_visit import OneVisit
 
@@ -57,13 +57,9 @@ def attention_kl(
     Raises ValueError where shapes or head counts do not fit, or where the teacher requires grad.
     """
     pairs = layer_pairs(
-        tq,
-        tk,
-        sq,
-        sk,
+        Maps(tq, tk, teacher_scale),
+        Maps(sq, sk, student_scale),
         mask,
-        teacher_scale=teacher_scale,
-        student_scale=student_scale,
         temperature=temperature,
         relation_heads=relation_heads,
         band=band,

@@ -5,10 +5,12 @@ Any floating dtype, differentiable by autograd to the student (and, being plain 
 Legend: B batch, H heads, L query rows, J keys.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.attention_kl.inputs import relation_split
+from lead_ds.kernels.attention_kl.inputs import Maps, relation_split
 
 # Finite, so that a row without visible keys stays free of NaN, and far below any logit.
 HIDDEN = -1e30
@@ -40,28 +42,31 @@ def kl_of_log_probs(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.where(probability == 0, 0.0, probability * (teacher - student)).sum(-1)
 
 
+def scaled(maps: Maps, relation_heads: int | None, temperature: float) -> tuple[Tensor, Tensor, float]:
+    """One layer's queries and keys, in relation heads where these are requested, and what multiplies their products."""
+    q, k = maps.q, maps.k
+    assert isinstance(q, Tensor)
+    assert isinstance(k, Tensor)
+    assert not isinstance(maps.scale, Sequence)
+    if relation_heads is not None:
+        heads = q.shape[1]
+        q, k = relation_split(q, heads, relation_heads), relation_split(k, heads, relation_heads)
+    return q, k, (q.shape[3] ** -0.5 if maps.scale is None else maps.scale) / temperature
+
+
 def attention_kl_reference(
-    tq: Tensor,
-    tk: Tensor,
-    sq: Tensor,
-    sk: Tensor,
+    teacher: Maps,
+    student: Maps,
     mask: Tensor | None = None,
     *,
-    teacher_scale: float | None = None,
-    student_scale: float | None = None,
     temperature: float = 1.0,
     causal: bool = False,
     relation_heads: int | None = None,
     band: int | None = None,
     head_mean: bool = False,
 ) -> Tensor:
-    """`attention_kl` of one layer pair, a scalar, with the full maps in memory.
-
-    tq [B, Ht, L, dt], tk [B, Ht / Gt, L, dt], sq [B, Hs, L, ds], sk [B, Hs / Gs, L, ds], mask [B, L].
-    """
-    if relation_heads is not None:
-        tq, tk = (relation_split(x, tq.shape[1], relation_heads) for x in (tq, tk))
-        sq, sk = (relation_split(x, sq.shape[1], relation_heads) for x in (sq, sk))
+    """`attention_kl` of one layer pair, a scalar, with the full maps in memory. mask: [B, L]."""
+    (tq, tk, t_scale), (sq, sk, s_scale) = (scaled(maps, relation_heads, temperature) for maps in (teacher, student))
     batch, _, length, _ = tq.shape
     real_BL = torch.ones(batch, length, device=tq.device) if mask is None else mask.to(tq.device)
     real_BL = real_BL != 0
@@ -69,15 +74,10 @@ def attention_kl_reference(
     # A padded token may hold anything, NaN included, and 0 * NaN would reach the gradient.
     tq, tk, sq, sk = (torch.where(keep, x, 0.0) for x in (tq, tk, sq, sk))
     visible = real_BL[:, None, None, :] & visible_band(length, causal, band, tq.device)
-    scales = [
-        (x.shape[3] ** -0.5 if scale is None else scale) / temperature
-        for x, scale in ((tq, teacher_scale), (sq, student_scale))
-    ]
-    teacher = attention_log_probs(tq, tk, scales[0], visible)
-    student = attention_log_probs(sq, sk, scales[1], visible)
+    log_t, log_s = attention_log_probs(tq, tk, t_scale, visible), attention_log_probs(sq, sk, s_scale, visible)
     if head_mean:
-        tiny = torch.finfo(teacher.dtype).tiny
-        teacher, student = (x.exp().mean(1, keepdim=True).clamp_min(tiny).log() for x in (teacher, student))
-    rows = kl_of_log_probs(teacher, student)
+        tiny = torch.finfo(log_t.dtype).tiny
+        log_t, log_s = (x.exp().mean(1, keepdim=True).clamp_min(tiny).log() for x in (log_t, log_s))
+    rows = kl_of_log_probs(log_t, log_s)
     weight = real_BL[:, None, :].to(rows.dtype)
     return (rows * weight).sum() / (weight.sum().clamp_min(1) * rows.shape[1])

@@ -3,38 +3,31 @@
 import torch
 from torch import Tensor
 
-from lead_ds.kernels.attention_kl.inputs import relation_split
-from lead_ds.kernels.attention_kl.reference import attention_log_probs, kl_of_log_probs
+from lead_ds.kernels.attention_kl.inputs import Maps
+from lead_ds.kernels.attention_kl.reference import attention_log_probs, kl_of_log_probs, scaled
 
 
 def grouped_attention_kl_reference(
-    tq: Tensor,
-    tk: Tensor,
-    sq: Tensor,
-    sk: Tensor,
+    teacher: Maps,
+    student: Maps,
     t_groups: Tensor,
     s_groups: Tensor,
     *,
-    teacher_scale: float | None = None,
-    student_scale: float | None = None,
     temperature: float = 1.0,
     relation_heads: int | None = None,
 ) -> Tensor:
     """`grouped_attention_kl` of one layer pair, a scalar, by loops over texts, heads and groups.
 
-    tq [B, Ht, Lt, dt], sq [B, Hs, Ls, ds] with their keys; t_groups [B, Lt], s_groups [B, Ls], -1 = in no group.
+    t_groups [B, Lt], s_groups [B, Ls], -1 = in no group.
     """
-    if relation_heads is not None:
-        tq, tk = (relation_split(x, tq.shape[1], relation_heads) for x in (tq, tk))
-        sq, sk = (relation_split(x, sq.shape[1], relation_heads) for x in (sq, sk))
-    total, rows = sq.new_zeros(()), 0
-    for b in range(tq.shape[0]):
+    models = [(scaled(maps, relation_heads, temperature), x) for maps, x in ((teacher, t_groups), (student, s_groups))]
+    total, rows = models[1][0][0].new_zeros(()), 0
+    for b in range(len(t_groups)):
         common = sorted((set(t_groups[b].tolist()) & set(s_groups[b].tolist())) - {-1})
         if not common:
             continue
         maps = []
-        for q, k, groups, scale in ((tq, tk, t_groups, teacher_scale), (sq, sk, s_groups, student_scale)):
-            scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
+        for (q, k, scale), groups in models:
             member = torch.stack([groups[b] == g for g in common])
             log_probs = attention_log_probs(q[b : b + 1], k[b : b + 1], scale, member.any(0))[0]
             keys = torch.stack([log_probs[..., m].logsumexp(-1) for m in member], dim=-1)

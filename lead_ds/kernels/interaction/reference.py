@@ -7,22 +7,20 @@ from lead_ds.kernels.attention_kl.reference import hidden_logit, kl_of_log_probs
 
 
 def interaction_reference(
-    tq: Tensor,
-    td: Tensor,
-    sq: Tensor,
-    sd: Tensor,
+    teacher: tuple[Tensor, Tensor, float],
+    student: tuple[Tensor, Tensor, float],
     q_mask: Tensor | None = None,
     d_mask: Tensor | None = None,
     *,
     divergence: str = "kl",
-    teacher_scale: float = 1.0,
-    student_scale: float = 1.0,
     pairs: str = "all",
 ) -> Tensor:
-    """`interaction_attention`, a scalar, with the full maps in memory: q [K, Q, Lq, D], d [K, P, Ld, D].
+    """`interaction_attention`, a scalar, with the full maps in memory.
 
+    teacher, student: q [K, Q, Lq, D], d [K, P, Ld, D], and what multiplies their products.
     Source of the term: VIRT (Li et al., 2021), as the LEAD baselines use it (Sun et al., 2023).
     """
+    (tq, td, teacher_scale), (sq, sd, student_scale) = teacher, student
     queries, passages = tq.shape[1], td.shape[1]
     q_real = torch.ones(tq.shape[1:3], device=tq.device) if q_mask is None else q_mask
     d_real = torch.ones(td.shape[1:3], device=tq.device) if d_mask is None else d_mask
