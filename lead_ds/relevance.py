@@ -33,6 +33,9 @@ class Relevance:
     Factors let a kernel compute a divergence without the [K, Q, P] map. They keep the dtype of the features; with
     `cosine` the logits are their products over their lengths. `mask` [Q, P] (False: that passage is left out of the
     query's distribution) is applied to `logits` and handed to kernels beside `factors`.
+
+    >>> Relevance(factors=(torch.ones(1, 1, 2), torch.ones(1, 3, 2))).logits.tolist()
+    [[[2.0, 2.0, 2.0]]]
     """
 
     def __init__(
@@ -162,7 +165,12 @@ class Features(ABC):
 
 @dataclass(frozen=True)
 class VectorFeatures(Features):
-    """One pooled vector per layer and text: q_KQD [K, Q, D], p_KPD [K, P, D]."""
+    """One pooled vector per layer and text: q_KQD [K, Q, D], p_KPD [K, P, D].
+
+    >>> one = VectorFeatures(torch.tensor([[[3.0, 0.0]]]), torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), scale="cosine")
+    >>> one.group_relevance(2).logits.tolist()
+    [[[1.0, 0.0]]]
+    """
 
     _states = ("q_KQD", "p_KPD")
     q_KQD: Tensor
@@ -196,7 +204,12 @@ class VectorFeatures(Features):
 
 @dataclass(frozen=True)
 class TokenFeatures(Features):
-    """Token states: q_KQLD [K, Q, Lq, D] with q_mask_QL, p_KPLD [K, P, Lp, D] with p_mask_PL (1: a token that counts)."""
+    """Token states: q_KQLD [K, Q, Lq, D] with q_mask_QL, p_KPLD [K, P, Lp, D] with p_mask_PL (1: a token that counts).
+
+    >>> states, mask = torch.eye(2)[None, None], torch.tensor([[1, 0]])
+    >>> TokenFeatures(states, torch.ones(1, 2), states, mask).relevance().logits.tolist()  # of two tokens, one meets itself
+    [[[1.0]]]
+    """
 
     _states = ("q_KQLD", "p_KPLD")
     q_KQLD: Tensor
@@ -260,7 +273,11 @@ class TokenFeatures(Features):
 
 @dataclass(frozen=True)
 class ScoreFeatures(Features):
-    """Scores of a query's own passages: s_KQN [K, Q, N]. Such a model knows nothing of other queries' passages."""
+    """Scores of a query's own passages: s_KQN [K, Q, N]. Such a model knows nothing of other queries' passages.
+
+    >>> ScoreFeatures(torch.tensor([[[2.0, 1.0]]])).group_relevance(2).logits.tolist()
+    [[[2.0, 1.0]]]
+    """
 
     grouped = True
     _states = ("s_KQN",)

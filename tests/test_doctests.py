@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import lead_ds
+from lead_ds.losses import LOSSES, Loss, LossShape, Views
+from lead_ds.relevance import Relevance, ScoreFeatures, TokenFeatures, VectorFeatures
 from tests.test_floors import files, module_of
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -38,5 +40,7 @@ def test_the_examples_of(module: str, rooms: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_public_names_have_an_example() -> None:
-    for name in set(lead_ds.__all__) - {"losses"}:
-        assert ">>> " in (getattr(lead_ds, name).__doc__ or ""), name
+    face = [getattr(lead_ds, name) for name in set(lead_ds.__all__) - {"losses"}]
+    seen = [Relevance, VectorFeatures, TokenFeatures, ScoreFeatures, Loss, LossShape, Views]
+    for public in (*face, *seen, *(LOSSES[name] for name in LOSSES)):
+        assert ">>> " in (public.__doc__ or ""), public

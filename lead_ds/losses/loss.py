@@ -49,6 +49,9 @@ class LossShape:
 
     dims: the widths that the student's vectors are trained at, ascending; none: as they are. quantize: the bits that they are
     trained to be held in.
+
+    >>> LossShape(ModelFacts("dual_encoder", layers=3, width=384), ModelFacts("colbert", layers=12, width=128)).widths("mine")
+    (384, 128)
     """
 
     student: ModelFacts

@@ -116,6 +116,11 @@ class Views:
     gradient. scope: which passages relevance is over. keys: of passages [Q * N] and of positives [Q, M], where duplicates
     are masked. cotrained: the teacher learns too. groups: token groups of queries and of passages, where tokenizers differ.
     compared: the teacher's and the student's layers in `layers`, by number, paired in order.
+
+    >>> from lead_ds.relevance import ScoreFeatures
+    >>> views = Views(Side(ScoreFeatures(torch.tensor([[[2.0, 1.0]]]))), None, Scope(group_size=2))
+    >>> views.relevance("student", passages="group").logits.tolist(), views.target("group").tolist()
+    ([[[2.0, 1.0]]], [0])
     """
 
     student: Side

@@ -95,11 +95,11 @@ def widths(trained: list[int], evaluation: EvaluationConfig, evaluations: list[d
 def read_as(teacher: Any, place: int, run: Path) -> str:
     """What a model was distilled from: the name of a teacher, and how it was read."""
     path, kind = getattr(teacher, "path", ""), teacher.kind
-    if kind in ("cached", "scores"):  # the run knows whose relevance that is
+    if kind not in KINDS:  # the run knows whose relevance that is
         facts = parse_json((run / "run.json").read_text("utf-8"))
         found = facts["teacher"] if "teacher" in facts else facts["teachers"][place]
-        path, kind = found["path"], found["kind"]
-    return f"`{Path(path).name}` ({kind.replace('_', ' ')})"
+        path, kind = found.get("path", ""), found.get("kind", kind)
+    return f"`{Path(path).name or kind}` ({kind.replace('_', ' ')})"
 
 
 def averaged(found: dict, evaluation: EvaluationConfig) -> str:
