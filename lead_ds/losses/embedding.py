@@ -134,8 +134,8 @@ class Embedding(Loss):
     Into `teacher`: W [D_t, D_s] is learned, and dropped after training, or kept: then it is the student's own last layer,
     and W is the identity here. It begins as the identity where widths are equal, else as a random semi-orthogonal map,
     which keeps angles where the teacher is the wider. Or it begins in closed form: ridge regression of t on s. Into `pca`:
-    t is B^T t over its length, B [D_t, D_s] the main directions of a sample of t, about the origin; no W here, and where it
-    is kept, B^T times that ridge regression is the student's last layer. Into `truncate`: no W; t is its own first D_s
+    t is B^T t over its length, B [D_t, D_s] the main directions of a sample of t, about the origin. There is no W. Where
+    it is kept, B^T times that ridge regression is the student's last layer. Into `truncate`: no W; t is its own first D_s
     dimensions over their length. Into `same`: no W, D_s = D_t. The teacher gets no gradient.
     Layers that are named are compared in the same way, each pair with a W of its own, and averaged with the final vectors.
     Each process compares its own texts. LEAF, arXiv 2509.12539; EmbedDistill, arXiv 2301.12005; TALAS, arXiv 2606.21851.
