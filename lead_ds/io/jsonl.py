@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import io
 import json
 import mmap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,24 @@ def parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
+def misspelt(keys: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
+    """The first of a record's keys that is almost one of `known` which the record lacks, and that one. Other keys are its own.
+
+    >>> misspelt({"query_id": "q", "Negativs": [], "answers": []}, ["query_id", "negatives", "scores"])
+    ('Negativs', 'negatives')
+    """
+    absent = [name for name in known if name not in keys]
+    for key in keys if absent else ():
+        if key not in known and (near := difflib.get_close_matches(key.lower(), absent, n=1, cutoff=0.8)):
+            return key, near[0]
+    return None
+
+
+def unknown_key(key: str, near: str) -> tuple[str, str]:
+    """What is wrong with a misspelt key, and what to do."""
+    return f"the field {key!r} is none that is read", f"did you mean {near!r}? rename it, or take it out"
+
+
 def unreadable(path: Path, error: BaseException) -> InputError:
     """What to raise when `path` exists and reading it failed."""
     return InputError(path, f"cannot be read: {error}", "check its permissions, or that it was copied whole")
@@ -134,6 +153,14 @@ class Block:
     def fail(self, row: int, what: str, remedy: str) -> NoReturn:
         """Raise InputError for the block's record `row`, naming file and line."""
         raise InputError(f"{self.path}:{self.numbers[row]}", what, remedy)
+
+    def refuse_misspelt(self, known: Collection[str]) -> None:
+        """Raise InputError for the first record that misspells one of `known`, which would be ignored."""
+        forms = {tuple(record) for record in self.records}
+        if any(misspelt(form, known) for form in forms):
+            for row, record in enumerate(self.records):
+                if found := misspelt(record, known):
+                    self.fail(row, *unknown_key(*found))
 
 
 def read_blocks(path: Path, buffer: Buffer) -> Iterator[Block]:

@@ -73,6 +73,7 @@ def test_a_line_is_read_where_it_lies(folder: Path) -> None:
         ('{"text": "a"}\n{"text": 7}\n', r"texts\.jsonl:2: the field 'text' is not a text"),
         ('{"words": "a"}\n', r"texts\.jsonl:1: no text"),
         ('{"text": "a", "role": "title"}\n', r"texts\.jsonl:1: the role 'title' is not query or passage"),
+        ('{"text": "a", "titel": "b"}\n', r"texts\.jsonl:1: the field 'titel' is none that is read .*'title'"),
         ("", "holds no texts"),
     ],
 )

@@ -379,3 +379,23 @@ def test_a_bad_line_of_a_foreign_format_is_named(
 def test_pairs_with_scores_alone_are_refused(opened: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=":1: pairs with a score and no label"):
         opened([{"query": "a", "passage": "b", "score": 0.3}])
+
+
+FEW = {name: value for name, value in GOOD.items() if name != "negatives"}
+PASSAGE = {"doc_id": "a", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "key"),
+    [
+        (FEW | {"negativs": ["p1"]}, "negatives"),
+        (GOOD | {"score": {"p0": 1.0}}, "scores"),
+        (TEVATRON | {"positive_passages": [PASSAGE]}, "docid"),
+        ({"query": "a", "pos": ["x"], "Neg": ["z"]}, "neg"),
+        ({"query": "a", "positive": "b", "negative": "c", "lable": 0.5}, "label"),
+    ],
+)
+def test_a_misspelt_field_is_named(opened: Callable[..., Any], bad: dict[str, Any], key: str) -> None:
+    with pytest.raises(InputError, match=rf"jsonl:1: the field .* is none that is read \(did you mean '{key}'\?"):
+        opened([bad])
+    assert opened([GOOD | {"answers": ["x"], "query": "y"}])  # fields of one's own are let alone

@@ -40,7 +40,7 @@ class Texts:
         """
         path = require_file(Path(path), f"each line is {_SHAPE[kind]}").absolute()
         buffer = open_buffer(path)
-        key = {"version": 2, "kind": kind, **signature(path)}
+        key = {"version": 3, "kind": kind, **signature(path)}
         return cls(path, kind, buffer, cached_arrays(path, kind, key, lambda: _build(path, kind, buffer)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -236,7 +236,9 @@ def _build(path: Path, kind: Kind, buffer: Buffer) -> Arrays:
 
 
 def _names(block: Block, kind: Kind) -> list[bytes]:
-    """The ids of a block; raises InputError for a record without an id or a text."""
+    """The ids of a block; raises InputError for a record without an id or a text, or with a title by another name."""
+    if kind == "corpus":
+        block.refuse_misspelt(("title",))
     try:
         names = [record["_id"] for record in block.records]
         kinds = {type(record["text"]) for record in block.records}

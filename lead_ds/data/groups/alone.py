@@ -115,7 +115,7 @@ class TextFile:
         def build() -> Arrays:
             return {"starts": _plain_lines(path, buffer) if plain else _records(path, buffer, role)}
 
-        key = {"version": 1, "plain": plain, **signature(source)}
+        key = {"version": 2, "plain": plain, **signature(source)}
         return cls(path, buffer, cached_arrays(source, "alone", key, build)["starts"], plain, role)
 
     def __len__(self) -> int:
@@ -195,6 +195,7 @@ def unpacked(path: Path) -> Path:
 def _records(path: Path, buffer: Buffer, role: Role | None) -> np.ndarray:
     starts = []
     for block in read_blocks(path, buffer):
+        block.refuse_misspelt(("title", "role"))
         for row, record in enumerate(block.records):
             try:
                 text_of(record)

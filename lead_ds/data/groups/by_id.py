@@ -58,7 +58,7 @@ class IdGroups:
         """Open groups in format `form` (canonical or qrels). Raises InputError naming file and line."""
         dataset = Dataset.open(config.path)
         corpus, queries = dataset.corpus, dataset.queries
-        key = {"version": 2, "form": form, "train": signature(path)}
+        key = {"version": 3, "form": form, "train": signature(path)}
         key |= {"corpus": signature(corpus.path), "queries": signature(queries.path)}
         build = _build_qrels if form == "qrels" else _build_canonical
 
@@ -226,6 +226,7 @@ def _listed_scores(block: Block, lists: list[list[str]], found: list[dict[str, f
 
 def _canonical(block: Block) -> Iterator[tuple[str, list[str], list[str], dict[str, float]]]:
     """Query id, positive ids, negative ids and scores of each record."""
+    block.refuse_misspelt(("query_id", "positives", "negatives", "scores"))
     for row, record in enumerate(block.records):
         for field in ("query_id", "positives"):
             if field not in record:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lead_ds.data.collections.texts import passage_text
+from lead_ds.io.jsonl import misspelt, unknown_key
 
 Record = dict[str, Any]
 
@@ -70,14 +71,23 @@ class Unusable(Exception):
 
 
 class Reader:
-    """One format: a record's texts. `grouped`: consecutive records of one query make a group."""
+    """One format: a record's texts. `known`: its fields. `grouped`: consecutive records of one query make a group."""
 
-    def __init__(self, one: Callable[[Record], Lines], grouped: bool = False) -> None:
-        self.one, self.grouped = one, grouped
+    def __init__(self, one: Callable[[Record], Lines], known: Sequence[str], grouped: bool = False) -> None:
+        self.one, self.known, self.grouped = one, known, grouped
+        self._seen: set[tuple[str, ...]] = set()
+
+    def checked(self, record: Record) -> Lines:
+        """`one` of a record that misspells no field. Raises Unusable."""
+        if (fields := tuple(record)) not in self._seen:
+            if found := misspelt(fields, self.known):
+                raise Unusable(*unknown_key(*found))
+            self._seen.add(fields)
+        return self.one(record)
 
     def join(self, records: Sequence[Record]) -> Lines:
         """The group of consecutive records of one query."""
-        parts = [self.one(record) for record in records]
+        parts = [self.checked(record) for record in records]
         positives = [passage for part in parts for passage in part.positives]
         return Lines(parts[0].query, positives, [passage for part in parts for passage in part.negatives])
 
@@ -97,6 +107,9 @@ def _tevatron(record: Record) -> Lines:
             raise Unusable(
                 f"the field {field!r} is not a list of passages with a text, and a title that is a text", shape
             )
+        for passage in found:
+            if near := misspelt(passage, ("docid", "title", "text", "score")):
+                raise Unusable(*unknown_key(*near))
         given = [passage.get("score") for passage in found]
         scores = [math.nan if score is None else score for score in given]
         if not _numbers(scores):
@@ -204,13 +217,14 @@ def _listed(query: str, texts: list[Any], scores: list[float]) -> Lines:
 def reader_of(form: str, first: Record) -> Reader:
     """The reader of a format, which for columns goes by the file's first record. Raises Unusable."""
     if form == "texts":
-        return Reader(_plain)
+        return Reader(_plain, ("query", "positives", "negatives", "scores"))
     if form == "tevatron":
-        return Reader(_tevatron)
+        return Reader(_tevatron, ("query_id", "query", "positive_passages", "negative_passages"))
     if form == "flagembedding":
-        return Reader(_flagembedding)
+        return Reader(_flagembedding, ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt"))
     columns = Columns(first)
-    return Reader(columns, columns.grouped)
+    # A label by any of its names is one; text columns go by their order, whatever they are called.
+    return Reader(columns, [*columns.columns, *(LABELS if columns.label is None else [columns.label])], columns.grouped)
 
 
 # Columns that name a text: whoever took one for a query would train on names.

@@ -174,7 +174,7 @@ def index_records(
     opened = (0, "")  # number and query of the group at hand
     for start, number, record in records:
         try:
-            lines = read.one(record)
+            lines = read.checked(record)
         except Unusable as error:
             raise InputError(where(number), error.what, error.remedy) from None
         if not (read.grouped and starts and lines.query == opened[1]):
