@@ -141,6 +141,28 @@ def a_lens_path_names_a_lens(config: Run) -> Iterator[Broken]:
             yield Broken(f"{key}.lens_path", "is ignored by lens: head", f"set {key}.lens: tuned, or take it out")
 
 
+def a_lens_has_layers_to_read(config: Run) -> Iterator[Broken]:
+    """Only layers are read through a tuned lens; the final state is read as the model serves it."""
+    of_layers, losses = config.losses.needing("layers"), config.losses
+    reading = {*of_layers, *(name for name in losses.needing("features") if getattr(getattr(losses, name), "count", 0))}
+    for key, teacher in config.taught.items():
+        tuned = getattr(teacher, "lens", "head") == "tuned" and not isinstance(teacher, CachedRole)
+        if tuned and not (config.losses.needs_teacher and reading & fed(config, teacher)):
+            what = "tuned is ignored: no loss that it feeds reads layers"
+            yield Broken(f"{key}.lens", what, "set it to head, or losses.layer.weight above 0")
+
+
+def sharding_is_of_a_sharded_teacher(config: Run) -> Iterator[Broken]:
+    """DeepSpeed's file of the teacher is read where a frozen teacher may be sharded."""
+    usual = type(config.deepspeed).model_fields["teacher"].default
+    if config.deepspeed.teacher == usual:
+        return
+    shares = ("auto", "zero3")  # auto: decided by the memory there is
+    if not any(getattr(one, "placement", None) in shares and not one.train for one in config.taught.values()):
+        what = "is ignored: no frozen teacher of this run can be sharded"
+        yield Broken("deepspeed.teacher", what, "take it out, or set teacher.placement: zero3")
+
+
 def teacher_gives_what_losses_read(config: Run) -> Iterator[Broken]:
     """A teacher that is not a model of this run gives less than one that is."""
     from lead_ds.teachers.open import teacher_class
@@ -341,6 +363,8 @@ RULES: tuple[Rule, ...] = (
     informative_layers_stay_so,
     a_lens_has_one_state_to_read,
     a_lens_path_names_a_lens,
+    a_lens_has_layers_to_read,
+    sharding_is_of_a_sharded_teacher,
     several_teachers_share,
     teacher_gives_what_losses_read,
     teachers_come_and_go,

@@ -71,7 +71,19 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         {"teacher": {"lens_path": "lens"}},
         "teacher.lens_path",
         "is ignored by lens: head",
+        {"teacher": {"lens": "tuned"}, "losses": {"layer": {"weight": 1}}},
+    ),
+    "a_lens_has_layers_to_read": (
         {"teacher": {"lens": "tuned"}},
+        "teacher.lens",
+        "tuned is ignored: no loss that it feeds reads layers",
+        {"losses": {"embedding": {"weight": 1, "teacher_layers": [0], "student_layers": [0]}}},
+    ),
+    "sharding_is_of_a_sharded_teacher": (
+        {"teacher": {"placement": "replicate"}, "deepspeed": {"teacher": "mine.json"}},
+        "deepspeed.teacher",
+        "is ignored: no frozen teacher of this run can be sharded",
+        {"teacher": {"placement": "auto"}},
     ),
     "teacher_gives_what_losses_read": (
         {"losses": {"layer": {"weight": 1}}, "teacher": {"kind": "scores", "path": None}},
