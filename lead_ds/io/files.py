@@ -20,6 +20,7 @@ from lead_ds.errors import InputError, RunError
 from lead_ds.io.adapters import adapter_of
 from lead_ds.io.json_text import parse_json
 from lead_ds.io.mapped import cached_arrays, signature
+from lead_ds.io.notes import say_once
 
 # What decides a model's vectors, in a Hugging Face or sentence-transformers directory.
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
@@ -167,6 +168,24 @@ def data_checksum(path: Path) -> str:
         return {"digest": np.frombuffer(bytes.fromhex(checksum([path])), np.uint8)}
 
     return cached_arrays(path, "checksum", key, build)["digest"].tobytes().hex()
+
+
+def data_checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """`data_checksum` of files in a folder, by name: what `check_written` compares."""
+    return {name: data_checksum(folder / name) for name in names}
+
+
+def check_written(folder: Path, names: Iterable[str], sums: Any, again: str) -> None:
+    """Raise InputError, with the remedy `again`, for a file that is not as it was written; say once where nobody can tell.
+
+    sums: of `data_checksums`, from the folder's record; None of one that an earlier version, or another hand, has written.
+    """
+    if not isinstance(sums, dict):
+        say_once(f"{folder}: has no checksums, so that its files are read as they are, damaged or not")
+        return
+    for name in names:
+        if sums.get(name) != data_checksum(folder / name):
+            raise InputError(folder / name, "is not as it was written", again)
 
 
 def model_checksum(path: str | Path) -> str:

@@ -20,7 +20,8 @@ from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.data.tokens.longest_first import Tokenised, longest_first
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.facts import check_facts
-from lead_ds.io.files import atomic, data_checksum, read_json, write_json
+from lead_ds.io.files import atomic, data_checksum, data_checksums, read_json, write_json
+from lead_ds.io.notes import say_once
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import Progress, progress
 from lead_ds.io.shards import MANIFEST, refuse_strangers, turns, unfinished
@@ -206,7 +207,12 @@ def encode_to(
             raise agreed
         vectors = Vectors(folder, agreed)
         paths = [vectors.path(shard) for shard in range(vectors.shards)]
-        todo = peers.from_main(unfinished(paths))
+        sums = vectors.manifest.get("checksums") or {}
+
+        def changed(path: Path) -> str | None:
+            return "not as it was written" if sums and sums.get(path.name) != data_checksum(path) else None
+
+        todo = peers.from_main(unfinished(paths, changed, say_once) if peers.rank == 0 else [])
         mine = turns(todo, peers.rank, peers.world)
         total = sum(len(vectors.rows(shard)) for shard in mine if shard is not None)
         with progress(f"encoding {texts.path.name}", total, "texts", shown=peers.rank == 0 and total > 0) as meter:
@@ -226,7 +232,10 @@ def encode_to(
                     else:
                         _write_shard(vectors.path(shard), encoded.cpu().numpy(), stored.dtype, small.get("ranges"))
         peers.barrier()
-        return Vectors.open(folder)
+        if peers.rank == 0 and (todo or not sums):
+            write_json(folder / MANIFEST, vectors.manifest | {"checksums": data_checksums(folder, vectors.names)})
+        peers.barrier()
+        return Vectors.open(folder, verify=False)
 
 
 def _calibrated(

@@ -15,7 +15,7 @@ import torch
 
 from lead_ds.data.collections.texts import Ids
 from lead_ds.errors import InputError, RunError
-from lead_ds.io.files import atomic, data_checksum, read_json, write_json
+from lead_ds.io.files import atomic, check_written, data_checksums, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
@@ -125,7 +125,8 @@ def build_index(
         if finer is not None:
             _copy(finer, out / RESCORE)
         # Last: its presence is what marks the folder as holding an index.
-        write_json(out / META, facts_of(vectors, factory, queries) | {"checksum": data_checksum(out / INDEX)})
+        sums = data_checksums(out, (INDEX, IDS))
+        write_json(out / META, facts_of(vectors, factory, queries) | {"checksums": sums})
         return out
 
 
@@ -164,9 +165,9 @@ class Index(Indexed):
             return InvertedIndex.of(folder, meta, given)
         import faiss
 
-        # FAISS trusts what it reads: of a damaged file it may never come back. An older index has no checksum.
-        if meta.get("checksum") is not None and meta["checksum"] != data_checksum(folder / INDEX):
-            raise InputError(folder / INDEX, "is not as it was written", "build it again")
+        # FAISS trusts what it reads: of a damaged file it may never come back.
+        older = {INDEX: meta["checksum"]} if "checksum" in meta else None
+        check_written(folder, (INDEX,) if older else (INDEX, IDS), meta.get("checksums", older), "build it again")
         try:
             # Mapped, not read: an index larger than memory can be searched, its pages come when they are looked at.
             # Older versions of FAISS map IVF lists only.
@@ -277,8 +278,7 @@ def _chunks(vectors: Vectors, *, signs: bool = False) -> Iterator[np.ndarray]:
 def _copy(vectors: Vectors, folder: Path) -> None:
     """Vectors as they are stored, in a folder of the index."""
     folder.mkdir(exist_ok=True)
-    names = [IDS, *(vectors.path(shard).name for shard in range(vectors.shards)), MANIFEST]  # the manifest last
-    for name in names:
+    for name in (*vectors.names, MANIFEST):  # the manifest last
         with atomic(folder / name) as temporary:
             shutil.copyfile(vectors.folder / name, temporary)
 

@@ -21,7 +21,7 @@ from scipy import sparse
 from lead_ds.data.collections.texts import Ids
 from lead_ds.errors import InputError
 from lead_ds.io.facts import digest
-from lead_ds.io.files import atomic, write_json
+from lead_ds.io.files import atomic, check_written, data_checksums, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import damage, mapped, refuse_strangers, save_arrays, unfinished
@@ -62,7 +62,8 @@ def build_inverted(vectors: Vectors, out: Path, *, quiet: bool, queries: dict[st
                 with atomic(paths[shard]) as temporary:
                     save_arrays(temporary, arrays, owner)
                 meter.advance(len(vectors.rows(shard)))
-        write_json(out / META, facts)  # last: its presence is what marks the folder as holding an index
+        sums = data_checksums(out, [IDS, *(path.name for path in paths)])
+        write_json(out / META, facts | {"checksums": sums})  # last: its presence is what marks the folder as an index
     return out
 
 
@@ -79,14 +80,16 @@ class InvertedIndex(Indexed):
         shards = -(-int(meta["count"]) // int(meta["shard_rows"]))
         if len(ids) != meta["count"]:
             raise InputError(folder, "its ids and index.json do not belong together", _AGAIN)
-        for shard in range(shards):
-            path = _path(folder, shard)
+        paths = [_path(folder, shard) for shard in range(shards)]
+        facts = {name: value for name, value in meta.items() if name != "checksums"}
+        for path in paths:
             try:
                 owner = mapped(path)[1].get("cache")
             except (OSError, ValueError, KeyError) as error:
                 raise InputError(path, f"cannot be read: {error}", _AGAIN) from None
-            if owner != digest(meta):
+            if owner != digest(facts):
                 raise InputError(path, "does not belong to this index", _AGAIN)
+        check_written(folder, [IDS, *(path.name for path in paths)], meta.get("checksums"), _AGAIN)
         return cls(folder, meta, ids)
 
     def blocks(self) -> Iterator[tuple[int, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lead_ds.data.collections.texts import Ids, Texts
 from lead_ds.errors import InputError
-from lead_ds.io.files import data_checksum, read_json
+from lead_ds.io.files import check_written, data_checksum, read_json
 from lead_ds.io.shards import MANIFEST
 from lead_ds.retrieval.small import SMALL, restored
 from lead_ds.retrieval.sparse import SparseVectors
@@ -30,8 +30,11 @@ class Vectors:
         self.folder, self.manifest = folder, manifest
 
     @classmethod
-    def open(cls, folder: str | Path) -> Vectors:
-        """Finished vectors of `encode_to`. Raises InputError when there are none, or when they are not finished or damaged."""
+    def open(cls, folder: str | Path, *, verify: bool = True) -> Vectors:
+        """Finished vectors of `encode_to`. Raises InputError when there are none, or when they are not finished or damaged.
+
+        verify: compare the files with their checksums, which are computed again where a file has changed.
+        """
         folder = Path(folder)
         manifest = read_json(folder / MANIFEST, "make it with lead-ds encode")
         sizes = manifest.get("count"), manifest.get("shard_rows")
@@ -44,15 +47,20 @@ class Vectors:
             raise InputError(folder, what, "run lead-ds encode again to finish it")
         if not (folder / IDS).is_file():
             raise InputError(folder / IDS, "no such file", AGAIN)
-        if vectors.dtype == SPARSE:
-            return vectors
-        width = -(-vectors.dimension // 8) if vectors.dtype.endswith("binary") else vectors.dimension
-        for shard in range(vectors.shards):
-            if vectors.block(shard).dtype.kind != {"ubinary": "u", "int8": "i", "binary": "i"}.get(vectors.dtype, "f"):
-                raise InputError(vectors.path(shard), f"holds {vectors.block(shard).dtype}, not vectors", AGAIN)
-            if vectors.block(shard).shape != (len(vectors.rows(shard)), width):
-                raise InputError(vectors.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
+        if vectors.dtype != SPARSE:
+            vectors._check_shapes()
+        if verify:
+            check_written(folder, vectors.names, manifest.get("checksums"), AGAIN)
         return vectors
+
+    def _check_shapes(self) -> None:
+        width = -(-self.dimension // 8) if self.dtype.endswith("binary") else self.dimension
+        for shard in range(self.shards):
+            block = self.block(shard)
+            if block.dtype.kind != {"ubinary": "u", "int8": "i", "binary": "i"}.get(self.dtype, "f"):
+                raise InputError(self.path(shard), f"holds {block.dtype}, not vectors", AGAIN)
+            if block.shape != (len(self.rows(shard)), width):
+                raise InputError(self.path(shard), "holds another number of vectors than the manifest gives", AGAIN)
 
     def __len__(self) -> int:
         return int(self.manifest["count"])
@@ -101,6 +109,11 @@ class Vectors:
     def path(self, shard: int) -> Path:
         """The file of a shard."""
         return self.folder / f"vectors-{shard:05d}.{'npz' if self.dtype == SPARSE else 'npy'}"
+
+    @property
+    def names(self) -> list[str]:
+        """Its files, but for the manifest."""
+        return [IDS, *(self.path(shard).name for shard in range(self.shards))]
 
     def rows(self, shard: int) -> range:
         """The rows that a shard holds."""

@@ -23,7 +23,7 @@ from lead_ds.engine.records.checkpoint import MANIFEST as CHECKPOINT
 from lead_ds.engine.records.checkpoint import Checkpoints, checksum
 from lead_ds.io import owner, shards
 from lead_ds.io.adapters import adapter_of
-from lead_ds.io.files import data_checksum
+from lead_ds.io.files import data_checksums
 from lead_ds.io.fingerprints import Fingerprints
 from lead_ds.models.lens import Lens, load_lens
 from lead_ds.models.load import load_encoder
@@ -278,7 +278,7 @@ def indexed(folder: Path) -> None:
         "prompt": "",
     }
     facts |= {"length": 8}
-    facts |= {"data": "x", "count": 3, "checksum": data_checksum(folder / "index.faiss")}
+    facts |= {"data": "x", "count": 3, "checksums": data_checksums(folder, ("index.faiss", "ids.txt"))}
     (folder / "index.json").write_text(json.dumps(facts))
 
 

@@ -103,6 +103,24 @@ def test_a_killed_encode_is_finished_by_the_next(model: Path, data: Path, tmp_pa
     assert not list(out.glob(".*.tmp"))
 
 
+def test_a_damaged_shard_is_made_again(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer, encoder = open_encoder(str(model), "cpu")
+    corpus = Dataset.open(data).corpus
+    vectors = encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL, stored=Stored(shard_rows=20))
+    good, at = whole(vectors), vectors.path(1)
+    content = bytearray(at.read_bytes())
+    content[-7] ^= 1
+    at.write_bytes(content)
+    with pytest.raises(InputError, match=f"{at.name}: is not as it was written"):
+        Vectors.open(tmp_path / "v")
+    again = encode_to(tmp_path / "v", scorer.embed, encoder, corpus, MODEL)
+    assert f"{at.name} is damaged (not as it was written): it is made again" in capsys.readouterr().err
+    np.testing.assert_array_equal(whole(again), good)
+    Vectors.open(tmp_path / "v")
+
+
 def test_vectors_of_another_model_are_not_mixed(model: Path, data: Path, tmp_path: Path) -> None:
     scorer, encoder = open_encoder(str(model), "cpu")
     corpus = Dataset.open(data).corpus

@@ -123,7 +123,7 @@ def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path)
     for file in flat.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "ids.txt").write_text("a\nb\n")
-    with pytest.raises(InputError, match="do not belong together"):
+    with pytest.raises(InputError, match=r"ids\.txt: is not as it was written"):
         Index.open(tmp_path)
     (tmp_path / "index.faiss").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="is not as it was written"):
@@ -139,8 +139,8 @@ def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path)
         ("vectors-00001.npy", -100, "vectors-00001.npy: is damaged"),
         ("vectors-00002.npy", "vectors-00001.npy", "another number of vectors"),
         ("vectors-00001.npy", None, "1 of 3 shards are missing"),
-        ("ids.txt", b"a\nb\n", "holds 2 ids of 60 vectors"),
-        ("ids.txt", b"\xff\n", "cannot be read"),
+        ("vectors-00001.npy", "vectors-00000.npy", "vectors-00001.npy: is not as it was written"),
+        ("ids.txt", b"a\nb\n", "ids.txt: is not as it was written"),
         ("ids.txt", None, "no such file"),
     ],
 )
@@ -209,3 +209,16 @@ def test_a_damaged_index_is_refused_before_faiss_reads_it(vectors: Vectors, tmp_
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"index\.faiss: is not as it was written \(build it again\)"):
         Index.open(tmp_path / "index")
+
+
+def test_an_index_without_checksums_is_read_and_told(
+    vectors: Vectors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = build_index(vectors, tmp_path / "index", quiet=True) / "index.json"
+    Index.open(tmp_path / "index")
+    assert not capsys.readouterr().err
+    record.write_text(
+        json.dumps({name: x for name, x in json.loads(record.read_text()).items() if name != "checksums"})
+    )
+    Index.open(tmp_path / "index")
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'index'}: has no checksums, so that its files are read")
