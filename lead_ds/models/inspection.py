@@ -15,6 +15,7 @@ from lead_ds.models.inventory import unread
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import LENGTHS, load_scorer, named_kind
 from lead_ds.models.merging import adapter_facts, merge_adapter
+from lead_ds.models.vocabulary import check_weights
 from lead_ds.settings.parse import apply_override
 
 _DTYPES = {"BF16": "bf16", "F16": "fp16"}
@@ -44,6 +45,7 @@ def inspect_model(path: str, settings: Sequence[str] = (), kind: str | None = No
     own = _DTYPES.get(saved[0], "fp32") if len(saved) == 1 else "fp32"
     scorer, encoder = load_scorer(path, name, [f"dtype={own}", *settings])
     check_room(encoder, "")
+    check_weights(scorer, encoder, path)
     given: dict[str, Any] = {}
     for setting in settings:
         apply_override(given, setting, scorer.Settings)

@@ -1,4 +1,4 @@
-"""Whether a model has an embedding for every token that its tokenizer may give it."""
+"""Whether a model has an embedding for every token that its tokenizer may give it, and weights that are numbers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,22 @@ def check_vocabulary(model: nn.Module, encoder: TextEncoder | None, path: str) -
     if beyond:
         encoder.words = rows
         say_once(f"{path}: has {rows} embeddings, its tokenizer's token {listed}: a text that holds it cannot be read")
+
+
+def check_weights(model: nn.Module, encoder: TextEncoder, path: str) -> None:
+    """Raise InputError for a weight that is not finite, naming it, and of the table of words the first token.
+
+    Texts without that token, such as those that a model is tried on, would not show it.
+    """
+    rows, tokenizer = embedding_rows(model), encoder.tokenizer
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or (finite := weight.float().isfinite()).all():
+            continue
+        at = (~finite).nonzero()[0].tolist()
+        word = tokenizer is not None and finite.dim() == 2 and len(finite) == rows
+        which = f", such as the row of token {tokenizer.convert_ids_to_tokens(at[0])!r}" if word else ""
+        what = f"{int((~finite).sum())} of {finite.numel()} numbers of its weight {name} are not finite{which}"
+        raise InputError(path, what, "take the model from where it came from again")
 
 
 def embedding_rows(model: nn.Module) -> int | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lead_ds.data.reads import ModelBatch
+from lead_ds.data.tokens.encoder import Tokens, score_mask
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.errors import InputError
+from lead_ds.errors import InputError, RunError
 from lead_ds.io.notes import say_once
 from lead_ds.relevance import Features
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.teacher import Teacher, TeacherView
 
 _REMEDY = {torch.float16: "set {key}.dtype=bf16", torch.bfloat16: "set {key}.dtype=fp32"}
-_WEIGHTS = "; else a weight of the model is not finite"
 
 
 def check_finite(key: str, teacher: Teacher, view: TeacherView, batches: Sequence[ModelBatch], ranks: Ranks) -> None:
@@ -35,8 +37,7 @@ def check_finite(key: str, teacher: Teacher, view: TeacherView, batches: Sequenc
     dtype = next(teacher.scorer.parameters()).dtype
     name = str(dtype).removeprefix("torch.")
     what = f"is {name}, in which {teacher.scorer.config.path} gives numbers that are not finite, {began}"
-    remedy = _REMEDY.get(dtype, "see the model's weights").format(key=key)
-    raise InputError(f"{key}.dtype", what, remedy + (_WEIGHTS if dtype in _REMEDY else ""))
+    raise InputError(f"{key}.dtype", what, remedy_of(dtype, key))
 
 
 def say_constant(key: str, view: TeacherView, group_size: int, ranks: Ranks) -> None:
@@ -50,6 +51,32 @@ def say_constant(key: str, view: TeacherView, group_size: int, ranks: Ranks) -> 
     if all(ranks.all(bool((logits_QN == logits_QN[:, :1]).all()))) and ranks.main:
         what = "gives all passages of a query the same relevance, for all queries of a step: losses over passages teach nothing"
         say_once(f"{key}: {what} (see its lengths and template with lead-ds inspect, or its scores)")
+
+
+def refuse_not_finite(teacher: FrozenTeacher, looked: Tensor, tokens: Tokens, texts: Sequence[Any]) -> None:
+    """Raise RunError naming the first text, or pair of texts, for which a teacher gave what is not finite.
+
+    looked [K, B, ...]: what it gave for `tokens` of B `texts`.
+    """
+    finite_KBx = looked.isfinite()
+    if looked.dim() == 4:  # states of tokens, of which some do not count
+        finite_KBx |= (score_mask(tokens) == 0)[None, :, :, None]
+    finite_B = finite_KBx.transpose(0, 1).flatten(1).all(1)
+    if finite_B.all():
+        return
+    text = texts[int((~finite_B).nonzero()[0])]
+    shown = " with ".join(
+        repr(part[:80]) for part in ([text] if isinstance(text, str) else text) if isinstance(part, str)
+    )
+    dtype = next(teacher.scorer.parameters()).dtype
+    what = f"gives numbers that are not finite, as {str(dtype).removeprefix('torch.')}, for {shown}"
+    raise RunError(teacher.scorer.config.path, what, remedy_of(dtype, "teacher"))
+
+
+def remedy_of(dtype: torch.dtype, key: str) -> str:
+    """What to do about a teacher of section `key` that gives what is not finite."""
+    weights = "see the model's weights: lead-ds inspect names those that are not finite"
+    return f"{_REMEDY[dtype].format(key=key)}; else {weights}" if dtype in _REMEDY else weights
 
 
 def finite(features: Features) -> bool:

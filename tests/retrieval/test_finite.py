@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lead_ds.cli.main import main
+from lead_ds.config import Config
 from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import write_run
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.files import write_json
+from lead_ds.models.export import export_sentence_transformers
+from lead_ds.models.inspection import inspect_model
 from lead_ds.retrieval.encode import encode_to
 from lead_ds.retrieval.encoded import make_run
 from lead_ds.retrieval.evaluate import Task, evaluate_model, open_encoder
@@ -24,16 +29,25 @@ from lead_ds.retrieval.index import build_index
 from lead_ds.retrieval.rerank import Reranker, evaluate_reranked
 from lead_ds.retrieval.vectors import Vectors
 from lead_ds.settings.data import DataConfig
+from lead_ds.settings.parse import parse_section
+from lead_ds.teachers.fit_lens import Fit, fit_lens
+from lead_ds.teachers.teach import teach
+from tests.helpers.rooms import settings
 from tests.helpers.tiny import write_jsonl
 
 
 @pytest.fixture
 def broken(model: Path, tmp_path: Path) -> Path:
     """The tiny model with a row of its embedding matrix that is not a number."""
-    folder = Path(shutil.copytree(model, tmp_path / "broken"))
+    return spoilt(model, tmp_path / "broken")
+
+
+def spoilt(model: Path, folder: Path) -> Path:
+    """A copy of a model that gives no number for a text with an octopus."""
+    shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("word_embeddings.weight"))
-    ids = open_encoder(str(model), "cpu")[1].tokenizer("octopus")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)("octopus")["input_ids"]
     weights[name][ids[1]] = math.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -54,12 +68,39 @@ def test_a_vector_that_is_not_finite_names_its_text(broken: Path, data: Path, tm
         evaluate_reranked(reranker.scorer, reranker.encoder, Task(dataset, "test"), found, quiet=True)
 
 
+def test_a_weight_that_is_not_finite_is_named_by_inspect_and_export(broken: Path, tmp_path: Path) -> None:
+    told = r"16 of 6400 numbers of its weight \S*word_embeddings\.weight are not finite, such as the row of token '.+' \(take"
+    for command in (inspect_model, partial(export_sentence_transformers, out=tmp_path / "out")):
+        with pytest.raises(InputError, match=told):
+            command(str(broken))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["dual_encoder", "colbert", "cross_encoder"])
+def test_what_a_teacher_gives_that_is_not_finite_names_the_text(rooms: Path, tmp_path: Path, kind: str) -> None:
+    tree = settings(rooms, tmp_path / "run", teacher=kind)
+    good = rooms / ("cross" if kind == "cross_encoder" else "bert")
+    tree["teacher"]["path"] = str(spoilt(good, tmp_path / "broken"))
+    for work in (teach, partial(fit_lens, fit=Fit())):
+        if kind != "colbert" or work is teach:
+            with pytest.raises(
+                RunError, match=r"broken: gives numbers that are not finite, as float32, for '.*octopus"
+            ):
+                work(parse_section(Config, tree, "x.yaml"), out=tmp_path / "out", quiet=True)
+
+
 def test_vectors_of_another_hand_are_checked_before_they_are_indexed(model: Path, data: Path, tmp_path: Path) -> None:
     scorer, encoder = open_encoder(str(model), "cpu")
     vectors = encode_to(tmp_path / "vectors", scorer.embed, encoder, Dataset.open(data).corpus, {})
     array = np.array(vectors.block(0))
     array[7, 3] = np.inf
     np.save(vectors.path(0), array)
+    record = tmp_path / "vectors" / "manifest.json"
+    with pytest.raises(InputError, match=r"vectors-00000\.npy: is not as it was written"):
+        Vectors.open(record.parent)
+    record.write_text(
+        json.dumps({name: x for name, x in json.loads(record.read_text()).items() if name != "checksums"})
+    )
     with pytest.raises(InputError, match="holds a vector that is not finite"):
         build_index(Vectors.open(tmp_path / "vectors"), tmp_path / "index", quiet=True)
 
