@@ -38,7 +38,7 @@ def inspect(
 
     lead-ds inspect models/reranker --kind llm_reranker yes_token=yes no_token=no --json
     """
-    from lead_ds.models.as_read import cut_share
+    from lead_ds.models.as_read import check_room, cut_share
     from lead_ds.models.inspection import inspect_model, shown
 
     if kind is not None:
@@ -48,6 +48,8 @@ def inspect(
     queries, passages = _texts(data) if data is not None else ([], [])
     given = [*(["dtype=fp32"] if compare else []), *check_settings(settings)]
     found = inspect_model(model, given, kind)
+    two = [_QUERY, _PASSAGE]  # that differ: enough to see whether anything is left of a text
+    check_room(found.encoder, "", queries or two, passages or two)
     facts = dict(found.facts)
     query, passage = next(iter(queries), _QUERY), next(iter(passages), _PASSAGE)
     facts["tokens"] = shown(found.encoder, query, passage)

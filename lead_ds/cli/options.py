@@ -116,16 +116,16 @@ def check_settings(settings: list[str] | None) -> list[str]:
 def tell_reading(model: Any, dataset: Any, here: Any = None) -> None:
     """Say on stderr how a model, (scorer, encoder), reads the texts of a dataset, which may be None; one process does.
 
-    Raises InputError where a prompt leaves too little of a text.
+    Raises InputError where a prompt or a length leaves too little of a text.
     """
     import sys
 
     from lead_ds.models.as_read import SAMPLE, check_room, reading_line
 
     scorer, encoder = model
-    check_room(encoder, "")
+    texts = ([], []) if dataset is None else dataset.sample(SAMPLE)
+    check_room(encoder, "", *texts)
     if here is None or here.main:
-        texts = ([], []) if dataset is None else dataset.sample(SAMPLE)
         print(reading_line(scorer, encoder, *texts), file=sys.stderr, flush=True)
 
 

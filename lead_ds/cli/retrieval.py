@@ -334,6 +334,7 @@ def mine(
         from lead_ds.retrieval.rescore import rescore as score_again
 
         teacher = open_teacher(rescore, options.check_settings(rescore_settings))
+        options.tell_reading((teacher[0].scorer, teacher[0].encoder), dataset)
         again = partial(score_again, teacher, dataset, folder=out.with_name(f"{out.name}.scores"))
     mined = run_mine(source, dataset, out, split, how, rescored=again)
     left_out = ", ".join(f"{count} {why}" for why, count in mined.left_out.items() if count)

@@ -142,9 +142,10 @@ class Batches:
         if not self.groups.alone:
             spread = np.linspace(0, len(self.groups) - 1, min(_LOOKED_AT, len(self.groups))).astype(int).tolist()
             refuse_equal([self.groups.draw(row, self.seed, 0) for row in spread], self.groups.path)
+        queries, passages = [group.query for group in groups], [text for group in groups for text in group.passages]
         for who, model in (("student", self.student), *self.teachers.items()):
             if model.encoder is not None:
-                refuse_voided(model.encoder, groups, who)
+                refuse_voided(model.encoder, queries, passages, who)
         if self.group_size * compared == 1 and self.rank == 0:
             what = "every query is compared with its positive alone: losses over passages are 0, and teach nothing"
             say_once(f"data.negatives is 0: {what} (raise it, or train.batch_size)")

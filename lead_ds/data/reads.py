@@ -122,15 +122,16 @@ def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:
     return ModelBatch(size, queries=encoder.queries(queries), passages=encoder.passages(passages))
 
 
-def refuse_voided(encoder: TextEncoder, groups: Sequence[Group], who: str) -> None:
-    """Raise InputError where `who` would read every query, or every passage, of these groups the same, whatever its
-    words.
+def refuse_voided(encoder: TextEncoder, queries: Sequence[str], passages: Sequence[str], where: str) -> None:
+    """Raise InputError where every query, or every passage, of these would be read the same, whatever its words.
 
-    A length that the prompt or the instruction fills is enough: every text behind it is cut away, and no loss shows it.
+    where: whose lengths these are. A length that the prompt or the instruction fills is enough: every text behind it is cut
+    away, and no loss or score shows it.
     """
-    queries = list(dict.fromkeys(group.query for group in groups))
-    passages = list(dict.fromkeys(passage for group in groups for passage in group.passages))
+    queries, passages = list(dict.fromkeys(queries)), list(dict.fromkeys(passages))
     pairs = encoder.reads_pairs
+    if pairs and not (queries and passages):
+        return
     for kind, texts in (("queries", queries), ("passages", passages)):
         if len(texts) < 2:
             continue
@@ -143,10 +144,9 @@ def refuse_voided(encoder: TextEncoder, groups: Sequence[Group], who: str) -> No
         if all(list(row) == list(rows[0]) for row in rows):
             length = "max_length" if pairs else "query_length" if kind == "queries" else "passage_length"
             limit = getattr(encoder, length)
-            what = f"is {limit}, and all {kind} of the first batch read the same: nothing is left of their texts"
-            raise InputError(
-                f"{who}.{length}", what, "raise it, or shorten the prompt, the instruction or the template"
-            )
+            what = f"is {limit}, and all {kind} that were looked at read the same: nothing is left of their texts"
+            key = ".".join(filter(None, [where, length]))
+            raise InputError(key, what, "raise it, or shorten the prompt, the instruction or the template")
 
 
 def refuse_equal(groups: Sequence[Group], path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lead_ds.data.groups.group import Groups
+from lead_ds.data.reads import refuse_voided
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.errors import InputError
 from lead_ds.models.dtypes import dtype_of, published_in, setting_name
@@ -72,14 +73,18 @@ def sample(groups: Groups) -> tuple[list[str], list[str]]:
     return [pool.query for pool in pools], passages
 
 
-def check_room(encoder: TextEncoder, where: str) -> None:
-    """Raise InputError where a prompt or a template leaves too little of a text; `where`: whose lengths these are."""
+def check_room(encoder: TextEncoder, where: str, queries: Sequence[str] = (), passages: Sequence[str] = ()) -> None:
+    """Raise InputError where a prompt or a template leaves too little of a text, or nothing is left of some texts of the data.
+
+    where: whose lengths these are."""
     for name, left in room(encoder).items():
         if left < _FEW:
             length, by = getattr(encoder, name), "template" if encoder.template or encoder.message else "prompt"
             what = f"is {length}, and its {by} leaves {max(left, 0)} tokens of a text"
             key = ".".join(filter(None, [where, name]))
             raise InputError(key, what, f"raise it to {length - left + _FEW} at least, or shorten the prompt")
+    if encoder.tokenizer is not None:
+        refuse_voided(encoder, queries, passages, where)
 
 
 def room(encoder: TextEncoder) -> dict[str, int]:

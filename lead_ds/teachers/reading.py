@@ -32,13 +32,14 @@ from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress
 from lead_ds.io.shards import turns
-from lead_ds.models.as_read import check_room
+from lead_ds.models.as_read import check_room, sample
 from lead_ds.models.kinds.kind import KINDS
 from lead_ds.models.load import load_text, settled_model
 from lead_ds.models.pairwise import compared, joined, pairs_of, states_of
 from lead_ds.relevance import Scale, VectorFeatures
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
+from lead_ds.teachers.finite import refuse_not_finite
 from lead_ds.teachers.frozen import FrozenTeacher
 from lead_ds.teachers.identity import stored_scale
 
@@ -57,7 +58,7 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
         check_shared(out, ranks)
         teacher = agreed(ranks, lambda: settled_model(settings))
         groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(teacher)))
-        agreed(ranks, lambda: check_room(encoder, "teacher"))
+        agreed(ranks, lambda: check_room(encoder, "teacher", *sample(groups)))
         yield ranks, config.model_copy(update={"teacher": teacher}), groups, encoder  # type: ignore[attr-defined]
 
 
@@ -169,7 +170,9 @@ class Reader(ABC):
 
         for places, tokens in longest_first(len(items), load, batch_size=self.batch_size):
             moved = {name: x.to(self.teacher.device) for name, x in tokens.items()}
-            yield places, moved, self.look(moved)
+            looked = self.look(moved)
+            refuse_not_finite(self.teacher, looked, moved, [items[place] for place in places])
+            yield places, moved, looked
 
     def _tokens_of_pairs(self, pairs: Sequence[tuple[str, str]]) -> Tokens:
         return self.encoder.pairs([query for query, _ in pairs], [passage for _, passage in pairs])

@@ -211,6 +211,21 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
         ["mine: depth", "skip + number", "9"],
     ),
     "words in common beyond all": (nothing, MINE + " --similar 1.5", ["mine: similar", "1.5"]),
+    "lengths that leave nothing to search": (
+        nothing,
+        "search --model model --data data --set passage_length=2 hello",
+        ["passage_length: is 2, and all passages"],
+    ),
+    "lengths that leave nothing to encode": (
+        nothing,
+        "encode --model model --data data --out out passage_length=2",
+        ["passage_length: is 2, and all passages"],
+    ),
+    "lengths that leave nothing to score": (
+        nothing,
+        MINE + " --split dev --rescore model --rescore-set query_length=2",
+        ["query_length: is 2, and all queries"],
+    ),
     "unknown sample": (nothing, MINE + " --sample best", ["mine: sample", "'top', 'random' or 'stratified'", "best"]),
     "corpus changed before search": (another_corpus, SEARCH, ["index", "corpus.jsonl", "encode and index it again"]),
     "corpus grown before search": (longer_corpus, SEARCH, ["index", "corpus.jsonl", "encode and index it again"]),

@@ -27,6 +27,8 @@ from lead_ds.errors import InputError
 from lead_ds.models.load import load_text
 from lead_ds.relevance import ScoreFeatures
 from lead_ds.teachers.finite import say_constant
+from lead_ds.teachers.fit_lens import Fit, fit_lens
+from lead_ds.teachers.teach import teach
 from lead_ds.teachers.teacher import TeacherView
 from tests.helpers.batches import windows_of
 from tests.helpers.forked import lead_ds
@@ -61,6 +63,17 @@ def test_a_length_that_leaves_nothing_of_the_texts(
     else:
         with pytest.raises(InputError, match=told):
             batches.check(1)
+
+
+def test_a_length_that_leaves_nothing_of_pairs_is_refused_by_whatever_reads_them(
+    configure: Configure, tmp_path: Path
+) -> None:
+    config = load_config(configure("cross", teacher="cross_encoder", extra_teacher={"max_length": 4}))
+    told = r"teacher\.max_length: is 4, and all queries .* read the same"
+    with pytest.raises(InputError, match=told):
+        teach(config, tmp_path / "cache", quiet=True)
+    with pytest.raises(InputError, match=told):
+        fit_lens(config, tmp_path / "lens", Fit(), quiet=True)
 
 
 def test_a_passage_compared_with_nothing_is_told(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
