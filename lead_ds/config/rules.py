@@ -352,7 +352,34 @@ def first_dimensions_are_of_what_is_read(config: Run) -> Iterator[Broken]:
         yield Broken("teacher.dim", "does not go with a tuned lens, which is fitted to whole vectors", "take it out")
 
 
+def queries_alone_have_an_index(config: Run) -> Iterator[Broken]:
+    """A student whose passages are a teacher's has one, which stays as it is, and has queries alone to learn by."""
+    key, kind = "student.passages", config.student.kind
+    if getattr(config.student, "passages", "own") == "own":
+        return
+    if not gives_vectors(kind) or is_sparse(kind):
+        yield Broken(key, f"teacher: a {kind} gives no vectors that a teacher's index holds", "set it to own")
+    if len(config.taught) != 1 or config.cotrained is not None:
+        yield Broken(
+            key, "teacher: needs one teacher, which is not trained: its index stays", "name one, or set it to own"
+        )
+    if config.data.format == "texts":
+        yield Broken(key, "teacher: texts alone have no passages", "set it to own, and losses.embedding.of: [queries]")
+    for name in config.losses.needing("layers", "attention"):
+        yield Broken(f"losses.{name}.weight", "reads passages, and the student reads queries alone", "set it to 0")
+    for name, (_, section) in config.losses.active.items():
+        of = getattr(section, "of", [])
+        if others := [texts for texts in of if texts not in ("queries", "query_query", "query_passage")]:
+            what = f"names {', '.join(others)}, which are the teacher's own: student.passages is teacher"
+            yield Broken(f"losses.{name}.of", what, "take it out")
+    if config.evaluation.split is not None:
+        what = "would search an index of the student's own, and student.passages is teacher"
+        remedy = "set it to null, and evaluate afterwards: --query-model STUDENT --document-model TEACHER"
+        yield Broken("evaluation.split", what, remedy)
+
+
 RULES: tuple[Rule, ...] = (
+    queries_alone_have_an_index,
     losses_have_a_teacher,
     labels_have_something_to_compare,
     pairs_have_something_to_compare,

@@ -74,6 +74,7 @@ class Reads:
     at_once: int | None = None  # groups of a batch; None: all of a window
     passes: int | Literal["packed"] | None = None
     queries_at_once: int | None = None  # with GradCache
+    queries_alone: bool = False  # passages are another model's
     by_words: bool = False  # its attention is compared with the student's, by the words that both see
     tokens: TokenCache | None = None
     span: Span = Span()  # noqa: RUF009  # immutable; the steps at which it is read in training
@@ -101,7 +102,14 @@ class Reads:
     def _tokens(self, groups: Sequence[Group]) -> ModelBatch:
         assert self.encoder is not None
         size = len(groups[0].keys)
-        batch = read(self.encoder, groups) if self.tokens is None else ModelBatch(size, **self.tokens.read(groups))
+        if self.tokens is not None:
+            batch = ModelBatch(size, **self.tokens.read(groups))
+        elif self.queries_alone:
+            batch = ModelBatch(size, queries=self.encoder.queries([group.query for group in groups]))
+        else:
+            batch = read(self.encoder, groups)
+        if self.queries_alone:
+            batch = replace(batch, passages=None)
         if self.queries_at_once is not None:
             return split(batch, self.encoder, -(-len(groups) // self.queries_at_once), even)
         if self.passes == "packed":

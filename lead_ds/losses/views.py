@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lead_ds.relevance import Features, Impl, Relevance
+from lead_ds.relevance import Features, Impl, Relevance, VectorFeatures
 
 Who = Literal["student", "teacher"]
 What = Literal["final", "layers"]
@@ -58,6 +58,13 @@ class Side:
     def detach(self) -> Side:
         """Features without gradient."""
         return self.mapped(lambda features: features.detach())
+
+    def asking(self, other: Side) -> Side:
+        """Its queries with the other's passages, which carry no gradient. Both are vectors of one width."""
+        own, theirs = self.final, other.final
+        assert isinstance(own, VectorFeatures)
+        assert isinstance(theirs, VectorFeatures)
+        return replace(self, final=replace(own, p_KPD=theirs.p_KPD.detach().to(own.q_KQD)))
 
     def mapped(self, change: Callable[[Features], Features]) -> Side:
         """With `change` of its features."""

@@ -131,8 +131,8 @@ class Scorer(nn.Module):
         return torch.cat(said, 1).index_select(1, passes.order)
 
     def of_texts(self, batch: ModelBatch, layers: Sequence[int], tap_layers: Sequence[int]) -> Any:
-        """`_read` of a batch's queries (of texts alone: none) and passages, and the attention taps of both."""
-        assert batch.passages is not None
+        """`_read` of a batch's queries (of texts alone: none) and passages (where another model reads them: none), and the
+        attention taps of both."""
 
         def read(tokens: Tokens) -> Tensor:
             return self._read(tokens, layers)
@@ -147,6 +147,9 @@ class Scorer(nn.Module):
         if batch.queries is not None:
             with self.tapping(tap_layers) as taps_queries:
                 queries = read(batch.queries)
+        if batch.passages is None:
+            assert queries is not None
+            return queries, queries[:, :0], taps_queries, None
         with self.tapping(tap_layers) as taps_passages:
             passages = read(batch.passages)
         return passages[:, :0] if queries is None else queries, passages, taps_queries, taps_passages

@@ -175,6 +175,12 @@ class StudentRole(ModelConfig):
         "as int8, or signs alone, would hold them (straight-through)",
     )
 
+    passages: Literal["own", "teacher"] = Field(
+        "own",
+        description="teacher: it reads queries alone, and every loss compares them with the teacher's vectors of the passages: "
+        "for searching the teacher's index (evaluate --query-model STUDENT --document-model TEACHER)",
+    )
+
     @field_validator("dims")
     @classmethod
     def _dims(cls, value: list[int] | None) -> list[int] | None:

@@ -19,6 +19,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "a teacher section is missing: response of losses",
         {"losses": {"response": {"weight": 0}}},
     ),
+    "queries_alone_have_an_index": (
+        {"student": {"passages": "teacher"}, "evaluation": {"split": "dev"}},
+        "evaluation.split",
+        "would search an index of the student's own",
+        {"evaluation": {"split": None}},
+    ),
     "templates_are_of_frozen_models": (
         {"student": {"kind": "cross_encoder", "template": "pair"}},
         "student.template",

@@ -233,7 +233,8 @@ def open_inputs(
 
 def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ranks, given: Given = NOTHING) -> Batches:
     """The windows of a run: its groups, as the student and the teachers that its losses read are given them."""
-    student = Reads(encoder, passes=config.student.passes, queries_at_once=config.train.grad_cache)
+    alone = config.student.passages == "teacher"
+    student = Reads(encoder, passes=config.student.passes, queries_at_once=config.train.grad_cache, queries_alone=alone)
     teachers: dict[str, Reads] = {}
     for key, settings in config.taught.items() if config.losses.needs_teacher else ():
         text = given.teacher_text(key, settings)

@@ -160,7 +160,9 @@ def moments(student: Kind, reads: Reads, batches: Batches, ranks: Ranks, texts: 
     total: Moments | None = None
     for window in first_windows(batches, ranks, texts):
         own = final_of(student, window.student, ranks.device)
-        part = Moments.of(_texts(own, "student"), _texts(reads(window), "teacher"))
+        student_BD, teacher_BD = _texts(own, "student"), _texts(reads(window), "teacher")
+        # A student may read queries alone, which come first.
+        part = Moments.of(student_BD, teacher_BD[: len(student_BD)])
         total = part if total is None else total + part
     assert total is not None
     parts = ranks.all((total.tt.numpy(), total.ts.numpy(), total.ss.numpy()))

@@ -39,17 +39,22 @@ def build_objective(
             what = f"reads layers of both models, and the {who} is read at its final state alone"
             raise InputError(f"losses.{name}.weight", what, "set it to 0")
     compares, dims = config.losses.needing("features"), config.student.dims or ()
-    window = batches.window(0) if compares else None
+    asking = config.student.passages == "teacher"
+    window = batches.window(0) if compares or asking else None
     width = student.features_width if dims else None
     if window is not None:
         width = said(student, window.student[0].to(ranks.device)).width
-        check_width(compares[0], "student", width)
+        if compares:
+            check_width(compares[0], "student", width)
     teachers: list[Taught] = []
     for place, (teacher, settings) in enumerate(zip(taught, config.taught.values(), strict=bool(taught))):
         losses, of_vectors = fed(config, settings), None
-        if window is not None and not losses.isdisjoint(compares):
+        if window is not None and (asking or not losses.isdisjoint(compares)):
             of_vectors = final_of(teacher, window.teachers[place], ranks.device).width
-            check_width(compares[0], "teacher", of_vectors)
+            if asking:
+                check_index(width, of_vectors)
+            else:
+                check_width(compares[0], "teacher", of_vectors)
         facts = ModelFacts(settings.kind, teacher.num_layers, of_vectors)
         teachers.append(Taught(facts, losses, getattr(settings, "weight", 1.0)))
     learner = ModelFacts(config.student.kind, student.num_layers, width, student.unit)
@@ -63,6 +68,18 @@ def check_width(loss: str, who: str, width: int | None) -> None:
     if width is None:
         what = f"compares vectors, and the {who} gives scores"
         raise InputError(f"losses.{loss}", what, "set its weight to 0, or name a model of vectors")
+
+
+def check_index(student: int | None, teacher: int | None) -> None:
+    """Raise InputError where the student's vectors cannot be compared with the teacher's passages."""
+    where = "student.passages"
+    if teacher is None:
+        raise InputError(
+            where, "the teacher gives no vectors of its passages", "name a model, or what teach --vectors kept"
+        )
+    if student != teacher:
+        what = f"the teacher's passages have {teacher} dimensions, the student's queries {student}"
+        raise InputError(where, what, f"set losses.embedding.keep: true, or student.projection: {teacher}")
 
 
 @dataclass(frozen=True)

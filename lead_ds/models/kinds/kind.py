@@ -178,7 +178,10 @@ class Kind(Scorer):
     @classmethod
     def forwards(cls, config: Any, queries: int, passages: int, length: int | None = None) -> list[tuple[int, int]]:
         """(rows, tokens) of each forward over a batch, every text at its longest; `length` in place of the passages'."""
-        return [(queries, config.query_length), (passages, length or config.passage_length)]
+        asking = [(queries, config.query_length)]
+        if getattr(config, "passages", "own") == "teacher":
+            return asking
+        return [*asking, (passages, length or config.passage_length)]
 
     @classmethod
     def longest(cls, config: Any) -> int:
