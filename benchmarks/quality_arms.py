@@ -198,6 +198,17 @@ ARMS = [
         beside="upper-aligned",
     ),
     Arm(
+        "upper-both",
+        "the same, and vectors of both, side by side, in their main directions",
+        "de",
+        losses={"response": {"weight": 3.0}, "embedding": {**VECTORS, "into": "pca", "keep": True}},
+        source="vectors",
+        cut=UPPER,
+        lr=UPPER_LR,
+        second=("mp", ("response", "embedding")),
+        beside="upper-aligned",
+    ),
+    Arm(
         "upper-mpnet",
         "the last three layers, ranking and vectors of the second teacher alone, through a linear map",
         "mp",
@@ -273,6 +284,7 @@ def settings(
     if arm.second is not None:
         name, fed = arm.second
         first = {**teacher_section(arm, work, models), "losses": ["response", "embedding"]}
+        tree["mix"] = {"vectors": "concatenate"} if "embedding" in fed else {}
         tree["teachers"] = [first, {**teacher_section(replace(arm, teacher=name), work, models), "losses": list(fed)}]
     elif arm.teacher is not None:
         tree["teacher"] = teacher_section(arm, work, models)

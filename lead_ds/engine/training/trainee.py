@@ -44,7 +44,9 @@ class Trainee(nn.Module):
         if self.teacher is not None:
             taught = [answer(self.teacher, micro.teacher, micro.asked.teachers[0])]
         if getattr(self.student.config, "passages", "own") == "teacher":
-            student = student.asking(taught[0])
+            [teacher] = taught
+            assert teacher is not None
+            student = student.asking(teacher)
         micro.scope.begin()
         cotrained, first = self.teacher is not None, taught[0] if taught else None
         views = Views(student, first, micro.scope, micro.keys, cotrained=cotrained, groups=micro.groups[0])
