@@ -82,58 +82,6 @@ class Stored:
 PLAIN, AS_FLOATS = Encoding(), Stored()
 
 
-def encode_texts(
-    embed: Embed,
-    encoder: TextEncoder,
-    kind: Literal["corpus", "queries"],
-    texts: Callable[[Sequence[int]], list[str]],
-    rows: Sequence[int],
-    how: Encoding = PLAIN,
-    *,
-    forwards: int = 0,
-    meter: Progress | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Vectors of `rows` as (positions in `rows`, vectors [B, D] float32 on the device), a batch at a time, without gradient.
-
-    texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
-    number of tokens. A batch of texts shorter or longer than full length (FULL tokens at most) holds as many as have no more
-    tokens, padding counted.
-    `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size texts
-    in every batch. Under ZeRO-3 every process must take part in every forward of any of them.
-    Raises RunError naming the text whose vector is not finite, InputError where the device lacks the precision.
-    """
-    side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
-    length, batch_size = min(Side.of(encoder, kind).length, FULL), how.batch_size
-    embed = in_precision(embed, how.precision, how.device)
-
-    def load(stretch: range) -> Tokenised:
-        return Tokenised(encoder, *encoder.rows(texts([rows[i] for i in stretch]), side), side)
-
-    done = 0
-    # Where batches are counted, a stretch is whole batches.
-    stretch, budget = -(-STRETCH // batch_size) * batch_size, None if forwards else batch_size * length
-    with torch.no_grad():
-        for places, batch in longest_first(len(rows), load, batch_size=batch_size, stretch=stretch, budget=budget):
-            vectors_BD = embed({name: x.to(how.device) for name, x in batch.items()}).float()
-            _refuse_not_finite(vectors_BD, kind, texts, [rows[i] for i in places])
-            yield places, vectors_BD
-            done += 1
-            if meter is not None:
-                meter.advance(len(places))
-        for _ in range(forwards - done):
-            embed({name: x.to(how.device) for name, x in encoder.padded(*encoder.rows(["a"], side)).items()})
-
-
-def _refuse_not_finite(
-    vectors_BD: Tensor, kind: str, texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int]
-) -> None:
-    finite_B = finite_rows(vectors_BD)
-    if not finite_B.all():
-        row = rows[int((~finite_B).nonzero()[0])]
-        what = f"the model's vector of text {row + 1} is not finite: {texts([row])[0][:80]!r}"
-        raise RunError(kind, what, "try dtype=fp32 or --precision fp32; else a weight of the model is not finite")
-
-
 def encode_share(
     embed: Embed,
     encoder: TextEncoder,
@@ -145,19 +93,58 @@ def encode_share(
     forwards: int = 0,
     meter: Progress | None = None,
 ) -> Any:
-    """Vectors [len(rows), D] float32 of `rows`, in their order, on the device; [0, 0] of no rows. Arguments as `encode_texts`.
+    """Vectors [len(rows), D] float32 of `rows`, in their order, on the device, without gradient; [0, 0] of no rows.
 
-    SparseVectors where `embed` gives sparse ones.
+    texts: rows -> their texts. Stretches of them are tokenised while the model reads the one before, and sorted by their
+    number of tokens. A batch of texts shorter or longer than full length (FULL tokens at most) holds as many as have no more
+    tokens, padding counted.
+    `forwards`: run the model at least so many times, on a text of no interest once the rows are done, with batch_size texts
+    in every batch. Under ZeRO-3 every process must take part in every forward of any of them.
+    SparseVectors where `embed` gives sparse ones. Raises RunError naming the text whose vector is not finite, InputError
+    where the device lacks the precision.
     """
+    side: Literal["queries", "passages"] = "queries" if kind == "queries" else "passages"
+    length, batch_size = min(Side.of(encoder, kind).length, FULL), how.batch_size
+    embed = in_precision(embed, how.precision, how.device)
+
+    def load(stretch: range) -> Tokenised:
+        return Tokenised(encoder, *encoder.rows(texts([rows[i] for i in stretch]), side), side)
+
+    def encoded() -> Iterator[tuple[list[int], Tensor]]:
+        """Positions in `rows` and their vectors, a batch at a time."""
+        done = 0
+        # Where batches are counted, a stretch is whole batches.
+        stretch, budget = -(-STRETCH // batch_size) * batch_size, None if forwards else batch_size * length
+        for places, batch in longest_first(len(rows), load, batch_size=batch_size, stretch=stretch, budget=budget):
+            vectors_BD = embed({name: x.to(how.device) for name, x in batch.items()}).float()
+            _refuse_not_finite(vectors_BD, kind, texts, [rows[i] for i in places])
+            yield places, vectors_BD
+            done += 1
+            if meter is not None:
+                meter.advance(len(places))
+        for _ in range(forwards - done):
+            embed({name: x.to(how.device) for name, x in encoder.padded(*encoder.rows(["a"], side)).items()})
+
     out: Tensor | None = None
-    batches = encode_texts(embed, encoder, kind, texts, rows, how, forwards=forwards, meter=meter)
-    for positions, vectors_BD in batches:
-        if vectors_BD.is_sparse:
-            return SparseVectors.of(chain([(positions, vectors_BD)], batches), len(rows))
-        if out is None:
-            out = torch.empty(len(rows), vectors_BD.shape[1], device=vectors_BD.device)
-        out[torch.tensor(positions, device=out.device)] = vectors_BD
+    with torch.no_grad():
+        batches = encoded()
+        for positions, vectors_BD in batches:
+            if vectors_BD.is_sparse:
+                return SparseVectors.of(chain([(positions, vectors_BD)], batches), len(rows))
+            if out is None:
+                out = torch.empty(len(rows), vectors_BD.shape[1], device=vectors_BD.device)
+            out[torch.tensor(positions, device=out.device)] = vectors_BD
     return torch.empty(0, 0, device=how.device) if out is None else out
+
+
+def _refuse_not_finite(
+    vectors_BD: Tensor, kind: str, texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int]
+) -> None:
+    finite_B = finite_rows(vectors_BD)
+    if not finite_B.all():
+        row = rows[int((~finite_B).nonzero()[0])]
+        what = f"the model's vector of text {row + 1} is not finite: {texts([row])[0][:80]!r}"
+        raise RunError(kind, what, "try dtype=fp32 or --precision fp32; else a weight of the model is not finite")
 
 
 def encode_to(

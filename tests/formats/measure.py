@@ -16,7 +16,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.labels import relevance_logit
 from lead_ds.models.load import kind_of, load_encoder, load_scorer, load_student, load_teacher, load_text
 from lead_ds.models.reference import TEXTS, TOLERANCE
-from lead_ds.retrieval.encode import encode_texts
+from lead_ds.retrieval.encode import encode_share
 from lead_ds.settings.parse import apply_override
 from tests.formats.format import Format
 
@@ -102,11 +102,8 @@ def _encoded(form: Format, path: str) -> Read:
     scorer, encoder = load_encoder(path, form.settings)
     found: Read = {}
     for side, kind in (("queries", "queries"), ("passages", "corpus")):
-        vectors = torch.empty(len(TEXT), scorer.vector_width)
-        rows = list(range(len(TEXT)))
-        for places, some_BD in encode_texts(scorer.embed, encoder, kind, lambda rows: [TEXT[i] for i in rows], rows):  # type: ignore[arg-type]
-            vectors[places] = some_BD
-        found[side] = list(vectors)
+        rows = range(len(TEXT))
+        found[side] = list(encode_share(scorer.embed, encoder, kind, lambda rows: [TEXT[i] for i in rows], rows))  # type: ignore[arg-type]
     return found
 
 
