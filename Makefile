@@ -84,8 +84,8 @@ lint: $(VENV)/.test  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.test  ## mypy
-	$(BIN)/mypy lead_ds
+types: $(VENV)/.test  ## mypy, of what pyproject.toml names
+	$(BIN)/mypy
 
 docs: $(VENV)/.test  ## the documentation site, into site/; strict, no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

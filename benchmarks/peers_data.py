@@ -109,7 +109,7 @@ def configuration(work: Path, models: Path, loss: str, size: dict[str, Any], beg
     lengths = {"query_length": size["length"], "passage_length": size["length"]}
     dense = {"kind": "dual_encoder", "path": str(models / "bge-small"), "pooling": "cls", "normalize": True, **lengths}
     off: dict[str, Any] = {name: {"weight": 0.0} for name in ("contrastive", "response", "layer")}
-    losses = {
+    losses: dict[str, dict[str, Any]] = {
         "kl": {"response": {"weight": 0.0025, "student_temperature": 0.05}},  # DistillKLDivLoss multiplies by 0.05 ** 2
         "margin": {"margin_mse": {"weight": 1.0, "teacher_scale": 0.05}},
         "embed": {"embedding": {"weight": 1.0, "into": "same", "distance": "cosine", "of": ["queries", "positives"]}},

@@ -69,9 +69,9 @@ def train(spec: dict[str, Any], clock: Clock) -> None:
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
-        losses,
     )
     from sentence_transformers.base.sampler import DefaultBatchSampler
+    from sentence_transformers.sentence_transformer import losses
 
     model = SentenceTransformer(spec["student"], device="cpu")
     model.max_seq_length = spec["length"]
@@ -90,15 +90,15 @@ def train(spec: dict[str, Any], clock: Clock) -> None:
 def in_order(base: Any) -> Any:
     """A batch sampler that keeps the order of the rows, as all libraries here read them."""
 
-    class InOrder(base):  # type: ignore[misc]
+    class InOrder(base):  # type: ignore[misc]  # the base is known when it runs
+        def __init__(self, dataset: Any, *given: Any, **named: Any) -> None:
+            super().__init__(dataset, *given, **named)
+            self.dataset = dataset
+
         def __iter__(self) -> Any:
             rows = list(range(len(self.dataset)))
             return (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size))
 
-    InOrder.__init__ = lambda self, dataset, *given, **named: (  # type: ignore[misc]
-        base.__init__(self, dataset, *given, **named),
-        setattr(self, "dataset", dataset),
-    )[0]
     return InOrder
 
 

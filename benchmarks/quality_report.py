@@ -83,9 +83,11 @@ def rows_of(runs: Runs, tests: tuple[str, ...]) -> list[dict[str, Any]]:
                 pair = [{seed: runs[x][seed] for seed in common} if common else runs[x] for x in (reference, name)]
                 before, after = (per_query(found, tests, MEASURE) for found in pair)
                 # The test sees macro means too: a query weighs by its test's size.
-                weighed = [weigh(x, tests) for x in (before, after)]
-                scores = [Scores({MEASURE: float(np.mean(list(x.values())))}, {MEASURE: x}) for x in weighed]
-                found = compare(*scores, MEASURE, samples=10_000)
+                a, b = (
+                    Scores({MEASURE: float(np.mean(list(x.values())))}, {MEASURE: x})
+                    for x in (weigh(before, tests), weigh(after, tests))
+                )
+                found = compare(a, b, MEASURE, samples=10_000)
                 low, high = interval(before, after, tests)
                 row[f"against_{key}"] = {
                     "arm": reference,
