@@ -96,7 +96,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             )
 
     systems: dict[str, Callable[[list[str]], np.ndarray]] = {"ours": ours, "theirs": sentence_transformers}
-    vectors, wall, processor = {}, {name: [] for name in systems}, {name: [] for name in systems}  # type: ignore[var-annotated]
+    vectors: dict[str, np.ndarray] = {}
+    wall: dict[str, list[float]] = {name: [] for name in systems}
+    processor: dict[str, list[float]] = {name: [] for name in systems}
     for run in systems.values():
         run(texts[:32])
     for turn in range(options.rounds):

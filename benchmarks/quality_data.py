@@ -10,7 +10,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -115,12 +115,12 @@ def build_test(folder: Path, name: str, path: Path, size: Size, split: str = "te
         return folder
     dataset = Dataset.open(path)
     judged = dataset.qrels(split)
-    rows = range(len(dataset.corpus))
+    rows: Sequence[int] = range(len(dataset.corpus))
     if 0 < size.passages < len(dataset.corpus):
         needed = {int(row) for found in judged.values() for row in dataset.corpus.rows(list(found))}
         others = [row for row in rows if row not in needed]
         more = random.Random(f"quality {size.seed} {name} corpus").sample(others, max(0, size.passages - len(needed)))
-        rows = sorted(needed | set(more))  # type: ignore[assignment]
+        rows = sorted(needed | set(more))
     chosen = list(judged)
     qrels = {split: [(query, passage, grade) for query in chosen for passage, grade in judged[query].items()]}
     queries = records(dataset.queries, dataset.queries.rows(chosen).tolist(), "")

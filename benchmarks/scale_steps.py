@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,8 +347,8 @@ STEPS: dict[str, Callable[[int, Path], Facts]] = {
         *(encode, bare, make_vectors, mine, evaluate, pipeline),
     )
 }
-STEPS |= {f"build_{kind}": lambda size, folder, kind=kind: build(kind, size, folder) for kind in INDEXES}  # type: ignore[misc]
-STEPS |= {f"search_{kind}": lambda size, folder, kind=kind: search(kind, size, folder) for kind in INDEXES}  # type: ignore[misc]
+STEPS |= {f"build_{kind}": partial(build, kind) for kind in INDEXES}
+STEPS |= {f"search_{kind}": partial(search, kind) for kind in INDEXES}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class MaxEncoder(DualEncoder):
     """Relevance, layer by layer, is the dual encoder's; how token states become one vector is its own."""
 
     name = "max_encoder"
-    Settings = MaxEncoderConfig  # type: ignore[assignment]
+    Settings = MaxEncoderConfig
     use = Use("max-pooled dual encoder", "sentence-transformers", "sentence-similarity", (), DualEncoder.use.example)
 
     @classmethod

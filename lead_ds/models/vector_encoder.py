@@ -27,7 +27,7 @@ from lead_ds.models.scorer import Output
 from lead_ds.models.text import Reading
 from lead_ds.relevance import VectorFeatures
 from lead_ds.settings.base import Positive
-from lead_ds.settings.model import TextConfig
+from lead_ds.settings.model import ModelConfig, TextConfig
 
 SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 _MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}  # our names and sentence-transformers'
@@ -60,7 +60,7 @@ class VectorEncoder(Kind):
 
     name = "dual_encoder"
     scope = "batch"
-    Settings = DualEncoderConfig
+    Settings: ClassVar[type[ModelConfig]] = DualEncoderConfig
     gives_vectors = True
     lens_form = "vectors"
     use = Use(
