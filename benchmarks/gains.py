@@ -80,10 +80,10 @@ def tell(what: str, seconds: dict[str, float], **more: dict[str, Any]) -> None:
         print(json.dumps(row), flush=True)
 
 
-def tokens_run(window: Window, model: str) -> int:
-    """Tokens, padding included, that a model runs over."""
+def tokens_run(window: Window) -> int:
+    """Tokens, padding included, that the teacher runs over."""
     total = 0
-    for batch in getattr(window, model):
+    for batch in window.teachers[0]:
         tables = batch.passes.tokens if batch.passes else batch.tables
         total += sum(table["input_ids"].numel() for table in tables)
     return total
@@ -97,7 +97,7 @@ def padding(arguments: argparse.Namespace) -> None:
             windows = [batches_of(config).window(turn) for turn in range(arguments.rounds)]
             tables = [table for w in windows for table in w.teachers[0][0].tables]
             real = sum(int(table["attention_mask"].sum()) for table in tables)
-            run = sum(tokens_run(window, "teacher") for window in windows)
+            run = sum(tokens_run(window) for window in windows)
             row = {
                 "gain": f"padding of teacher.passes, {name}",
                 "case": str(n),
@@ -124,7 +124,7 @@ def passes(arguments: argparse.Namespace) -> None:
                 (a - b).abs().max().item() / a.abs().max().item() for a, b in zip(plain, found, strict=True)
             )
         seconds = in_turns({n: partial(run, n) for n in settings}, arguments.rounds)
-        counts = {n: statistics.mean(tokens_run(w, "teacher") for w in found) for n, found in windows.items()}
+        counts = {n: statistics.mean(tokens_run(w) for w in found) for n, found in windows.items()}
         tell(f"teacher.passes, {name}", seconds, tokens=counts, relative_difference=difference)
 
 
@@ -167,7 +167,7 @@ def packed(arguments: argparse.Namespace) -> None:
                 )
                 for n, one in told.items()
             }
-            run = {n: [tokens_run(w, "teacher") for w in found] for n, found in windows.items()}
+            run = {n: [tokens_run(w) for w in found] for n, found in windows.items()}
             real = sum(
                 int(table["attention_mask"].sum()) for w in windows["None"] for b in w.teachers[0] for table in b.tables
             )
