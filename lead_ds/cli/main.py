@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("LEAD_DS_DEBUG") == "1"
+    # Where another program has the port at which processes meet, PyTorch would warn each second, with its stack.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # DeepSpeed's launcher puts --local_rank=N before our own arguments; --debug is welcome anywhere.
     arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a) and a != "--debug"]
     try:

@@ -206,7 +206,7 @@ class Index(Indexed):
 
         Raises InputError for a k beyond the index, or that FAISS cannot return.
         """
-        check_k(k, len(self))
+        check_k(k, len(self), of=self.folder)
         if k < 1 or (self._gpus and k > GPU_K):
             limit = f"at most {GPU_K} on GPUs" if k > 0 else "at least 1"
             raise InputError("k", f"{k} results cannot be searched for", f"use {limit}")

@@ -66,7 +66,8 @@ def facts_of(vectors: Vectors, factory: str, queries: dict[str, Any] | None) -> 
     return {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts}
 
 
-def check_k(k: int, passages: int, where: str = "k") -> None:
-    """Raise InputError when more results are requested than there are passages."""
+def check_k(k: int, passages: int, where: str = "k", of: object = None) -> None:
+    """Raise InputError when more results are requested than there are passages; of: the file that holds them."""
     if k > passages:
-        raise InputError(where, f"{k} results requested of {passages} passages", f"use at most {passages}")
+        what = f"{k} results requested of {passages} passages" + ("" if of is None else f" in {of}")
+        raise InputError(where, what, f"use at most {passages}")

@@ -104,7 +104,7 @@ class InvertedIndex(Indexed):
 
     def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 [Q, k] and rows int64 [Q, k] of SparseVectors, best first; row -1: no further passage has a term."""
-        check_k(k, len(self))
+        check_k(k, len(self), of=self.folder)
         if k < 1:
             raise InputError("k", f"{k} results cannot be searched for", "use at least 1")
         assert isinstance(queries, SparseVectors)

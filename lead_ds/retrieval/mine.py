@@ -66,7 +66,7 @@ def mine(
     """
     settings = settings or MineSettings()
     if settings.depth is not None:
-        check_k(settings.depth, len(dataset.corpus), "depth")
+        check_k(settings.depth, len(dataset.corpus), "--depth", dataset.corpus.path)
     depth = settings.depth or max(DEPTH, settings.skip + settings.number)
     keep = settings.keep_identical
     qrels = dataset.qrels(split)

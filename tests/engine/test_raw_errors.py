@@ -26,7 +26,9 @@ from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.reads import Reads
 from lead_ds.doctor.locks import batons
+from lead_ds.engine.distributed import ranks
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, teacher_deepspeed_config
+from lead_ds.engine.distributed.ranks import free_port
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.distributed.watchdog import Watchdog, missing
 from lead_ds.engine.training.distill import distill
@@ -162,6 +164,34 @@ def test_who_waits_is_told_what_for() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "told"),
+    [
+        ("nobody", "1", "nobody answers there, so rank 0 is missing"),
+        ("nobody", "0", "this is rank 0, and cannot reach itself there"),
+        ("no host", "1", "no host has that name"),
+        ("another program", "1", "another program may have the port"),  # which never says a word
+    ],
+)
+def test_what_is_wrong_with_the_meeting_point_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str, rank: str, told: str
+) -> None:
+    monkeypatch.setattr(ranks, "WAIT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1] if place == "another program" else free_port()
+        address = "nohost.invalid" if place == "no host" else "127.0.0.1"
+        facts = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+        for name, value in facts.items():
+            monkeypatch.setenv(name, str(value))
+        said, deadline = "", time.monotonic() + 50
+        with ranks._told_while_waiting():
+            while told not in said and time.monotonic() < deadline:
+                time.sleep(0.2)
+                said += capsys.readouterr().err
+    assert f"for all of 2 processes to meet at {address}:{port}; " in said
+    assert told in said
 
 
 def test_a_lock_that_was_left_is_told(

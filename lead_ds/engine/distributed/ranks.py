@@ -133,12 +133,15 @@ def _meeting_point() -> str:
 @contextmanager
 def _told_while_waiting() -> Iterator[None]:
     """Say on stderr what is waited for, when the processes have not met after WAIT seconds, and each minute from then on."""
-    met = threading.Event()
+    met, point = threading.Event(), _Point()
+
+    def announce() -> None:
+        while not met.wait(point.announced()):
+            pass
 
     def tell() -> None:
-        began, due, present = time.monotonic(), WAIT, None
+        began, due = time.monotonic(), WAIT
         while not met.wait(1.0):
-            present = present or _announced()
             waited = time.monotonic() - began
             if waited < due:
                 continue
@@ -148,38 +151,57 @@ def _told_while_waiting() -> Iterator[None]:
                 f"rank {rank} on {socket.gethostname()} has waited {waited:.0f} s for all of {world} processes to meet"
             )
             advice = "is each of them started, and can each reach that address? (MASTER_ADDR, MASTER_PORT, WORLD_SIZE)"
-            print(f"{what} at {_meeting_point()}; {_absent(present)}: {advice}", file=sys.stderr, flush=True)
+            print(f"{what} at {_meeting_point()}; {point.absent()}: {advice}", file=sys.stderr, flush=True)
 
-    threading.Thread(target=tell, name="lead-ds-waiting", daemon=True).start()
+    for work in (announce, tell):  # apart: what answers there may let an announcement wait for ever
+        threading.Thread(target=work, name="lead-ds-waiting", daemon=True).start()
     try:
         yield
     finally:
         met.set()
 
 
-def _announced() -> dist.Store | None:
-    """The store where the processes meet, which now knows of this one; None where nobody answers."""
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        socket.create_connection((host, port), timeout=1).close()  # PyTorch would print where nobody answers
-        timeout = timedelta(seconds=2)
-        store = dist.PrefixStore(
-            "lead-ds/present", dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        )
-        store.set(os.environ["RANK"], socket.gethostname())
-    except (dist.DistError, RuntimeError, KeyError, ValueError, OSError):
-        return None
-    return store
+class _Point:
+    """Where the processes meet, as this one finds it."""
 
+    def __init__(self) -> None:
+        self.store: dist.Store | None = None
+        self.found = "nobody answers there, so rank 0 is missing"
 
-def _absent(store: dist.Store | None) -> str:
-    if store is None:
-        return "nobody answers there, so rank 0 is missing"
-    try:
-        absent = [str(rank) for rank in range(int(os.environ["WORLD_SIZE"])) if not store.check([str(rank)])]
-    except (dist.DistError, RuntimeError, OSError):
-        return "rank 0 does not answer any more"
-    return f"missing: rank {', '.join(absent[:8])}" if absent else "all have come, and are connecting"
+    def announced(self) -> float:
+        """Let the store there know of this process, if it is one; seconds after which to try again."""
+        try:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection((host, port), timeout=1).close()  # PyTorch would print where nobody answers
+        except socket.gaierror:
+            self.found = "no host has that name"
+            return 5.0
+        except (KeyError, ValueError, OSError):
+            if os.environ.get("RANK") == "0":
+                self.found = "this is rank 0, and cannot reach itself there: MASTER_ADDR is the address of another host"
+            return 1.0
+        self.found = "what answers there is not rank 0, or not yet: another program may have the port"
+        try:
+            timeout = timedelta(seconds=2)
+            store = dist.PrefixStore(
+                "lead-ds/present", dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+            )
+            store.set(os.environ["RANK"], socket.gethostname())
+        except (dist.DistError, RuntimeError, KeyError, OSError):
+            return 120.0  # PyTorch prints its stack each time
+        self.store = store
+        return 1e9
+
+    def absent(self) -> str:
+        """Who is missing, or what is wrong with the place."""
+        if self.store is None:
+            return self.found
+        try:
+            world = range(int(os.environ["WORLD_SIZE"]))
+            absent = [str(rank) for rank in world if not self.store.check([str(rank)])]
+        except (dist.DistError, RuntimeError, OSError):
+            return "rank 0 does not answer any more"
+        return f"missing: rank {', '.join(absent[:8])}" if absent else "all have come, and are connecting"
 
 
 @contextmanager
