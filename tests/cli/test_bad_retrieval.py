@@ -204,7 +204,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "factory for more vectors": (nothing, INDEX + " --factory IVF4096,Flat", ["factory", "60 vectors cannot train"]),
     "k beyond the index": (nothing, SEARCH + " -k 61", ["61 results requested of 60 passages"]),
     "k beyond the corpus": (nothing, "search --model model --data data --out out --split dev -k 61", ["at most 60"]),
-    "depth beyond the corpus": (nothing, MINE + " --depth 61", ["--depth: 61 results", "60 passages in data/corpus.jsonl", "at most 60"]),
+    "depth beyond the corpus": (
+        nothing,
+        MINE + " --depth 61",
+        ["--depth: 61 results", "60 passages in data/corpus.jsonl", "at most 60"],
+    ),
     "depth below what is wanted": (
         nothing,
         MINE + " --depth 9 --number 7 --skip 3",
