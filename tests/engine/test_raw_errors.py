@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 from lead_ds.cli.main import main
@@ -211,6 +212,16 @@ def test_a_lock_that_was_left_is_told(
     assert re.search(
         rf"rank 0 .* has waited \d s for the lock {lock}, which no process of this host has open: delete", told
     )
+
+
+def test_a_compiler_that_takes_its_time_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lead_ds.engine.distributed.watchdog.WAIT", 0.5)
+    (tmp_path / "build.ninja").write_text("rule wait\n  command = sleep 4\nbuild done: wait\n")
+    with Watchdog(ALONE, 1, tmp_path / "run", Signals()):
+        cpp_extension._run_ninja_build(str(tmp_path), verbose=False, error_prefix="")
+    assert re.search(rf"rank 0 .* has waited \d s for the compiler in {tmp_path}: once", capfd.readouterr().err)
 
 
 def test_whom_ranks_wait_for() -> None:

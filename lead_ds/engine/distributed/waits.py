@@ -1,4 +1,4 @@
-"""What a thread waits in: a collective operation, or a lock file of compilers and caches."""
+"""What a thread waits in: a collective operation, a lock file of compilers and caches, or a compiler."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def lock_file(thread: int) -> str | None:
             if frame.f_code.co_name == function and frame.f_code.co_filename.replace(os.sep, "/").endswith(name):
                 found = getattr(frame.f_locals.get("self"), attribute, None)
                 return None if found is None else str(found)
+    return None
+
+
+def compiling(thread: int) -> str | None:
+    """The folder in which a thread has an operator of DeepSpeed's or PyTorch's compiled; None where it does not."""
+    for frame in _frames(thread):
+        if frame.f_code.co_name == "_run_ninja_build":
+            return str(frame.f_locals.get("build_directory"))
     return None
 
 

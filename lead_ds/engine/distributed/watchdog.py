@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lead_ds.doctor.locks import open_files
 from lead_ds.engine.distributed.ranks import WAIT, Ranks
 from lead_ds.engine.distributed.signals import Signals
-from lead_ds.engine.distributed.waits import collective, issued, lock_file
+from lead_ds.engine.distributed.waits import collective, compiling, issued, lock_file
 
 GRACE = 20.0  # seconds a stopping run may stand still: its launcher is ending it because another rank is gone
 AGAIN = 60.0  # seconds until a wait is reported again
@@ -106,9 +106,9 @@ class Watchdog:
                 self._judge(still)
 
     def _tell_waits(self) -> None:
-        """Say what has been waited for since WAIT seconds: a lock file, or before the first step other ranks."""
-        file, now = lock_file(self._main), time.monotonic()
-        what = file or (None if self.count else collective(self._main))
+        """Say what has been waited for since WAIT seconds: a lock file, a compiler, or before the first step other ranks."""
+        file, made, now = lock_file(self._main), compiling(self._main), time.monotonic()
+        what = file or made or (None if self.count else collective(self._main))
         if what is None or what != self._waits[0]:
             self._waits = what, now, now + WAIT
             return
@@ -124,6 +124,8 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+        elif made is not None:
+            print(f"{me} {seconds} the compiler in {made}: once, for a minute or two", file=sys.stderr, flush=True)
         elif others := missing(self._everyone() or {}, self.ranks.rank):
             advice = "see its output and its machine; lead-ds doctor looks for locks that were left"
             print(f"{me} {seconds} {'; '.join(others[:4])}: {advice}", file=sys.stderr, flush=True)
