@@ -99,6 +99,9 @@ class Owner:
                     _write(path, facts)
                     break
         except OSError as error:
+            if made:
+                with suppress(OSError):  # it may hold something, or not be there
+                    folder.rmdir()
             raise RunError(
                 folder, f"cannot be made: {error}", "check the path, its permissions and the free space"
             ) from None

@@ -207,7 +207,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "depth beyond the corpus": (
         nothing,
         MINE + " --depth 61",
-        ["--depth: 61 results", "60 passages in data/corpus.jsonl", "at most 60"],
+        ["--depth: 61 results", "of 60 passages in ", "data/corpus.jsonl", "at most 60"],
     ),
     "depth below what is wanted": (
         nothing,

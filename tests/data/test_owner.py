@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -151,6 +152,20 @@ def test_what_began_nothing_leaves_no_folder(tmp_path: Path) -> None:
         pass
     with pytest.raises(RunError, match="cannot be made"), owned(tmp_path / "file" / "run", "this run"):
         pass
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path: Path) -> None:
+    """Files of this process may hold so few bytes as a full disk would take."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(RunError, match="cannot be made"), owned(tmp_path / "new", "another run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_mining_into_one_file_twice(tmp_path: Path) -> None:
