@@ -179,7 +179,10 @@ ARMS = [
         "upper-widths",
         "the last three layers, ranking and vectors, in two widths of the teacher's main directions",
         "de",
-        losses={"response": {"weight": 3.0}, "embedding": {**VECTORS, "into": "pca", "keep": True}},
+        losses={
+            "response": {"weight": 3.0},
+            "embedding": {**VECTORS, "into": "pca", "keep": True, "start": "orthogonal"},
+        },
         source="vectors",
         cut=UPPER,
         lr=UPPER_LR,

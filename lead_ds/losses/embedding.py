@@ -90,10 +90,23 @@ class IntoPCA(EmbeddingSettings):
     into: Literal["pca"] = "pca"
     keep: bool = Field(
         False,
-        description="the student gets a last layer, saved with it, that begins in closed form: its vectors mapped onto those "
-        "directions. Its first dimensions then carry the most from the first step on, which student.dims builds upon",
+        description="the student gets a last layer, saved with it, that maps its vectors onto those directions. Its first "
+        "dimensions then carry the most from the first step on, which student.dims builds upon",
+    )
+    start: Literal["orthogonal", "ridge"] = Field(
+        "ridge",
+        description="of that layer: the closed form on the sample; or the directions themselves, for a student that was cut out "
+        "of the teacher and is in its space already",
     )
     sample: Positive = Field(4096, description="texts of the run's first windows that the basis is fitted on, at least")
+
+    @model_validator(mode="after")
+    def _begun(self) -> IntoPCA:
+        if self.start != "ridge" and not self.keep:
+            raise refusal(
+                "embedding", "start", self.start, "is ignored by keep: false", "take it out, or set keep: true"
+            )
+        return self
 
 
 class IntoTruncate(EmbeddingSettings):
@@ -135,7 +148,8 @@ class Embedding(Loss):
     and W is the identity here. It begins as the identity where widths are equal, else as a random semi-orthogonal map,
     which keeps angles where the teacher is the wider. Or it begins in closed form: ridge regression of t on s. Into `pca`:
     t is B^T t over its length, B [D_t, D_s] the main directions of a sample of t, about the origin. There is no W. Where
-    it is kept, B^T times that ridge regression is the student's last layer. Into `truncate`: no W; t is its own first D_s
+    it is kept, B^T times that ridge regression, or B^T itself, is the
+    student's last layer. Into `truncate`: no W; t is its own first D_s
     dimensions over their length. Into `same`: no W, D_s = D_t. The teacher gets no gradient.
     Layers that are named are compared in the same way, each pair with a W of its own, and averaged with the final vectors.
     Each process compares its own texts. LEAF, arXiv 2509.12539; EmbedDistill, arXiv 2301.12005; TALAS, arXiv 2606.21851.

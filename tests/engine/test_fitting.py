@@ -67,7 +67,9 @@ def test_a_kept_pca_begins_on_the_teachers_main_directions(configure: Callable[.
     section = {"weight": 1.0, "into": "pca", "sample": 600}
     itself = {"path": "llama", "normalize": False, "dims": [8, 32]}
     train = {**TRAIN, "steps": 1, "save_every": 1, "lr": 1e-8}
-    losses = {False: {**ALONE, "embedding": section}, True: {**ALONE, "embedding": {**section, "keep": True}}}
-    configs = [configure(f"kept-{kept}", losses=losses[kept], train=train, student=itself) for kept in losses]
-    [[apart], [begun]] = distil_each([str(path) for path in configs])
-    assert begun < 0.01 * apart
+    ways: dict[str, Any] = {"apart": {}, "ridge": {"keep": True}, "turned": {"keep": True, "start": "orthogonal"}}
+    losses = {name: {**ALONE, "embedding": {**section, **how}} for name, how in ways.items()}
+    configs = [configure(name, losses=losses[name], train=train, student=itself) for name in ways]
+    [[apart], [ridge], [turned]] = distil_each([str(path) for path in configs])
+    assert ridge < 0.01 * apart
+    assert turned < 1e-5

@@ -76,7 +76,11 @@ def keep_map(config: Config, student: Kind, taught: Sequence[Teacher | Scorer], 
     weight_TS = begin_map(widths[0], widths[1])
     if section.into == "pca":
         sums = moments(student, reads, batches, ranks, section.sample)
-        weight_TS = sums.directions(widths[0]).T @ sums.ridge()
+        turned_ST = sums.directions(widths[0]).T
+        if section.start == "orthogonal" and widths[0] != widths[1]:
+            what = f"orthogonal: the student's vectors have {widths[0]} dimensions, the teacher's {widths[1]}"
+            raise InputError("losses.embedding.start", what, "set it to ridge")
+        weight_TS = turned_ST if section.start == "orthogonal" else turned_ST @ sums.ridge()
     elif section.start == "ridge":
         weight_TS = moments(student, reads, batches, ranks, section.sample).ridge()
     agreed(ranks, lambda: student.project(weight_TS))
