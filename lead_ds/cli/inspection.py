@@ -48,8 +48,8 @@ def inspect(
     queries, passages = _texts(data) if data is not None else ([], [])
     given = [*(["dtype=fp32"] if compare else []), *check_settings(settings)]
     found = inspect_model(model, given, kind)
-    two = [_QUERY, _PASSAGE]  # that differ: enough to see whether anything is left of a text
-    check_room(found.encoder, "", queries or two, passages or two)
+    # Texts that differ from their first token on: enough to see whether anything is left of them.
+    check_room(found.encoder, "", queries or ["which", "whose"], passages or [_PASSAGE, _PASSAGE[::-1]])
     facts = dict(found.facts)
     query, passage = next(iter(queries), _QUERY), next(iter(passages), _PASSAGE)
     facts["tokens"] = shown(found.encoder, query, passage)

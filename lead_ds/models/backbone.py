@@ -296,6 +296,9 @@ def _one_line_errors(config: ModelConfig) -> Iterator[None]:
             what, remedy = "no such directory, and not found on the hub", "check the name and the network"
         elif isinstance(error, OSError):
             what, remedy = "not a complete model: config.json or model.safetensors is absent or unreadable", ""
+        elif "ignore_mismatched_sizes" in text:  # transformers speaks of a report that nobody sees
+            what = "has weights of other shapes than its config.json gives"
+            remedy = "see that both are of one model: vocab_size, hidden_size, num_labels"
         else:
             what, remedy = (
                 f"cannot be loaded: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}",

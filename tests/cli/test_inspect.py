@@ -200,10 +200,14 @@ def broken(folder: Path, what: str) -> None:
             file.unlink()
     elif what == "no JSON":
         (folder / "config.json").write_text("{")
+    elif what == "other shapes":
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace('"vocab_size": 400', '"vocab_size": 300'))
 
 
 @pytest.mark.parametrize(
-    "what", ["no config", "damaged weights", "no weights", "lost weights", "no tokenizer", "no JSON"]
+    "what",
+    ["no config", "damaged weights", "no weights", "lost weights", "no tokenizer", "no JSON", "other shapes"],
 )
 def test_a_broken_directory_is_one_line(tmp_path: Path, rooms: Path, what: str) -> None:
     folder = Path(shutil.copytree(rooms / "student", tmp_path / "model"))
@@ -212,6 +216,14 @@ def test_a_broken_directory_is_one_line(tmp_path: Path, rooms: Path, what: str) 
     assert (status, out) == (2, "")
     assert told.startswith("error: ")
     assert len(told.splitlines()) == 1, told
+    assert what != "other shapes" or "weights of other shapes than its config.json gives" in told
+
+
+def test_lengths_that_leave_nothing_are_refused(rooms: Path) -> None:
+    for model, setting in (("cross", "max_length=4"), ("bert", "query_length=2"), ("bert", "passage_length=2")):
+        status, out, told = run(rooms / model, setting)
+        assert (status, out) == (2, "")
+        assert f"error: {setting.replace('=', ': is ')}, and all " in told
 
 
 def test_a_setting_and_a_kind_that_are_none(rooms: Path) -> None:
