@@ -196,6 +196,7 @@ def search(
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.data.collections.qrels import run_writer
     from lead_ds.retrieval.evaluate import open_encoder
+    from lead_ds.retrieval.indexed import check_k
     from lead_ds.retrieval.search import Searcher
     from lead_ds.retrieval.ties import telling_ties
 
@@ -212,6 +213,9 @@ def search(
     tag = tag or "lead-ds"
     if out is not None:
         check_search_names(data, index, tag, out)
+    if k is not None and index is None and data is not None:  # now, and not when all of it has been encoded
+        corpus = Dataset.open(data).corpus
+        check_k(k, len(corpus), "-k", corpus.path)
     queries, documents = options.two_models(model, query_model, document_model)
     of_queries, of_documents = options.settings_of_two(given, documents)
     opened = open_encoder(queries, dim=dim, settings=of_queries)

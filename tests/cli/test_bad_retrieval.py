@@ -203,7 +203,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "unknown factory string": (nothing, INDEX + " --factory IFV16,Flat", ["factory", "'IFV16,Flat'"]),
     "factory for more vectors": (nothing, INDEX + " --factory IVF4096,Flat", ["factory", "60 vectors cannot train"]),
     "k beyond the index": (nothing, SEARCH + " -k 61", ["61 results requested of 60 passages"]),
-    "k beyond the corpus": (nothing, "search --model model --data data --out out --split dev -k 61", ["at most 60"]),
+    "k beyond the corpus": (
+        nothing,
+        "search --model nowhere --data data --out out --split dev -k 61",  # before any model is looked for
+        ["-k: 61 results", "data/corpus.jsonl (use at most 60)"],
+    ),
     "depth beyond the corpus": (
         nothing,
         MINE + " --depth 61",
