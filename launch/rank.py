@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 GRACE = 2.0  # seconds in which other ranks' failures are awaited before one is named the cause
+SILENT = 5.0  # seconds that a rank which printed nothing waits for another to say what was wrong
 PLACES = {
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"),
     "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
@@ -155,7 +156,9 @@ class Watch:
             threading.Timer(GRACE, self._judge).start()
 
     def _judge(self) -> None:
-        self.verdict = min(self.failures, key=lambda f: bool(CONSEQUENCE.search("\n".join(f["lines"]))))
+        self.verdict = min(
+            self.failures, key=lambda f: (bool(CONSEQUENCE.search("\n".join(f["lines"]))), not f["lines"])
+        )
         for peer in self.peers:
             self._send(peer, {"end": self.verdict})
         self.told.set()
@@ -256,6 +259,9 @@ def main() -> int:
         lines = list(command.last)
     failure = {"rank": rank, "host": host, "status": status, "lines": lines}
     interrupted = bool(received)  # the launcher may end us while we report
+    until = time.monotonic() + SILENT
+    while watch and not lines and watch.verdict is None and time.monotonic() < until:
+        time.sleep(0.05)  # wrong input is reported by one rank: the others have nothing to show for it
     verdict = watch.verdict or watch.fail(failure) if watch else failure
     if verdict["rank"] == rank or (rank == 0 and verdict["host"] != host):
         if logs:
