@@ -135,7 +135,7 @@ def read_blocks(file: File, tick: Tick) -> Iterator[Lines]:
 
     Raises InputError naming file and line for what cannot be read or is not UTF-8.
     """
-    number, rest, done = 1, b"", 0
+    number, rest, done = 1, bytearray(), 0
     with file.open() as (data, raw):
         while True:
             try:
@@ -147,14 +147,15 @@ def read_blocks(file: File, tick: Tick) -> Iterator[Lines]:
             done = position
             if len(rest) > LONGEST_LINE:
                 raise too_long(file, number)
-            block = rest + chunk
-            if chunk:
-                cut = block.rfind(b"\n") + 1
-                block, rest = block[:cut], block[cut:]
-            if block:
-                lines = _decode(block, file, number)
+            # Only what is new is looked through: a line of many chunks would be read over and over.
+            cut = chunk.rfind(b"\n") + 1
+            rest += chunk[:cut]
+            if rest and (cut or not chunk):
+                lines = _decode(bytes(rest), file, number)
                 yield number, lines
                 number += len(lines)
+                rest.clear()
+            rest += chunk[cut:]
             if not chunk:
                 return
 
