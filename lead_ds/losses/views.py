@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lead_ds.relevance import Features, Impl, Relevance, VectorFeatures
 
@@ -60,11 +61,15 @@ class Side:
         return self.mapped(lambda features: features.detach())
 
     def asking(self, other: Side) -> Side:
-        """Its queries with the other's passages, which carry no gradient. Both are vectors of one width."""
+        """Its queries with the other's passages, which carry no gradient: at length 1 where the other compares by cosine, as its
+        index holds them. Both are vectors of one width."""
         own, theirs = self.final, other.final
         assert isinstance(own, VectorFeatures)
         assert isinstance(theirs, VectorFeatures)
-        return replace(self, final=replace(own, p_KPD=theirs.p_KPD.detach().to(own.q_KQD)))
+        p_KPD = theirs.p_KPD.detach()
+        if theirs.scale == "cosine":
+            p_KPD = normalize(p_KPD.float(), dim=-1)
+        return replace(self, final=replace(own, p_KPD=p_KPD.to(own.q_KQD)))
 
     def mapped(self, change: Callable[[Features], Features]) -> Side:
         """With `change` of its features."""

@@ -211,3 +211,22 @@ def test_a_broken_rule_names_the_setting_and_what_to_do(rule: str) -> None:
     assert what in caught.value.what
     assert caught.value.remedy
     parse_config(tree(change, mended), "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"student": {"kind": "colbert"}}, "student.passages"),
+        ({"teacher": {"train": True}}, "student.passages"),
+        ({"losses": {"response": {"weight": 0}}}, "student.passages"),
+        ({"losses": {"layer": {"weight": 1}}}, "losses.layer.weight"),
+        ({"losses": {"embedding": {"weight": 1, "of": ["queries", "positives"]}}}, "losses.embedding.of"),
+        ({"losses": {"spread": {"weight": 1}}}, "losses.spread.of"),
+    ],
+)
+def test_a_student_of_queries_alone(change: dict[str, Any], key: str) -> None:
+    asking = {"student": {"passages": "teacher"}, "evaluation": {"split": None}}
+    parse_config(tree(asking), "run.yaml")
+    with pytest.raises(InputError) as caught:
+        parse_config(tree(asking, change), "run.yaml")
+    assert caught.value.where == f"run.yaml: {key}"

@@ -20,7 +20,7 @@ from lead_ds.losses.objective import Objective, Taught
 from lead_ds.losses.selection import Depths, Layers
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.scorer import Scorer
-from lead_ds.relevance import Features
+from lead_ds.relevance import Features, VectorFeatures
 from lead_ds.teachers.teacher import Teacher
 
 
@@ -50,9 +50,10 @@ def build_objective(
     for place, (teacher, settings) in enumerate(zip(taught, config.taught.values(), strict=bool(taught))):
         losses, of_vectors = fed(config, settings), None
         if window is not None and (asking or not losses.isdisjoint(compares)):
-            of_vectors = final_of(teacher, window.teachers[place], ranks.device).width
+            final = final_of(teacher, window.teachers[place], ranks.device)
+            of_vectors = final.width
             if asking:
-                check_index(width, of_vectors)
+                check_index(width, of_vectors if isinstance(final, VectorFeatures) else None)
             else:
                 check_width(compares[0], "teacher", of_vectors)
         facts = ModelFacts(settings.kind, teacher.num_layers, of_vectors)
