@@ -31,5 +31,7 @@ def late(folder: str, blamed: int) -> str | None:
             watchdog._store.set("done", "yes")
         while not watchdog._store.check(["done"]):  # as a host that waits for its stream: in no collective's frame
             time.sleep(0.05)
+        watchdog._store.set(f"seen {here.rank}", "yes")
+        watchdog._store.wait([f"seen {rank}" for rank in range(here.world)])  # rank 0 holds the store of all
         (begun or dist.all_reduce(x, async_op=True)).wait()
         return found

@@ -107,6 +107,16 @@ def digests(out: Path, *patterns: str) -> Files:
     return {path.relative_to(out).as_posix(): digest(path) for path in sorted(found)}
 
 
+def unsummed(out: Path) -> Files:
+    """Of vectors: the manifest without the checksums of the other files, which it gets when these are all there."""
+    found = dict(digests(out, *VECTORS))
+    if "manifest.json" in found:
+        facts = json.loads((out / "manifest.json").read_text())
+        facts.pop("checksums", None)
+        found["manifest.json"] = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    return found
+
+
 def command(*words: object) -> Callable[[], None]:
     """`lead-ds WORDS`."""
 
@@ -255,7 +265,7 @@ WORKS = {
             14,
             lambda rooms, out: one(encoded, rooms, out),
             lambda out: digests(out, *VECTORS),
-            lambda out: digests(out, *VECTORS),
+            unsummed,
             EMBEDDING | {"writing": "lead_ds.retrieval.encode:_write_shard"} | FILES,
         ),
         Work(
