@@ -115,6 +115,9 @@ class Batches:
         if groups.identical and self.rank == 0:
             what = f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is not a negative of it"
             say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
+        if groups.short and self.rank == 0:
+            what = f"{groups.short} of {len(groups)} groups have fewer than {data.negatives} negatives of their own"
+            say_once(f"{groups.path.name}: {what} that are no positives: random passages fill them")
         self._draw: Callable[..., Group] = groups.draw
         self._last = max(1, train.steps - 1) if data.schedule else None  # the step at which a schedule ends
         if data.token_cache:

@@ -178,7 +178,7 @@ class Breaking:
 
     def __init__(self, groups: Any, action: str) -> None:
         self.groups, self.action = groups, action
-        self.path, self.has_scores, self.identical, self.alone = groups.path, True, 0, False
+        self.path, self.has_scores, self.identical, self.short, self.alone = groups.path, True, 0, 0, False
         self.drawn = 0
 
     def __len__(self) -> int:

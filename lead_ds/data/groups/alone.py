@@ -41,6 +41,7 @@ class TextsAlone:
     alone = True
     has_scores = False
     identical = 0
+    short = 0
 
     def __init__(self, config: DataConfig, path: Path, files: list[TextFile]) -> None:
         self._config, self.path, self._files = config, path, files

@@ -17,7 +17,7 @@ from lead_ds.data.collections.dataset import Dataset
 from lead_ds.data.collections.qrels import read_judgements, refuse_conflict
 from lead_ds.data.collections.texts import Texts
 from lead_ds.data.groups.drawing import Draw
-from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, twin_of
+from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, short_of, twin_of
 from lead_ds.data.groups.schedule import easy_to_hard
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import Block, read_blocks
@@ -48,6 +48,7 @@ class IdGroups:
         groups, passages = arrays["same_groups"], arrays["same_passages"]
         same = {} if config.keep_identical else _by_group(groups, passages)
         self.identical = len(same)
+        self.short = short_of(arrays["own"], config.negatives)
         self._known = KnownPositives(self._query, self._positive_starts, self._positives, same)
         if not self._known.leave(len(self.corpus), config.negatives):
             what = f"{len(self.corpus)} passages are too few for {config.negatives} negatives of every query"
@@ -58,12 +59,13 @@ class IdGroups:
         """Open groups in format `form` (canonical or qrels). Raises InputError naming file and line."""
         dataset = Dataset.open(config.path)
         corpus, queries = dataset.corpus, dataset.queries
-        key = {"version": 3, "form": form, "train": signature(path)}
+        key = {"version": 4, "form": form, "train": signature(path)}
         key |= {"corpus": signature(corpus.path), "queries": signature(queries.path)}
         build = _build_qrels if form == "qrels" else _build_canonical
 
         def built() -> Arrays:
             arrays = build(path, corpus, queries)
+            arrays["own"] = _own(arrays)
             arrays["same_groups"], arrays["same_passages"] = corpus.asking(queries, arrays["query"])
             return arrays
 
@@ -293,6 +295,20 @@ def _build_qrels(path: Path, corpus: Texts, queries: Texts) -> Arrays:
         "negative_starts": np.zeros(len(counts) + 1, np.int64),
         "scores": np.zeros(0, np.float32),
     }
+
+
+def _own(arrays: Arrays) -> np.ndarray:
+    """Of each group, its different negatives that are no positives of it; -1 where no group lists any. int32."""
+    groups = len(arrays["query"])
+    if len(arrays["negatives"]) == 0:
+        return np.full(groups, -1, np.int32)
+    listed = []
+    for name in ("negatives", "positives"):
+        rows = np.repeat(np.arange(groups), np.diff(arrays[f"{name[:-1]}_starts"]))
+        listed.append(np.unique(np.stack([rows, arrays[name]], axis=1), axis=0))
+    both, counts = np.unique(np.concatenate(listed), axis=0, return_counts=True)
+    own = np.bincount(listed[0][:, 0], minlength=groups) - np.bincount(both[counts > 1, 0], minlength=groups)
+    return own.astype(np.int32)
 
 
 def _by_group(groups: np.ndarray, passages: np.ndarray) -> dict[int, np.ndarray]:

@@ -49,7 +49,7 @@ class TextGroups(ListedGroups):
         def build() -> Arrays:
             return index_records(records(), len(buffer), read, lambda number: f"{path}:{number}")
 
-        key = {"version": 4, "form": form, **signature(path)}
+        key = {"version": 5, "form": form, **signature(path)}
         return cls(config, path, form, read, buffer, cached_arrays(path, form, key, build))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -49,6 +49,7 @@ class Groups(Protocol):
     alone: bool  # they are texts alone: of one passage and no query each
     has_scores: bool
     identical: int  # groups for which a passage is left out of the negatives, since it is the query itself
+    short: int  # groups that list fewer usable negatives than a draw takes: random passages fill it; 0: none lists any
     sources: dict[str, Path]  # the files whose content decides the groups: train, and corpus and queries if any
     checksums: dict[str, str]  # of what decides them and is in no file
 
@@ -92,6 +93,11 @@ def refuse_unscored(groups: Groups, row: int, positives: int, negatives: int, wa
     what = f"{negatives} negatives have a score, {wanted} are drawn" if positives else "no positive has a score"
     remedy = "add scores, take the line out" + (", or lower data.negatives" if positives else "")
     raise InputError(groups.where(row), what, remedy)
+
+
+def short_of(own: np.ndarray, wanted: int) -> int:
+    """See `Groups.short`; own [n]: each group's own negatives that are no positives of it, -1 where no group lists any."""
+    return int(((own >= 0) & (own < wanted)).sum())
 
 
 def twin_of(groups: G) -> G:

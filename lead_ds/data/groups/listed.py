@@ -13,7 +13,7 @@ import numpy as np
 
 from lead_ds.data.groups.drawing import Draw
 from lead_ds.data.groups.formats import Lines, Listed, Reader, Record, Unusable, is_query, key_of
-from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, twin_of
+from lead_ds.data.groups.group import Group, KnownPositives, Pool, no_scores, refuse_unscored, short_of, twin_of
 from lead_ds.data.groups.schedule import easy_to_hard
 from lead_ds.errors import InputError
 from lead_ds.io.mapped import Arrays
@@ -36,6 +36,7 @@ class ListedGroups(ABC):
         self.has_scores = bool(arrays["has_scores"][0])
         self.identical = 0 if keep_identical else int(arrays["identical"][0])
         self._keep_identical = keep_identical
+        self.short = short_of(arrays["own"], wanted)
         self._known = KnownPositives(arrays["query"], arrays["positive_starts"], arrays["positives"])
         self._scores_listed, self._scored = arrays["scored"].reshape(-1, 2), False
 
@@ -169,8 +170,10 @@ def index_records(
     positive_starts = [0]
     identical: list[bool] = []
     scored: list[list[int]] = []  # positives, and different negatives, that have a score
+    own: list[int] = []  # different negatives
     negatives: set[int] = set()
-    has_scores = False
+    offered: set[int] = set()
+    listing = has_scores = False
     opened = (0, "")  # number and query of the group at hand
     for start, number, record in records:
         try:
@@ -182,7 +185,8 @@ def index_records(
             starts.append(start)
             identical.append(False)
             scored.append([0, 0])
-            negatives = set()
+            own.append(0)
+            negatives, offered = set(), set()
             queries.append(key_of(lines.query if lines.name is None else lines.name))
             positive_starts.append(len(positives))
             opened = (number, lines.query)
@@ -192,6 +196,9 @@ def index_records(
         having = lines.scored()
         has_scores = has_scores or bool(having.positives or having.negatives)
         negatives.update(passage.key for passage in having.negatives if not is_query(lines, passage))
+        listing = listing or bool(lines.negatives)
+        offered.update(passage.key for passage in lines.negatives if not is_query(lines, passage))
+        own[-1] = len(offered.difference(positives[positive_starts[-2] :]))
         scored[-1][0] += len(having.positives)
         scored[-1][1] = len(negatives.difference(positives[positive_starts[-2] :]))
     _refuse_without_positive(positive_starts, positives, opened, where)
@@ -200,6 +207,7 @@ def index_records(
         "query": np.array(queries, np.int64),
         "positives": np.array(positives, np.int64),
         "positive_starts": np.array(positive_starts, np.int64),
+        "own": np.array(own if listing else [-1] * len(own), np.int32),
         "has_scores": np.array([has_scores]),
         "scored": np.array(scored, np.int32).reshape(-1),
         # As a negative of its own row, or as a passage of another, which a batch compares it with.

@@ -44,6 +44,7 @@ class MixedGroups:
         self.path, self.alone = groups[0].path, groups[0].alone
         self.has_scores = all(one.has_scores for one in groups)
         self.identical = sum(one.identical for one in groups)
+        self.short = sum(one.short for one in groups)
         named = list(zip(sets, groups, strict=True))
         self.sources = {f"{of.label}: {name}": path for of, one in named for name, path in one.sources.items()}
         self.checksums = {
