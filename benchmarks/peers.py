@@ -1,13 +1,14 @@
 """The same distillation by lead-ds and by other libraries, side by side in one run.
 
-    python -m benchmarks.peers --data DATA --models MODELS [--pylate PYTHON] [--only kl margin ...] [--rounds 1]
-        [--work FOLDER] [--out benchmarks/results/peers-cpu.json] [--table]
+    python -m benchmarks.peers --data DATA --models MODELS [--pylate PYTHON] [--tevatron PYTHON]
+        [--only kl margin ...] [--rounds 1] [--work FOLDER] [--out benchmarks/results/peers-cpu.json] [--table]
 
 DATA is a collection with train and dev judgements; MODELS holds minilm-l3 (the student), reranker-l12 and bge-small (the
-teachers). PYTHON is the interpreter of an environment with pylate 1.6. Every library trains on the same batches in the
-same order, from the same weights, with the same cached scores or vectors, loss, optimizer and number of steps; dropout is
-off, so that their losses can be compared step by step. Each run is a process of its own; they take turns. Rows are
-appended to --out as they come, and what is there is not run again. --table measures nothing and prints what is there.
+teachers). PYTHON is the interpreter of an environment with pylate 1.6, or with tevatron 0.1.0 and transformers 4.45. Every
+library trains on the same batches in the same order, from the same weights, with the same cached scores or vectors, loss,
+optimizer and number of steps; dropout is off, so that their losses can be compared step by step. Each run is a process of
+its own; they take turns. Rows are appended to --out as they come, and what is there is not run again. --table measures
+nothing and prints what is there.
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ RUNS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
         for loss in ("margin", "embed", "labels")
     },
     "colbert": {"lead-ds": ("lead-ds", "fp32", {}), "PyLate": ("pylate", "fp32", {})},
+    "dot": {"lead-ds": ("lead-ds", "fp32", {}), "Tevatron": ("tevatron", "fp32", {})},
 }
+OTHER_PYTHONS = {"colbert": "pylate", "dot": "tevatron"}
 NAMES = {
     "kl": "KL of a reranker's scores (DistillKLDivLoss)",
     "margin": "margin-MSE of a reranker's scores (MarginMSELoss)",
     "embed": "vectors of a dual encoder (EmbedDistillLoss)",
     "labels": "labels alone (MultipleNegativesRankingLoss)",
     "colbert": "ColBERT, KL of a reranker's scores (PyLate's Distillation)",
+    "dot": "labels alone, dot product of [CLS] (Tevatron)",
 }
 
 
@@ -71,6 +75,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--models", type=Path)
     parser.add_argument("--pylate", type=Path, help="the interpreter of an environment with pylate")
+    parser.add_argument("--tevatron", type=Path, help="the interpreter of an environment with tevatron")
     parser.add_argument("--only", nargs="*", choices=[*RUNS, *MORE], default=[*RUNS, *MORE])
     parser.add_argument("--rounds", type=int, default=1, help="of kl; the others take one")
     parser.add_argument("--steps", type=int, default=9)
@@ -126,8 +131,8 @@ def measure(options: argparse.Namespace) -> None:
             for row in MORE[loss](work, options.models, size, {name for what, name, _ in done if what == loss}):
                 write(options.out, {"loss": loss, "round": 0, "size": size, **row})
             continue
-        if loss == "colbert" and options.pylate is None:
-            print("colbert: left out, without --pylate", flush=True)
+        if (needed := OTHER_PYTHONS.get(loss)) and getattr(options, needed) is None:
+            print(f"{loss}: left out, without --{needed}", flush=True)
             continue
         for turn in range(options.rounds if loss == "kl" else 1):
             order = list(RUNS[loss])
@@ -157,6 +162,8 @@ def once(loss: str, name: str, options: argparse.Namespace, size: dict[str, Any]
                 "out": str(begun),
             }
             run([str(options.pylate), str(THEIRS)], spec, work)
+    if loss == "dot":
+        begun = work / "plain"
     tree = peers_data.configuration(work, options.models, loss, size, str(begun))
     tree = peers_data.taught(work, tree, loss)
     tree["student"] |= {"dtype": "fp32", **settings}
@@ -173,14 +180,21 @@ def once(loss: str, name: str, options: argparse.Namespace, size: dict[str, Any]
         train = tree["train"]
         spec = {"library": library, "loss": loss, "student": str(begun), "batches": str(batches), "out": str(out)}
         spec |= {"precision": precision, "batch": train["batch_size"], "lr": train["lr"], "length": size["length"]}
-        python = options.pylate if library == "pylate" else sys.executable
+        spec["query_length"] = tree["student"].get("query_length")
+        python = getattr(options, library, None) or sys.executable
         found = run([str(python), str(THEIRS)], spec, work)
         model = out
-    queries = tree["train"]["batch_size"]
+    student, queries = tree["student"], tree["train"]["batch_size"]
+    # A directory of transformers alone does not say how it is read.
+    read = (
+        {name: student[name] for name in ("query_length", "passage_length", *peers_data.READ[loss])}
+        if loss == "dot"
+        else {}
+    )
     found["queries_per_second"] = {
         clock: queries / statistics.mean(found[clock][WARM - 1 :]) for clock in ("processor", "wall")
     }
-    return {**found, "library": library, "precision": precision, "nDCG@10": quality(model, work)}
+    return {**found, "library": library, "precision": precision, "nDCG@10": quality(model, work, read)}
 
 
 def run(command: list[str], spec: dict[str, Any], work: Path) -> Row:
@@ -197,14 +211,15 @@ def run(command: list[str], spec: dict[str, Any], work: Path) -> Row:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def quality(model: Path, work: Path) -> float:
+def quality(model: Path, work: Path, read: dict[str, Any]) -> float:
     """nDCG@10 of the dev queries, by lead-ds for every library's model: the corpus searched, or BM25's 30 best reranked."""
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.retrieval.evaluate import Task, evaluate_model
     from lead_ds.retrieval.rerank import Reranker, evaluate_reranked, find_candidates
 
     dataset = Dataset.open(work / "data")
-    task, opened = Task(dataset, "dev", ["nDCG@10"]), Reranker.open(str(model), None, [], torch.device("cpu"))
+    settings = [f"{name}={json.dumps(value)}" for name, value in read.items()]
+    task, opened = Task(dataset, "dev", ["nDCG@10"]), Reranker.open(str(model), None, settings, torch.device("cpu"))
     if opened.scorer.gives_vectors:
         return evaluate_model(opened.scorer, opened.encoder, task, batch_size=16).mean["nDCG@10"]
     found = find_candidates(dataset, dataset.qrels("dev"), 30, None)

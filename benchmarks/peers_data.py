@@ -22,6 +22,8 @@ from lead_ds.teachers.teach import teach
 
 OTHERS = 200  # passages that no query of the training groups names
 DEV = 100  # queries
+TEVATRON_QUERY = 32  # tokens to which Tevatron pads every query, by default
+READ: dict[str, dict[str, Any]] = {"dot": {"pooling": "cls", "normalize": False}}  # how the student of a loss is read
 QUERY_PROMPT = "Represent this sentence for searching relevant passages: "
 
 
@@ -115,6 +117,7 @@ def configuration(work: Path, models: Path, loss: str, size: dict[str, Any], beg
         "embed": {"embedding": {"weight": 1.0, "into": "same", "distance": "cosine", "of": ["queries", "positives"]}},
         "labels": {"contrastive": {"weight": 1.0, "temperature": 0.05}},
         "colbert": {"response": {"weight": 1.0}},
+        "dot": {"contrastive": {"weight": 1.0, "temperature": 1.0}},
     }
     tree: dict[str, Any] = {
         "seed": 888,
@@ -136,11 +139,13 @@ def configuration(work: Path, models: Path, loss: str, size: dict[str, Any], beg
         "monitor": {"tensorboard": False, "csv": False},
     }
     tree["data"]["mask_duplicates"] = False  # no other library knows of them
-    if loss != "labels":
+    if loss not in ("labels", "dot"):
         tree["teacher"] = {**dense, "query_prompt": QUERY_PROMPT} if loss == "embed" else reranker
         tree["teacher"]["dtype"] = "fp32"
     if loss == "embed":
         tree["train"]["steps"] = size["steps"] // 3
+    if loss == "dot":
+        tree["student"] |= {**READ["dot"], "query_length": TEVATRON_QUERY}
     if loss == "colbert":
         tree["student"] = {"kind": "colbert", "path": begun}
     for name, section in more.items():

@@ -169,6 +169,65 @@ def train_colbert(spec: dict[str, Any], clock: Clock) -> None:
     model.save(spec["out"])
 
 
+def train_tevatron(spec: dict[str, Any], clock: Clock) -> None:
+    """A dual encoder on labels, by Tevatron's trainer, as its train command sets it up."""
+    from datasets import Dataset
+    from tevatron.arguments import DataArguments, DenseTrainingArguments, ModelArguments
+    from tevatron.data import QPCollator, TrainDataset
+    from tevatron.modeling import DenseModel
+    from tevatron.trainer import DenseTrainer
+    from torch.utils.data import SequentialSampler
+    from transformers import BertTokenizer, TrainerCallback
+
+    class InOrder(DenseTrainer):  # type: ignore[misc]  # the base is known when it runs
+        def _get_train_sampler(self) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *given: Any, **named: Any) -> Any:
+            loss = super().compute_loss(*given, **named)
+            clock.losses.append(float(loss.detach()))
+            return loss
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.step()
+
+    # One that takes tokens' numbers, which the fast ones do not; the directory is of a later transformers.
+    vocabulary = json.loads((Path(spec["student"]) / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    Path(spec["out"]).mkdir(parents=True)
+    words = Path(spec["out"]) / "vocab.txt"
+    words.write_text("".join(f"{word}\n" for word in sorted(vocabulary, key=vocabulary.get)), encoding="utf-8")
+    tokenizer = BertTokenizer(str(words))
+    rows = [json.loads(line) for line in Path(spec["batches"]).read_text("utf-8").splitlines()]
+    lengths = {"q_max_len": spec["query_length"], "p_max_len": spec["length"]}
+    order = {"positive_passage_no_shuffle": True, "negative_passage_no_shuffle": True}
+    data_args = DataArguments(train_n_passages=len(rows[0]["passages"]), **lengths, **order)
+    model_args = ModelArguments(model_name_or_path=spec["student"])
+    args = DenseTrainingArguments(**settings(spec), warmup_ratio=0.0, remove_unused_columns=False)
+
+    def tokens(text: str, length: int) -> list[int]:  # as its preprocessor does
+        ids = tokenizer.encode(text, add_special_tokens=False, max_length=length, truncation=True)
+        return [int(i) for i in ids]
+
+    groups = [
+        {
+            "query": tokens(row["query"], lengths["q_max_len"]),
+            "positives": [tokens(row["passages"][0], lengths["p_max_len"])],
+            "negatives": [tokens(text, lengths["p_max_len"]) for text in row["passages"][1:]],
+        }
+        for row in rows
+    ]
+    data = TrainDataset(data_args, Dataset.from_list(groups), tokenizer)
+    model = DenseModel.build(model_args, data_args, args)
+    collator = QPCollator(tokenizer, max_p_len=lengths["p_max_len"], max_q_len=lengths["q_max_len"])
+    trainer = InOrder(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=[Steps()])
+    data.trainer = trainer
+    clock.before = status("VmRSS")
+    trainer.train()
+    model.lm_q.save_pretrained(spec["out"])
+    tokenizer.save_pretrained(spec["out"])
+
+
 def encode(spec: dict[str, Any], clock: Clock) -> None:
     """Every text once, by sentence-transformers."""
     from sentence_transformers import SentenceTransformer
@@ -193,7 +252,7 @@ def main() -> None:
         make_colbert(spec)
         print("{}")
         return
-    ways = {"sentence-transformers": train, "pylate": train_colbert, "encode": encode}
+    ways = {"sentence-transformers": train, "pylate": train_colbert, "tevatron": train_tevatron, "encode": encode}
     ways[spec["library"]](spec, clock)
     print(json.dumps(clock.found(float(os.environ["PEERS_STARTED"]))))
 
