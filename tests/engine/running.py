@@ -80,7 +80,7 @@ class Run:
                 found[int(rank)] = process
         return [found[rank] for rank in sorted(found)]
 
-    def until(self, condition: Callable[[], Any], what: str, seconds: float = 150, nap: float = 0.02) -> None:
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = 600, nap: float = 0.02) -> None:
         """Wait for a condition while the run lives."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -186,7 +186,7 @@ def test_what_is_wrong_with_the_meeting_point_is_told(
         facts = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
         for name, value in facts.items():
             monkeypatch.setenv(name, str(value))
-        said, deadline = "", time.monotonic() + 50
+        said, deadline = "", time.monotonic() + 600
         with ranks._told_while_waiting():
             while told not in said and time.monotonic() < deadline:
                 time.sleep(0.2)

@@ -23,7 +23,7 @@ def late(folder: str, blamed: int) -> str | None:
         begun = None if here.rank == blamed else dist.all_reduce(x, async_op=True)
         found = None
         if here.rank == 0:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while "hangs in" not in (found or "") and time.monotonic() < deadline:  # until both have posted, twice
                 before = watchdog._everyone()
                 time.sleep(2)

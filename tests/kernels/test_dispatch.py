@@ -22,7 +22,7 @@ def fresh(code: str, **environment: str) -> str:
     """What a new process prints."""
     given = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=given, cwd=ROOT, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, env=given, cwd=ROOT, timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()

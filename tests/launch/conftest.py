@@ -47,7 +47,7 @@ def ssh_hosts(tmp_path: Path) -> Iterator[dict[str, str]]:
     server = subprocess.Popen([sshd, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=(folder / "log").open("w"))
     environment = {"PATH": f"{shim.parent}:{os.environ['PATH']}"}
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while subprocess.run([str(shim), "-o", "BatchMode=yes", "127.0.0.2", "true"], capture_output=True).returncode:
             if time.monotonic() > deadline:
                 pytest.skip("sshd does not let us in: " + (folder / "log").read_text()[-500:])

@@ -19,7 +19,7 @@ MODELS = [*FAMILIES, "own"]
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each process says of each model."""
     paths = [expert_model(tmp_path_factory.mktemp(name), name) for name in MODELS]
-    told = launch("tests.models.expert_models:sharded", 2, timeout=120, paths=paths)
+    told = launch("tests.models.expert_models:sharded", 2, paths=paths)
     return {name: [one[i] for one in told] for i, name in enumerate(MODELS)}
 
 
