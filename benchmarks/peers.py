@@ -38,15 +38,16 @@ OUT = Path("benchmarks/results/peers-cpu.json")
 THEIRS = Path(__file__).with_name("peers_theirs.py")
 WARM = 2  # steps that are not counted
 
-# Of each loss: who runs it, by a name, the library, its precision, and lead-ds's settings beside the defaults.
-BEST = {"dtype": "bf16", "passes": 4}
+# Of each loss: who runs it, by a name, the library, its precision, and lead-ds's sections beside the defaults.
+BF16 = {"student": {"dtype": "bf16"}}
 RUNS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
     "kl": {
         "lead-ds": ("lead-ds", "fp32", {}),
         "sentence-transformers": ("sentence-transformers", "fp32", {}),
-        "lead-ds, bf16": ("lead-ds", "bf16", {"dtype": "bf16"}),
+        "lead-ds, bf16": ("lead-ds", "bf16", BF16),
         "sentence-transformers, bf16": ("sentence-transformers", "bf16", {}),
-        "lead-ds, bf16, passes 4": ("lead-ds", "bf16", BEST),
+        "lead-ds, bf16, passes 4": ("lead-ds", "bf16", {"student": {"dtype": "bf16", "passes": 4}}),
+        "lead-ds, bf16, checkpointing": ("lead-ds", "bf16", {**BF16, "train": {"gradient_checkpointing": True}}),
     },
     **{
         loss: {
@@ -149,7 +150,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def once(loss: str, name: str, options: argparse.Namespace, size: dict[str, Any]) -> Row:
     """One run of a library."""
-    library, precision, settings = RUNS[loss][name]
+    library, precision, sections = RUNS[loss][name]
     work: Path = options.work
     begun = work / "student"
     if loss == "colbert":
@@ -166,7 +167,9 @@ def once(loss: str, name: str, options: argparse.Namespace, size: dict[str, Any]
         begun = work / "plain"
     tree = peers_data.configuration(work, options.models, loss, size, str(begun))
     tree = peers_data.taught(work, tree, loss)
-    tree["student"] |= {"dtype": "fp32", **settings}
+    tree["student"]["dtype"] = "fp32"
+    for section, settings in sections.items():
+        tree[section] |= settings
     out = work / "runs" / f"{loss}-{name.replace(', ', '-').replace(' ', '-')}"
     shutil.rmtree(out, ignore_errors=True)
     tree["output"] = str(out)
