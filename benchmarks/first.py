@@ -100,12 +100,13 @@ def maxsim_exact(q: Tensor, d: Tensor, **how: Any) -> Tensor:
 
 
 def attention_kl_cases(small: bool) -> Iterator[Case]:
-    """Grouped keys, padding, a causal window; the widest heads."""
+    """Grouped keys, padding, a causal window; averaged heads; the widest."""
     length, common, widest = (35, 16, 24) if small else (70, 64, 256)
-    padded = {"mask": torch.arange(length) < torch.tensor([[length], [33], [1]]), "causal": True, "window": 20}
+    padded = {"mask": torch.arange(length) < torch.tensor([[length], [33], [1]]), "causal": True, "band": 20}
     for name, (heads, keys, width), how in (
         ("plain", (2, 2, common), {"mask": None}),
         ("grouped, padded, causal window", (4, 2, common), padded),
+        ("averaged heads, the same", (4, 2, common), {**padded, "head_mean": True}),
         ("the widest heads", (2, 2, widest), {"mask": None}),
     ):
         shapes = {"tq": (3, heads, length, width), "tk": (3, keys, length, width)}

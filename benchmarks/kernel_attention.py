@@ -1,5 +1,7 @@
-"""The benchmark of attention_kl: K layer pairs of a teacher and a student in one call."""
+"""The benchmarks of attention_kl, head by head and of averaged heads: K layer pairs of a teacher and a student in one call."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +41,8 @@ def columns(tensors: dict[str, Any]) -> list[list[Tensor]]:
     return [[x for name, x in tensors.items() if name.startswith(kind)] for kind in ("tq", "tk", "sq", "sk")]
 
 
-def eager(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
-    """What a distillation script writes: both maps, log-softmax in float32, kl_div, a masked mean."""
+def eager(*, mask: Tensor | None, head_mean: bool = False, **tensors: Tensor) -> Tensor:
+    """What a distillation script writes: both maps, log-softmax in float32, their mean or not, kl_div, a masked mean."""
     total = torch.zeros((), device=tensors["sq0"].device)
     pairs = list(zip(*columns(tensors), strict=True))
     for tq, tk, sq, sk in pairs:
@@ -51,6 +53,9 @@ def eager(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
             if mask is not None:
                 logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
             logs.append(functional.log_softmax(logits, dim=-1, dtype=torch.float32))
+            if head_mean:
+                tiny = torch.finfo(torch.float32).tiny
+                logs[-1] = logs[-1].exp().mean(1, keepdim=True).clamp_min(tiny).log()
         rows = functional.kl_div(logs[1], logs[0], reduction="none", log_target=True).sum(-1)
         if mask is None:
             total = total + rows.mean()
@@ -59,10 +64,10 @@ def eager(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
     return total / len(pairs)
 
 
-def lead_ds(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
+def lead_ds(*, mask: Tensor | None, head_mean: bool = False, **tensors: Tensor) -> Tensor:
     """The kernel, all pairs in one call."""
     tq, tk, sq, sk = columns(tensors)
-    return attention_kl(tq, tk, sq, sk, mask)
+    return attention_kl(tq, tk, sq, sk, mask, head_mean=head_mean)
 
 
 def lead_ds_atomic(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
@@ -73,10 +78,10 @@ def lead_ds_atomic(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
     return attention_kl(tq, tk, sq, sk, mask, atomic=True)
 
 
-def reference(*, mask: Tensor | None, **tensors: Tensor) -> Tensor:
+def reference(*, mask: Tensor | None, head_mean: bool = False, **tensors: Tensor) -> Tensor:
     """The oracle, pair by pair."""
     pairs = zip(*columns(tensors), strict=True)
-    values = [attention_kl_reference(Maps(tq, tk), Maps(sq, sk), mask) for tq, tk, sq, sk in pairs]
+    values = [attention_kl_reference(Maps(tq, tk), Maps(sq, sk), mask, head_mean=head_mean) for tq, tk, sq, sk in pairs]
     return torch.stack(values).mean()
 
 
@@ -92,31 +97,36 @@ def floor(shape: Shape, mode: str, itemsize: int, ceilings: Ceilings) -> float:
 
 
 _BERT = {"K": 6, "B": 32, "H": 12, "L": 512, "d": 64}
-SPECS = (
-    KernelSpec(
-        name="attention_kl",
-        shapes={
-            "cuda": (
-                {"K": 6, "B": 32, "H": 12, "L": 128, "d": 64},
-                _BERT,
-                _BERT | {"ragged": True},
-                {"K": 6, "B": 8, "H": 12, "L": 2048, "d": 64},
-                {"K": 6, "B": 4, "H": 32, "Hk": 8, "L": 4096, "d": 128},
-            ),
-            "cpu": (
-                {"K": 1, "B": 2, "H": 4, "L": 64, "d": 32},
-                {"K": 1, "B": 4, "H": 12, "L": 128, "d": 64},
-                {"K": 1, "B": 4, "H": 12, "L": 128, "d": 64, "ragged": True},
-                {"K": 1, "B": 8, "H": 12, "L": 1024, "d": 64},
-            ),
-        },
-        check_shape={"K": 2, "B": 3, "H": 4, "Hk": 2, "L": 70, "d": 48, "ragged": True},
-        make_inputs=make_inputs,
-        reference=reference,
-        providers={"eager": eager, "lead-ds": lead_ds, "lead-ds atomic": lead_ds_atomic},
-        floor=floor,
-        size=lambda shape: shape["K"] * shape["B"] * shape["H"] * shape["L"] ** 2,
-        size_label="scores of a model",
-        graph=frozenset({0}),
-    ),
+_SINGLE = KernelSpec(
+    name="attention_kl",
+    shapes={
+        "cuda": (
+            {"K": 6, "B": 32, "H": 12, "L": 128, "d": 64},
+            _BERT,
+            _BERT | {"ragged": True},
+            {"K": 6, "B": 8, "H": 12, "L": 2048, "d": 64},
+            {"K": 6, "B": 4, "H": 32, "Hk": 8, "L": 4096, "d": 128},
+        ),
+        "cpu": (
+            {"K": 1, "B": 2, "H": 4, "L": 64, "d": 32},
+            {"K": 1, "B": 4, "H": 12, "L": 128, "d": 64},
+            {"K": 1, "B": 4, "H": 12, "L": 128, "d": 64, "ragged": True},
+            {"K": 1, "B": 8, "H": 12, "L": 1024, "d": 64},
+        ),
+    },
+    check_shape={"K": 2, "B": 3, "H": 4, "Hk": 2, "L": 70, "d": 48, "ragged": True},
+    make_inputs=make_inputs,
+    reference=reference,
+    providers={"eager": eager, "lead-ds": lead_ds, "lead-ds atomic": lead_ds_atomic},
+    floor=floor,
+    size=lambda shape: shape["K"] * shape["B"] * shape["H"] * shape["L"] ** 2,
+    size_label="scores of a model",
+    graph=frozenset({0}),
 )
+_MEAN = replace(
+    _SINGLE,
+    name="attention_kl_head_mean",
+    reference=partial(reference, head_mean=True),
+    providers={"eager": partial(eager, head_mean=True), "lead-ds": partial(lead_ds, head_mean=True)},
+)
+SPECS = (_SINGLE, _MEAN)

@@ -20,6 +20,7 @@ KERNEL_MODULES = (
     "lead_ds.kernels.maxsim.triton_kernel",
     "lead_ds.kernels.layer_kl.triton_kernel",
     "lead_ds.kernels.attention_kl.triton_kernel",
+    "lead_ds.kernels.attention_kl.head_mean_kernel",
     "lead_ds.kernels.interaction.triton_kernel",
 )
 
@@ -95,7 +96,7 @@ def compile_variant(variant: Variant, chip: str = "sm_90") -> dict[str, Any]:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, name in enumerate(names):
         kind = variant.signature.get(name, "constexpr")
-        several = variant.pairs > 1 and re.fullmatch(r"([ts][qk]|d[qk])_ptr", name) and not _one(variant, name)
+        several = variant.pairs > 1 and re.fullmatch(r"([ts]?[qk]|d[qk])_ptr", name) and not _one(variant, name)
         signature[name] = (kind,) * variant.pairs if several else kind
         if kind.startswith("*") or name in variant.aligned:
             places = [(place, i) for i in range(variant.pairs)] if several else [(place,)]

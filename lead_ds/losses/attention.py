@@ -34,7 +34,8 @@ class AttentionSettings(LossSettings):
     )
     divergence: Literal["kl", "mse"] = Field("kl", description="mse: interaction form only")
     heads: Literal["relation", "mean", "pair"] = Field(
-        "relation", description="relation: MiniLMv2 relation heads; mean: averaged maps; pair: one to one"
+        "relation",
+        description="relation: MiniLMv2 relation heads; mean: maps averaged over heads; pair: one to one",
     )
     relation_heads: Positive | None = Field(None, description="heads: relation; null: the student's number of heads")
     temperature: Temperature = 1.0

@@ -13,6 +13,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import create_function_from_signature
 
+from lead_ds.kernels.attention_kl import head_mean_kernel as head_mean
 from lead_ds.kernels.attention_kl import triton_kernel as attention
 from lead_ds.kernels.attention_kl.inputs import LayerPair
 from lead_ds.kernels.layer_kl import triton_kernel as layer
@@ -51,6 +52,16 @@ def run_attention(length: int, batch: int) -> None:
     attention.backward(torch.ones(6), pairs, saved, causal=False, atomic=False)
 
 
+def run_head_mean(length: int, batch: int) -> None:
+    """The same, of averaged heads, of a teacher that has more of them, wider."""
+    teacher, student = (
+        [vectors(batch, length, heads, width=width).transpose(1, 2)] * 2 for heads, width in ((16, 128), (12, 64))
+    )
+    pairs = [LayerPair(*teacher, *student, 0.125, 0.125, None)] * 6
+    _, saved = head_mean.forward(pairs, torch.ones(batch, length), causal=False, with_grad=True)
+    head_mean.backward(torch.ones(6), pairs, saved, causal=False)
+
+
 def run_maxsim(length_q: int, length_d: int, batch: int) -> None:
     """Both models' scores of a padded batch, of the final layer and of a hidden one; the student's gradient."""
     for width in (128, 768):
@@ -71,12 +82,15 @@ def run_layer_kl(batch: int) -> None:
 
 def main() -> None:
     found = {}
-    for name, module in (("attention_kl", attention), ("maxsim", maxsim), ("layer_kl", layer)):
+    modules = (("attention_kl", attention), ("head_mean", head_mean), ("maxsim", maxsim), ("layer_kl", layer))
+    for name, module in modules:
         module.launch = builds = Builds()  # type: ignore[attr-defined]
         for i, length in enumerate(LENGTHS):
             batch = 16 if i % 3 else 15
             if name == "attention_kl":
                 run_attention(length, batch)
+            elif name == "head_mean":
+                run_head_mean(length, batch)
             elif name == "maxsim":
                 run_maxsim(min(length, 64), length, batch)
         if name == "layer_kl":

@@ -28,8 +28,6 @@ def inputs(device: torch.device) -> dict[str, Tensor]:
 
 def results(given: dict[str, Tensor], impl: str, **how: Any) -> list[Tensor]:
     """Value and gradients of two layer pairs alike, through a gradient of any layout."""
-    from lead_ds.kernels import attention_kl
-
     tq, tk, sq, sk = (given[name].detach() for name in NAMES)
     sq.requires_grad_()
     sk.requires_grad_()
@@ -42,13 +40,16 @@ def strided(x: Tensor) -> Tensor:
     return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
 
 
+@pytest.mark.parametrize("head_mean", [False, True])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which", [*NAMES, "mask", "grad"])
-def test_strided_inputs(which: str, impl: str, device: torch.device) -> None:
+def test_strided_inputs(which: str, impl: str, head_mean: bool, device: torch.device) -> None:
     given = inputs(device)
-    expected = results(given, impl)
+    expected = results(given, impl, head_mean=head_mean)
     assert not strided(given[which]).is_contiguous()
-    for found, right in zip(results(given | {which: strided(given[which])}, impl), expected, strict=True):
+    for found, right in zip(
+        results(given | {which: strided(given[which])}, impl, head_mean=head_mean), expected, strict=True
+    ):
         torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-7)
 
 
@@ -62,12 +63,13 @@ def test_expanded_inputs(impl: str, device: torch.device) -> None:
         torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("head_mean", [False, True])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which", NAMES)
-def test_nan_in_is_nan_out(which: str, impl: str, device: torch.device) -> None:
+def test_nan_in_is_nan_out(which: str, impl: str, head_mean: bool, device: torch.device) -> None:
     given = inputs(device)
     given[which][0, 1, 3, 5] = float("nan")
-    value, dq, dk = results(given, impl)
+    value, dq, dk = results(given, impl, head_mean=head_mean)
     assert value.isnan().all()
     assert dq[0, 1].isnan().any()
     assert dk[0, 1].isnan().any()
@@ -75,16 +77,11 @@ def test_nan_in_is_nan_out(which: str, impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("which", NAMES)
-@pytest.mark.parametrize("form", ["head_mean", "grouped"])
-def test_nan_in_is_nan_out_of_torch_only_forms(which: str, form: str) -> None:
+def test_nan_in_is_nan_out_of_word_groups(which: str) -> None:
     given = inputs(torch.device("cpu"))
     given[which][0, 1, 3, 5] = float("nan")
-    tensors = [given[name] for name in NAMES]
-    if form == "head_mean":
-        assert attention_kl(*tensors, head_mean=True).isnan()
-    else:
-        groups = torch.arange(19).expand(2, -1)
-        assert grouped_attention_kl(*tensors, groups, groups).isnan()
+    groups = torch.arange(19).expand(2, -1)
+    assert grouped_attention_kl(*(given[name] for name in NAMES), groups, groups).isnan()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -13,7 +13,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from lead_ds.kernels.aot import CHIPS, KERNEL_MODULES
 
-FAMILIES = [module.split(".")[2] for module in KERNEL_MODULES]
+# What the names of a module's variants begin with: its folder, or its own where a folder has two.
+FAMILIES = [
+    folder if name == "triton_kernel" else name.removesuffix("_kernel")
+    for folder, name in (module.split(".")[-2:] for module in KERNEL_MODULES)
+]
 # Registers a thread, and of a multiprocessor, where spilling is not what the compiler does first.
 REGISTERS, ALL_REGISTERS = 255, 65536
 

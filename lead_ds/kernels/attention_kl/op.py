@@ -12,6 +12,9 @@ from lead_ds.kernels.attention_kl.inputs import LayerPair, Maps, Tensors, layer_
 from lead_ds.kernels.dispatch import resolve, unless_refused, with_fallback
 from lead_ds.kernels.one_visit import OneVisit
 
+# By whether heads are averaged: a device that refuses the one kernel may run the other.
+_NAMES = {False: "attention_kl", True: "attention_kl of averaged heads"}
+
 
 def attention_kl(
     tq: Tensors,
@@ -47,9 +50,9 @@ def attention_kl(
             models with different head counts compare.
         impl: "auto", "triton" or "torch".
         band: hide keys farther than this many positions from a row.
-        head_mean: compare the distributions averaged over each model's heads; always runs on torch.
+        head_mean: compare the distributions averaged over each model's heads, which may differ in number.
         atomic: let the Triton backward add up with atomics: one kernel instead of two, but sums in no fixed order.
-            Heads wider than 128 take the two.
+            Heads wider than 128, and averaged heads, take the two.
         per_pair: the value of every layer pair, [K], in place of their mean.
 
     Returns a float32 scalar (float64 for float64 inputs); 0 if no row is real; NaN if an input that counts is NaN.
@@ -71,25 +74,24 @@ def attention_kl(
     def run(chosen: str) -> Tensor:
         if chosen == "torch":
             return OneVisit.apply(lambda: attention_kl_chunked(pairs, mask, causal, head_mean, with_grad), *students)
-        return _AttentionKLTriton.apply(pairs, mask, causal, atomic, chosen, *students)
+        return _AttentionKLTriton.apply(pairs, mask, causal, head_mean, atomic, chosen, *students)
 
-    values_K = with_fallback(run, impl, _implementation(impl, pairs, head_mean), kernel="attention_kl")
+    values_K = with_fallback(run, impl, _implementation(impl, pairs, head_mean), kernel=_NAMES[head_mean])
     return values_K if per_pair else values_K.mean()
 
 
 def _implementation(impl: str, pairs: list[LayerPair], head_mean: bool) -> str:
     tensors = [tensor for pair in pairs for tensor in (pair.tq, pair.tk, pair.sq, pair.sk)]
-    chosen = resolve(impl, *tensors, kernel="attention_kl")
+    chosen = resolve(impl, *tensors, kernel=_NAMES[head_mean])
     if chosen == "torch":
         return chosen
     from lead_ds.kernels.attention_kl.triton_kernel import MAX_WIDTH, supported
 
-    obstacle = "head_mean has no kernel" if head_mean else None
-    if not supported(pairs):
-        obstacle = f"heads wider than {MAX_WIDTH} have no kernel"
-    if obstacle and impl == "triton":
-        raise ValueError(f"attention_kl: impl='triton' cannot run here: {obstacle}")
-    return "torch" if obstacle else chosen
+    if supported(pairs):
+        return chosen
+    if impl == "triton":
+        raise ValueError(f"attention_kl: impl='triton' cannot run here: heads wider than {MAX_WIDTH} have no kernel")
+    return "torch"
 
 
 class _AttentionKLTriton(torch.autograd.Function):
@@ -97,30 +99,44 @@ class _AttentionKLTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pairs: list[LayerPair], mask: Tensor | None, causal: bool, atomic: bool, impl: str, *students: Tensor
+        ctx: Any,
+        pairs: list[LayerPair],
+        mask: Tensor | None,
+        causal: bool,
+        head_mean: bool,
+        atomic: bool,
+        impl: str,
+        *students: Tensor,
     ) -> Tensor:
-        from lead_ds.kernels.attention_kl import triton_kernel
+        from lead_ds.kernels.attention_kl import head_mean_kernel, triton_kernel
 
         pairs = [triton_kernel.dense(pair) for pair in pairs]
-        values, saved = triton_kernel.forward(pairs, mask, causal)
-        ctx.rest = pairs, saved, causal, atomic, impl
+        saved: Any
+        if head_mean:
+            values, saved = head_mean_kernel.forward(pairs, mask, causal, with_grad=any(ctx.needs_input_grad))
+        else:
+            values, saved = triton_kernel.forward(pairs, mask, causal)
+        ctx.rest = pairs, saved, causal, head_mean, atomic, impl
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
-        from lead_ds.kernels.attention_kl import triton_kernel
+        from lead_ds.kernels.attention_kl import head_mean_kernel, triton_kernel
 
-        pairs, saved, causal, atomic, impl = ctx.rest
+        pairs, saved, causal, head_mean, atomic, impl = ctx.rest
+
+        def kernels() -> list[tuple[Tensor, Tensor]]:
+            if head_mean:
+                return head_mean_kernel.backward(grad_K, pairs, saved, causal)
+            return triton_kernel.backward(grad_K, pairs, saved, causal, atomic)
 
         def instead() -> list[tuple[Tensor, Tensor]]:
-            _, found = attention_kl_chunked(pairs, saved.mask, causal, head_mean=False, with_grad=True)
+            _, found = attention_kl_chunked(pairs, saved.mask, causal, head_mean, with_grad=True)
             return [
                 ((dq * weight).to(pair.sq.dtype), (dk * weight).to(pair.sk.dtype))
                 for pair, weight, dq, dk in zip(pairs, grad_K.unbind(), found[::2], found[1::2], strict=True)
             ]
 
-        gradients = unless_refused(
-            lambda: triton_kernel.backward(grad_K, pairs, saved, causal, atomic), instead, impl, kernel="attention_kl"
-        )
-        return (*(None,) * 5, *(tensor for gradient in gradients for tensor in gradient))
+        gradients = unless_refused(kernels, instead, impl, kernel=_NAMES[head_mean])
+        return (*(None,) * 6, *(tensor for gradient in gradients for tensor in gradient))

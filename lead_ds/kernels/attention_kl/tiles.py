@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
-from lead_ds.kernels.dispatch import ADA, AMPERE, BLACKWELL, CDNA, HOPPER
+from lead_ds.kernels.dispatch import ADA, AMPERE, BLACKWELL, CDNA, HOPPER, tiles_for
+
+# Wider heads leave no tile whose accumulators fit the registers.
+MAX_WIDTH = 256
 
 
 class Tiles(NamedTuple):
@@ -81,3 +84,67 @@ TABLE[HOPPER] = TABLE[AMPERE] | {
 }
 # Hopper's tile would spill there, and this one on Hopper.
 TABLE[BLACKWELL] = TABLE[HOPPER] | {("dk", 2, 128): Tiles(64, 64, 8, 1)}
+# Averaged heads: the forward, which holds both models' means, and the gradients, which hold them and one head's.
+_MEAN: dict[int, dict[tuple[str, int, int], Tiles]] = {
+    CDNA: {
+        ("mean", 2, 64): Tiles(64, 32, 8, 1),
+        ("mean", 2, 128): Tiles(64, 32, 8, 1),
+        ("mean", 2, 256): Tiles(64, 32, 4, 1),
+        ("mean", 4, 64): Tiles(32, 32, 8, 1),
+        ("mean", 4, 128): Tiles(32, 32, 8, 1),
+        ("mean", 4, 256): Tiles(32, 16, 8, 1),
+        ("mean dq", 2, 64): Tiles(64, 32, 8, 1),
+        ("mean dq", 2, 128): Tiles(64, 32, 4, 1),
+        ("mean dq", 2, 256): Tiles(64, 32, 4, 1),
+        ("mean dq", 4, 64): Tiles(32, 32, 8, 1),
+        ("mean dq", 4, 128): Tiles(32, 16, 8, 1),
+        ("mean dq", 4, 256): Tiles(32, 16, 8, 1),
+        ("mean dk", 2, 64): Tiles(32, 64, 8, 1),
+        ("mean dk", 2, 128): Tiles(32, 64, 4, 1),
+        ("mean dk", 2, 256): Tiles(32, 64, 4, 1),
+        ("mean dk", 4, 64): Tiles(32, 32, 8, 1),
+        ("mean dk", 4, 128): Tiles(16, 32, 8, 1),
+        ("mean dk", 4, 256): Tiles(16, 32, 8, 1),
+    },
+    ADA: {
+        ("mean", 2, 64): Tiles(64, 64, 8, 2),
+        ("mean", 2, 128): Tiles(64, 64, 8, 2),
+        ("mean", 2, 256): Tiles(64, 32, 8, 2),
+        ("mean", 4, 64): Tiles(32, 32, 8, 1),
+        ("mean", 4, 128): Tiles(32, 16, 8, 1),
+        ("mean", 4, 256): Tiles(32, 32, 8, 1),
+        ("mean dq", 2, 64): Tiles(64, 64, 8, 2),
+        ("mean dq", 2, 128): Tiles(64, 32, 8, 1),
+        ("mean dq", 2, 256): Tiles(32, 32, 8, 1),
+        ("mean dq", 4, 64): Tiles(32, 32, 8, 1),
+        ("mean dq", 4, 128): Tiles(32, 32, 8, 1),
+        ("mean dq", 4, 256): Tiles(16, 32, 8, 1),
+        ("mean dk", 2, 64): Tiles(32, 64, 8, 2),
+        ("mean dk", 2, 128): Tiles(32, 32, 8, 2),
+        ("mean dk", 2, 256): Tiles(32, 16, 8, 1),
+        ("mean dk", 4, 64): Tiles(32, 32, 8, 1),
+        ("mean dk", 4, 128): Tiles(32, 32, 8, 1),
+        ("mean dk", 4, 256): Tiles(32, 16, 8, 1),
+    },
+}
+_MEAN[AMPERE] = _MEAN[ADA] | {
+    ("mean", 2, 128): Tiles(64, 32, 8, 2),
+    ("mean", 2, 256): Tiles(64, 32, 8, 1),
+    ("mean", 4, 128): Tiles(16, 32, 8, 1),
+    ("mean dq", 2, 64): Tiles(64, 32, 8, 2),
+    ("mean dq", 2, 128): Tiles(32, 32, 8, 2),
+}
+_MEAN[HOPPER] = _MEAN[ADA] | {
+    ("mean", 4, 256): Tiles(16, 32, 8, 1),
+    ("mean dq", 2, 128): Tiles(64, 64, 8, 2),
+    ("mean dk", 2, 64): Tiles(64, 64, 8, 2),
+    ("mean dk", 2, 128): Tiles(64, 32, 8, 2),
+}
+_MEAN[BLACKWELL] = _MEAN[HOPPER]
+for _shared, _entries in _MEAN.items():
+    TABLE[_shared] |= _entries
+
+
+def listed(shared: int, kernel: str, size: int, width: int) -> Tiles:
+    """The table's entry for a kernel, an element size and the wider of two head dimensions."""
+    return tiles_for(TABLE, shared)[kernel, size, next(wide for wide in (64, 128, MAX_WIDTH) if width <= wide)]

@@ -20,12 +20,9 @@ from lead_ds.kernels.attention_kl.programs import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from lead_ds.kernels.attention_kl.tiles import TABLE, Tiles
-from lead_ds.kernels.dispatch import float32_dot_precision, shared_memory, tiles_for
+from lead_ds.kernels.attention_kl.tiles import MAX_WIDTH, Tiles, listed
+from lead_ds.kernels.dispatch import float32_dot_precision, shared_memory
 from lead_ds.kernels.launch import launch
-
-# Wider heads leave no tile whose accumulators fit the registers.
-MAX_WIDTH = 256
 
 _ATOMIC_WIDTH = 128
 _SHORT = 32
@@ -66,10 +63,10 @@ def forward(pairs: list[LayerPair], mask: Tensor | None, causal: bool) -> tuple[
     if batch * length == 0:
         zero = torch.zeros((), device=device)
         return torch.zeros(len(pairs), device=device), Saved([], None, None, zero)
-    mask, bounds, weight = _mask_facts(mask, batch, length, device)
+    mask, bounds, weight = mask_facts(mask, batch, length, device)
     values: list[Tensor] = [weight] * len(pairs)
     groups = []
-    for members in _groups(pairs):
+    for members in groups_of(pairs):
         group = [pairs[k] for k in members]
         pair, heads = group[0], group[0].sq.shape[1]
         tiles = _tiles("forward", pair, length)
@@ -78,10 +75,10 @@ def forward(pairs: list[LayerPair], mask: Tensor | None, causal: bool) -> tuple[
         t_lse = torch.empty(len(group), batch, heads, length, dtype=torch.float32, device=device)
         s_lse = torch.empty_like(t_lse)
         launch(
-            forward_kernel, (batch * heads * row_tiles, len(group)), *_inputs(group), _or(mask, partial),
-            _or(bounds, partial), partial, t_lse, s_lse, *_strides(pair.tq, pair.tk, pair.sq, pair.sk), *_sizes(pair),
+            forward_kernel, (batch * heads * row_tiles, len(group)), *inputs_of(group), either(mask, partial),
+            either(bounds, partial), partial, t_lse, s_lse, *strides_of(pair.tq, pair.tk, pair.sq, pair.sk), *_sizes(pair),
             pair.teacher_scale * _LOG2_E, pair.student_scale * _LOG2_E, pair.band or 0, row_tiles, PAIRS=len(group),
-            **_constants(pair, tiles, mask is not None, causal), **_options(tiles),
+            **constants_of(pair, tiles, mask is not None, causal), **options_of(tiles),
         )  # fmt: skip
         groups.append(Group(members, t_lse, s_lse))
         for k, value in zip(members, (partial.sum(1) * (weight * (_LN_2 / heads))).unbind(), strict=True):
@@ -105,8 +102,8 @@ def backward(
         group = [pairs[k] for k in members]
         pair, heads = group[0], group[0].sq.shape[1]
         group_grad = grad if len(group) == len(pairs) else torch.stack([grad[k] for k in members])
-        arguments = (_or(mask, t_lse), _or(bounds, t_lse), group_grad, t_lse, s_lse)
-        strides = _strides(pair.tq, pair.tk, pair.sq, pair.sk)
+        arguments = (either(mask, t_lse), either(bounds, t_lse), group_grad, t_lse, s_lse)
+        strides = strides_of(pair.tq, pair.tk, pair.sq, pair.sk)
         scales = (pair.teacher_scale * _LOG2_E, pair.student_scale * _LOG2_E, pair.student_scale / heads)
         if atomic:
             summed = torch.zeros(len(group), *pair.sq.shape, dtype=torch.float32, device=pair.sq.device)
@@ -115,18 +112,18 @@ def backward(
             tiles = _tiles("dq", pair, length)
             row_tiles = triton.cdiv(length, tiles.rows)
             launch(
-                query_gradient_kernel, (batch * heads * row_tiles, len(group)), *_inputs(group),
-                _pointers([gradients[k][0] for k in members]), *arguments, *strides,
-                *_strides(gradients[members[0]][0]), *_sizes(pair), *scales, pair.band or 0, row_tiles,
-                PAIRS=len(group), **_constants(pair, tiles, mask is not None, causal), **_options(tiles),
+                query_gradient_kernel, (batch * heads * row_tiles, len(group)), *inputs_of(group),
+                pointers([gradients[k][0] for k in members]), *arguments, *strides,
+                *strides_of(gradients[members[0]][0]), *_sizes(pair), *scales, pair.band or 0, row_tiles,
+                PAIRS=len(group), **constants_of(pair, tiles, mask is not None, causal), **options_of(tiles),
             )  # fmt: skip
         tiles = _tiles("both" if atomic else "dk", pair, length)
         key_tiles = triton.cdiv(length, tiles.keys)
         launch(
-            key_gradient_kernel, (batch * pair.sk.shape[1] * key_tiles, len(group)), *_inputs(group),
-            _pointers([gradients[k][1] for k in members]), summed, *arguments, *strides,
-            *_strides(gradients[members[0]][1]), *_sizes(pair), *scales, pair.band or 0, key_tiles, PAIRS=len(group),
-            ATOMIC=atomic, **_constants(pair, tiles, mask is not None, causal), **_options(tiles),
+            key_gradient_kernel, (batch * pair.sk.shape[1] * key_tiles, len(group)), *inputs_of(group),
+            pointers([gradients[k][1] for k in members]), summed, *arguments, *strides,
+            *strides_of(gradients[members[0]][1]), *_sizes(pair), *scales, pair.band or 0, key_tiles, PAIRS=len(group),
+            ATOMIC=atomic, **constants_of(pair, tiles, mask is not None, causal), **options_of(tiles),
         )  # fmt: skip
         if atomic:
             for k, dq in zip(members, summed.unbind(), strict=True):
@@ -143,7 +140,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _mask_facts(
+def mask_facts(
     mask: Tensor | None, batch: int, length: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The mask as bytes, its bounds [B, 4] and 1 / the number of real rows, all without a synchronisation."""
@@ -155,7 +152,7 @@ def _mask_facts(
     return mask, bounds, bounds[:, 3].sum().clamp_min(1).to(torch.float32).reciprocal()
 
 
-def _groups(pairs: list[LayerPair]) -> list[list[int]]:
+def groups_of(pairs: list[LayerPair]) -> list[list[int]]:
     """Indices of pairs that can share a launch: equal shapes, strides, dtypes, scales and band."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for k, pair in enumerate(pairs):
@@ -164,19 +161,19 @@ def _groups(pairs: list[LayerPair]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _pointers(tensors: list[Tensor]) -> Any:
+def pointers(tensors: list[Tensor]) -> Any:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-def _inputs(group: list[LayerPair]) -> list[Any]:
-    return [_pointers([getattr(pair, name) for pair in group]) for name in ("tq", "tk", "sq", "sk")]
+def inputs_of(group: list[LayerPair]) -> list[Any]:
+    return [pointers([getattr(pair, name) for pair in group]) for name in ("tq", "tk", "sq", "sk")]
 
 
-def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+def either(tensor: Tensor | None, unused: Tensor) -> Tensor:
     return unused if tensor is None else tensor
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def strides_of(*tensors: Tensor) -> list[int]:
     return [tensor.stride(dim) for tensor in tensors for dim in range(3)]
 
 
@@ -192,12 +189,11 @@ def _tiles(kernel: str, pair: LayerPair, length: int) -> Tiles:
 
 def _fitted(shared: int, kernel: str, size: int, width: int, length: int) -> Tiles:
     """Tiles of the table; for texts of up to 32 tokens smaller ones. Two sizes, so that lengths cost two builds at most."""
-    bucket = next(wide for wide in (64, 128, MAX_WIDTH) if width <= wide)
-    tiles = tiles_for(TABLE, shared)[kernel, size, bucket]
+    tiles = listed(shared, kernel, size, width)
     return tiles if length > _SHORT else tiles._replace(rows=min(tiles.rows, _SHORT), keys=min(tiles.keys, _SHORT))
 
 
-def _constants(pair: LayerPair, tiles: Tiles, masked: bool, causal: bool) -> dict[str, Any]:
+def constants_of(pair: LayerPair, tiles: Tiles, masked: bool, causal: bool) -> dict[str, Any]:
     t_width, s_width = pair.tq.shape[3], pair.sq.shape[3]
     t_block, s_block = (max(16, triton.next_power_of_2(width)) for width in (t_width, s_width))
     return {
@@ -214,7 +210,7 @@ def _constants(pair: LayerPair, tiles: Tiles, masked: bool, causal: bool) -> dic
     }
 
 
-def _options(tiles: Tiles) -> dict[str, int]:
+def options_of(tiles: Tiles) -> dict[str, int]:
     return {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
@@ -247,7 +243,7 @@ def aot_variants(shared: int) -> Iterator[Variant]:
             tiles = _fitted(shared, kernel, size, max(t_width, s_width), length)
             q = [torch.empty(1, 1, length, width, device="meta") for width in (t_width, s_width)]
             pair = LayerPair(q[0], q[0], q[1], q[1], 1.0, 1.0, 7 if band else None)
-            constants = _constants(pair, tiles, masked, band) | {"PAIRS": pairs, "PRECISION": "ieee"}
+            constants = constants_of(pair, tiles, masked, band) | {"PAIRS": pairs, "PRECISION": "ieee"}
             if fn is key_gradient_kernel:
                 constants["ATOMIC"] = kernel == "both"
             name = f"attention_kl-{kernel}-{dtype}-d{t_width}x{s_width}-L{length}-K{pairs}"
@@ -256,7 +252,7 @@ def aot_variants(shared: int) -> Iterator[Variant]:
                 fn=fn,
                 signature=_signature(fn, dtype, constants),
                 constexprs=constants,
-                options=_options(tiles),
+                options=options_of(tiles),
                 expects_wgmma=size == 2 and min(tiles.rows, tiles.keys) >= 64,
                 aligned=tuple(name for name in fn.arg_names if name[2:] in ("_b", "_h", "_l")),
                 pairs=pairs,
