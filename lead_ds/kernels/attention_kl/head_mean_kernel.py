@@ -180,11 +180,11 @@ def aot_variants(shared: int) -> Iterator[Variant]:
             constants = constants_of(LayerPair(t, t, s, s, 1.0, 1.0, 7 if band else None), tiles, masked, band)
             if kernel == "lse":
                 constants = _of_one(constants, "t")
-            constants |= {"PAIRS": pairs, "PRECISION": "ieee"}
             if kernel == "mean":
                 constants["WITH_GRAD"] = True
             elif fn is head_mean_gradient_kernel:
                 constants["OF_ROWS"] = kernel == "mean dq"
+            constants |= {"PAIRS": pairs, "PRECISION": "ieee"}
             yield Variant(
                 name="-".join(
                     ("head_mean", kernel.removeprefix("mean "), dtype, f"d{t_width}x{s_width}", f"K{pairs}")

@@ -101,8 +101,8 @@ _MEAN: dict[int, dict[tuple[str, int, int], Tiles]] = {
         ("mean dq", 4, 256): Tiles(32, 16, 8, 1),
         ("mean dk", 2, 64): Tiles(32, 64, 8, 1),
         ("mean dk", 2, 128): Tiles(32, 64, 4, 1),
-        ("mean dk", 2, 256): Tiles(32, 64, 4, 1),
-        ("mean dk", 4, 64): Tiles(32, 32, 8, 1),
+        ("mean dk", 2, 256): Tiles(32, 32, 4, 1),
+        ("mean dk", 4, 64): Tiles(16, 32, 8, 1),
         ("mean dk", 4, 128): Tiles(16, 32, 8, 1),
         ("mean dk", 4, 256): Tiles(16, 32, 8, 1),
     },
@@ -140,7 +140,12 @@ _MEAN[HOPPER] = _MEAN[ADA] | {
     ("mean dk", 2, 64): Tiles(64, 64, 8, 2),
     ("mean dk", 2, 128): Tiles(64, 32, 8, 2),
 }
-_MEAN[BLACKWELL] = _MEAN[HOPPER]
+_MEAN[BLACKWELL] = _MEAN[ADA] | {
+    ("mean", 2, 128): Tiles(64, 32, 8, 2),
+    ("mean", 2, 256): Tiles(64, 32, 8, 1),
+    ("mean dq", 2, 64): Tiles(64, 32, 8, 2),
+    ("mean dk", 2, 128): Tiles(32, 64, 8, 1),
+}
 for _shared, _entries in _MEAN.items():
     TABLE[_shared] |= _entries
 
