@@ -111,8 +111,8 @@ _MEAN: dict[int, dict[tuple[str, int, int], Tiles]] = {
         ("mean", 2, 128): Tiles(64, 64, 8, 2),
         ("mean", 2, 256): Tiles(64, 32, 8, 2),
         ("mean", 4, 64): Tiles(32, 32, 8, 1),
-        ("mean", 4, 128): Tiles(32, 16, 8, 1),
-        ("mean", 4, 256): Tiles(32, 32, 8, 1),
+        ("mean", 4, 128): Tiles(16, 16, 4, 1),
+        ("mean", 4, 256): Tiles(16, 32, 8, 1),
         ("mean dq", 2, 64): Tiles(64, 64, 8, 2),
         ("mean dq", 2, 128): Tiles(64, 32, 8, 1),
         ("mean dq", 2, 256): Tiles(32, 32, 8, 1),
@@ -131,11 +131,12 @@ _MEAN[AMPERE] = _MEAN[ADA] | {
     ("mean", 2, 128): Tiles(64, 32, 8, 2),
     ("mean", 2, 256): Tiles(64, 32, 8, 1),
     ("mean", 4, 128): Tiles(16, 32, 8, 1),
+    ("mean", 4, 256): Tiles(32, 32, 8, 1),
     ("mean dq", 2, 64): Tiles(64, 32, 8, 2),
     ("mean dq", 2, 128): Tiles(32, 32, 8, 2),
 }
 _MEAN[HOPPER] = _MEAN[ADA] | {
-    ("mean", 4, 256): Tiles(16, 32, 8, 1),
+    ("mean", 4, 128): Tiles(32, 16, 8, 1),
     ("mean dq", 2, 128): Tiles(64, 64, 8, 2),
     ("mean dk", 2, 64): Tiles(64, 64, 8, 2),
     ("mean dk", 2, 128): Tiles(64, 32, 8, 2),
@@ -143,6 +144,8 @@ _MEAN[HOPPER] = _MEAN[ADA] | {
 _MEAN[BLACKWELL] = _MEAN[ADA] | {
     ("mean", 2, 128): Tiles(64, 32, 8, 2),
     ("mean", 2, 256): Tiles(64, 32, 8, 1),
+    ("mean", 4, 128): Tiles(32, 16, 8, 1),
+    ("mean", 4, 256): Tiles(32, 32, 8, 1),
     ("mean dq", 2, 64): Tiles(64, 32, 8, 2),
     ("mean dk", 2, 128): Tiles(32, 64, 8, 1),
 }
