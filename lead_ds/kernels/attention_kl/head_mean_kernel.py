@@ -32,8 +32,9 @@ _LOG2_E = log2(e)
 
 
 class Group(NamedTuple):
-    """Layer pairs of one launch, their maxima and logarithms of sums [members, B, H, 2, L] in base 2, and of the student's
-    heads what the gradient subtracts [members, B, Hs, L].
+    """Layer pairs of one launch, and their maxima and logarithms of sums [members, B, H, 2, L] in base 2.
+
+    change [members, B, Hs, L]: of the student's heads, what the gradient subtracts (E in the programs).
     """
 
     members: list[int]
