@@ -28,7 +28,7 @@ train() { # seconds, preset, arguments...: throughput of a preset; dry: of a sma
   fi
 }
 
-limit=60 device=cuda kernel_seconds=30
+limit=60 device=cuda kernel_seconds=25
 if [ -n "$dry" ]; then
   limit=900 device=cpu kernel_seconds=600
 elif ! sees_gpus 1; then
@@ -38,14 +38,14 @@ if has triton "${training[@]}"; then
   part $limit first "$python" -m benchmarks.first --device $device --out "$out/first.json"
 fi
 if has triton; then
-  for kernel in maxsim layer_kl attention_kl; do
+  for kernel in maxsim layer_kl attention_kl attention_kl_head_mean; do
     part $kernel_seconds "kernel-$kernel" \
       "$python" -m benchmarks.kernels --kernel $kernel --quick --device $device --out "$out/kernel-$kernel.json"
   done
 fi
 if has "${training[@]}"; then
   train 75 bert --compare teacher.passes=packed
-  train 95 7b
+  train 90 7b
   train 75 reranker
   train 80 8b
 fi
