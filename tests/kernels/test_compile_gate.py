@@ -21,8 +21,8 @@ FAMILIES = [
 # Registers a thread, and of a multiprocessor, where spilling is not what the compiler does first.
 REGISTERS, ALL_REGISTERS = 255, 65536
 
-# Bytes that spill where every tile that does not is worse: Hopper's others leave out its matrix instructions, and halving
-# Blackwell's tiles of scores halves what each value that was read is used for.
+# Bytes that spill where no tile of those tried is better. Hopper's that spill at neither width of dK leave out its matrix
+# instructions; one stage spills at 128x128 instead. Halving Blackwell's tiles of scores halves what each value is used for.
 SPILLS = {
     ("sm_90", "attention_kl-dk-bf16-d128x80-L512-K1-masked"): 32,
     ("sm_100", "layer-kl-scores-large-bf16-p500-d768-masked-stored"): 16,
