@@ -227,17 +227,23 @@ class Model:
         }
 
     def plan(self, placement: str) -> Row:
-        """MiB of each process by part, as `lead-ds plan` has them; what it keeps for CUDA is left out."""
+        """MiB of each process by part, as `lead-ds plan` has them; what it keeps for CUDA is left out.
+
+        gloo: a CPU's collectives write into a copy of their own, which NCCL does not have.
+        """
         from lead_ds.config.load import parse_config
         from lead_ds.plan import Cluster, make_plan
         from lead_ds.plan.requirements import requirements
 
         config = parse_config(self.tree(placement), "benchmarks.billions")
         world = self.world(placement)
-        made = make_plan(requirements(config), Cluster(world, 1, 80 * 10**9))
+        required = requirements(config)
+        made = make_plan(required, Cluster(world, 1, 80 * 10**9))
         estimate = next(one for one in made.placements if one.choice.placement == PLANNED[placement])
         parts = {name: size / MIB for name, size in estimate.uses.items() if name != "context and slack"}
-        return {"parts": parts, "host": estimate.host / world / MIB, "disk": estimate.disk / world / MIB}
+        gloo = 2 * required.teachers[0].shape.largest_gather / MIB if placement != "replicate" else 0.0
+        held = {"host": estimate.host / world / MIB, "disk": estimate.disk / world / MIB}
+        return {"parts": parts, "gloo": gloo, **held}
 
     def run(self, step: str, spec: Row, world: int, stop: tuple[Path, int] | None = None) -> list[Row]:
         """A step on so many processes: what each found. stop: kill them once that file has so many lines, and return nothing.

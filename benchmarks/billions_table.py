@@ -37,16 +37,18 @@ def tables(rows: list[Row]) -> str:
 
 
 def teacher_planned(row: Row) -> float:
-    """MiB that the plan gives a process for its teacher in a forward, its activations apart."""
-    parts = row["plan"]["parts"]
-    return sum(parts[name] for name in ("teacher shard", "teacher gathered layers")) + row["plan"]["host"]
+    """MiB that the plan gives a process for its teacher in a forward, its activations apart, and gloo's copy of a gather."""
+    plan = row["plan"]
+    return (
+        sum(plan["parts"][name] for name in ("teacher shard", "teacher gathered layers")) + plan["gloo"] + plan["host"]
+    )
 
 
 def planned(plan: Row) -> float:
     """MiB of a process in a run. Of DeepSpeed's buckets only what gradients fill: a CPU's untouched pages take nothing."""
     parts = plan["parts"]
     buckets = min(parts["communication buffers"], 2 * parts["student gradients"])
-    return sum(parts.values()) - parts["communication buffers"] + buckets + plan["host"]
+    return sum(parts.values()) - parts["communication buffers"] + buckets + plan["gloo"] + plan["host"]
 
 
 def alone(row: Row) -> str:

@@ -69,7 +69,7 @@ def keep_experts_together(model: nn.Module) -> list[str]:
 
     Without it ranks would gather different parameters, and wait for each other for ever.
     """
-    blocks = {type(module) for module in _blocks(model)}
+    blocks = {type(module) for module in expert_blocks(model)}
     if not blocks:
         return []
     from deepspeed.utils import set_z3_leaf_modules
@@ -80,14 +80,14 @@ def keep_experts_together(model: nn.Module) -> list[str]:
 
 def check_trained_sharded(model: nn.Module) -> None:
     """Refuse to train experts under ZeRO-3 that it would gather as one: their gradients would come with each forward pass."""
-    if blocks := _blocks(model):
+    if blocks := expert_blocks(model):
         what = f"is of stage 3, which cannot train experts that are modules of their own ({type(blocks[0]).__name__})"
         raise InputError("deepspeed.student", what, "choose a configuration of stage 1 or 2")
 
 
 def reach_all_experts(model: nn.Module) -> None:
     """Let a backward pass give zeros to experts that no token reached: ranks add up the gradients of the same parameters."""
-    for block in _blocks(model):
+    for block in expert_blocks(model):
         block.register_forward_hook(_with_all_experts)
 
 
@@ -98,7 +98,7 @@ def _with_all_experts(block: nn.Module, _: Any, said: Any) -> Any:
     return (said[0] + nothing, *said[1:]) if isinstance(said, tuple) else said + nothing
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def expert_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that hold experts, each of them a module of its own. transformers' own classes hold all of them in one."""
     return [module for module in model.modules() if isinstance(_experts(module), (nn.ModuleList, nn.ModuleDict))]
 

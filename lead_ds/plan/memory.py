@@ -107,15 +107,20 @@ def teacher_memory(
 
 
 def gathered_elements(shape: ModelShape, zero: dict[str, Any]) -> int:
-    """Elements that ZeRO-3 holds beside its shard: one layer, the bucket that is prefetched, and what is never let go.
+    """Elements that ZeRO-3 gathers beside its shard, at most: those that are prefetched, those in use, what is never let go.
 
-    "auto" values are those of `engine.distributed.deepspeed_files`: a bucket of 12 width^2, tensors up to 10 width resident.
+    Each module begins another prefetch of `stage3_prefetch_bucket_size`, while fewer than `stage3_max_live_parameters` are
+    gathered; what was prefetched twice (queries, then passages) is kept until its second use. Those in use come on top.
+    "auto" values are those of `engine.distributed.deepspeed_files`: a bucket of 12 width^2, two layers, and tensors up to
+    10 width resident.
     """
     prefetch = int(_number(zero, "stage3_prefetch_bucket_size", 12 * shape.width**2, default=50_000_000))
     threshold = int(_number(zero, "stage3_param_persistence_threshold", 10 * shape.width, default=100_000))
+    live = int(_number(zero, "stage3_max_live_parameters", 2 * shape.largest_layer, default=10**9))
+    reuse = int(zero.get("stage3_max_reuse_distance", 10**9))
     resident = sum(p.numel for p in shape.parameters if p.numel <= threshold)
-    at_once = max(shape.largest_layer + min(prefetch, shape.largest_layer), shape.largest_other)
-    return min(at_once, shape.numel) + resident
+    ahead = max(live if prefetch else 0, reuse)
+    return min(shape.numel, ahead + shape.largest_gather + resident)
 
 
 def _groups(shapes: Sequence[ModelShape]) -> list[list[Parameter]]:

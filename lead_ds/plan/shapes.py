@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lead_ds.models.special_weights import expert_blocks
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -28,6 +30,7 @@ class ModelShape:
     features: int  # width of one captured vector
     largest_layer: int  # elements of the largest transformer layer
     largest_other: int  # elements of the largest module outside the layers: mostly the embeddings
+    largest_gather: int  # elements that ZeRO-3 gathers as one: a module's own, or all experts of a layer
     published: int  # parameters of the model as it was published, with heads and layers that are not loaded here
     published_layers: int  # layers of that model
 
@@ -39,6 +42,8 @@ class ModelShape:
         others = [
             sum(p.numel() for p in part.parameters(recurse=False) if id(p) not in inside) for part in module.modules()
         ]
+        whole = [sum(p.numel() for p in block.parameters()) for block in expert_blocks(module)]
+        own = [sum(p.numel() for p in part.parameters(recurse=False)) for part in module.modules()]
         total = sum(p.numel for p in parameters)
         return cls(
             parameters=parameters,
@@ -47,6 +52,7 @@ class ModelShape:
             features=features,
             largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
             largest_other=max(others, default=0),
+            largest_gather=max(own + whole, default=0),
             published=max(published, total),
             published_layers=len(layers),
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
@@ -20,7 +20,7 @@ from lead_ds.engine.distributed.ranks import Ranks, local_world
 from lead_ds.errors import InputError
 from lead_ds.io.files import model_files
 from lead_ds.models.attention_backend import candidates, choose_attention
-from lead_ds.models.backbone import blank_model, cut_shape
+from lead_ds.models.backbone import blank_model, cut_shape, find_layers
 from lead_ds.models.dtypes import half_of
 from lead_ds.models.kinds.kind import KINDS, Kind
 from lead_ds.models.load import DTYPES, load_teacher, load_text, read_model_config
@@ -186,6 +186,7 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
         lesson.deepspeed,
         dtype,
         hidden=int(shape.get_text_config().hidden_size),
+        layer=largest_layer(settings),
         local_world=local_world(ranks.world),
         offload=settings.offload,
         offload_path=settings.offload_path,
@@ -241,12 +242,24 @@ def choose_placement(settings: TeacherRole, dtype: torch.dtype, ranks: Ranks, de
 
 def count_parameters(settings: TeacherRole, depth: int | None = None) -> int:
     """Parameters of the backbone, or of its first layers, from its configuration alone."""
+    return _numel(_blank(settings, depth))
+
+
+def largest_layer(settings: TeacherRole) -> int:
+    """Parameters of the largest layer of the backbone, from its configuration alone."""
+    return max(map(_numel, find_layers(_blank(settings))[1]))
+
+
+def _blank(settings: TeacherRole, depth: int | None = None) -> Any:
     shape = read_model_config(settings)
     if depth is not None:
         cut_shape(shape, range(depth))
     with torch.device("meta"):
-        model = blank_model(shape, "base", settings)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return blank_model(shape, "base", settings)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _merged(parts: Sequence[Features]) -> Features:

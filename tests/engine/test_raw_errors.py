@@ -108,9 +108,11 @@ def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
     config = load_config(configure(deepspeed={"student": tree}))
     for dtype in (torch.float32, torch.bfloat16):
         assert '"auto"' not in json.dumps(filled(config, dtype))
-    zero = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}
-    with pytest.raises(InputError, match=r"zero_optimization\.stage3_max_live_parameters"):
-        teacher_deepspeed_config(zero, torch.float32, hidden=8, local_world=1, offload="none", offload_path=None)
+    zero = {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}
+    with pytest.raises(InputError, match=r"zero_optimization\.sub_group_size"):
+        teacher_deepspeed_config(
+            zero, torch.float32, hidden=8, layer=1, local_world=1, offload="none", offload_path=None
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_memory_does_not_grow(facts: dict[str, list[dict[str, Any]]], kind: str)
     """
     for fact in facts[kind]:
         marks = fact["memory"][WINDOW - 1 :: WINDOW]
-        grown = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        grown = [after - before for before, after in pairwise(marks)]
         assert min(grown) < 1_000_000, f"bytes over {WINDOW} forwards each: {grown}"
 
 

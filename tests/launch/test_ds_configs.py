@@ -54,12 +54,13 @@ def test_every_auto_is_told_and_filled_in() -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("teacher")], ids=lambda f: f.name)
 def test_teacher_configuration_is_complete(file: Path) -> None:
     filled = teacher_deepspeed_config(
-        file.name, torch.bfloat16, hidden=64, local_world=4, offload="none", offload_path="/local/nvme"
+        file.name, torch.bfloat16, hidden=64, layer=50_000, local_world=4, offload="none", offload_path="/local/nvme"
     )
     assert "auto" not in json.dumps(filled)
     zero = filled["zero_optimization"]
     assert zero["stage3_prefetch_bucket_size"] == 12 * 64 * 64
     assert zero["stage3_param_persistence_threshold"] == 640
+    assert zero["stage3_max_live_parameters"] == 100_000
     assert zero["memory_efficient_linear"] is False
     assert filled["bf16"]["enabled"]
     if "hpz" in file.name:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lead_ds.config import Config
+from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 
 
 def student(path: str, stage: int, dtype: str) -> dict[str, int]:
@@ -45,8 +46,8 @@ def student(path: str, stage: int, dtype: str) -> dict[str, int]:
         return {"parameters": storages(parameters), "master": master, "moments": storages(moments)}
 
 
-def teacher(path: str) -> dict[str, int]:
-    """Bytes of a frozen ZeRO-3 teacher's shard, and what stays gathered after a forward pass."""
+def teacher(path: str, max_live: int | str) -> dict[str, int]:
+    """Bytes of a frozen ZeRO-3 teacher's shard, the most that is gathered in a forward pass, and what stays so after it."""
     from lead_ds.data.reads import ModelBatch
     from lead_ds.engine.distributed.ranks import ranks
     from lead_ds.teachers.frozen import build_teacher
@@ -54,10 +55,28 @@ def teacher(path: str) -> dict[str, int]:
     from tests.helpers.sharded import resident_parameters
 
     with ranks() as joined:
-        frozen = build_teacher(Lesson.of(settings(path, 1, teacher=True)), joined)
+        config = settings(path, 1, teacher=True)
+        zero3 = read_deepspeed_config("ds_configs/teacher_zero3.json")
+        zero3["zero_optimization"]["stage3_max_live_parameters"] = max_live
+        lesson = Lesson.of(
+            config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"teacher": zero3})})
+        )
+        frozen = build_teacher(lesson, joined)
         tokens = {"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
-        frozen.window([ModelBatch(1, queries=tokens, passages=tokens)], [0])
-        return {"shard": frozen.parameter_bytes()[0], "resident": 2 * resident_parameters(frozen.scorer)[1]}
+        batch = [ModelBatch(1, queries=tokens, passages=tokens)]
+        frozen.window(batch, [0])  # the first finds out the order of parameters
+        gathered: list[int] = []
+        for module in frozen.scorer.modules():
+            module.register_forward_pre_hook(lambda *_: gathered.append(gathered_now(frozen.scorer)))
+        frozen.window(batch, [0])
+        resident = 2 * resident_parameters(frozen.scorer)[1]
+        return {"shard": frozen.parameter_bytes()[0], "gathered": 2 * max(gathered), "resident": resident}
+
+
+def gathered_now(module: torch.nn.Module) -> int:
+    """Elements of parameters that are whole here, or on their way."""
+    shards: list[Any] = list(module.parameters())  # Any: `ds_status` and `ds_numel` are DeepSpeed's
+    return sum(p.ds_numel for p in shards if p.ds_status.name != "NOT_AVAILABLE")
 
 
 def settings(path: str, stage: int, teacher: bool = False) -> Config:

@@ -173,17 +173,19 @@ def test_deepspeed_engine_state_to_the_byte(bert: str, stage: int, dtype: str) -
         assert rank == {"parameters": planned.parameters, "master": planned.master, "moments": planned.moments}
 
 
-def test_sharded_teacher_to_the_byte(bert: str) -> None:
-    real = launch("tests.plan.engine_bytes:teacher", 2, path=bert)
+@pytest.mark.parametrize("max_live", [10**9, 6_000, "auto", 1])
+def test_sharded_teacher_to_the_byte(bert: str, max_live: int | str) -> None:
+    real = launch("tests.plan.engine_bytes:teacher", 2, path=bert, max_live=max_live)
     config = settings(bert, 1, teacher=True)
     assert config.teacher is not None
     _, shape = found.meta_model(config.teacher, "teacher")
     zero = read_deepspeed_config("ds_configs/teacher_zero3.json")["zero_optimization"]
-    planned = teacher_memory(shape, "zero3", zero, 2, 2, 2)
+    planned = teacher_memory(shape, "zero3", zero | {"stage3_max_live_parameters": max_live}, 2, 2, 2)
     for rank in real:
         assert rank["shard"] == planned.shard
         assert rank["resident"] == 2 * sum(p.numel for p in shape.parameters if p.numel <= 10 * 30)
-        assert rank["resident"] < planned.gathered
+        # The last of a prefetch may be the largest matrix, or not.
+        assert planned.gathered - 2 * shape.largest_gather <= rank["gathered"] <= planned.gathered
 
 
 def test_activations_without_data_are_those_with(bert: str) -> None:
@@ -318,6 +320,7 @@ def test_written_configurations_are_those_of_the_choice(tmp_path: Path, bert: st
         str(tmp_path / "ds" / "teacher.json"),
         torch.bfloat16,
         hidden=4096,
+        layer=1,
         local_world=8,
         offload="none",
         offload_path=None,

@@ -131,13 +131,15 @@ def teacher_deepspeed_config(
     dtype: torch.dtype,
     *,
     hidden: int,
+    layer: int,
     local_world: int,
     offload: str,
     offload_path: str | None,
 ) -> dict[str, Any]:
-    """A frozen teacher's ZeRO-3 configuration, its "auto" values computed from the width of a layer.
+    """A frozen teacher's ZeRO-3 configuration, its "auto" values computed from the width and the elements of a layer.
 
-    A prefetch bucket holds one layer (12 hidden^2 parameters); tensors up to 10 hidden (norms, biases) stay resident.
+    A prefetch bucket holds one layer (12 hidden^2 parameters); tensors up to 10 hidden (norms, biases) stay resident. Each
+    module begins another bucket, so that it is the limit of two layers that keeps the rest of the model where it is.
     """
     tree = read_deepspeed_config(source)
     zero = tree.setdefault("zero_optimization", {})
@@ -152,6 +154,7 @@ def teacher_deepspeed_config(
     zero["memory_efficient_linear"] = False
     _auto(zero, "stage3_prefetch_bucket_size", 12 * hidden * hidden)
     _auto(zero, "stage3_param_persistence_threshold", 10 * hidden)
+    _auto(zero, "stage3_max_live_parameters", 2 * layer)
     _auto(zero, "zero_hpz_partition_size", local_world)
     if offload != "none" and "offload_param" not in zero:
         zero["offload_param"] = {"device": offload, "pin_memory": torch.cuda.is_available()}
