@@ -20,6 +20,7 @@ from typing import Any
 Facts = dict[str, Any]
 MIB = 2**20
 FORWARDS = 4
+AIO_BUFFERS = 5  # parameters that ds_configs/teacher_zero3_nvme.json lets come from a disk at once
 
 
 class Memory:
@@ -139,8 +140,11 @@ def alone(spec: Facts) -> Facts:
         if teacher.engine is not None:
             begun = time.perf_counter()
             for layer in teacher.scorer.capture.layers:
-                with deepspeed.zero.GatheredParameters(list(layer.parameters())):
-                    pass
+                all_of_it = list(layer.parameters())
+                at_once = AIO_BUFFERS if spec["config"]["teacher"].get("offload") == "nvme" else len(all_of_it)
+                for first in range(0, len(all_of_it), at_once):
+                    with deepspeed.zero.GatheredParameters(all_of_it[first : first + at_once]):
+                        pass
             found["gather_seconds"] = time.perf_counter() - begun
             # Any: `ds_numel` is DeepSpeed's.
             shards: list[Any] = [p for layer in teacher.scorer.capture.layers for p in layer.parameters()]
