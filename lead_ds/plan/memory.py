@@ -102,7 +102,8 @@ def teacher_memory(
     if placement == "zero3+cpu":
         return TeacherMemory(shard=0, gathered=gathered, host=share * per_node)
     offload = zero.get("offload_param", {})
-    buffers = int(offload.get("buffer_count", 5)) * int(_number(offload, "buffer_size", 16 * shape.width**2)) * element
+    largest = max(-(-p.numel // world) for p in shape.parameters)
+    buffers = int(offload.get("buffer_count", 5)) * int(_number(offload, "buffer_size", largest)) * element
     return TeacherMemory(shard=0, gathered=gathered, host=buffers * per_node, disk=share * per_node)
 
 

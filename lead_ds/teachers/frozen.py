@@ -181,12 +181,13 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
         return FrozenTeacher(scorer, None, placement, ranks.device, fitted)
     import deepspeed
 
-    shape = read_model_config(settings)
+    blank = _blank(settings)
     tree = teacher_deepspeed_config(
         lesson.deepspeed,
         dtype,
-        hidden=int(shape.get_text_config().hidden_size),
-        layer=largest_layer(settings),
+        hidden=int(blank.config.get_text_config().hidden_size),
+        layer=max(map(_numel, find_layers(blank)[1])),
+        shard=max(-(-parameter.numel() // ranks.world) for parameter in blank.parameters()),
         local_world=local_world(ranks.world),
         offload=settings.offload,
         offload_path=settings.offload_path,
@@ -243,11 +244,6 @@ def choose_placement(settings: TeacherRole, dtype: torch.dtype, ranks: Ranks, de
 def count_parameters(settings: TeacherRole, depth: int | None = None) -> int:
     """Parameters of the backbone, or of its first layers, from its configuration alone."""
     return _numel(_blank(settings, depth))
-
-
-def largest_layer(settings: TeacherRole) -> int:
-    """Parameters of the largest layer of the backbone, from its configuration alone."""
-    return max(map(_numel, find_layers(_blank(settings))[1]))
 
 
 def _blank(settings: TeacherRole, depth: int | None = None) -> Any:

@@ -111,7 +111,7 @@ def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
     zero = {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}
     with pytest.raises(InputError, match=r"zero_optimization\.sub_group_size"):
         teacher_deepspeed_config(
-            zero, torch.float32, hidden=8, layer=1, local_world=1, offload="none", offload_path=None
+            zero, torch.float32, hidden=8, layer=1, shard=1, local_world=1, offload="none", offload_path=None
         )
 
 

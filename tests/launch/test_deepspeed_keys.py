@@ -83,5 +83,5 @@ def test_a_frozen_teacher_is_not_trained(key: str) -> None:
     tree = {"zero_optimization": {"stage": 3}, key: {"type": "AdamW"} if key == "optimizer" else 4}
     with pytest.raises(InputError, match=f"has {key}, and a frozen teacher is not trained"):
         teacher_deepspeed_config(
-            tree, torch.float32, hidden=8, layer=1, local_world=1, offload="none", offload_path=None
+            tree, torch.float32, hidden=8, layer=1, shard=1, local_world=1, offload="none", offload_path=None
         )

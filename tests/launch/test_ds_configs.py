@@ -54,7 +54,14 @@ def test_every_auto_is_told_and_filled_in() -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("teacher")], ids=lambda f: f.name)
 def test_teacher_configuration_is_complete(file: Path) -> None:
     filled = teacher_deepspeed_config(
-        file.name, torch.bfloat16, hidden=64, layer=50_000, local_world=4, offload="none", offload_path="/local/nvme"
+        file.name,
+        torch.bfloat16,
+        hidden=64,
+        layer=50_000,
+        shard=70_000,
+        local_world=4,
+        offload="none",
+        offload_path="/local/nvme",
     )
     assert "auto" not in json.dumps(filled)
     zero = filled["zero_optimization"]
@@ -67,7 +74,7 @@ def test_teacher_configuration_is_complete(file: Path) -> None:
         assert zero["zero_hpz_partition_size"] == 4
     if "nvme" in file.name:
         assert zero["offload_param"]["nvme_path"] == "/local/nvme"
-        assert zero["offload_param"]["buffer_size"] == 16 * 64 * 64
+        assert zero["offload_param"]["buffer_size"] == 70_000
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("student")], ids=lambda f: f.name)

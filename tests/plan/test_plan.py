@@ -321,6 +321,7 @@ def test_written_configurations_are_those_of_the_choice(tmp_path: Path, bert: st
         torch.bfloat16,
         hidden=4096,
         layer=1,
+        shard=1,
         local_world=8,
         offload="none",
         offload_path=None,

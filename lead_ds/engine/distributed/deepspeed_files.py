@@ -132,14 +132,17 @@ def teacher_deepspeed_config(
     *,
     hidden: int,
     layer: int,
+    shard: int,
     local_world: int,
     offload: str,
     offload_path: str | None,
 ) -> dict[str, Any]:
-    """A frozen teacher's ZeRO-3 configuration, its "auto" values computed from the width and the elements of a layer.
+    """A frozen teacher's ZeRO-3 configuration, its "auto" values computed from the width, and the elements of a layer and of
+    the largest parameter's shard.
 
     A prefetch bucket holds one layer (12 hidden^2 parameters); tensors up to 10 hidden (norms, biases) stay resident. Each
-    module begins another bucket, so that it is the limit of two layers that keeps the rest of the model where it is.
+    module begins another bucket, so that it is the limit of two layers that keeps the rest of the model where it is. A
+    buffer of a disk holds any shard.
     """
     tree = read_deepspeed_config(source)
     zero = tree.setdefault("zero_optimization", {})
@@ -165,7 +168,8 @@ def teacher_deepspeed_config(
         if parameters.get("device") == "nvme":
             _auto(parameters, "nvme_path", str(offload_path or ""))
             parameters.setdefault("nvme_path", str(offload_path or ""))
-            _auto(parameters, "buffer_size", 16 * hidden * hidden)
+            parameters.setdefault("buffer_size", "auto")
+            _auto(parameters, "buffer_size", shard)
             if not parameters["nvme_path"]:
                 raise InputError("teacher.offload_path", "is not set", "name a folder on a local NVMe disk")
     _set_precision(tree, dtype)
