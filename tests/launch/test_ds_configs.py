@@ -77,6 +77,21 @@ def test_teacher_configuration_is_complete(file: Path) -> None:
         assert zero["offload_param"]["buffer_size"] == 70_000
 
 
+def test_a_disk_named_by_the_run_alone_gets_buffers_of_the_teachers_size() -> None:
+    filled = teacher_deepspeed_config(
+        "teacher_zero3.json",
+        torch.bfloat16,
+        hidden=64,
+        layer=50_000,
+        shard=70_000,
+        local_world=4,
+        offload="nvme",
+        offload_path="/local/nvme",
+    )
+    offload = filled["zero_optimization"]["offload_param"]
+    assert (offload["device"], offload["nvme_path"], offload["buffer_size"]) == ("nvme", "/local/nvme", 70_000)
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("student")], ids=lambda f: f.name)
 def test_student_configuration_takes_the_runs_settings(file: Path) -> None:
     tree = {
