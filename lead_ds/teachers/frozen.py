@@ -186,7 +186,7 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
         lesson.deepspeed,
         dtype,
         hidden=int(blank.config.get_text_config().hidden_size),
-        layer=max(map(_numel, find_layers(blank)[1])),
+        layer=largest_layer(blank),
         shard=max(-(-parameter.numel() // ranks.world) for parameter in blank.parameters()),
         local_world=local_world(ranks.world),
         offload=settings.offload,
@@ -244,6 +244,14 @@ def choose_placement(settings: TeacherRole, dtype: torch.dtype, ranks: Ranks, de
 def count_parameters(settings: TeacherRole, depth: int | None = None) -> int:
     """Parameters of the backbone, or of its first layers, from its configuration alone."""
     return _numel(_blank(settings, depth))
+
+
+def largest_layer(model: nn.Module) -> int:
+    """Parameters of a model's largest layer; of all of it where it has no list of layers, as code of its own may have none."""
+    try:
+        return max(map(_numel, find_layers(model)[1]))
+    except InputError:
+        return _numel(model)
 
 
 def _blank(settings: TeacherRole, depth: int | None = None) -> Any:

@@ -28,7 +28,7 @@ from lead_ds.data.groups.open import open_groups
 from lead_ds.data.reads import Reads
 from lead_ds.doctor.locks import batons
 from lead_ds.engine.distributed import ranks
-from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, teacher_deepspeed_config
+from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config
 from lead_ds.engine.distributed.ranks import free_port
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.distributed.watchdog import Watchdog, missing
@@ -38,6 +38,7 @@ from lead_ds.errors import InputError
 from lead_ds.models.load import load_text
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.evaluate import open_encoder
+from tests.helpers.deepspeed_files import filled_teacher
 
 Configure = Callable[..., Path]
 ALONE: Any = type(
@@ -110,9 +111,7 @@ def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
         assert '"auto"' not in json.dumps(filled(config, dtype))
     zero = {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}
     with pytest.raises(InputError, match=r"zero_optimization\.sub_group_size"):
-        teacher_deepspeed_config(
-            zero, torch.float32, hidden=8, layer=1, shard=1, local_world=1, offload="none", offload_path=None
-        )
+        filled_teacher(zero, dtype=torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import PretrainedConfig
 
+from lead_ds.teachers.frozen import largest_layer
 from tests.helpers.launch import launch
 from tests.helpers.rooms import TEACHERS
 
@@ -71,6 +74,18 @@ def test_memory_does_not_grow(facts: dict[str, list[dict[str, Any]]], kind: str)
         marks = fact["memory"][WINDOW - 1 :: WINDOW]
         grown = [after - before for before, after in pairwise(marks)]
         assert min(grown) < 1_000_000, f"bytes over {WINDOW} forwards each: {grown}"
+
+
+def test_a_model_without_a_list_of_layers_is_one_layer() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 4)])
+    model = torch.nn.Module()
+    model.config = PretrainedConfig(num_hidden_layers=2)
+    model.whole = layers[1]
+    assert largest_layer(model) == 16
+    model.layers, model.embedding = layers, torch.nn.Embedding(9, 3)
+    assert largest_layer(model) == 16
+    model.config.num_hidden_layers = 5
+    assert largest_layer(model) == 16 + 12 + 27
 
 
 def test_a_teacher_deepspeed_configuration_of_another_stage_is_refused(configure: Callable[..., Path]) -> None:

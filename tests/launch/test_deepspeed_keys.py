@@ -12,9 +12,9 @@ from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import (
     read_deepspeed_config,
     student_deepspeed_config,
-    teacher_deepspeed_config,
 )
 from lead_ds.errors import InputError
+from tests.helpers.deepspeed_files import filled_teacher
 
 
 def filled(tree: dict[str, Any], dtype: torch.dtype = torch.float32, **monitor: bool) -> dict[str, Any]:
@@ -82,6 +82,4 @@ def test_what_agrees_with_the_run_is_welcome() -> None:
 def test_a_frozen_teacher_is_not_trained(key: str) -> None:
     tree = {"zero_optimization": {"stage": 3}, key: {"type": "AdamW"} if key == "optimizer" else 4}
     with pytest.raises(InputError, match=f"has {key}, and a frozen teacher is not trained"):
-        teacher_deepspeed_config(
-            tree, torch.float32, hidden=8, layer=1, shard=1, local_world=1, offload="none", offload_path=None
-        )
+        filled_teacher(tree, dtype=torch.float32)

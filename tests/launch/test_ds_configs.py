@@ -15,8 +15,8 @@ from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import (
     read_deepspeed_config,
     student_deepspeed_config,
-    teacher_deepspeed_config,
 )
+from tests.helpers.deepspeed_files import filled_teacher
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -53,16 +53,7 @@ def test_every_auto_is_told_and_filled_in() -> None:
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("teacher")], ids=lambda f: f.name)
 def test_teacher_configuration_is_complete(file: Path) -> None:
-    filled = teacher_deepspeed_config(
-        file.name,
-        torch.bfloat16,
-        hidden=64,
-        layer=50_000,
-        shard=70_000,
-        local_world=4,
-        offload="none",
-        offload_path="/local/nvme",
-    )
+    filled = filled_teacher(file.name, offload_path="/local/nvme")
     assert "auto" not in json.dumps(filled)
     zero = filled["zero_optimization"]
     assert zero["stage3_prefetch_bucket_size"] == 12 * 64 * 64
@@ -78,16 +69,7 @@ def test_teacher_configuration_is_complete(file: Path) -> None:
 
 
 def test_a_disk_named_by_the_run_alone_gets_buffers_of_the_teachers_size() -> None:
-    filled = teacher_deepspeed_config(
-        "teacher_zero3.json",
-        torch.bfloat16,
-        hidden=64,
-        layer=50_000,
-        shard=70_000,
-        local_world=4,
-        offload="nvme",
-        offload_path="/local/nvme",
-    )
+    filled = filled_teacher("teacher_zero3.json", offload="nvme", offload_path="/local/nvme")
     offload = filled["zero_optimization"]["offload_param"]
     assert (offload["device"], offload["nvme_path"], offload["buffer_size"]) == ("nvme", "/local/nvme", 70_000)
 

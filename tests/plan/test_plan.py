@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from lead_ds.cli import operations
 from lead_ds.config import Config, StudentConfig, TeacherConfig
-from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, teacher_deepspeed_config
+from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.models.load import load_student, load_teacher
 from lead_ds.plan import Cluster, make_plan, student_memory, teacher_memory
 from lead_ds.plan import requirements as found
 from lead_ds.plan.activations import Ledger, _fused_attention, forward_bytes
 from lead_ds.plan.advice import describe
+from tests.helpers.deepspeed_files import filled_teacher
 from tests.helpers.launch import launch
 from tests.plan.engine_bytes import settings
 
@@ -316,16 +317,7 @@ def test_written_configurations_are_those_of_the_choice(tmp_path: Path, bert: st
     assert done.exit_code == 0, done.output
     assert "teacher zero3" in done.output
     assert "teacher.placement=zero3" in done.output
-    filled = teacher_deepspeed_config(
-        str(tmp_path / "ds" / "teacher.json"),
-        torch.bfloat16,
-        hidden=4096,
-        layer=1,
-        shard=1,
-        local_world=8,
-        offload="none",
-        offload_path=None,
-    )
+    filled = filled_teacher(str(tmp_path / "ds" / "teacher.json"), hidden=4096, local_world=8)
     assert filled["zero_optimization"]["stage"] == 3
     assert "auto" not in json.dumps(filled)
     assert read_deepspeed_config(str(tmp_path / "ds" / "student.json"))["zero_optimization"]["stage"] == 1
