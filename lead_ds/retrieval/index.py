@@ -14,17 +14,18 @@ import numpy as np
 import torch
 
 from lead_ds.data.collections.texts import Ids
-from lead_ds.errors import InputError, RunError
+from lead_ds.errors import InputError
 from lead_ds.io.files import atomic, check_written, data_checksums, read_json, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
-from lead_ds.retrieval.indexed import META, Indexed, check_k, facts_of
+from lead_ds.retrieval.indexed import META, RESCORE, Indexed, check_k, facts_of, is_there
 from lead_ds.retrieval.small import RESCORED, quantise, rescore, unsigned
 from lead_ds.retrieval.vectors import IDS, SPARSE, Vectors
 
-INDEX, RESCORE = "index.faiss", "rescore"
+INDEX = "index.faiss"
 CHUNK = 65_536  # vectors added at once
+WRITTEN_AT_ONCE = 1 << 20  # bytes
 PQ_CENTROIDS = 256
 # Training vectors per centroid: what FAISS uses at most, and does well with.
 PER_CENTROID, PER_CENTROID_AT_LEAST = 256, 64
@@ -70,12 +71,13 @@ def build_index(
     import faiss
 
     with owned(out, "another lead-ds index"):
-        if (out / META).exists():
-            raise InputError(out, "already holds an index", "choose another folder, or delete it")
         signs = vectors.dtype.endswith("binary")
         factory = small_factory(factory, vectors.dtype, gpus)
         finer = rescore if rescore is not None else vectors if signs else None
         check_rescore(vectors, finer)
+        facts = facts_of(vectors, factory, queries)
+        if is_there(out, facts, finer):
+            return out
         index: Any
         try:
             if signs:
@@ -114,19 +116,17 @@ def build_index(
                 meter.advance(len(chunk))
         if on_gpus:
             index = faiss.index_gpu_to_cpu(index)
-        with atomic(out / INDEX) as temporary:
-            try:
-                write: Any = faiss.write_index_binary if signs else faiss.write_index
-                write(index, str(temporary))
-            except RuntimeError as error:
-                raise RunError(out / INDEX, f"cannot be written: {_reason(error)}", "check the free space") from None
+        # Into a file of ours: FAISS closes its own without looking whether the last block reached the disk.
+        with atomic(out / INDEX) as temporary, temporary.open("wb") as file:
+            write: Any = faiss.write_index_binary if signs else faiss.write_index
+            write(index, faiss.PyCallbackIOWriter(file.write, WRITTEN_AT_ONCE))
         with atomic(out / IDS) as temporary:
             shutil.copyfile(vectors.folder / IDS, temporary)
         if finer is not None:
             _copy(finer, out / RESCORE)
         # Last: its presence is what marks the folder as holding an index.
         sums = data_checksums(out, (INDEX, IDS))
-        write_json(out / META, facts_of(vectors, factory, queries) | {"checksums": sums})
+        write_json(out / META, facts | {"checksums": sums})
         return out
 
 

@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 
 from lead_ds.errors import InputError
+from lead_ds.io.files import check_written, read_json
+from lead_ds.io.fingerprints import digest
+from lead_ds.io.notes import say_once
+from lead_ds.io.shards import MANIFEST
 from lead_ds.retrieval.encode import Side
 from lead_ds.retrieval.small import SMALL
 from lead_ds.retrieval.vectors import SPARSE, Vectors
 
-META = "index.json"
+META, RESCORE = "index.json", "rescore"
+AGAIN = "delete the folder, and build the index again"
 
 
 class Indexed(ABC):
@@ -64,6 +69,24 @@ def facts_of(vectors: Vectors, factory: str, queries: dict[str, Any] | None) -> 
     facts |= {"dtype": vectors.dtype} if vectors.dtype in (*SMALL, SPARSE) else {}
     facts |= {"shard_rows": vectors.manifest["shard_rows"]} if vectors.dtype == SPARSE else {}
     return {"version": 1, "factory": factory, "dimension": vectors.dimension, **facts}
+
+
+def is_there(out: Path, facts: dict[str, Any], finer: Vectors | None = None) -> bool:
+    """Whether `out` holds the index of these facts, whole: so a command that was killed after its last file can be repeated.
+
+    Raises InputError where it holds another one, or one that is damaged.
+    """
+    if not (out / META).exists():
+        return False
+    found = read_json(out / META, AGAIN)
+    sums = found.pop("checksums", {})
+    kept = out / RESCORE / MANIFEST
+    finer_there = read_json(kept, AGAIN) if kept.exists() else None
+    if digest(found) != digest(facts) or finer_there != (finer.manifest if finer is not None else None):
+        raise InputError(out, "already holds another index", "choose another folder, or delete it")
+    check_written(out, sums, sums, AGAIN)
+    say_once(f"{out}: holds this index already")
+    return True
 
 
 def check_k(k: int, passages: int, where: str = "k", of: object = None) -> None:

@@ -25,12 +25,11 @@ from lead_ds.io.files import atomic, check_written, data_checksums, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import damage, mapped, refuse_strangers, save_arrays, unfinished
-from lead_ds.retrieval.indexed import META, Indexed, check_k, facts_of
+from lead_ds.retrieval.indexed import AGAIN, META, Indexed, check_k, facts_of, is_there
 from lead_ds.retrieval.sparse import SparseVectors, sparse_search
 from lead_ds.retrieval.vectors import IDS, Vectors
 
 FACTORY = "inverted"
-_AGAIN = "build the index again"
 
 
 def build_inverted(vectors: Vectors, out: Path, *, quiet: bool, queries: dict[str, Any] | None) -> Path:
@@ -42,8 +41,8 @@ def build_inverted(vectors: Vectors, out: Path, *, quiet: bool, queries: dict[st
     owner = digest(facts)
     paths = [_path(out, shard) for shard in range(vectors.shards)]
     with owned(out, "another lead-ds index"):
-        if (out / META).exists():
-            raise InputError(out, "already holds an index", "choose another folder, or delete it")
+        if is_there(out, facts):
+            return out
         if not (out / IDS).exists():
             refuse_strangers(out, "postings-*.safetensors")
             with atomic(out / IDS) as temporary:
@@ -76,20 +75,20 @@ class InvertedIndex(Indexed):
         for name, value in given.items():
             if value:
                 raise InputError(folder, f"an inverted index has no {name}", "leave it out")
-        ids = Ids.of_lines(folder / IDS, _AGAIN)
+        ids = Ids.of_lines(folder / IDS, AGAIN)
         shards = -(-int(meta["count"]) // int(meta["shard_rows"]))
         if len(ids) != meta["count"]:
-            raise InputError(folder, "its ids and index.json do not belong together", _AGAIN)
+            raise InputError(folder, "its ids and index.json do not belong together", AGAIN)
         paths = [_path(folder, shard) for shard in range(shards)]
         facts = {name: value for name, value in meta.items() if name != "checksums"}
         for path in paths:
             try:
                 owner = mapped(path)[1].get("cache")
             except (OSError, ValueError, KeyError) as error:
-                raise InputError(path, f"cannot be read: {error}", _AGAIN) from None
+                raise InputError(path, f"cannot be read: {error}", AGAIN) from None
             if owner != digest(facts):
-                raise InputError(path, "does not belong to this index", _AGAIN)
-        check_written(folder, [IDS, *(path.name for path in paths)], meta.get("checksums"), _AGAIN)
+                raise InputError(path, "does not belong to this index", AGAIN)
+        check_written(folder, [IDS, *(path.name for path in paths)], meta.get("checksums"), AGAIN)
         return cls(folder, meta, ids)
 
     def blocks(self) -> Iterator[tuple[int, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lead_ds.config import load_config
 from lead_ds.engine.distributed.ranks import ranks
+from lead_ds.engine.records import checkpoint
 from lead_ds.engine.training.distill import distill
 from lead_ds.errors import LeadError
 from tests.engine.jobs import losses_of
@@ -81,3 +82,23 @@ def stop_and_resume(whole: str, stopped: str, step: int) -> list[Any]:
         lines = (Path(load_config(config).output) / "metrics.jsonl").read_text().splitlines()
         rows.append([{k: v for k, v in json.loads(line).items() if k != "queries_per_second"} for line in lines])
     return [ended, *rows]
+
+
+def killed_before_its_best_is_written(config: str) -> list[str]:
+    """Run a configuration that ends where best.json would be written, and continue it: the checkpoints that are left."""
+    write = checkpoint.write_json
+
+    def end(path: Path, value: Any) -> None:
+        if path.name == checkpoint.BEST:
+            path.with_name(path.name + ".tmp").touch()
+            raise KeyboardInterrupt
+        write(path, value)
+
+    with ranks():
+        checkpoint.write_json = end
+        try:
+            distill(load_config(config), quiet=True)
+        except KeyboardInterrupt:
+            checkpoint.write_json = write
+        distill(load_config(config), resume=True, quiet=True)
+    return sorted(path.name for path in Path(load_config(config).output, "checkpoints").iterdir())

@@ -332,6 +332,14 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(configure: Callabl
     assert resumed == rows
 
 
+def test_a_run_killed_before_it_wrote_which_checkpoint_is_best_keeps_that_one(configure: Callable[..., Path]) -> None:
+    # At so small a rate every evaluation gives the same, so that the first stays the best.
+    train = {"steps": 4, "batch_size": 2, "lr": 1e-12, "save_every": 1, "evaluate_every": 2, "keep": 1}
+    config = configure("best", train=train, evaluation={"split": "dev", "measures": ["nDCG@10"]})
+    [left] = launch("tests.engine.fault_jobs:killed_before_its_best_is_written", 1, config=str(config))
+    assert left == ["best.json", "step-00000002", "step-00000004"]
+
+
 def test_no_process_is_left() -> None:
     left = []
     for child in psutil.Process().children(recursive=True):

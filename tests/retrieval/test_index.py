@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from lead_ds.data.collections.dataset import Dataset
-from lead_ds.errors import InputError
+from lead_ds.errors import InputError, RunError
 from lead_ds.retrieval.encode import Stored, encode_to
 from lead_ds.retrieval.evaluate import evaluate_path, evaluate_run, open_encoder
 from lead_ds.retrieval.index import Index, build_index
@@ -111,11 +112,23 @@ def test_an_index_is_mapped_and_not_read(tmp_path: Path) -> None:
     assert held() - before < count * width * 4 / 2
 
 
+def test_the_same_index_again_is_left_as_it_is(vectors: Vectors, tmp_path: Path) -> None:
+    out = build_index(vectors, tmp_path / "i", rescore=vectors, quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert build_index(vectors, out, rescore=vectors, quiet=True) == out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(InputError, match="already holds another index"):
+        build_index(vectors, out, quiet=True)
+    (out / "index.faiss").write_bytes(b"")
+    with pytest.raises(InputError, match="is not as it was written"):
+        build_index(vectors, out, rescore=vectors, quiet=True)
+
+
 def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="make it with lead-ds index"):
         Index.open(tmp_path)
-    with pytest.raises(InputError, match="already holds an index"):
-        build_index(vectors, flat)
+    with pytest.raises(InputError, match="already holds another index"):
+        build_index(vectors, flat, "HNSW8")
     with pytest.raises(InputError, match="has no nprobe"):
         Index.open(flat, nprobe=4)
     with pytest.raises(InputError, match="1000 requested, FAISS sees"):
@@ -222,3 +235,17 @@ def test_an_index_without_checksums_is_read_and_told(
     )
     Index.open(tmp_path / "index")
     assert capsys.readouterr().err.startswith(f"{tmp_path / 'index'}: has no checksums, so that its files are read")
+
+
+def test_an_index_whose_last_block_does_not_fit_is_not_taken_for_one(
+    vectors: Vectors, flat: Path, tmp_path: Path
+) -> None:
+    # FAISS by itself writes half of it, and says nothing.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((flat / "index.faiss").stat().st_size - 1, hard))
+    try:
+        with pytest.raises(RunError, match=r"index\.faiss: cannot be written: .*File too large"):
+            build_index(vectors, tmp_path / "i", quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "i" / "index.faiss").exists()

@@ -36,7 +36,7 @@ class Checkpoints:
     def save(self, engine: Any, step: int, state: dict[str, Any], best: dict[str, Any] | None = None) -> Path:
         """Write the engine and `state` (JSON) as the checkpoint of `step`; every rank calls this.
 
-        `best`, where given, is recorded in best.json: this checkpoint is then kept however old it grows.
+        best: the run's best evaluation so far. It is recorded in best.json, and its checkpoint is kept however old it grows.
 
         Raises RunError on every rank, with earlier checkpoints intact, where the disk is full or a file cannot be written.
         """
@@ -56,9 +56,11 @@ class Checkpoints:
         return final
 
     def clear(self) -> None:
-        """Remove what a kill left: half of a checkpoint that was being written, or of an old one that was being removed."""
-        for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}") if self.ranks.main else ():
-            shutil.rmtree(stale, ignore_errors=True)
+        """Remove what a kill left: half of a checkpoint or of best.json, or of an old checkpoint that was being removed."""
+        if self.ranks.main:
+            for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
+                shutil.rmtree(stale, ignore_errors=True)
+            _unfinished(self.folder / BEST).unlink(missing_ok=True)
 
     def best(self) -> dict[str, Any] | None:
         """What best.json holds: the best evaluation and its checkpoint."""
@@ -156,7 +158,8 @@ class Checkpoints:
         sync(self.folder)
         if older is not None:
             shutil.rmtree(older)
-        if best is not None:
+        # Of an earlier checkpoint, too: a run that was killed before this line knows it from its state alone.
+        if best is not None and best != self.best():
             write_json(self.folder / BEST, best)
         self._prune()
 
@@ -276,9 +279,13 @@ def folder_bytes(path: Path) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(path.name + ".tmp")
+    partial = _unfinished(path)
     with partial.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")

@@ -81,7 +81,8 @@ class Training:
         self.recorder.started(self.step, self.engine.module.student)
         if self.owed:
             self.owed = False
-            self.save(self.evaluate())
+            self.evaluate()
+            self.save()
         if train.patience and self.worse >= train.patience:
             return self.best
         with self.windows() as windows:
@@ -94,12 +95,12 @@ class Training:
                 if self.recorder.stop.decided(now=due):
                     # An evaluation may take longer than a scheduler waits: it is made up for on resuming.
                     self.owed = due
-                    self.save(False)
+                    self.save()
                     raise self.recorder.stop.interrupted(self.step)
                 improved = self.evaluate() if due else False
                 asked = callbacks.asked() or asked
                 if self.step % train.save_every == 0 or last or improved or asked:
-                    self.save(improved)
+                    self.save()
                 if callbacks.asked() or asked:
                     self.recorder.say(f"a callback requested a stop: stopping at step {self.step}")
                     break
@@ -204,7 +205,7 @@ class Training:
         self.worse = 0 if improved else self.worse + 1
         return improved
 
-    def save(self, improved: bool) -> None:
+    def save(self) -> None:
         """Write a checkpoint, after making sure that no loss up to here was broken."""
         self.recorder.flush()
         self.watchdog.at(f"step {self.step}, checkpoint")
@@ -221,7 +222,7 @@ class Training:
             "processes": self.ranks.world,
             "config": self.config.model_dump(mode="json"),
         }
-        path = self.checkpoints.save(self.engine, self.step, state, best=self.best if improved else None)
+        path = self.checkpoints.save(self.engine, self.step, state, self.best)
         self.recorder.checkpoint(path)
 
     def _at(self, phase: Phase) -> None:
