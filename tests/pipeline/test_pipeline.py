@@ -81,6 +81,14 @@ def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(rooms: Path, tmp_pa
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert all(math.isfinite(row["loss"]) for row in rows)
 
+    # Killed when a command had ended and its record was not yet written: every command, given again, ends the same way.
+    for record in stages.glob("*/stage.json"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"finished": False}))
+    again_all = Forked()
+    repeated = run_pipeline(TINY, again, run=again_all, tell=told.append)
+    assert again_all.ran[1:] == STAGES
+    assert repeated["results"] == expected["results"]
+
 
 def test_the_command(rooms: Path, tmp_path: Path) -> None:
     arguments = [str(TINY), *overrides(rooms, tmp_path / "out")]
