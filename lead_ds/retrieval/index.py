@@ -119,7 +119,8 @@ def build_index(
         # Into a file of ours: FAISS closes its own without looking whether the last block reached the disk.
         with atomic(out / INDEX) as temporary, temporary.open("wb") as file:
             write: Any = faiss.write_index_binary if signs else faiss.write_index
-            write(index, faiss.PyCallbackIOWriter(file.write, WRITTEN_AT_ONCE))
+            writer: Any = faiss.PyCallbackIOWriter  # type: ignore[attr-defined]
+            write(index, writer(file.write, WRITTEN_AT_ONCE))
         with atomic(out / IDS) as temporary:
             shutil.copyfile(vectors.folder / IDS, temporary)
         if finer is not None:
