@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lead_ds.data.tokens import long_texts
 from lead_ds.data.tokens.ids import ids_and_types
-from lead_ds.data.tokens.long_texts import shortened, splits_at_spaces
+from lead_ds.data.tokens.long_texts import shortened, shortened_pairs, splits_at_spaces, without_middles
+from lead_ds.data.tokens.pair_templates import Filled
+from lead_ds.data.tokens.pairs import longest_first
 
 KINDS = ["wordpiece", "unigram", "bpe"]
 SOME = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -41,6 +43,42 @@ def test_tokens_are_those_of_the_whole_text(
     assert ids_and_types(reader, texts, None, length, types=False)[0] == whole(reader, texts, None, length)
     swapped = texts[::-1]
     assert ids_and_types(reader, texts, swapped, length, types=False)[0] == whole(reader, texts, swapped, length)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["Q:{query}\nP:{passage}\nyes or no", "{passage}{query}?"])
+@given(texts=st.lists(TEXTS, min_size=2, max_size=2), length=st.integers(16, 40))
+@settings(SOME, max_examples=60)
+def test_a_template_reads_the_same_of_them(
+    tokenizer: Callable[..., str], kind: str, template: str, texts: list[str], length: int
+) -> None:
+    reader = AutoTokenizer.from_pretrained(tokenizer(kind))
+    prompt = Filled(template)
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(long_texts, "LONG", 30)
+        found = prompt.rows(reader, texts[:1], texts[1:], length)
+    assert found == prompt.rows(reader, texts[:1], texts[1:], length)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_texts_of_a_pair_may_be_long(tokenizer: Callable[..., str], kind: str) -> None:
+    reader = AutoTokenizer.from_pretrained(tokenizer(kind))
+    long, longer = "the octopus hunts crabs -- " * 400, "crabs, the octopus -- " * 600
+    for texts in ([long, longer], [longer, long], [long, long]):
+        for length in (64, 65):
+            first, second = shortened_pairs(reader, texts[:1], texts[1:], length)
+            assert len(first[0]) + len(second[0]) < 8_000
+            reader.backend_tokenizer.no_truncation()
+            rows = [reader.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+            room = length - reader.num_special_tokens_to_add(pair=True)
+            left = longest_first(len(rows[0]), len(rows[1]), room)
+            [found] = ids_and_types(reader, texts[:1], texts[1:], length, types=False)[0]
+            reader.backend_tokenizer.no_truncation()
+            added = reader.backend_tokenizer.encode("", "").ids
+            assert [token for token in found if token not in added] == rows[0][: left[0]] + rows[1][: left[1]]
+    [ends] = without_middles(reader, [longer * 4], 32)
+    assert len(ends) < 2_500
+    assert ends.endswith("octopus -- ")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from typing import Any
 
 LONG = 16_384  # characters, from which on it is worth a look
 _WORD = re.compile("[0-9A-Za-z]")
+_EDGE = re.compile("(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
 _LOCAL = {  # normalizers that read a character and those beside it
     *(
         "BertNormalizer",
@@ -38,21 +39,51 @@ def shortened(tokenizer: Any, texts: Sequence[str], length: int) -> Sequence[str
     """Texts of which the first `length` tokens are those of the given ones; those that are not long, as they are."""
     if all(len(text) <= LONG for text in texts) or not splits_at_spaces(tokenizer):
         return texts
-    return [_first_words(text, 2 * length + 16) for text in texts]
+    return [_first_words(text, 2 * length + 16) if len(text) > LONG else text for text in texts]
 
 
 def shortened_pairs(
     tokenizer: Any, texts: Sequence[str], pairs: Sequence[str], length: int
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """The same of pairs whose longer text is cut first: it stays the longer one, by more tokens than the other has bytes."""
-    if all(len(text) <= LONG for text in (*texts, *pairs)) or not splits_at_spaces(tokenizer):
+    """The same of pairs whose longer text is cut first: it stays the longer one, by more tokens than the other has bytes.
+
+    Where both are long for `length`, their tokens are counted, for the longer one is given the odd token. Tokenizers join
+    every piece that they cut off one text with every piece of the other: of two texts of 16 kB that takes seconds and 1 GB.
+    """
+    apart = 8 * length  # characters
+
+    def long(first: str, second: str) -> bool:
+        return len(first) > LONG or len(second) > LONG or min(len(first), len(second)) > apart
+
+    if not any(map(long, texts, pairs)) or not splits_at_spaces(tokenizer):
         return texts, pairs
-    both = [list(texts), list(pairs)]
+    counts: dict[str, int] = {}
+    tokenizer.backend_tokenizer.no_truncation()  # of an earlier call, or of its file
+
+    def tokens(text: str) -> int:
+        if text not in counts:  # a query stands beside many passages
+            counts[text] = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False))
+        return counts[text]
+
+    both, words = [list(texts), list(pairs)], 2 * length + 16
     for row, pair in enumerate(zip(texts, pairs, strict=True)):
-        longer = 0 if len(pair[0]) > len(pair[1]) else 1
-        words = 2 * length + 16 + 4 * len(pair[1 - longer])
-        both[longer][row] = _first_words(pair[longer], words)
+        if not long(*pair):
+            continue
+        counted = min(map(len, pair)) > apart
+        first, second = map(tokens, pair) if counted else map(len, pair)
+        longer, shorter = (0, 1) if first > second else (1, 0)
+        if counted:
+            both[shorter][row] = _first_words(pair[shorter], words)
+        more = tokens(both[shorter][row]) if counted else 4 * len(pair[shorter])
+        both[longer][row] = _first_words(pair[longer], words + more)
     return both[0], both[1]
+
+
+def without_middles(tokenizer: Any, texts: Sequence[str], length: int) -> Sequence[str]:
+    """Texts whose first `length` tokens and whose last words are those of the given ones: what a template may be put around."""
+    if all(len(text) <= LONG for text in texts) or not splits_at_spaces(tokenizer):
+        return texts
+    return [_both_ends(text, 2 * length + 16) if len(text) > LONG else text for text in texts]
 
 
 def splits_at_spaces(tokenizer: Any) -> bool:
@@ -65,8 +96,6 @@ def splits_at_spaces(tokenizer: Any) -> bool:
 
 
 def _first_words(text: str, words: int) -> str:
-    if len(text) <= LONG:
-        return text
     start = 0
     while words:
         end = text.find(" ", start)
@@ -75,6 +104,18 @@ def _first_words(text: str, words: int) -> str:
         words -= _WORD.search(text, start, end) is not None
         start = end + 1
     return text[: start - 1]
+
+
+def _both_ends(text: str, words: int) -> str:
+    """The first words and the last one. Between two words of ASCII letters or digits, one space is where both were parted."""
+    head = len(_first_words(text, words))
+    start = _EDGE.search(text, head)
+    end = text.rfind(" ")
+    while start is not None and end > start.start():
+        if _EDGE.match(text, end):
+            return text[: start.start()] + text[end:]
+        end = text.rfind(" ", 0, end)
+    return text
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:

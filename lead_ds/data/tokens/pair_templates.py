@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lead_ds.data.tokens.long_texts import shortened
+from lead_ds.data.tokens.long_texts import shortened, without_middles
 
 Rows = list[list[int]]
 Span = tuple[int, int]  # of characters
@@ -38,6 +38,7 @@ class Filled:
 
     def rows(self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int) -> tuple[Rows, None]:
         """See `PairTemplate`. A query keeps up to 3/4 of the room beside the template, and what its passage does not need."""
+        queries, passages = (without_middles(tokenizer, texts, length) for texts in (queries, passages))
         filled = [self._filled(query, passage) for query, passage in zip(queries, passages, strict=True)]
         encoded = tokenizer(
             [text for text, _ in filled],
@@ -157,6 +158,7 @@ class Conversation:
         self, tokenizer: Any, queries: Sequence[str], passages: Sequence[str], length: int
     ) -> tuple[Rows, Rows | None]:
         """See `PairTemplate`. Raises ValueError where the template has no place for a query and a passage."""
+        queries, passages = (shortened(self.reader.tokenizer, texts, length) for texts in (queries, passages))
         return _rendered(self.reader, list(zip(queries, passages, strict=True)), length, prompt=self.prompt or None)
 
     def __str__(self) -> str:
@@ -171,7 +173,8 @@ class Message:
 
     def rows(self, texts: Sequence[str], prompt: str, task: str, length: int) -> tuple[Rows, Rows | None]:
         """Token ids of each text, and token types where there are some. task: query or document, which a template may ask for."""
-        return _rendered(self.reader, list(texts), length, prompt=prompt or None, task=task)
+        read = shortened(self.reader.tokenizer, texts, length)
+        return _rendered(self.reader, list(read), length, prompt=prompt or None, task=task)
 
     def __str__(self) -> str:
         return str(self.reader.tokenizer.chat_template)
