@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lead_ds.data.groups.by_id import IdGroups
-from lead_ds.data.groups.group import Group, Groups
+from lead_ds.data.groups.group import Group, Groups, say_identical
 from lead_ds.data.groups.mixture import Drawn, MixedGroups
 from lead_ds.data.groups.shuffle import shuffled
 from lead_ds.data.reads import ModelBatch, Reads, in_parts, refuse_equal, refuse_voided
@@ -112,9 +112,8 @@ class Batches:
                 f"has {len(groups)} groups, a step takes processes * accumulation * batch_size = {parts}",
                 "lower train.batch_size, train.accumulation or the number of processes",
             )
-        if groups.identical and self.rank == 0:
-            what = f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is not a negative of it"
-            say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
+        if self.rank == 0:
+            say_identical(groups)
         if groups.short and self.rank == 0:
             what = f"{groups.short} of {len(groups)} groups have fewer than {data.negatives} negatives of their own"
             say_once(f"{groups.path.name}: {what} that are no positives: random passages fill them")

@@ -152,6 +152,11 @@ def refuse_voided(encoder: TextEncoder, queries: Sequence[str], passages: Sequen
         if all(list(row) == list(rows[0]) for row in rows):
             length = "max_length" if pairs else "query_length" if kind == "queries" else "passage_length"
             limit = getattr(encoder, length)
+            if len(rows[0]) < limit:  # none was cut
+                what = f"reads all {kind} that were looked at the same, first {texts[0][:60]!r} and {texts[1][:60]!r}"
+                raise InputError(
+                    encoder.path, what, "its tokenizer does not know their words: use a model of their language"
+                )
             what = f"is {limit}, and all {kind} that were looked at read the same: nothing is left of their texts"
             key = ".".join(filter(None, [where, length]))
             raise InputError(key, what, "raise it, or shorten the prompt, the instruction or the template")

@@ -137,6 +137,9 @@ def encode_share(
     return torch.empty(0, 0, device=how.device) if out is None else out
 
 
+_NOT_FINITE = "try dtype=fp32 or --precision fp32; else a weight of the model is not finite: lead-ds inspect names it"
+
+
 def _refuse_not_finite(
     vectors_BD: Tensor, kind: str, texts: Callable[[Sequence[int]], list[str]], rows: Sequence[int]
 ) -> None:
@@ -144,7 +147,7 @@ def _refuse_not_finite(
     if not finite_B.all():
         row = rows[int((~finite_B).nonzero()[0])]
         what = f"the model's vector of text {row + 1} is not finite: {texts([row])[0][:80]!r}"
-        raise RunError(kind, what, "try dtype=fp32 or --precision fp32; else a weight of the model is not finite")
+        raise RunError(kind, what, _NOT_FINITE)
 
 
 def encode_to(

@@ -229,7 +229,9 @@ def score_pairs(
         query, passage = pairs_C2[bad[0]].tolist()
         pair = f"first of query {queries([query])[0][:60]!r} with passage {passages([passage])[0][:60]!r}"
         raise RunError(
-            scorer.config.path, f"{len(bad)} of {len(out_C)} scores are not finite, {pair}", "try dtype=fp32"
+            scorer.config.path,
+            f"{len(bad)} of {len(out_C)} scores are not finite, {pair}",
+            "try dtype=fp32; else a weight of the model is not finite: lead-ds inspect names it",
         )
     return out_C
 

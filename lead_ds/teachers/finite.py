@@ -1,4 +1,5 @@
-"""A teacher whose output is not finite, or constant, ends the run: checked at the first window and at every logged step."""
+"""A teacher whose output is not finite ends the run, and one that is constant is told: looked at in the first window and at
+every logged step."""
 
 from __future__ import annotations
 
@@ -49,8 +50,13 @@ def say_constant(key: str, view: TeacherView, group_size: int, ranks: Ranks) -> 
         return
     logits_QN = view.final.group_relevance(group_size).logits[-1]
     if all(ranks.all(bool((logits_QN == logits_QN[:, :1]).all()))) and ranks.main:
-        what = "gives all passages of a query the same relevance, for all queries of a step: losses over passages teach nothing"
-        say_once(f"{key}: {what} (see its lengths and template with lead-ds inspect, or its scores)")
+        say_once(constant(f"{key}: gives", "of a step"))
+
+
+def constant(who: str, which: str) -> str:
+    """What to say of a teacher that prefers no passage. which: of what the queries are all."""
+    what = f"all passages of a query the same relevance, for all queries {which}: losses over passages teach nothing"
+    return f"{who} {what} (see its lengths and template with lead-ds inspect, or its scores)"
 
 
 def refuse_not_finite(teacher: FrozenTeacher, looked: Tensor, tokens: Tokens, texts: Sequence[Any]) -> None:

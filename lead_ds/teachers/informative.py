@@ -18,8 +18,10 @@ from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import Reads
 from lead_ds.data.taught.relevance import TeacherCache
 from lead_ds.engine.distributed.ranks import Ranks
+from lead_ds.io.notes import say_once
 from lead_ds.losses.selection import informative_layers
 from lead_ds.teachers.cached import CachedTeacher
+from lead_ds.teachers.finite import constant
 from lead_ds.teachers.teacher import Lesson, Teacher
 
 MEASURED = 256  # groups, at the start of a run
@@ -68,13 +70,16 @@ def worth_of_cache(cache: TeacherCache, groups: Groups, lesson: Lesson) -> dict[
     """NLL and accuracy of each cached layer and of the final state, over draws of some training groups."""
     rows = Random(lesson.seed).sample(range(len(groups)), min(MEASURED_OF_CACHE, len(groups)))
     teacher, group_size = CachedTeacher(cache, lesson.teacher, torch.device("cpu")), 1 + lesson.data.negatives
-    found = []
+    found, same = [], group_size > 1
     for first in range(0, len(rows), AT_ONCE):
         some = np.array(rows[first : first + AT_ONCE])
         drawn = [groups.draw(int(row), lesson.seed, epoch=0) for row in some]
         view = teacher.window(Reads(lookup=cache).batches(some, drawn), teacher.readable)
         parts = [part.group_relevance(group_size).logits for part in (view.layers, view.final) if part is not None]
+        same = same and bool((parts[-1] == parts[-1][..., :1]).all())
         found.append(worth(torch.cat(parts) / lesson.losses.layer.teacher_temperature))
+    if same:
+        say_once(constant(f"{cache.folder}: holds of", "that were looked at"))
     nll_T, first_T = (torch.cat(parts, 1).mean(1).tolist() for parts in zip(*found, strict=True))
     return {
         "groups": len(rows),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lead_ds.data.groups.group import Group, Groups
+from lead_ds.data.groups.group import Group, Groups, say_identical
 from lead_ds.data.groups.mixture import MixedGroups
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.taught.vectors import VectorCache
@@ -59,6 +59,8 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
         teacher = agreed(ranks, lambda: settled_model(settings))
         groups, encoder = agreed(ranks, lambda: (open_groups(config.data), load_text(teacher)))
         agreed(ranks, lambda: check_room(encoder, "teacher", *sample(groups)))
+        if ranks.main:
+            say_identical(groups)
         yield ranks, config.model_copy(update={"teacher": teacher}), groups, encoder  # type: ignore[attr-defined]
 
 

@@ -158,6 +158,7 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(
     [[told]] = launch(JOB, 1, configs=[str(path)])
     assert isinstance(told, str), "the run should have met the broken word"
     assert "the loss is not finite" in told
+    assert ("lead-ds inspect" in told) == told.startswith("step 1:")
     assert any(f"queries {query['_id']}" in told for query in queries)
     assert "\n" not in told
     [checkpoint] = list((tmp_path / "nan" / "checkpoints").glob("step-*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lead_ds.config import load_config, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.open import open_groups
-from lead_ds.data.reads import Reads, refuse_equal
+from lead_ds.data.reads import Reads, refuse_equal, refuse_voided
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.errors import InputError
@@ -76,6 +78,13 @@ def test_a_length_that_leaves_nothing_of_pairs_is_refused_by_whatever_reads_them
         fit_lens(config, tmp_path / "lens", Fit(), quiet=True)
 
 
+def test_words_that_a_tokenizer_does_not_know_are_told_as_such(configure: Configure) -> None:
+    encoder = load_text(load_config(configure()).student)
+    told = r"student: reads all queries that were looked at the same, first '\u0e01\u0e02' and '\u0e03\u0e04' \(its tokenizer"
+    with pytest.raises(InputError, match=told):
+        refuse_voided(encoder, ["\u0e01\u0e02", "\u0e03\u0e04"], [], "student")
+
+
 def test_a_passage_compared_with_nothing_is_told(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(configure(data={"negatives": 0}, train={"batch_size": 1}))
     student = Reads(load_text(config.student))
@@ -113,6 +122,27 @@ def test_a_teacher_that_says_nothing_is_told(capsys: pytest.CaptureFixture[str])
     scores[0, 1, 2] = 3.0
     say_constant("teachers.0", TeacherView(ScoreFeatures(scores)), 3, ALONE)
     assert not capsys.readouterr().err
+
+
+def test_teach_tells_of_a_teacher_that_says_nothing_and_of_queries_that_are_passages(
+    configure: Configure, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(rooms / "cross", tmp_path / "cross")
+    weights = load_file(tmp_path / "cross" / "model.safetensors")
+    weights["classifier.weight"].zero_()
+    save_file(weights, tmp_path / "cross" / "model.safetensors", {"format": "pt"})
+    lines = [
+        {"query": f"which thing {word}", "pos": [f"the {word}"], "neg": [f"a {word}", "bread"]}
+        for word in ("owl", "camel")
+    ]
+    lines[0]["query"] = "bread"
+    data = write_jsonl(tmp_path / "train.jsonl", lines)
+    sections = {"data": {"train": str(data), "format": "flagembedding", "negatives": 1}, "train": {"batch_size": 2}}
+    path = configure("cache", teacher="cross_encoder", extra_teacher={"path": str(tmp_path / "cross")}, **sections)
+    teach(load_config(path), tmp_path / "cache", quiet=True)
+    told = capsys.readouterr().err
+    assert "cache: holds of all passages of a query the same relevance" in told
+    assert "train.jsonl: 1 of 2 groups: a passage that is the query itself is not a negative of it" in told
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 
 from lead_ds.errors import InputError
+from lead_ds.io.notes import say_once
 
 G = TypeVar("G")
 
@@ -98,6 +99,13 @@ def refuse_unscored(groups: Groups, row: int, positives: int, negatives: int, wa
 def short_of(own: np.ndarray, wanted: int) -> int:
     """See `Groups.short`; own [n]: each group's own negatives that are no positives of it, -1 where no group lists any."""
     return int(((own >= 0) & (own < wanted)).sum())
+
+
+def say_identical(groups: Groups) -> None:
+    """Say once of how many groups a passage that is the query itself is left out."""
+    if groups.identical:
+        what = f"{groups.identical} of {len(groups)} groups: a passage that is the query itself is not a negative of it"
+        say_once(f"{groups.path.name}: {what} (data.keep_identical=true keeps it)")
 
 
 def twin_of(groups: G) -> G:

@@ -120,7 +120,9 @@ class Recorder:
                 raise RunError(
                     f"step {step}",
                     f"the loss is not finite ({', '.join(bad)}) in the batch of queries {shown}",
-                    "the last checkpoint is intact: lower train.lr, set teacher.scale=cosine, or inspect these texts, "
+                    "see the student's weights with lead-ds inspect, and these texts"
+                    if step == 1
+                    else "the last checkpoint is intact: lower train.lr, set teacher.scale=cosine, or inspect these texts, "
                     "then continue with --resume",
                 )
             rows.append({"step": step, "loss": loss, "parts": parts, "lr": lr, **layers})
