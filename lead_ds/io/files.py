@@ -23,7 +23,7 @@ from lead_ds.io.mapped import cached_arrays, signature
 from lead_ds.io.notes import say_once
 
 # What decides a model's vectors, in a Hugging Face or sentence-transformers directory.
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "vocab*")
 _PER_MODEL = {"README.md", "training_args.bin"}
 
 

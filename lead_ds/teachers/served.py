@@ -181,6 +181,11 @@ class ServedTeacher(Teacher):
         return cls.gives if settings.api == "embeddings" else cls.gives - {"features"}
 
     @classmethod
+    def address(cls, settings: ServedSettings) -> str:
+        """See `Teacher`."""
+        return settings.url
+
+    @classmethod
     def reads(cls, lesson: Lesson, groups: Groups, ranks: Ranks) -> Reads:
         """See `Teacher`: answers to the texts of each group. The first question is asked here, by one process."""
         lookup = ServedLookup(lesson.teacher)

@@ -105,6 +105,11 @@ class Teacher(ABC):
         return {}
 
     @classmethod
+    def address(cls, settings: Any) -> str | None:
+        """Where a model is asked that is not here: at another address may be another one."""
+        return None
+
+    @classmethod
     def drawn(cls, groups: Groups) -> Groups:
         """The groups, as they are drawn for it. Raises InputError for groups of which it can say nothing."""
         return groups

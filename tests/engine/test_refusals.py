@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_the_texts_and_the_teacher_that_it_began_with(
     shutil.copytree(rooms / "data", data)
     shutil.copytree(rooms / "llama", tmp_path / "teacher")
     run: dict[str, Any] = {"data": {"path": str(data)}, "extra_teacher": {"path": str(tmp_path / "teacher")}}
-    path = configure("run", **run)
+    path = configure("run", **run, evaluation={"split": "dev", "measures": ["nDCG@10"]})
     [[whole]] = launch(JOB, 1, configs=[str(path)])
 
     def again() -> Any:
@@ -143,6 +143,14 @@ def test_a_run_goes_on_with_the_texts_and_the_teacher_that_it_began_with(
     told = again()
     assert "have changed: teacher: model.safetensors" in told
     weights.write_bytes(kept)
+    judged, template = data / "qrels" / "dev.tsv", tmp_path / "teacher" / "chat_template.jinja"
+    before = judged.read_text()
+    judged.write_text(before + before.splitlines()[-1] + "\n")  # they decide which step is the best
+    template.write_text("{{ messages }}")
+    told = again()
+    assert "have changed: evaluation: qrels/dev.tsv, teacher: chat_template.jinja" in told
+    judged.write_text(before)
+    template.unlink()
     data.rename(tmp_path / "moved")  # where they lie may change
     elsewhere(path, data=str(tmp_path / "moved"))
     assert again() == whole == losses_of(tmp_path / "run")

@@ -258,6 +258,10 @@ def test_a_run_gives_the_losses_of_the_model_that_is_served(rooms: Path, tmp_pat
         assert len(server.texts) == len(set(server.texts)) + spoiled, "nothing is asked twice, by another run neither"
     np.testing.assert_allclose(second, first, rtol=1e-5)
     assert third == second
+    trees[2]["teacher"]["url"] = "http://127.0.0.1:1/v1/embeddings"  # where another model may answer
+    paths = [write(tmp_path / "2.yaml", trees[2])]
+    [[told]] = launch("tests.engine.jobs:distil_each", 1, configs=paths, resume=True)
+    assert "have changed: address: teacher (" in told
 
 
 def test_teach_asks_for_everything_before(rooms: Path, tmp_path: Path, server: ModelServer) -> None:

@@ -38,6 +38,17 @@ class Dataset:
         """The queries of all splits. Raises InputError as `Texts.open`."""
         return Texts.open(self.folder / "queries.jsonl", "queries")
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """Where its texts are, by name."""
+        return {"corpus": self.corpus.path, "queries": self.queries.path}
+
+    def judgements(self, split: str) -> Path:
+        """Where a split's judgements are. Raises InputError, which names the splits, where it has none."""
+        has = ", ".join(self.splits)
+        remedy = f"splits here: {has}" if has else "add qrels/SPLIT.tsv"
+        return require_file(self.folder / "qrels" / f"{split}.tsv", remedy)
+
     def sample(self, count: int) -> tuple[list[str], list[str]]:
         """At most `count` queries and as many passages, at even distances; none of those that have no file."""
         found: list[list[str]] = []
@@ -59,10 +70,7 @@ class Dataset:
 
     def qrels(self, split: str) -> Qrels:
         """Judgements of a split. Raises InputError, also for a judged id that has no text."""
-        has = ", ".join(self.splits)
-        path = require_file(
-            self.folder / "qrels" / f"{split}.tsv", f"splits here: {has}" if has else "add qrels/SPLIT.tsv"
-        )
+        path = self.judgements(split)
         qrels = read_qrels(path)
         passages = list({passage for judged in qrels.values() for passage in judged})
         for texts, names in ((self.queries, list(qrels)), (self.corpus, passages)):

@@ -86,6 +86,8 @@ def facts(config: Any) -> dict[str, str]:
         at, folder = f"{label}: " if config.data.sets else "", Path(part.path)
         train = folder / part.train
         files |= {f"{at}data.train": train, **{at + name: folder / name for name in names}}
+        split = f"qrels/{config.evaluation.split}.tsv"
+        files[f"{at}{split}"] = Path(config.evaluation.path or folder) / split
         files |= {f"{at}data.train: {file.name}": file for file in (sorted(train.iterdir()) if train.is_dir() else ())}
     if config.evaluation.run is not None:
         files["evaluation.run"] = Path(config.evaluation.run)

@@ -41,7 +41,7 @@ from lead_ds.engine.training.loop import Bookkeeping, Training
 from lead_ds.engine.training.narrowing import kept_facts, narrowed, save_kept
 from lead_ds.engine.training.numerics import backends_of, fit_attention, fixed_order
 from lead_ds.engine.training.objective import Selected, build_objective
-from lead_ds.engine.training.resume import check_inputs, compared, lens_facts, load_state, newest
+from lead_ds.engine.training.resume import check_inputs, compared, evaluation_facts, lens_facts, load_state, newest
 from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_state_dict, student_dtype
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
@@ -135,7 +135,8 @@ def train(
         engine = build_engine(trainee, config, dtype, ranks)
 
         state = load_state(config, checkpoints, found, engine, ranks)
-        check_inputs(config, state, batches, ranks, {**fits, **lens_facts(teachers)}, given.accepted)
+        measured_on = evaluation_facts(evaluator, groups) if ranks.main else {}
+        check_inputs(config, state, batches, ranks, {**fits, **lens_facts(teachers), **measured_on}, given.accepted)
         state["attention"] = backends_of({"student": student, **teachers})
         state["informative"] = layers_that_know(config, state, teachers, batches, ranks)
         Selected.of(config, student, taught, state["informative"]).pairs(step=0)

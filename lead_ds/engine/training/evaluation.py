@@ -85,6 +85,13 @@ class Evaluator:
                 evaluator.found = evaluator.find_candidates()
         return evaluator
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """What it reads, by name: of a run that is resumed they must be what they were, as they decide which step is the best."""
+        assert self.settings.split is not None
+        found = {f"qrels/{self.settings.split}.tsv": self.dataset.judgements(self.settings.split), **self.dataset.files}
+        return found if self.settings.run is None else {**found, "run": Path(self.settings.run)}
+
     def __call__(self, scorer: Kind) -> dict[str, float]:
         """The measures' means, equal on every rank."""
         settings, split = self.settings, self.settings.split
@@ -122,6 +129,11 @@ class Evaluators:
 
     def __init__(self, each: Mapping[str, Evaluator]) -> None:
         self.each = each
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What each of them reads."""
+        return {f"{set_name}: {name}": path for set_name, one in self.each.items() for name, path in one.files.items()}
 
     def __call__(self, scorer: Kind) -> dict[str, float]:
         """Means over the sets, then `SET/MEASURE` of each, equal on every rank."""

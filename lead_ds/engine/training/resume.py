@@ -10,11 +10,13 @@ from typing import Any
 
 from lead_ds.config import Config
 from lead_ds.data.batches import Batches
+from lead_ds.data.groups.group import Groups
 from lead_ds.data.tokens.tokenizer import tokenizer_checksum
 from lead_ds.engine.distributed.agreement import agreed, summary
 from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.checkpoint import Checkpoints
+from lead_ds.engine.training.evaluation import Evaluator, Evaluators
 from lead_ds.errors import InputError
 from lead_ds.io.facts import differing, flat
 from lead_ds.io.files import model_files
@@ -29,6 +31,8 @@ DECIDING = ("optimizer", "fp16", "bf16", "data_types", "prescale_gradients", "gr
 LATER = (
     ("tokenizer: ", "deepspeed: "),
     ("student: ",),
+    ("evaluation: ",),
+    ("address: ",),
 )  # facts that older checkpoints do not have, those that came at once
 
 
@@ -105,6 +109,13 @@ def student_facts(path: str) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
+def evaluation_facts(evaluator: Evaluator | Evaluators | None, groups: Groups) -> dict[str, str]:
+    """The files that decide which step is the best, and when to stop early, without those that are trained on, too."""
+    files, known = {} if evaluator is None else evaluator.files, {*groups.sources.values()}
+    found = {f"evaluation: {name}": summary(path) for name, path in files.items() if path not in known}
+    return {name: digest for name, digest in found.items() if digest is not None} or {"evaluation: qrels": "none"}
+
+
 def groups_per_step(train: TrainConfig, processes: int) -> int:
     """Groups that an optimizer step takes, over all processes."""
     return processes * train.batch_size * train.accumulation
@@ -141,9 +152,10 @@ def check_inputs(
 ) -> None:
     """Refuse to go on with other files than a checkpoint was trained on: texts, models, tokenizers, DeepSpeed's settings.
 
-    fits: what was fitted before the first step, and tuned lenses, by checksum. `state` keeps what they are; one of before
-    some of them were kept does not have those. accepted: names of what may have changed, as they are refused, or a part
-    of one between its colons; `state` keeps what each was and is. Raises InputError for a name of what has not changed, too.
+    fits: what was fitted before the first step, tuned lenses, and what is evaluated on, by checksum. `state` keeps what they
+    are; one of before some of them were kept does not have those. accepted: names of what may have changed, as they are
+    refused, or a part of one between its colons; `state` keeps what each was and is. Raises InputError for a name of what
+    has not changed, too.
     """
     taught = config.taught if config.losses.needs_teacher else {}
     files = {
@@ -152,8 +164,11 @@ def check_inputs(
         for name, path in teacher_class(settings.kind).files(settings).items()
     }
 
+    asked = {f"address: {key}": teacher_class(settings.kind).address(settings) for key, settings in taught.items()}
+    addresses = {name: address for name, address in asked.items() if address is not None}
+
     def facts() -> dict[str, str]:
-        known = input_facts(batches.groups, files) | reading_facts(batches) | (fits or {})
+        known = input_facts(batches.groups, files) | addresses | reading_facts(batches) | (fits or {})
         return known | deepspeed_facts(config.deepspeed.student) | student_facts(config.student.path)
 
     now = agreed(ranks, lambda: facts() if ranks.main else {})
