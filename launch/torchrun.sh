@@ -19,6 +19,18 @@ else
   fi
   where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${JOB:-lead-ds}")
   LEAD_DS_WATCH_PORT=${LEAD_DS_WATCH_PORT:-29501}
+  # torchrun starts no rank before all machines have met, and waits for ten minutes without a word.
+  set -m
+  (
+    sleep "${LEAD_DS_WAIT:-8}"
+    if ! compgen -G "$LEAD_DS_LOGS/rank-*.log" >/dev/null; then
+      echo "launch: still waiting for all of $nodes machines to meet at $endpoint: is this started on each of them, with the" \
+        "same RENDEZVOUS, NODES and JOB, and can each reach that address?" >&2
+    fi
+  ) &
+  told=$!
+  set +m
+  trap 'kill -- "-$told" 2>/dev/null || true' EXIT
 fi
 export LEAD_DS_WATCH_PORT
 # A store of its own for every attempt: in the agent's, a restarted rank can find the dead attempt's addresses.

@@ -129,7 +129,7 @@ def evaluate(
         options.choice("--kind", kind, *KINDS, "served")
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
-    from lead_ds.engine.distributed.ranks import ranks
+    from lead_ds.engine.distributed.watchdog import waiting_ranks
     from lead_ds.retrieval.evaluate import Task, evaluate_model, evaluate_run, open_encoder
 
     names = measures.replace(",", " ").split()
@@ -150,7 +150,7 @@ def evaluate(
             "nprobe": nprobe,
             "ef_search": ef_search,
         }
-        with ranks() as here:
+        with waiting_ranks() as here:
             if here.main:
                 of_queries, of_documents = options.settings_of_two(settings, documents)
                 options.refuse_settings_of_index(of_documents)
@@ -165,7 +165,7 @@ def evaluate(
         from lead_ds.retrieval.two_models import evaluate_two
 
         both = list(zip((model, documents), options.settings_of_two(settings, documents), strict=True))
-        with ranks() as here:
+        with waiting_ranks() as here:
             task = Task(Dataset.open(data), split, names, relevance_level, keep_identical=keep_identical)
             query, document = agreed(here, lambda: [open_encoder(path, here.device, dim, own) for path, own in both])
             for one in (query, document):
@@ -185,7 +185,7 @@ def evaluate(
             raise InputError(
                 "--kind", what, "take them out: a served one has settings of a served teacher, such as api=tei"
             )
-        with ranks() as here:
+        with waiting_ranks() as here:
             if here.main:
                 dataset, lookup = Dataset.open(data), open_served(model, settings or [])
                 listed = find_candidates(
@@ -195,7 +195,7 @@ def evaluate(
                 scores = evaluate_ordered(lambda wanted: order(lookup, dataset, wanted), task, listed, out=out)
                 tell(scores, json_file, per_query)
         return
-    with ranks() as here:
+    with waiting_ranks() as here:
         dataset = Dataset.open(data)
         judged = dataset.qrels(split)
         task = Task(dataset, split, names, relevance_level, keep_identical=keep_identical)

@@ -54,7 +54,7 @@ def encode(
     given = options.check_settings([*(["dtype=fp32"] if precision == "fp32" else []), *(settings or [])])
     from lead_ds.data.collections.dataset import Dataset
     from lead_ds.engine.distributed.agreement import agreed
-    from lead_ds.engine.distributed.ranks import ranks
+    from lead_ds.engine.distributed.watchdog import waiting_ranks
     from lead_ds.models.dtypes import dtype_of
     from lead_ds.retrieval.encode import Encoding, Stored, encode_to
     from lead_ds.retrieval.evaluate import open_encoder
@@ -62,7 +62,7 @@ def encode(
 
     queries, documents = options.two_models(model, None, None)
     model = (documents or queries) if kind == "corpus" else queries
-    with ranks() as here:
+    with waiting_ranks() as here:
         dataset = Dataset.open(data)
         texts = dataset.corpus if kind == "corpus" else dataset.queries
         scorer, encoder = opened = agreed(here, lambda: open_encoder(model, here.device, dim, given))

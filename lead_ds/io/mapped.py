@@ -19,6 +19,7 @@ import numpy as np
 from lead_ds.errors import RunError
 from lead_ds.io.json_text import parse_json
 from lead_ds.io.jsonl import Buffer, unreadable
+from lead_ds.io.waiting import holder, told_while_waiting
 
 Arrays = dict[str, np.ndarray]
 Signature = dict[str, Any]
@@ -222,11 +223,16 @@ def locked(target: Path) -> Iterator[None]:
 
         folder = cache_dir() / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / hashlib.sha256(str(target).encode()).hexdigest()[:16]).open("w")
+        lock = folder / hashlib.sha256(str(target).encode()).hexdigest()[:16]
+        file = lock.open("w")
     except (ImportError, OSError):
         yield
         return
     with file:
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with told_while_waiting(lambda: f"{holder(lock)}, which makes {target}: end it if it hangs"):
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -27,6 +27,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from lead_ds.errors import InputError, LeadError, RunError
 from lead_ds.io.json_text import parse_json
 from lead_ds.io.notes import say_once
+from lead_ds.io.waiting import holder, told_while_waiting
 
 T = TypeVar("T")
 RECORD = ".owner.json"
@@ -209,12 +210,13 @@ def _apart(path: Path) -> Iterator[None]:
     """One process at a time, while it takes a record over."""
     guard = path.with_name(path.name + ".lock")
     try:
-        lock: FileLock | SoftFileLock = FileLock(guard, timeout=SILENT)
-        try:
-            lock.acquire()
-        except NotImplementedError:  # a file system without locks: a file that is there or not serves there
-            lock = SoftFileLock(guard, timeout=SILENT)
-            lock.acquire()
+        with told_while_waiting(lambda: f"{holder(guard)}, which takes over {path.parent}: end it if it hangs"):
+            lock: FileLock | SoftFileLock = FileLock(guard, timeout=SILENT)
+            try:
+                lock.acquire()
+            except NotImplementedError:  # a file system without locks: a file that is there or not serves there
+                lock = SoftFileLock(guard, timeout=SILENT)
+                lock.acquire()
     except Timeout:
         raise RunError(
             guard, f"is held for {SILENT:.0f} s by another process", "see what hangs there, or delete it"

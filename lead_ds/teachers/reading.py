@@ -28,7 +28,7 @@ from lead_ds.data.tokens.encoder import TextEncoder, Tokens
 from lead_ds.data.tokens.longest_first import Untokenised, longest_first, once
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
-from lead_ds.engine.distributed.ranks import ranks as joined_ranks
+from lead_ds.engine.distributed.watchdog import waiting_ranks
 from lead_ds.io.prefetch import ahead
 from lead_ds.io.progress import Progress
 from lead_ds.io.shards import turns
@@ -53,7 +53,7 @@ def opened(config: Run, settings: TeacherRole, out: Path) -> Iterator[tuple[Rank
 
     Every process calls this. Raises InputError on all of them where they differ, or an input cannot be read.
     """
-    with joined_ranks() as ranks, closed_to_others():
+    with waiting_ranks() as ranks, closed_to_others():
         check_agreement(config, False, ranks)
         check_shared(out, ranks)
         teacher = agreed(ranks, lambda: settled_model(settings))

@@ -9,7 +9,7 @@ import numpy as np
 from lead_ds.data.groups.open import open_groups
 from lead_ds.engine.distributed.agreement import agreed, check_agreement
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
-from lead_ds.engine.distributed.ranks import ranks as joined_ranks
+from lead_ds.engine.distributed.watchdog import waiting_ranks
 from lead_ds.io.progress import progress
 from lead_ds.settings.run import Run
 from lead_ds.teachers.cached import epochs_of
@@ -26,7 +26,7 @@ def ask_ahead(config: Run, epochs: int | None = None, quiet: bool = False) -> tu
     epochs: whose random negatives are asked for, where groups list too few. Raises InputError and RunError as
     `lead_ds.teachers.served_client.Client.ask`; what was answered until then is kept.
     """
-    with joined_ranks() as ranks, closed_to_others():
+    with waiting_ranks() as ranks, closed_to_others():
         check_agreement(config, False, ranks)
         return agreed(ranks, lambda: _ask(config, epochs, quiet, ranks))
 

@@ -15,6 +15,7 @@ import numpy as np
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.facts import differing
 from lead_ds.io.json_text import parse_json
+from lead_ds.io.waiting import told_while_waiting
 from lead_ds.teachers.served_client import Questions
 
 FILE = "answers.sqlite"
@@ -84,7 +85,10 @@ class Answers:
         try:
             store = sqlite3.connect(file, timeout=_WAIT)
             try:
-                with store:
+                with (
+                    told_while_waiting(lambda: f"{file}, which another process may be writing to: end it if it hangs"),
+                    store,
+                ):
                     yield store
             finally:
                 store.close()

@@ -34,7 +34,8 @@ from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.distributed.watchdog import Watchdog, missing
 from lead_ds.engine.training.distill import distill
 from lead_ds.engine.training.resume import check_inputs
-from lead_ds.errors import InputError
+from lead_ds.errors import InputError, RunError
+from lead_ds.io.mapped import locked
 from lead_ds.models.load import load_text
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.evaluate import open_encoder
@@ -194,6 +195,45 @@ def test_what_is_wrong_with_the_meeting_point_is_told(
                 said += capsys.readouterr().err
     assert f"for all of 2 processes to meet at {address}:{port}; " in said
     assert told in said
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            r"MASTER_ADDR: RANK is set in the environment, and this is",
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "is 2 of WORLD_SIZE 2",
+        ),
+    ],
+)
+def test_half_a_place_is_refused(monkeypatch: pytest.MonkeyPatch, place: dict[str, str], told: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=told), ranks.ranks():
+        pass
+
+
+def test_a_lock_of_ours_that_another_process_has_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lead_ds.io.waiting.WAIT", 0.2)
+    monkeypatch.setenv("LEAD_DS_CACHE", str(tmp_path))
+    target = tmp_path / "corpus.jsonl"
+    with locked(target):  # this process, which has it, asks for it again
+        threading.Thread(target=lambda: locked(target).__enter__(), daemon=True).start()
+        told, deadline = "", time.monotonic() + 600
+        while "has waited" not in told and time.monotonic() < deadline:
+            time.sleep(0.05)
+            told += capfd.readouterr().err
+    assert re.search(
+        rf"has waited \d s for process {os.getpid()} \(.*\), which makes {target}: end it if it hangs", told
+    )
 
 
 def test_a_lock_that_was_left_is_told(

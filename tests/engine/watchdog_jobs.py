@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import os
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
 
-from lead_ds.engine.distributed.ranks import ranks
+from lead_ds.engine.distributed import watchdog as watchdogs
+from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.distributed.signals import Signals
-from lead_ds.engine.distributed.watchdog import Watchdog, verdict
+from lead_ds.engine.distributed.watchdog import Watchdog, verdict, waiting_ranks
+from tests.helpers.forked import become
 
 
 def late(folder: str, blamed: int) -> str | None:
@@ -35,3 +41,30 @@ def late(folder: str, blamed: int) -> str | None:
         watchdog._store.wait([f"seen {rank}" for rank in range(here.world)])  # rank 0 holds the store of all
         (begun or dist.all_reduce(x, async_op=True)).wait()
         return found
+
+
+def waiting() -> str:
+    """Rank 1 does not come to a barrier until rank 0 has said that it waits for it: what rank 0 says."""
+    watchdogs.WAIT = 0.5
+    told = io.StringIO()
+    with redirect_stderr(told), waiting_ranks() as here:
+        store = dist.distributed_c10d._get_default_store().clone()
+        if here.rank == 1:
+            store.wait(["said"])
+
+        def watch() -> None:
+            while "has waited" not in told.getvalue():
+                time.sleep(0.05)
+            store.set("said", "yes")
+
+        if here.rank == 0:
+            Thread(target=watch, daemon=True).start()
+        here.barrier()
+    return told.getvalue()
+
+
+def alone(told: str) -> None:
+    """A rank alone stands still, where no file can be written: it ends this process."""
+    become(dict(os.environ), told, told)
+    with Watchdog(Ranks(0, 0, 1, torch.device("cpu")), 0.01, Path("/proc/nope"), Signals()):
+        time.sleep(600)

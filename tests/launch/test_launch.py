@@ -158,6 +158,19 @@ def test_a_restarted_run_goes_on(
 
 
 @pytest.mark.slow
+def test_torchrun_says_that_it_waits_for_another_machine(house: Path) -> None:
+    waits = {"NODES": "2", "RENDEZVOUS": f"127.0.0.1:{free_port()}", "LEAD_DS_WAIT": "0.1", "PROCESSES": "1"}
+    command = [str(house / "launch" / "torchrun.sh"), "once", "0"]
+    process = subprocess.Popen(command, cwd=house, env=environment(house, **waits), stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        told = next(line for line in process.stderr if line.startswith("launch: "))
+        assert f"waiting for all of 2 machines to meet at {waits['RENDEZVOUS']}: is this started on each" in told
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def test_torchrun_does_not_retry_wrong_input(house: Path) -> None:
     done = run(house, "torchrun.sh", "wrong", str(house / "out"), RESTARTS="2")
     assert done.returncode == 2, done.stderr

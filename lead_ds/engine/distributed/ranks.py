@@ -22,8 +22,7 @@ from torch import Tensor
 
 from lead_ds.engine.distributed.launchers import ends_with_launchers
 from lead_ds.errors import RunError
-
-WAIT = 8.0  # seconds after which a wait is reported
+from lead_ds.io.waiting import AGAIN, WAIT
 
 T = TypeVar("T")
 
@@ -99,6 +98,7 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         alone["MASTER_PORT"] = str(free_port())
         os.environ.update(alone)
+    _check_place()
     prepare_environment()
     import deepspeed
 
@@ -126,6 +126,17 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
             os.environ.pop(name, None)
 
 
+def _check_place() -> None:
+    """Raise RunError where a launcher has not said all of this process's place, or one that there is not."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            what = "RANK is set in the environment, and this is not"
+            raise RunError(name, what, "set it as well, use a launcher, or unset RANK for one process alone")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world:
+        raise RunError("RANK", f"is {rank} of WORLD_SIZE {world}", f"number the processes from 0 to {world - 1}")
+
+
 def _meeting_point() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
@@ -145,7 +156,7 @@ def _told_while_waiting() -> Iterator[None]:
             waited = time.monotonic() - began
             if waited < due:
                 continue
-            due = waited + 60.0
+            due = waited + AGAIN
             rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
             what = (
                 f"rank {rank} on {socket.gethostname()} has waited {waited:.0f} s for all of {world} processes to meet"

@@ -9,6 +9,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,12 +18,12 @@ from typing import Any
 import torch.distributed as dist
 
 from lead_ds.doctor.locks import open_files
-from lead_ds.engine.distributed.ranks import WAIT, Ranks
+from lead_ds.engine.distributed.ranks import Ranks, ranks
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.distributed.waits import collective, compiling, issued, lock_file
+from lead_ds.io.waiting import AGAIN, WAIT
 
 GRACE = 20.0  # seconds a stopping run may stand still: its launcher is ending it because another rank is gone
-AGAIN = 60.0  # seconds until a wait is reported again
 
 
 class Watchdog:
@@ -33,13 +35,15 @@ class Watchdog:
     host then waits anywhere.
     """
 
-    def __init__(self, ranks: Ranks, minutes: float, folder: Path, signals: Signals) -> None:
+    def __init__(
+        self, ranks: Ranks, minutes: float, folder: Path, signals: Signals, *, place: str = "loading data and models"
+    ) -> None:
         self.ranks, self.limit, self.folder, self.signals = ranks, minutes * 60, folder, signals
         self.interval = min(10.0, max(0.2, self.limit / 8)) if minutes else 10.0
-        self.count, self.place, self.watched = 0, "loading data and models", True
+        self.count, self.place, self.watched, self._key = 0, place, True, "lead-ds/watchdog"
         self.moved, self.longest = time.monotonic(), 0.0
-        # For what, since when, and until when it is not reported.
-        self._waits: tuple[str | None, float, float] = None, 0.0, 0.0
+        # For what, after how many collectives, since when, and until when it is not reported.
+        self._waits: tuple[str | None, int, float, float] = None, 0, 0.0, 0.0
         self._main = threading.get_ident()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -49,7 +53,7 @@ class Watchdog:
         if self.ranks.world > 1:
             store = dist.distributed_c10d._get_default_store()
             # A connection of its own: on the common one, a wait of the main thread would block ours.
-            self._store = dist.PrefixStore("lead-ds/watchdog", store.clone() if hasattr(store, "clone") else store)
+            self._store = dist.PrefixStore(self._key, store.clone() if hasattr(store, "clone") else store)
             self._threads.append(threading.Thread(target=self._post, name="lead-ds-post", daemon=True))
         self._threads.append(threading.Thread(target=self._watch, name="lead-ds-watch", daemon=True))
         for thread in self._threads:
@@ -109,13 +113,14 @@ class Watchdog:
         """Say what has been waited for since WAIT seconds: a lock file, a compiler, or before the first step other ranks."""
         file, made, now = lock_file(self._main), compiling(self._main), time.monotonic()
         what = file or made or (None if self.count else collective(self._main))
-        if what is None or what != self._waits[0]:
-            self._waits = what, now, now + WAIT
+        begun = issued()  # one collective after another is no wait
+        if what is None or (what, begun) != self._waits[:2]:
+            self._waits = what, begun, now, now + WAIT
             return
-        if now < self._waits[2]:
+        if now < self._waits[3]:
             return
-        self._waits = what, self._waits[1], now + AGAIN
-        seconds = f"has waited {now - self._waits[1]:.0f} s for"
+        self._waits = what, begun, self._waits[2], now + AGAIN
+        seconds = f"has waited {now - self._waits[2]:.0f} s for"
         me = f"rank {self.ranks.rank} (process {os.getpid()} on {socket.gethostname()})"
         if file is not None:
             known = "" if os.path.realpath(file) in open_files() else ", which no process of this host has open"
@@ -187,6 +192,16 @@ class Watchdog:
         thread.start()
         thread.join(timeout=max(2.0, self.interval))
         return done.is_set()
+
+
+@contextmanager
+def waiting_ranks() -> Iterator[Ranks]:
+    """The processes of a command that has no steps, as `ranks`; what they wait for is said, and none is ended."""
+    with ranks() as here:
+        watch = Watchdog(here, 0, Path(), Signals(), place="its work")
+        watch._key = "lead-ds/waits"  # they may train within, under a watchdog of its own
+        with watch:
+            yield here
 
 
 def verdict(
