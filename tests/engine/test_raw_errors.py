@@ -232,7 +232,7 @@ def test_a_lock_of_ours_that_another_process_has_is_told(
             time.sleep(0.05)
             told += capfd.readouterr().err
     assert re.search(
-        rf"has waited \d s for process {os.getpid()} \(.*\), which makes {target}: end it if it hangs", told
+        rf"has waited \d+ s for process {os.getpid()} \(.*\), which makes {target}: end it if it hangs", told
     )
 
 

@@ -27,7 +27,7 @@ def test_the_rank_that_has_not_issued_the_collective_is_named(tmp_path: Path, bl
 def test_a_command_without_steps_says_whom_it_waits_for() -> None:
     told = launch("tests.engine.watchdog_jobs:waiting", 2)[0]
     assert re.search(
-        r"rank 0 \(process \d+ on .*\) has waited \d s for rank 1 \(process \d+ on .*\) in its work: see", told
+        r"rank 0 \(process \d+ on .*\) has waited \d+ s for rank 1 \(process \d+ on .*\) in its work: see", told
     )
 
 

@@ -45,7 +45,7 @@ def late(folder: str, blamed: int) -> str | None:
 
 def waiting() -> str:
     """Rank 1 does not come to a barrier until rank 0 has said that it waits for it: what rank 0 says."""
-    watchdogs.WAIT = 0.5
+    watchdogs.WAIT = watchdogs.AGAIN = 0.5
     told = io.StringIO()
     with redirect_stderr(told), waiting_ranks() as here:
         store = dist.distributed_c10d._get_default_store().clone()
@@ -53,7 +53,7 @@ def waiting() -> str:
             store.wait(["said"])
 
         def watch() -> None:
-            while "has waited" not in told.getvalue():
+            while "its work: see" not in told.getvalue():  # until both have posted
                 time.sleep(0.05)
             store.set("said", "yes")
 
