@@ -126,12 +126,20 @@ def _prompts(chain: Any) -> dict[str, str]:
 
 
 def _prompts_of(config: ModelConfig, saved: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands before queries and before passages: the configuration's, else what the files say."""
+    """What stands before queries and before passages: the configuration's, else what the files say.
+
+    Raises InputError for one that no tokenizer could read.
+    """
     query, passage = config.query_prompt, config.passage_prompt
-    return (
+    found = (
         query if query is not None else saved.get("query") or "",
         passage if passage is not None else saved.get("document") or "",
     )
+    for name, prompt in zip(("query_prompt", "passage_prompt"), found, strict=True):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            what = f"its {name} {prompt!r} holds half a character, such as \\ud83d"
+            raise InputError(config.path, what, f"write the character itself in its files, or set {name}")
+    return found
 
 
 def _shape(config: ModelConfig, folder: str) -> Any:

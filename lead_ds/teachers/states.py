@@ -34,6 +34,7 @@ from lead_ds.io.files import atomic, read_json, write_json
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST, damage, mapped, refuse_strangers, save_arrays, unfinished
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
 from lead_ds.teachers.frozen import build_teacher, teacher_dtype
@@ -91,6 +92,7 @@ def read_states(
         torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
         own_head = config.model_copy(update={"teacher": settings.model_copy(update={"lens": "head"})})
         teacher = build_teacher(Lesson.of(own_head), ranks)
+        check_vocabulary(teacher.scorer, encoder, settings.path)
         if ranks.main:
             write_json(folder / MANIFEST, manifest | {"normalize": bool(getattr(teacher.scorer, "normalize", False))})
             if not quiet:

@@ -26,6 +26,7 @@ from lead_ds.io.provenance import provenance
 from lead_ds.io.shards import MANIFEST, damage, refuse_strangers, unfinished
 from lead_ds.models.as_read import reading_line, sample
 from lead_ds.models.kinds.kind import KINDS
+from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.settings.roles import TeacherRole
 from lead_ds.settings.run import Run
 from lead_ds.teachers.cached import epochs_of
@@ -68,6 +69,7 @@ def teach(
         if manifest["layers"] is None or (todo := unfinished_of(shards, manifest, ranks)):
             torch.manual_seed(config.seed)  # a teacher of random weights is the same on every rank
             teacher = build_teacher(Lesson.of(config), ranks)
+            check_vocabulary(teacher.scorer, encoder, settings.path)
             if manifest["layers"] is None:
                 manifest = complete(shards, manifest, shard_size, teacher, ranks, command)
                 todo = unfinished_of(shards, manifest, ranks)

@@ -39,6 +39,8 @@ from lead_ds.io.mapped import locked
 from lead_ds.models.load import load_text
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.evaluate import open_encoder
+from lead_ds.teachers.fit_lens import Fit, fit_lens
+from lead_ds.teachers.teach import teach
 from tests.helpers.deepspeed_files import filled_teacher
 
 Configure = Callable[..., Path]
@@ -77,6 +79,11 @@ def test_a_frozen_teachers_pad_token_beyond_its_embeddings(configure: Configure,
     with pytest.raises(InputError, match=rf"^{folder}: has \d+ embeddings, its tokenizer's token '<a new pad>' is"):
         distill(load_config(path), quiet=True)
     assert not (tmp_path / "run" / "config.yaml").exists()
+    told = rf"^{folder}: has \d+ embeddings, its tokenizer's token '<a new pad>' is"
+    with pytest.raises(InputError, match=told):
+        teach(load_config(path), tmp_path / "cache", quiet=True)
+    with pytest.raises(InputError, match=told):
+        fit_lens(load_config(path), tmp_path / "lens", Fit(), quiet=True)
 
 
 def filled(config: Config, dtype: torch.dtype) -> dict[str, Any]:
@@ -89,11 +96,12 @@ def filled(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     [
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}}, "optimizer.params.betas"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.9]}}}, "optimizer.params.betas"),
     ],
 )
 def test_an_auto_that_nobody_fills_in(configure: Configure, tree: dict[str, Any], name: str) -> None:
     config = load_config(configure(deepspeed={"student": tree}))
-    with pytest.raises(InputError, match=rf'^deepspeed.student: {name} is "auto"'):
+    with pytest.raises(InputError, match=rf'^deepspeed.student: {name} (is|holds) "auto"'):
         filled(config, torch.float32)
 
 
@@ -121,10 +129,14 @@ def test_fp16_on_a_cpu(configure: Configure) -> None:
         filled(load_config(configure()), torch.float16)
 
 
-def test_half_a_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_a_character(rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "\\ud83d"}\n')
     with pytest.raises(InputError, match=r"corpus\.jsonl:1: not valid JSON: .*surrogate.*half a character"):
         Texts.open(tmp_path / "corpus.jsonl", "corpus")
+    student = Path(shutil.copytree(rooms / "student", tmp_path / "student"))
+    (student / "config_sentence_transformers.json").write_text('{"prompts": {"query": "\\ud83d "}}')
+    with pytest.raises(InputError, match=rf"^{student}: its query_prompt .* holds half a character"):
+        open_encoder(str(student), "cpu")
     with pytest.raises(SystemExit) as ended:
         main(["search", "--model", "m", "caf\udce9"])
     assert ended.value.code == 2

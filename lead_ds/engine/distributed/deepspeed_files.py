@@ -185,8 +185,9 @@ def _auto(section: dict[str, Any], key: str, value: Any) -> None:
 def _refuse_auto(tree: Any, where: str, name: str = "") -> None:
     """Raise InputError for an "auto" that is left: DeepSpeed itself knows none, and ends in an error of types."""
     for key, value in tree.items():
-        if value == "auto":
-            what = f'{name}{key} is "auto", which is filled in for transformers\' Trainer alone'
+        if value == "auto" or (isinstance(value, list) and "auto" in value):
+            says = "is" if value == "auto" else "holds"
+            what = f'{name}{key} {says} "auto", which is filled in for transformers\' Trainer alone'
             raise InputError(where, what, "write the number, or take it out: DeepSpeed's own default holds then")
         if isinstance(value, dict):
             _refuse_auto(value, where, f"{name}{key}.")
