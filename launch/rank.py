@@ -241,7 +241,8 @@ def main() -> int:
     # Asked from outside, a run still finishes its step and saves a checkpoint.
     patience = float(os.environ.get("LEAD_DS_STOP_SECONDS", "60"))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda n, _: (received.append(n), command.end(patience)))
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
+            signal.signal(number, lambda n, _: (received.append(n), command.end(patience)))
     port, address = environment.get("LEAD_DS_WATCH_PORT"), environment.get("MASTER_ADDR", "127.0.0.1")
     watch = Watch(rank, world, address, int(port), command) if port and world > 1 else None
     status = command.wait()

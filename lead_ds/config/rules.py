@@ -262,6 +262,9 @@ def patience_has_evaluations(config: Run) -> Iterator[Broken]:
     elif config.train.patience and config.train.evaluate_every == 0:
         what = "is never lost: train.evaluate_every is 0, which evaluates at the end alone"
         yield Broken("train.patience", what, "set train.evaluate_every, or patience to 0")
+    elif config.train.patience and config.train.evaluate_every >= config.train.steps:
+        what = f"is never lost: of {config.train.steps} steps train.evaluate_every is {config.train.evaluate_every}"
+        yield Broken("train.patience", what, "evaluate more often, or set patience to 0")
 
 
 def candidates_are_reranked(config: Run) -> Iterator[Broken]:

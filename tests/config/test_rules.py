@@ -213,6 +213,14 @@ def test_a_broken_rule_names_the_setting_and_what_to_do(rule: str) -> None:
     parse_config(tree(change, mended), "run.yaml")
 
 
+@pytest.mark.parametrize("every", [0, 100, 200])
+def test_patience_that_no_evaluation_tries(every: int) -> None:
+    split, train = {"evaluation": {"split": "dev"}}, {"steps": 100, "patience": 2}
+    parse_config(tree(split, {"train": train | {"evaluate_every": 20}}), "run.yaml")
+    with pytest.raises(InputError, match=f"train.patience: is never lost: .*evaluate_every is {every}"):
+        parse_config(tree(split, {"train": train | {"evaluate_every": every}}), "run.yaml")
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

@@ -49,6 +49,9 @@ elif act == "once":  # fails on its first attempt only
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         sys.exit(int(rest[0]))
     print(f"rank {rank} second attempt", flush=True)
+elif act == "hang up":  # the terminal of the one that started this is closed
+    os.kill(os.getppid(), signal.SIGHUP)
+    time.sleep(1)
 elif act == "wrong":
     with (Path(rest[0]) / f"{rank}.attempts").open("a") as file:
         file.write("x")

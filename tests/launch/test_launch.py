@@ -111,6 +111,14 @@ def test_without_ssh_the_other_node_ends_too(house: Path) -> None:
     assert_dead(house / "out" / "0.pid")
 
 
+@pytest.mark.parametrize(("before", "status"), [([], 129), (["nohup"], 0)])
+def test_a_lost_terminal_ends_a_rank_but_under_nohup(house: Path, before: list[str], status: int) -> None:
+    place = environment(house, RANK="0", WORLD_SIZE="1", OMP_NUM_THREADS="1")
+    command = [*before, sys.executable, "launch/rank.py", "hang up"]
+    done = subprocess.run(command, cwd=house, env=place, capture_output=True, stdin=subprocess.DEVNULL, timeout=600)
+    assert done.returncode == status, done.stderr
+
+
 @pytest.mark.slow
 def test_interrupting_leaves_nothing(house: Path) -> None:
     process = subprocess.Popen(
