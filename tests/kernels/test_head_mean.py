@@ -19,7 +19,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, int, dict[str, Any]]]
     "causal": (1, 2, 2, 1, 1, 63, 16, 8, {"causal": True}),
     "band": (1, 2, 2, 2, 2, 65, 16, 16, {"band": 9}),
     "causal band grouped": (1, 2, 1, 4, 2, 65, 16, 16, {"band": 20, "causal": True}),
-    "wide": (1, 2, 1, 2, 2, 17, 200, 256, {}),
+    "wide": (2, 2, 1, 2, 2, 17, 200, 256, {}),
     "relation": (2, 4, 2, 8, 8, 33, 16, 4, {"relation_heads": 2, "teacher_scale": 0.3, "student_scale": 0.2}),
 }
 
