@@ -113,7 +113,8 @@ def _members(path: Path) -> list[File]:
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
-                members = [info for info in archive.infolist() if not info.is_dir()]
+                # Not is_dir(), which fails on a member without a name.
+                members = [info for info in archive.infolist() if not info.filename.endswith("/")]
                 return [File(path, info.file_size, info) for info in members if _shown(info.filename)]
         with tarfile.open(path) as tar:
             return [File(path, info.size, info) for info in tar if info.isfile() and _shown(info.name)]
@@ -122,7 +123,7 @@ def _members(path: Path) -> list[File]:
 
 
 def _shown(name: str) -> bool:
-    return not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))
+    return name != "" and not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))
 
 
 def identity(files: Iterable[File]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from lead_ds.data.groups.open import open_groups
 from lead_ds.errors import InputError
 from lead_ds.io import jsonl, mapped
+from lead_ds.prepare.files import list_files
 from lead_ds.settings.data import DataConfig
 from tests.fuzz.check import bounds, check
 from tests.fuzz.readers import READERS, beir
@@ -83,3 +84,16 @@ def test_what_steers_a_terminal_is_shown_and_not_sent(tmp_path: Path) -> None:
         open_groups(DataConfig(path=str(tmp_path), negatives=1))
     assert str(refused.value).isprintable()
     assert r"\x1b[2J" in str(refused.value)
+
+
+def test_a_member_without_a_name_is_passed_over(tmp_path: Path) -> None:
+    out = io.BytesIO(beir("zip"))
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("z/a", "text")
+    path = tmp_path / "x.zip"
+    path.write_bytes(out.getvalue().replace(b"z/a", b"\0/a"))
+    with zipfile.ZipFile(path) as archive:
+        assert "" in archive.namelist()
+    names = {file.inner for file in list_files(path)}
+    assert "x/corpus.jsonl" in names
+    assert "" not in names
