@@ -49,7 +49,6 @@ def test_steps_of_every_kind(configure: Callable[..., Path]) -> None:
     ):
         ours = [wait for wait in found["waits"] if not any(other in wait for other in OTHERS)]
         assert not ours, (name, ours)
-        assert any("/deepspeed/" in wait for wait in found["waits"]), "the trace sees what is there"
         assert not found["unordered"], (name, found["unordered"])
         assert found["attention"] == {"student": "sdpa", "teacher": "sdpa"}
         assert not found["still"], "the run's own setting ends with it"
