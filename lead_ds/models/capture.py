@@ -84,11 +84,8 @@ class LayerCapture:
         try:
             # Up to 5.20 transformers checkpoints what a layer's hooks do as well: what `reduce` keeps for its gradient would
             # be missed when the layer is run again, so it is kept here as it is.
-            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            # Detached: a result that its own step keeps would hold itself for ever.
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach):
                 self._states[i] = self._reduce(output[0] if isinstance(output, (tuple, list)) else output)
         except Exception as error:
             self._error = self._error or error
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
