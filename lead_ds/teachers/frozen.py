@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
@@ -196,8 +197,23 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
         scorer = load_teacher(settings, dtype, depth)
     keep_experts_together(scorer)
     engine = deepspeed.initialize(model=_frozen(scorer), config=tree)[0]
+    _restore_rotations(scorer)
     engine.eval()
     return FrozenTeacher(scorer, engine, placement, ranks.device, fitted)
+
+
+@torch.no_grad()
+def _restore_rotations(scorer: Kind) -> None:
+    """Have rotary positions their float32 frequencies. Loaded by shards, transformers below 5.21 computes them in the
+    parameters' 16 bits, and older versions of DeepSpeed round them: other vectors than the whole model's, without a word.
+    """
+    backbone: Any = getattr(scorer, "backbone", None)
+    for module in backbone.modules() if isinstance(backbone, PreTrainedModel) else ():
+        rounded = {name: x for name, x in module.named_buffers(recurse=False) if "inv_freq" in name and x.itemsize == 2}
+        for name, buffer in rounded.items():
+            module._buffers[name] = buffer.float()
+        if rounded:
+            backbone._init_weights(module)
 
 
 def teacher_dtype(settings: TeacherRole, device: torch.device) -> torch.dtype:
