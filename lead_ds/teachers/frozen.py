@@ -204,8 +204,8 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
 
 @torch.no_grad()
 def _restore_rotations(scorer: Kind) -> None:
-    """Have rotary positions their float32 frequencies. Loaded by shards, transformers below 5.21 computes them in the
-    parameters' 16 bits, and older versions of DeepSpeed round them: other vectors than the whole model's, without a word.
+    """Have rotary positions their float32 frequencies. Loaded by shards, transformers 5.20 computes them in the
+    parameters' 16 bits (5.24 does not): other vectors than the whole model's, without a word.
     """
     backbone: Any = getattr(scorer, "backbone", None)
     for module in backbone.modules() if isinstance(backbone, PreTrainedModel) else ():
