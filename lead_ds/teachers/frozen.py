@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.reads import ModelBatch, Reads
@@ -208,7 +207,7 @@ def _restore_rotations(scorer: Kind) -> None:
     parameters' 16 bits (5.24 does not): other vectors than the whole model's, without a word.
     """
     backbone: Any = getattr(scorer, "backbone", None)
-    for module in backbone.modules() if isinstance(backbone, PreTrainedModel) else ():
+    for module in backbone.modules() if hasattr(backbone, "_init_weights") else ():
         rounded = {name: x for name, x in module.named_buffers(recurse=False) if "inv_freq" in name and x.itemsize == 2}
         for name, buffer in rounded.items():
             module._buffers[name] = buffer.float()
