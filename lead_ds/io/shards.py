@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 _KINDS = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "F16": "<f2"}
 _DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 _LARGEST_HEADER = 1 << 20
+_MANY = 1000
 
 
 def refuse_strangers(folder: Path, pattern: str, remedy: str = ANOTHER_FOLDER) -> None:
@@ -32,6 +34,18 @@ def refuse_strangers(folder: Path, pattern: str, remedy: str = ANOTHER_FOLDER) -
         raise InputError(folder, "is a file", "choose a folder with --out")
     if any(folder.glob(pattern)):
         raise InputError(folder, "holds shards without a manifest", remedy)
+
+
+def check_there(folder: Path, names: Iterable[str], total: int, remedy: str) -> None:
+    """Raise InputError where shards of these `total` names are missing.
+
+    A manifest may name any number: no more of them are looked for than there are files, and some.
+    """
+    there = set(os.listdir(folder))
+    lost = list(islice((name for name in names if name not in there), _MANY + 1))
+    if lost:
+        many = f"{len(lost)}" if len(lost) <= _MANY else f"more than {_MANY}"
+        raise InputError(folder, f"{many} of {total} shards are missing, such as {lost[0]}", remedy)
 
 
 def unfinished(

@@ -15,6 +15,8 @@ import numpy as np
 from lead_ds.errors import InputError
 from lead_ds.io.json_text import parse_json
 
+RATES = ("lr", "queries_per_second")  # of a step, beside its losses
+DEEPEST = 10_000  # layers of a teacher: a line that names a deeper one is damaged
 COLUMNS = 240  # of a heat map: longer runs are averaged over stretches of steps
 
 
@@ -82,7 +84,7 @@ def read_run_record(folder: str | Path) -> RunRecord:
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
-            if not isinstance(row["step"], int):
+            if not isinstance(row["step"], int) or not _is_number(row["step"]):
                 raise TypeError
             kind = evaluations if isinstance(row.get("evaluation"), dict) else steps
             if not (_is_evaluation(row["evaluation"]) if kind is evaluations else _is_step(row)):
@@ -104,17 +106,31 @@ def read_run_record(folder: str | Path) -> RunRecord:
 
 
 def _is_evaluation(values: dict[str, Any]) -> bool:
-    return all(isinstance(value, (int, float)) for value in values.values())
+    return all(map(_is_number, values.values()))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _is_step(row: dict[str, Any]) -> bool:
     """Whether a row is one of training: numbers, and statistics of layers that are as many as the layers."""
     parts, layers = row.get("parts", {}), row.get("layers", {})
-    if not isinstance(row["loss"], (int, float)) or not isinstance(parts, dict) or not isinstance(layers, dict):
+    if not isinstance(parts, dict) or not isinstance(layers, dict):
         return False
-    if not all(isinstance(value, (int, float)) for value in parts.values()):
+    rates = [row[name] for name in RATES if row.get(name) is not None]
+    if not all(map(_is_number, (row["loss"], *parts.values(), *rates))):
         return False
-    return not layers or all(len(values) == len(layers["teacher"]) for values in layers.values())
+    chosen = layers.get("teacher", [])
+    if not all(isinstance(layer, int) and 0 <= layer < DEEPEST for layer in chosen):
+        return False
+    statistics = [values for name, values in layers.items() if name != "teacher"]
+    return all(
+        isinstance(values, list)
+        and len(values) == len(chosen) > 0
+        and all(value is None or _is_number(value) for value in values)
+        for values in statistics
+    )
 
 
 def _text(path: Path) -> str:

@@ -15,11 +15,11 @@ import torch
 
 from lead_ds.data.collections.texts import Ids
 from lead_ds.errors import InputError
-from lead_ds.io.files import atomic, check_written, data_checksums, read_json, write_json
+from lead_ds.io.files import atomic, check_written, data_checksums, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
 from lead_ds.io.shards import MANIFEST
-from lead_ds.retrieval.indexed import META, RESCORE, Indexed, check_k, facts_of, is_there
+from lead_ds.retrieval.indexed import META, RESCORE, Indexed, check_k, facts_of, is_there, read_meta
 from lead_ds.retrieval.small import RESCORED, quantise, rescore, unsigned
 from lead_ds.retrieval.vectors import IDS, SPARSE, Vectors
 
@@ -158,7 +158,7 @@ class Index(Indexed):
         holds no index, or the index has no such parameter.
         """
         folder = Path(folder)
-        meta = read_json(folder / META, "make it with lead-ds index")
+        meta = read_meta(folder)
         if meta.get("dtype") == SPARSE:
             from lead_ds.retrieval.inverted import InvertedIndex
 
@@ -179,8 +179,8 @@ class Index(Indexed):
         except (RuntimeError, OSError) as error:
             raise InputError(folder, f"its index cannot be read: {_reason(error)}", "build it again") from None
         ids = Ids.of_lines(folder / IDS, "build the index again")
-        width = int(meta.get("dimension", 0))
-        if not index.ntotal == len(ids) == meta.get("count") or index.d != (8 * -(-width // 8) if signs else width):
+        width = meta["dimension"]
+        if not index.ntotal == len(ids) == meta["count"] or index.d != (8 * -(-width // 8) if signs else width):
             raise InputError(folder, "its index, ids and index.json do not belong together", "build it again")
         for name, value in (("nprobe", nprobe), ("efSearch", ef_search)):
             if value is not None and signs and (field := _find(index, name)) is not None:

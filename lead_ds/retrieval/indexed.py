@@ -16,10 +16,18 @@ from lead_ds.io.notes import say_once
 from lead_ds.io.shards import MANIFEST
 from lead_ds.retrieval.encode import Side
 from lead_ds.retrieval.small import SMALL
-from lead_ds.retrieval.vectors import SPARSE, Vectors
+from lead_ds.retrieval.vectors import SPARSE, Vectors, check_facts
 
 META, RESCORE = "index.json", "rescore"
 AGAIN = "delete the folder, and build the index again"
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What index.json says of the index in `folder`. Raises InputError where it is not what `build_index` writes."""
+    meta = read_json(folder / META, "make it with lead-ds index")
+    sizes = ("dimension", "count", *(("shard_rows",) if meta.get("dtype") == SPARSE else ()))
+    check_facts(folder / META, meta, sizes, AGAIN)
+    return meta
 
 
 class Indexed(ABC):
@@ -47,7 +55,7 @@ class Indexed(ABC):
 
     def check_two(self, query: dict[str, Any], document: str) -> None:
         """Raise InputError unless the model with the checksum `document` made the index, as wide as the queries' vectors."""
-        if self.meta["model"]["checksum"] != document:
+        if self.meta["model"].get("checksum") != document:
             raise InputError(self.folder, "was made by another document model", "use that one, or build it again")
         if query["dimension"] != self.meta["dimension"]:
             what = f"holds vectors of {self.meta['dimension']} dimensions, the query model gives {query['dimension']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 from lead_ds.data.collections.texts import Ids, Texts
 from lead_ds.errors import InputError
 from lead_ds.io.files import check_written, data_checksum, read_json
-from lead_ds.io.shards import MANIFEST
+from lead_ds.io.shards import MANIFEST, check_there
 from lead_ds.retrieval.small import SMALL, restored
 from lead_ds.retrieval.sparse import SparseVectors
 
 IDS = "ids.txt"
 SPARSE = "sparse"
 AGAIN = "delete the folder, and run lead-ds encode again"
+_MOST = 1 << 62  # vectors, or numbers of one
 
 
 class Vectors:
@@ -37,14 +38,10 @@ class Vectors:
         """
         folder = Path(folder)
         manifest = read_json(folder / MANIFEST, "make it with lead-ds encode")
-        sizes = manifest.get("count"), manifest.get("shard_rows")
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise InputError(folder / MANIFEST, "does not give the number of vectors", AGAIN)
+        check_facts(folder / MANIFEST, manifest, ("count", "shard_rows"), AGAIN)
         vectors = cls(folder, manifest)
-        missing = [shard for shard in range(vectors.shards) if not vectors.path(shard).exists()]
-        if missing:
-            what = f"{len(missing)} of {vectors.shards} shards are missing"
-            raise InputError(folder, what, "run lead-ds encode again to finish it")
+        names = (vectors.path(shard).name for shard in range(vectors.shards))
+        check_there(folder, names, vectors.shards, "run lead-ds encode again to finish it")
         if not (folder / IDS).is_file():
             raise InputError(folder / IDS, "no such file", AGAIN)
         if vectors.dtype != SPARSE:
@@ -104,7 +101,7 @@ class Vectors:
     @property
     def shards(self) -> int:
         """How many files."""
-        return -(-len(self) // int(self.manifest["shard_rows"]))
+        return -(-int(self.manifest["count"]) // int(self.manifest["shard_rows"]))
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
@@ -149,6 +146,16 @@ class Vectors:
         if len(ids) != len(self):
             raise InputError(self.folder / IDS, f"holds {len(ids)} ids of {len(self)} vectors", AGAIN)
         return ids
+
+
+def check_facts(path: Path, facts: dict[str, Any], sizes: Iterable[str], remedy: str) -> None:
+    """Raise InputError unless `facts`, read from `path`, are of the kinds that the file of vectors or of an index has."""
+    facts = {"checksums": {}, **facts}  # older ones have none
+    wrong = [name for name in ("kind", "prompt") if not isinstance(facts.get(name), str)]
+    wrong += [name for name in sizes if type(facts.get(name)) is not int or not 0 < facts[name] < _MOST]
+    wrong += [name for name in ("model", "checksums") if not isinstance(facts.get(name), dict)]
+    if wrong:
+        raise InputError(path, f"does not give the {wrong[0]} of vectors", remedy)
 
 
 def check_texts(facts: dict[str, Any], texts: Texts, where: object) -> None:

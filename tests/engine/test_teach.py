@@ -131,8 +131,8 @@ def test_two_processes_and_a_sharded_teacher_change_nothing(
     launch("tests.engine.jobs:teach_each", 2, configs=configs, shard_size=7)
     for kind in kinds:
         ours, theirs = RelevanceCache.open(tmp_path / kind / "cache"), RelevanceCache.open(taught.cache(kind))
-        assert ours.shards == theirs.shards == 5
-        for shard in range(ours.shards):
+        assert ours.files == theirs.files == 5
+        for shard in range(ours.files):
             (a, _), (b, _) = mapped(shard_path(ours.folder, shard)), mapped(shard_path(theirs.folder, shard))
             np.testing.assert_array_equal(a["keys"], b["keys"])
             np.testing.assert_allclose(a["mean"], b["mean"], atol=1e-5)

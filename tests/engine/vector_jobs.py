@@ -114,7 +114,7 @@ def deviations(cache: VectorCache, kind: str) -> torch.Tensor:
 
 def mended(config: Config, folder: Path) -> list[str]:
     """Lose a shard and the index, spoil another shard, teach again: the files that were made anew, equal to what they were."""
-    paths = VectorCache.open(folder).paths
+    paths = [*VectorCache.open(folder).paths]
     before = {path.name: (path.stat().st_mtime_ns, mapped(path)[0]) for path in paths}
     held = {name: {key: np.array(array) for key, array in arrays.items()} for name, (_, arrays) in before.items()}
     lost, spoilt, index = folder / "passages-00001.safetensors", folder / "queries-00000.safetensors", paths[0]

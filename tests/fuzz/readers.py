@@ -183,6 +183,8 @@ def vectors(part: str) -> tuple[bytes, Callable[[Path], object]]:
         "version": 1,
         "model": {},
         "kind": "corpus",
+        "prompt": "",
+        "length": 8,
         "count": 4,
         "shard_rows": 4,
         "data": "x",

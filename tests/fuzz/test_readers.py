@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,3 +40,41 @@ def test_no_input_ends_in_a_traceback(name: str) -> None:
         check(reader, data.draw(inputs_of(reader)))
 
     run()
+
+
+GONE = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("vector cache: manifest.json", "queries", 10**31),
+        ("vector cache: manifest.json", "passages", 10**18),
+        ("teacher cache: manifest.json", "facts.data.groups", 10**31),
+        ("vectors: manifest.json", "count", 10**18),
+        ("vectors: manifest.json", "model", GONE),
+        ("metrics", "lr", []),
+        ("metrics", "step", 10**400),
+        ("metrics", "layers.teacher", [0, 10**9]),
+        ("metrics", "layers.weights", [0.5, "x"]),
+        ("stage record", "outputs.\0", {}),
+        ("stage record", "outputs.out", "\ud800"),
+        ("stage record", "outputs.\ud800", "x"),
+        ("index: index.json", "model", GONE),
+        ("index: index.json", "model", []),
+        ("index: index.json", "dimension", []),
+        ("index: index.json", "count", 10**31),
+    ],
+)
+def test_what_once_broke_a_reader(name: str, key: str, value: Any) -> None:
+    reader = READERS[name]
+    first, line, rest = reader.seeds[0].partition(b"\n" if name == "metrics" else b"\0")
+    tree = within = json.loads(first)
+    *path, last = key.split(".")
+    for part in path:
+        within = within[part]
+    if value is GONE:
+        del within[last]
+    else:
+        within[last] = value
+    assert check(reader, json.dumps(tree).encode() + line + rest) == (name == "stage record")

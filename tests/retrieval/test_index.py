@@ -146,7 +146,7 @@ def test_folders_that_are_no_index(flat: Path, vectors: Vectors, tmp_path: Path)
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("manifest.json", b"{}", "does not give the number"),
+        ("manifest.json", b"{}", "does not give the kind"),
         ("manifest.json", None, "make it with lead-ds encode"),
         ("vectors-00001.npy", b"nonsense", "vectors-00001.npy: is damaged"),
         ("vectors-00001.npy", -100, "vectors-00001.npy: is damaged"),

@@ -15,7 +15,7 @@ within a group, which are small beside the raw dot products of a wide model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +25,7 @@ from lead_ds.data.groups.group import Group
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.facts import digest
 from lead_ds.io.json_text import parse_json
-from lead_ds.io.shards import MANIFEST, Arrays, damage, mapped
+from lead_ds.io.shards import MANIFEST, Arrays, check_there, damage, mapped
 
 VERSION = 1
 _AGAIN = "run lead-ds teach again"
@@ -54,13 +54,9 @@ class TeacherCache(ABC):
         """
         folder = Path(folder).expanduser()
         cache = cls(folder, read_manifest(folder))
-        names = cache.paths
-        missing = [path for path in names if not path.exists()]
-        if missing:
-            what = f"{len(missing)} of {len(names)} shards are missing, such as {missing[0].name}"
-            raise InputError(folder, what, f"{_AGAIN} to finish it")
+        check_there(folder, (path.name for path in cache.paths), cache.files, f"{_AGAIN} to finish it")
         if verify:
-            for path in names:
+            for path in cache.paths:
                 problem = damage(path, cache.identity)
                 if problem:
                     raise InputError(path, f"is damaged: {problem}", f"{_AGAIN}: it makes this shard again")
@@ -90,7 +86,12 @@ class TeacherCache(ABC):
 
     @property
     @abstractmethod
-    def paths(self) -> list[Path]:
+    def files(self) -> int:
+        """How many files."""
+
+    @property
+    @abstractmethod
+    def paths(self) -> Iterator[Path]:
         """Its files."""
 
     def read(self, rows: Sequence[int] | np.ndarray, groups: Sequence[Group]) -> Arrays:
@@ -148,13 +149,12 @@ class RelevanceCache(TeacherCache):
         return int(self.manifest["shard_groups"])
 
     @property
-    def shards(self) -> int:
-        """How many files."""
-        return -(-len(self) // self.shard_groups)
+    def files(self) -> int:
+        return -(-int(self.manifest["facts"]["data"]["groups"]) // self.shard_groups)
 
     @property
-    def paths(self) -> list[Path]:
-        return [shard_path(self.folder, shard) for shard in range(self.shards)]
+    def paths(self) -> Iterator[Path]:
+        return (shard_path(self.folder, shard) for shard in range(self.files))
 
     def held(self) -> str:
         return f"relevance by {self.num_layers} layers and the final state"

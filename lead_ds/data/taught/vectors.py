@@ -22,7 +22,7 @@ as deviations, by less than a thousandth of it (benchmarks/throughput.md).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -46,9 +46,14 @@ class VectorCache(TeacherCache):
         return list(self.manifest["facts"]["vectors"])
 
     @property
-    def paths(self) -> list[Path]:
-        found = (shard_of(self.manifest, shard) for shard in range(shards(self.manifest)))
-        return [index_path(self.folder), *(shard_path(self.folder, *which) for which in found)]
+    def files(self) -> int:
+        return 1 + shards(self.manifest)
+
+    @property
+    def paths(self) -> Iterator[Path]:
+        yield index_path(self.folder)
+        for shard in range(shards(self.manifest)):
+            yield shard_path(self.folder, *shard_of(self.manifest, shard))
 
     def held(self) -> str:
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))} and "
