@@ -16,18 +16,21 @@ from lead_ds.errors import InputError
 from lead_ds.io.json_text import parse_json
 from lead_ds.io.jsonl import read_jsonl
 
-SUFFIXES = (".tsv", ".csv", ".jsonl")
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
 _BOM = "\ufeff"
 
 
 def plain_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """The rows of `files`, one after the other, by column; every value of a CSV or TSV is a string but those of labels.
 
-    TSV: a line is a row, a tab ends a field, quotes are quotes. CSV: as RFC 4180. Raises InputError naming file and line.
+    JSON: an object a line, or one list of objects, which is held whole. TSV: a line is a row, a tab ends a field, quotes are
+    quotes. CSV: as RFC 4180. Raises InputError naming file and line.
     """
     for path in files:
-        if path.suffix == ".jsonl":
-            yield from (record for _, record in read_jsonl(path))
+        if path.suffix in (".jsonl", ".json"):
+            yield from (
+                _listed(path) if path.suffix == ".json" and _is_list(path) else (row for _, row in read_jsonl(path))
+            )
             continue
         rows = _tsv(path) if path.suffix == ".tsv" else _csv(path)
         _, columns = next(rows, (0, []))
@@ -38,6 +41,22 @@ def plain_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 what = f"{len(fields)} fields, the first line names {len(columns)} columns"
                 raise InputError(f"{path}:{number}", what, "each row has every column")
             yield {name: _value(name, field) for name, field in zip(columns, fields, strict=True)}
+
+
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1 << 12).removeprefix(_BOM.encode()).lstrip().startswith(b"[")
+
+
+def _listed(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        rows = parse_json(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise InputError(path, f"is not JSON: {error}", "a list of objects, or an object a line") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(path, f"entry {number} is a JSON {type(row).__name__}, not an object", "a list of objects")
+        yield row
 
 
 def _tsv(path: Path) -> Iterator[tuple[int, list[str]]]:

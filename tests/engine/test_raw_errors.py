@@ -220,6 +220,10 @@ def test_what_is_wrong_with_the_meeting_point_is_told(
             {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
             "is 2 of WORLD_SIZE 2",
         ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "WORLD_SIZE: is 'two' in the environment, and no number",
+        ),
     ],
 )
 def test_half_a_place_is_refused(monkeypatch: pytest.MonkeyPatch, place: dict[str, str], told: str) -> None:

@@ -106,9 +106,9 @@ def test_an_id_that_judgements_cannot_name_is_refused(tmp_path: Path, name: str)
         prepare(open_hf(str(tmp_path / "source")), tmp_path / "out", shown=False)
 
 
-def test_a_file_that_the_library_reads_late_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_wrong_at_its_end_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text('[{"query": "one", "positive": "x"}, {"query" "two"}]')
-    with pytest.raises(InputError, match=r"train\.json.*cannot be loaded"):
+    with pytest.raises(InputError, match=r"train\.json: is not JSON"):
         prepare(open_hf(str(tmp_path / "train.json")), tmp_path / "out", shown=False)
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
@@ -119,3 +119,25 @@ def test_a_judgement_is_a_whole_number(score: str, tables: Path, tmp_path: Path)
     (tables / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n007\t001\t{score}\n")
     with pytest.raises(InputError, match="is not an integer"):
         prepare(open_hf(str(tables)), tmp_path / "out", shown=False)
+
+
+@pytest.mark.parametrize("form", ["{}\n{}\n", " [{},\n{}]"])
+def test_json_is_a_list_or_an_object_a_line(tmp_path: Path, form: str) -> None:
+    first, second = {"query": "007", "positive": "NA"}, {"query": "2020-01-01", "positive": "null", "more": [1, "1"]}
+    (tmp_path / "train.json").write_text(form.replace("{}", "%s") % (json.dumps(first), json.dumps(second)))
+    assert [*plain_rows([tmp_path / "train.json"])] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("null", r"train\.json:1: a JSON NoneType"),  # a segmentation fault in PyArrow 26
+        ("[null, {}]", r"train\.json: entry 1 is a JSON NoneType"),
+        ('[{"query": "a"}', r"train\.json: is not JSON"),
+        ("[" * 9999, r"train\.json: is not JSON: nested too deeply"),
+    ],
+)
+def test_other_json_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        prepare(open_hf(str(tmp_path / "train.json")), tmp_path / "out", shown=False)

@@ -132,6 +132,11 @@ def _check_place() -> None:
         if not os.environ.get(name):
             what = "RANK is set in the environment, and this is not"
             raise RunError(name, what, "set it as well, use a launcher, or unset RANK for one process alone")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise RunError(
+                name, f"is {os.environ[name]!r} in the environment, and no number", "use a launcher, or unset it"
+            )
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank >= world:
         raise RunError("RANK", f"is {rank} of WORLD_SIZE {world}", f"number the processes from 0 to {world - 1}")
