@@ -76,6 +76,13 @@ def test_both_texts_of_a_pair_may_be_long(tokenizer: Callable[..., str], kind: s
             reader.backend_tokenizer.no_truncation()
             added = reader.backend_tokenizer.encode("", "").ids
             assert [token for token in found if token not in added] == rows[0][: left[0]] + rows[1][: left[1]]
+    for texts in (["章魚有三顆心臟" * 600, "crab" * 1500], ["-" * 5000, "、。" * 2600], ["a。" * 3000, "a。" * 3000]):
+        for length in (64, 65):
+            first, second = shortened_pairs(reader, texts[:1], texts[1:], length)
+            reader.backend_tokenizer.no_truncation()
+            assert len(reader.backend_tokenizer.encode(first[0], second[0]).ids) < 12 * length
+            kept = whole(reader, texts[:1], texts[1:], length)
+            assert ids_and_types(reader, texts[:1], texts[1:], length, types=False)[0] == kept
     [ends] = without_middles(reader, [longer * 4], 32)
     assert len(ends) < 2_500
     assert ends.endswith("octopus -- ")
