@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lead_ds.errors import InputError
+from lead_ds.errors import InputError, LeadError
 from lead_ds.io.hub import hub_settings
 from lead_ds.io.located import find_file, located
 from lead_ds.models.files import read_json, static_folder, transformer_folder
@@ -281,7 +281,9 @@ def _one_line_errors(config: ModelConfig) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise InputError(config.path, f"damaged weights: {error}") from error
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (LeadError, MemoryError):
+        raise
+    except Exception as error:  # a foreign directory can be wrong in any way
         if isinstance(error, RuntimeError) and "mismatch" not in str(error):
             raise  # out of memory and the like: not the input's fault
         text = str(error)
@@ -300,10 +302,9 @@ def _one_line_errors(config: ModelConfig) -> Iterator[None]:
             what = "has weights of other shapes than its config.json gives"
             remedy = "see that both are of one model: vocab_size, hidden_size, num_labels"
         else:
-            what, remedy = (
-                f"cannot be loaded: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}",
-                "",
-            )
+            lines = text.strip().splitlines() or [type(error).__name__]
+            reason = " ".join(" ".join(lines[: 1 + lines[0].endswith(":")]).split())  # "Validation error for ...:"
+            what, remedy = f"cannot be loaded: {reason}", ""
         raise InputError(config.path, what, remedy) from error
 
 

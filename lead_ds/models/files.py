@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lead_ds.errors import InputError
@@ -26,6 +27,14 @@ _READ = (
     "LogitScore",
 )
 
+# Of what is read here, not by the library that wrote it.
+_KINDS: dict[str, dict[str, type]] = {
+    RECORD: {"kind": str, "query_length": int, "passage_length": int, "max_length": int, "prompts": dict, "dims": list},
+    "config_sentence_transformers.json": {"prompts": dict, "default_prompt_name": str, "similarity_fn_name": str},
+    "sentence_bert_config.json": {"max_seq_length": int},
+    "config.json": {"architectures": list, "model_type": str},
+}
+
 _NO_LAYERS = "has no transformer whose layers could be read"
 REFUSED_MODULES = {
     **dict.fromkeys(("BoW", "WordEmbeddings", "WordWeights", "CNN", "LSTM"), _NO_LAYERS),
@@ -48,7 +57,12 @@ def read_json(path: str, name: str) -> dict[str, Any]:
     tree = _read(path, name)
     if tree is not None and not isinstance(tree, dict):
         raise InputError(find_file(path, name), "not a JSON object", "restore the model's file")
-    return tree or {}
+    tree = tree or {}
+    for key, kind in _KINDS.get(Path(name).name, {}).items():
+        if not isinstance(tree.get(key), (kind, NoneType)):
+            what = f"{key} is a {type(tree[key]).__name__}, not a {kind.__name__}"
+            raise InputError(find_file(path, name), what, "restore the model's file")
+    return tree
 
 
 ROUTER = "Router"

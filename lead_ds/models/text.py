@@ -136,6 +136,9 @@ def _prompts_of(config: ModelConfig, saved: Mapping[str, Any]) -> tuple[str, str
         passage if passage is not None else saved.get("document") or "",
     )
     for name, prompt in zip(("query_prompt", "passage_prompt"), found, strict=True):
+        if not isinstance(prompt, str):
+            what = f"its {name} is a {type(prompt).__name__}, not a text"
+            raise InputError(config.path, what, f"mend it in its files, or set {name}")
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             what = f"its {name} {prompt!r} holds half a character, such as \\ud83d"
             raise InputError(config.path, what, f"write the character itself in its files, or set {name}")

@@ -64,6 +64,11 @@ GONE = object()
         ("index: index.json", "model", []),
         ("index: index.json", "dimension", []),
         ("index: index.json", "count", 10**31),
+        ("model: config_sentence_transformers.json", "prompts.query", [None]),
+        ("model: sentence_bert_config.json", "max_seq_length", []),
+        ("model: lead_ds.json", "passage_length", {}),
+        ("model: config.json", "use_cache", {}),
+        ("model: config.json", "dtype", "floatat32"),
     ],
 )
 def test_what_once_broke_a_reader(name: str, key: str, value: Any) -> None:
