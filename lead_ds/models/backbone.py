@@ -284,8 +284,8 @@ def _one_line_errors(config: ModelConfig) -> Iterator[None]:
     except (LeadError, MemoryError):
         raise
     except Exception as error:  # a foreign directory can be wrong in any way
-        if isinstance(error, RuntimeError) and "mismatch" not in str(error):
-            raise  # out of memory and the like: not the input's fault
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("memory", "CUDA", "NCCL")):
+            raise  # not the input's fault
         text = str(error)
         if "trust_remote_code" in text:
             what, remedy = "comes with Python code of its own", "set trust_remote_code: true if you have read it"

@@ -91,7 +91,7 @@ class Reading:
         """
         record = read_json(self.path, RECORD)
         names = ("max_length",) if name == "max_length" else ("query_length", "passage_length")
-        found = max((record[name] for name in names if name in record), default=self.longest)
+        found = max((record[name] for name in names if record.get(name) is not None), default=self.longest)
         if found is None:
             raise InputError(
                 self.path, "neither its tokenizer nor its positions limit a text", f"set {name}, to 512 say"
