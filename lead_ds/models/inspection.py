@@ -15,7 +15,7 @@ from lead_ds.models.inventory import unread
 from lead_ds.models.kinds.kind import Kind
 from lead_ds.models.load import LENGTHS, load_scorer, named_kind
 from lead_ds.models.merging import adapter_facts, merge_adapter
-from lead_ds.models.vocabulary import check_weights
+from lead_ds.models.vocabulary import check_weights, tokens_beyond
 from lead_ds.settings.parse import apply_override
 
 _DTYPES = {"BF16": "bf16", "F16": "fp16"}
@@ -161,4 +161,9 @@ def _notes(scorer: Kind, encoder: TextEncoder, facts: dict[str, Any]) -> list[st
         notes.append("adapter: merged in its base's precision, to which the update is rounded; peft adds it in float32")
     if facts["pooling"] is not None and family_of(encoder.path) is None:
         notes.append(f"pooling: no file names one; {facts['pooling']} is taken")
+    if beyond := tokens_beyond(scorer, encoder):
+        first = min(beyond, key=beyond.__getitem__)
+        notes.append(
+            f"tokenizer: {len(beyond)} of its tokens have no embedding, from {first!r} on: no text may hold them"
+        )
     return notes

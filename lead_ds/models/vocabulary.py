@@ -17,10 +17,10 @@ def check_vocabulary(model: nn.Module, encoder: TextEncoder | None, path: str) -
     `encoder` then refuses a text that holds such a token, which would end in an index error, on a GPU in one that names no
     line. None, or one without a tokenizer: nothing is checked.
     """
-    rows, tokenizer = embedding_rows(model), getattr(encoder, "tokenizer", None)
-    if rows is None or encoder is None or tokenizer is None:
+    beyond = tokens_beyond(model, encoder)
+    if not beyond or encoder is None:
         return
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    rows, tokenizer = embedding_rows(model), encoder.tokenizer
     special = {tokenizer.pad_token, *tokenizer.all_special_tokens} & beyond.keys()
     listed = ", ".join(
         f"{token!r} is {beyond[token]}" for token in sorted(special or beyond, key=beyond.__getitem__)[:3]
@@ -28,9 +28,16 @@ def check_vocabulary(model: nn.Module, encoder: TextEncoder | None, path: str) -
     if special:
         remedy = "use the tokenizer that belongs to the model, or one whose pad token is among its words"
         raise InputError(path, f"has {rows} embeddings, its tokenizer's token {listed}", remedy)
-    if beyond:
-        encoder.words = rows
-        say_once(f"{path}: has {rows} embeddings, its tokenizer's token {listed}: a text that holds it cannot be read")
+    encoder.words = rows
+    say_once(f"{path}: has {rows} embeddings, its tokenizer's token {listed}: a text that holds it cannot be read")
+
+
+def tokens_beyond(model: nn.Module, encoder: TextEncoder | None) -> dict[str, int]:
+    """The tokens of a model's tokenizer that have no embedding, and their ids."""
+    rows, tokenizer = embedding_rows(model), getattr(encoder, "tokenizer", None)
+    if rows is None or tokenizer is None:
+        return {}
+    return {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
 
 
 def check_weights(model: nn.Module, encoder: TextEncoder, path: str) -> None:

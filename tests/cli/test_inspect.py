@@ -236,3 +236,16 @@ def test_a_setting_and_a_kind_that_are_none(rooms: Path) -> None:
         assert status == 2
         assert words in told
         assert len(told.splitlines()) == 1
+
+
+def test_tokens_without_an_embedding_are_told(rooms: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(rooms / "student", tmp_path / "model")
+    assert not [note for note in facts_of(folder)["notes"] if "embedding" in note]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"later{i}" for i in range(rows)])
+    tokenizer.save_pretrained(folder)
+    [note] = [note for note in facts_of(folder)["notes"] if "embedding" in note]
+    assert f"{len(tokenizer) - rows} of its tokens have no embedding, from 'later" in note
