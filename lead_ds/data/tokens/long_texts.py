@@ -47,8 +47,8 @@ def shortened_pairs(
 ) -> tuple[Sequence[str], Sequence[str]]:
     """The same of pairs whose longer text is cut first: it stays the longer one, by more tokens than the other has bytes.
 
-    Where both are long for `length`, their tokens are counted, for the longer one is given the odd token, and what no space
-    parts is cut where its tokens stay the same. Tokenizers join every piece that they cut off one text with every piece of
+    Where both are long for `length`, their tokens are counted, for the longer one is given the odd token. What no space parts
+    is cut where its tokens stay the same. Tokenizers join every piece that they cut off one text with every piece of
     the other: of two texts of 16 kB that takes seconds and 1 GB.
     """
     apart = 8 * length  # characters
