@@ -115,7 +115,11 @@ def test_without_ssh_the_other_node_ends_too(house: Path) -> None:
 def test_a_lost_terminal_ends_a_rank_but_under_nohup(house: Path, before: list[str], status: int) -> None:
     place = environment(house, RANK="0", WORLD_SIZE="1", OMP_NUM_THREADS="1")
     command = [*before, sys.executable, "launch/rank.py", "hang up"]
-    done = subprocess.run(command, cwd=house, env=place, capture_output=True, stdin=subprocess.DEVNULL, timeout=600)
+    heard = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
+    try:
+        done = subprocess.run(command, cwd=house, env=place, capture_output=True, stdin=subprocess.DEVNULL, timeout=600)
+    finally:
+        signal.signal(signal.SIGHUP, heard)
     assert done.returncode == status, done.stderr
 
 
