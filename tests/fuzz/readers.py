@@ -329,7 +329,7 @@ READERS = {
                 partial(lambda name: made.model()[name], name),
                 among(made.model, name, made.model_read),
                 name.endswith(".json") and not name.startswith("tokenizer"),
-                0.05,
+                0.5,
             )
             for name in MODEL
         ),
