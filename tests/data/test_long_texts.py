@@ -32,7 +32,7 @@ def whole(tokenizer: Any, texts: list[str], pairs: list[str] | None, length: int
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(texts=st.lists(TEXTS, min_size=2, max_size=2), length=st.integers(4, 20))
+@given(texts=st.lists(TEXTS, min_size=2, max_size=2), length=st.integers(2, 20))
 @SOME
 def test_tokens_are_those_of_the_whole_text(
     tokenizer: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: str, texts: list[str], length: int

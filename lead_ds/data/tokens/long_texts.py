@@ -37,7 +37,11 @@ _BYTE_LEVEL = (r"|\s+(?!\S)|\s+", r"|\s+(?!\S)")
 
 def shortened(tokenizer: Any, texts: Sequence[str], length: int) -> Sequence[str]:
     """Texts of which the first `length` tokens are those of the given ones; those that are not long, as they are."""
-    if all(len(text) <= LONG for text in texts) or not splits_at_spaces(tokenizer):
+    if (
+        all(len(text) <= LONG for text in texts)
+        or not splits_at_spaces(tokenizer)
+        or not _cuts(tokenizer, length, False)
+    ):
         return texts
     return [_first_words(text, 2 * length + 16) if len(text) > LONG else text for text in texts]
 
@@ -56,7 +60,7 @@ def shortened_pairs(
     def long(first: str, second: str) -> bool:
         return len(first) > LONG or len(second) > LONG or min(len(first), len(second)) > apart
 
-    if not any(map(long, texts, pairs)) or not splits_at_spaces(tokenizer):
+    if not any(map(long, texts, pairs)) or not splits_at_spaces(tokenizer) or not _cuts(tokenizer, length, True):
         return texts, pairs
     counts: dict[str, int] = {}
     tokenizer.backend_tokenizer.no_truncation()  # of an earlier call, or of its file
@@ -96,6 +100,11 @@ def splits_at_spaces(tokenizer: Any) -> bool:
     inner = tokenizer.backend_tokenizer
     normalizers, splits = _steps(inner.normalizer), _steps(inner.pre_tokenizer)
     return all(map(_is_local, normalizers)) and any(map(_splits, splits[:1]))
+
+
+def _cuts(tokenizer: Any, length: int, pair: bool) -> bool:
+    """Whether a tokenizer cuts at all: not where its special tokens alone are longer."""
+    return length > tokenizer.num_special_tokens_to_add(pair)
 
 
 def _first_words(text: str, words: int) -> str:
