@@ -152,6 +152,9 @@ def _read(path: str, name: str) -> Any:
     if file is None:
         return None
     try:
-        return parse_json(file.read_text(encoding="utf-8"))
+        tree = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(file, f"not readable as JSON: {error}", "restore the model's file") from None
+    if tree is None:
+        raise InputError(file, "holds null", "restore the model's file")
+    return tree

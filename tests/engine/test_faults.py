@@ -116,7 +116,7 @@ def test_sigint_to_one_rank_stops_all_at_the_same_step(house: House) -> None:
 
 def test_a_rank_that_hangs_is_named(house: House) -> None:
     # Longer than loading takes on a busy machine, which stands still for as long.
-    config = house.copy("hung", train={"watchdog_minutes": 0.5})
+    config = house.copy("hung", train={"watchdog_minutes": 1.0})
     run = Run(config, "--resume", script=True)
     run.until_step(START + 2)
     [_, victim] = run.ranks()

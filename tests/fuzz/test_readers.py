@@ -85,3 +85,8 @@ def test_what_once_broke_a_reader(name: str, key: str, value: Any) -> None:
     else:
         within[last] = value
     assert check(reader, json.dumps(tree).encode() + line + rest) == (name == "stage record" or value is None)
+
+
+def test_a_file_that_holds_null_is_not_an_absent_one() -> None:
+    for name in ("modules.json", "lead_ds.json", "1_Pooling/config.json"):
+        assert not check(READERS[f"model: {name}"], b"null")
