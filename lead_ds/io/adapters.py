@@ -12,6 +12,7 @@ from lead_ds.io.hub import hub_file, hub_folder
 from lead_ds.io.json_text import parse_json
 
 SETTINGS = "adapter_config.json"
+LONGEST = 250  # characters of the name of a module's folder
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -91,7 +92,10 @@ def _transformer(folder: Path) -> str:
         found = parse_json((folder / "modules.json").read_text("utf-8"))[0]["path"]
     except (OSError, ValueError, LookupError, TypeError):
         return ""
-    return found if isinstance(found, str) and ".." not in Path(found).parts else ""
+    # What is none of its folders is refused where modules.json is read.
+    if not isinstance(found, str) or len(found) > LONGEST or ".." in Path(found).parts or Path(found).is_absolute():
+        return ""
+    return found
 
 
 def _is_model(folder: Path) -> bool:

@@ -149,7 +149,10 @@ def _started(pid: int) -> str:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        os.kill(pid, 0)
+        try:
+            os.kill(pid, 0)
+        except OverflowError:  # no system has such a number
+            raise ProcessLookupError(pid) from None
         return ""
     if fields[0] in "ZX":  # ended, and not yet collected by its parent
         raise ProcessLookupError(pid)

@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any
 
 from lead_ds.errors import InputError
+from lead_ds.io.adapters import LONGEST
 from lead_ds.io.json_text import parse_json
 from lead_ds.io.located import find_file
 
@@ -86,11 +87,16 @@ def saved_modules(path: str) -> list[tuple[str, str]]:
     file = find_file(path, "modules.json")
     if not isinstance(tree, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in tree):
         raise InputError(file, "not a list of modules with a type")
+    names = [module["name"] for module in tree if isinstance(module.get("name"), str)]
+    if len(set(names)) < len(names):  # sentence-transformers would keep the last of them
+        raise InputError(file, "gives two modules one name", "number them as sentence-transformers does")
     found = []
     for module in tree:
         kind, folder = module["type"].rsplit(".", 1)[-1], str(module.get("path", ""))
         if ".." in Path(folder).parts or Path(folder).is_absolute():
             raise InputError(file, f"module path {folder!r} leaves the directory")
+        if len(folder) > LONGEST:
+            raise InputError(file, f"module path {folder[:20]}... is longer than a name can be")
         if kind == ROUTER:
             what = "holds two models, of queries and of documents"
             raise InputError(

@@ -58,6 +58,7 @@ GONE = object()
         ("metrics", "layers.teacher", [0, 10**9]),
         ("metrics", "layers.weights", [0.5, "x"]),
         ("stage record", "outputs.\0", {}),
+        ("owner record", "pid", 10**18),
         ("stage record", "outputs.out", "\ud800"),
         ("stage record", "outputs.\ud800", "x"),
         ("index: index.json", "model", GONE),
@@ -84,7 +85,17 @@ def test_what_once_broke_a_reader(name: str, key: str, value: Any) -> None:
         del within[last]
     else:
         within[last] = value
-    assert check(reader, json.dumps(tree).encode() + line + rest) == (name == "stage record" or value is None)
+    assert check(reader, json.dumps(tree).encode() + line + rest) == (
+        name in ("stage record", "owner record") or value is None
+    )
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "1"), ("path", "x" * 5000)])
+def test_a_module_that_cannot_be(key: str, value: str) -> None:
+    reader = READERS["model: modules.json"]
+    tree = json.loads(reader.seeds[0])
+    tree[0][key] = value
+    assert not check(reader, json.dumps(tree).encode())
 
 
 def test_a_file_that_holds_null_is_not_an_absent_one() -> None:
