@@ -62,5 +62,5 @@ class Fingerprints:
 def digest(tree: Mapping[str, Any] | Iterable[Any]) -> str:
     """A hash of a plain tree."""
     text = json.dumps(tree, sort_keys=True, ensure_ascii=False)
-    # Half a character is one of a tree from a file of others; a reader of it is told so elsewhere.
+    # A tree may come from a damaged file, and hold half a character, such as \ud800: it has a hash as well.
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -284,8 +284,11 @@ def _one_line_errors(config: ModelConfig) -> Iterator[None]:
     except (LeadError, MemoryError):
         raise
     except Exception as error:  # a foreign directory can be wrong in any way
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("memory", "CUDA", "NCCL")):
-            raise  # not the input's fault
+        # Others are of memory, a device or a lost rank: not the input's fault, and worth another try.
+        if isinstance(error, RuntimeError) and not any(
+            word in str(error) for word in ("mismatch", "negative dimension")
+        ):
+            raise
         text = str(error)
         if "trust_remote_code" in text:
             what, remedy = "comes with Python code of its own", "set trust_remote_code: true if you have read it"

@@ -24,10 +24,8 @@ REGISTERS, ALL_REGISTERS = 255, 65536
 
 # Bytes that spill where no tile of those tried is better. Hopper's that spill at neither width of dK leave out its matrix
 # instructions; one stage spills at 128x128 instead. Halving Blackwell's tiles of scores halves what each value is used for.
-CHOSEN_FOR = tuple(map(int, version("triton").split(".")[:2])) >= (
-    3,
-    9,
-)  # earlier ones spill more: benchmarks/README.md
+# Tiles were chosen with Triton 3.9; what earlier ones spill is in benchmarks/README.md.
+CHOSEN_FOR = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 SPILLS = {
     ("sm_90", "attention_kl-dk-bf16-d128x80-L512-K1-masked"): 32,
     ("sm_100", "layer-kl-scores-large-bf16-p500-d768-masked-stored"): 16,

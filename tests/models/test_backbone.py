@@ -142,3 +142,18 @@ def test_a_checkpoint_saved_with_a_head_serves_as_a_dual_encoder(tmp_path: Path)
     assert torch.equal(scorer.backbone.embed_tokens.weight, weights["model.embed_tokens.weight"])
     assert scorer.pooling == "last"
     assert read_model_config(StudentConfig(path=path)).num_hidden_layers == scorer.num_layers
+
+
+def test_a_rank_that_is_lost_while_a_model_is_loaded_is_no_wrong_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong input ends with status 2, which no launcher tries again."""
+    import transformers
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:18351")
+
+    folder = tiny_model(tmp_path / "bert", "bert")
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", gone)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        load_student(StudentConfig(path=str(folder)), torch.float32)

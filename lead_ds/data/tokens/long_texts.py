@@ -37,11 +37,8 @@ _BYTE_LEVEL = (r"|\s+(?!\S)|\s+", r"|\s+(?!\S)")
 
 def shortened(tokenizer: Any, texts: Sequence[str], length: int) -> Sequence[str]:
     """Texts of which the first `length` tokens are those of the given ones; those that are not long, as they are."""
-    if (
-        all(len(text) <= LONG for text in texts)
-        or not splits_at_spaces(tokenizer)
-        or not _cuts(tokenizer, length, False)
-    ):
+    long = any(len(text) > LONG for text in texts)
+    if not long or not splits_at_spaces(tokenizer) or not _cuts(tokenizer, length, False):
         return texts
     return [_first_words(text, 2 * length + 16) if len(text) > LONG else text for text in texts]
 
