@@ -81,7 +81,8 @@ def cached_arrays(source: Path, name: str, key: Signature, build: Callable[[], A
     if signature(source)["size"] < MIN_CACHED_BYTES:
         return build()
     file = f".{source.name}.{name}.idx"
-    places = [source.parent / file, cache_dir() / "indexes" / f"{path_hash(source)}{file}"]
+    beside, cache = _folders(source)
+    places = [beside / file, cache / f"{path_hash(source)}{file}"]
     for place in places:
         found = read_arrays(place, key)
         if found is not None:
@@ -97,6 +98,21 @@ def cached_arrays(source: Path, name: str, key: Signature, build: Callable[[], A
                 write_arrays(place, key, arrays)
                 return read_arrays(place, key) or arrays
     return arrays
+
+
+def _folders(source: Path) -> tuple[Path, Path]:
+    return source.parent, cache_dir() / "indexes"
+
+
+def room_for(source: Path) -> Path | None:
+    """The folder where an index of `source` will be, for what is too big to hold while it is made; None: hold it."""
+    if signature(source)["size"] >= MIN_CACHED_BYTES:
+        for folder in _folders(source):
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    return folder
+    return None
 
 
 def path_hash(path: Path) -> str:

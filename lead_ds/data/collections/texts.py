@@ -15,9 +15,11 @@ import numpy as np
 
 from lead_ds.errors import InputError
 from lead_ds.io.jsonl import Block, Buffer, loads, read_blocks, require_file
-from lead_ds.io.mapped import Arrays, cached_arrays, mapped_bytes, open_buffer, signature
+from lead_ds.io.mapped import Arrays, cached_arrays, mapped_bytes, open_buffer, room_for, signature
+from lead_ds.io.spool import Spool
 
 Kind = Literal["corpus", "queries"]
+_SORTED = 1 << 21  # values that are sorted at a time
 _SHAPE = {"corpus": '{"_id", "title", "text"}', "queries": '{"_id", "text"}'}
 
 
@@ -96,7 +98,9 @@ class Texts:
         found = [same[same >= 0]]
         marks = queries.marks[rows]
         order = np.argsort(marks, kind="stable")
-        here = np.flatnonzero(np.isin(self.marks, marks[marks != 0]))  # 0: of an empty text, which asks nothing
+        asked = np.unique(marks[marks != 0])  # 0: of an empty text, which asks nothing
+        firsts = range(0, len(self), _SORTED)
+        here = np.concatenate([np.flatnonzero(np.isin(self.marks[f : f + _SORTED], asked)) + f for f in firsts])
         firsts = np.searchsorted(marks[order], self.marks[here], "left")
         lasts = np.searchsorted(marks[order], self.marks[here], "right")
         for row, first, last in zip(here.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
@@ -127,8 +131,12 @@ class Ids(Sequence[str]):
         try:
             size = path.stat().st_size
             block = mapped_bytes(path, size) if size else np.zeros(0, np.uint8)
-            starts = np.concatenate([[0], np.flatnonzero(block == ord("\n")) + 1])
-            ids = cls(block, starts.astype(np.uint32 if size < 1 << 32 else np.int64), gap=1)
+            kind = np.uint32 if size < 1 << 32 else np.int64
+            breaks = [
+                (np.flatnonzero(block[f : f + _SORTED] == ord("\n")) + f + 1).astype(kind)
+                for f in range(0, size, _SORTED)
+            ]
+            ids = cls(block, np.concatenate([np.zeros(1, kind), *breaks]), gap=1)
             for first in range(0, len(ids), 1 << 20):
                 ids[first : first + (1 << 20)]
             return ids
@@ -208,31 +216,49 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _build(path: Path, kind: Kind, buffer: Buffer) -> Arrays:
-    starts, hashes, lengths, ids, marks = [], [], [], [], []
+    folder = room_for(path)
+    starts, hashes, marks, ids, id_starts = (
+        Spool(dtype, folder) for dtype in (np.int64, np.uint64, np.uint32, np.uint8, np.int64)
+    )
+    last = 0
     for block in read_blocks(path, buffer):
         names = _names(block, kind)
         for first in range(0, len(names), 8192):  # short runs: one very long id widens only its own
-            hashes.append(hash_ids(names[first : first + 8192])[0])
-        starts.append(block.starts)
-        marks.append(
+            hashes.add(hash_ids(names[first : first + 8192])[0])
+        starts.add(block.starts)
+        marks.add(
             np.array([crc32(record["text"].strip().encode("utf-8", "replace")) for record in block.records], np.uint32)
         )
-        lengths.append(np.fromiter(map(len, names), np.int64, len(names)))
-        ids.append(np.frombuffer(b"".join(names), np.uint8))
-    if not starts:
+        ids.add(np.frombuffer(b"".join(names), np.uint8))
+        lengths = np.fromiter(map(len, names), np.int64, len(names))
+        id_starts.add(np.cumsum(lengths) + last - lengths)
+        last += int(lengths.sum())
+    if not starts.size:
         raise InputError(path, "holds no texts", f"each line is {_SHAPE[kind]}")
-    hashed = np.concatenate(hashes)
-    order = np.argsort(hashed, kind="stable")
-    arrays = {
-        "starts": np.concatenate([*starts, [len(buffer)]]),
-        "ids": np.concatenate([*ids, np.zeros(1, np.uint8)]),  # never empty, so that it can be indexed
-        "id_starts": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
-        "hashes": hashed[order],
-        "marks": np.concatenate(marks),
-        "order": order.astype(np.uint32 if len(order) < 1 << 32 else np.int64),
-    }
+    starts.add(np.array([len(buffer)]))
+    id_starts.add(np.array([last]))
+    ids.add(np.zeros(1, np.uint8))  # never empty, so that it can be indexed
+    arrays = {"starts": starts.whole(), "ids": ids.whole(), "id_starts": id_starts.whole(), "marks": marks.whole()}
+    arrays |= _sorted(hashes.whole(), folder)
     _refuse_duplicates(path, buffer, arrays)
     return arrays
+
+
+def _sorted(hashes: np.ndarray, folder: Path | None) -> Arrays:
+    """Hashes in order, and the row of each; equal ones by row. A range of values at a time, so that few lie in memory."""
+    found, order = Spool(np.uint64, folder), Spool(np.uint32 if len(hashes) < 1 << 32 else np.int64, folder)
+    bits = max(0, (len(hashes) // _SORTED).bit_length())
+    for bucket in range(1 << bits):
+        rows = []
+        for first in range(0, len(hashes), _SORTED):
+            here = hashes[first : first + _SORTED]
+            inside = here >> np.uint64(64 - bits) == bucket if bits else np.ones(len(here), bool)
+            rows.append(np.flatnonzero(inside) + first)
+        row = np.concatenate(rows)
+        row = row[np.argsort(hashes[row], kind="stable")]
+        order.add(row)
+        found.add(hashes[row])
+    return {"hashes": found.whole(), "order": order.whole()}
 
 
 def _names(block: Block, kind: Kind) -> list[bytes]:
@@ -269,8 +295,11 @@ def _name(name: object) -> str:
 def _refuse_duplicates(path: Path, buffer: Buffer, arrays: Arrays) -> None:
     hashes, order = arrays["hashes"], arrays["order"]
     ids = Ids(arrays["ids"], arrays["id_starts"])
-    equal = np.flatnonzero(hashes[1:] == hashes[:-1])
     lines = []
+    equal: list[int] = []
+    for first in range(0, len(hashes) - 1, _SORTED):
+        here = hashes[first : first + _SORTED + 1]
+        equal += (np.flatnonzero(here[1:] == here[:-1]) + first).tolist()
     for i in equal:
         first = i
         while first >= 0 and hashes[first] == hashes[i]:  # more than two ids may share a hash
