@@ -137,7 +137,7 @@ _MEAN[AMPERE] = _MEAN[ADA] | {
 }
 _MEAN[HOPPER] = _MEAN[ADA] | {
     ("mean", 4, 128): Tiles(32, 16, 8, 1),
-    ("mean dq", 2, 128): Tiles(64, 64, 8, 2),
+    ("mean dq", 2, 128): Tiles(64, 32, 8, 2),
     ("mean dk", 2, 64): Tiles(64, 64, 8, 2),
     ("mean dk", 2, 128): Tiles(64, 32, 8, 2),
 }
