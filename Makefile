@@ -101,7 +101,7 @@ $(VENV)/.torch:
 
 # DeepSpeed compiles its operators when they are first used, not at installation; its build needs the torch above.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml requirements.lock
-	DS_BUILD_OPS=0 $(PIP) install -q -c requirements.lock --no-build-isolation "deepspeed>=0.19.2"
+	DS_BUILD_OPS=0 $(PIP) install -q -c requirements.lock --no-build-isolation "deepspeed>=0.19.8"
 	$(PIP) install -q -c requirements.lock -e ".[cpu,demo]"
 	@touch $@
 

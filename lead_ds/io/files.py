@@ -18,7 +18,7 @@ import numpy as np
 
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.adapters import adapter_of
-from lead_ds.io.json_text import parse_json
+from lead_ds.io.json_text import kind_of, parse_json
 from lead_ds.io.mapped import cached_arrays, signature
 from lead_ds.io.notes import say_once
 
@@ -142,7 +142,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(path, f"cannot be read: {error}", remedy) from None
     if not isinstance(value, dict):
-        raise InputError(path, f"a JSON {type(value).__name__}, not an object", remedy)
+        raise InputError(path, f"a JSON {kind_of(value)}, not an object", remedy)
     return value
 
 

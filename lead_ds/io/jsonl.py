@@ -17,6 +17,7 @@ from typing import IO, Any, NoReturn, cast
 import numpy as np
 
 from lead_ds.errors import InputError
+from lead_ds.io.json_text import kind_of
 
 try:  # three times the speed of the standard library, and nothing else depends on it
     import orjson
@@ -109,7 +110,7 @@ def parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
             remedy = "an escape such as \\ud83d is half a character: write the character itself, or take it out"
         raise InputError(f"{path}:{number}", f"not valid JSON: {what}", remedy) from None
     if not isinstance(record, dict):
-        raise InputError(f"{path}:{number}", f"a JSON {type(record).__name__}, not an object", "one JSON object a line")
+        raise InputError(f"{path}:{number}", f"a JSON {kind_of(record)}, not an object", "one JSON object a line")
     return record
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lead_ds.data.groups.formats import LABELS
 from lead_ds.errors import InputError
-from lead_ds.io.json_text import parse_json
+from lead_ds.io.json_text import kind_of, parse_json
 from lead_ds.io.jsonl import read_jsonl
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
@@ -55,7 +55,7 @@ def _listed(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(path, f"is not JSON: {error}", "a list of objects, or an object a line") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(path, f"entry {number} is a JSON {type(row).__name__}, not an object", "a list of objects")
+            raise InputError(path, f"entry {number} is a JSON {kind_of(row)}, not an object", "a list of objects")
         yield row
 
 

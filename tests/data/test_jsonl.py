@@ -25,7 +25,7 @@ def test_gz_is_read_as_it_is_and_found_without_its_ending(tmp_path: Path) -> Non
     ("content", "place", "what"),
     [
         (b'{"a": 1}\n\n{"a": \n', ":3", "not valid JSON"),
-        (b'{"a": 1}\n[1]\n', ":2", "a JSON list, not an object"),
+        (b'{"a": 1}\n[1]\n', ":2", "a JSON array, not an object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', ":2", ""),
         (b"[" * 100_000, ":1", ""),
     ],

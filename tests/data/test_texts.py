@@ -94,7 +94,7 @@ def test_equal_hashes_are_told_apart_by_the_ids(tmp_path: Path, monkeypatch: pyt
         ('{"_id": null, "text": "a"}', "'_id' is not a string"),
         ('{"_id": true, "text": "a"}', "'_id' is not a string"),
         ('{"_id": "a", "text": "a"', "not valid JSON"),
-        ('"a"', "a JSON str"),
+        ('"a"', "a JSON string"),
         ('{"_id": "id-4", "text": "a"}', "already on line 3"),
     ],
 )
