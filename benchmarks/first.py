@@ -304,11 +304,14 @@ def in_process(part: str, folder: Path, device: str, repeats: int) -> Iterator[R
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=PART_SECONDS if device == "cuda" else None
         )
-        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-        problem = "" if done.returncode == 0 and rows else (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
-    except subprocess.TimeoutExpired:
-        rows, problem = [], f"no answer in {PART_SECONDS} s"
-    yield from rows
+        said = done.stdout
+        problem = (done.stderr.strip().splitlines() or ["no output"])[-1][:300] if done.returncode or not said else ""
+    except subprocess.TimeoutExpired as error:  # what it said until then counts
+        said = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        problem = f"no answer in {PART_SECONDS} s"
+    yield from (
+        json.loads(line) for line in said.splitlines(keepends=True) if line.startswith('{"') and line.endswith("\n")
+    )
     if problem:
         yield {"part": part, "case": problem, "right": False, "error": float("inf"), "allowed": 0.0, "seconds": 0.0}
 

@@ -5,7 +5,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export DS_SKIP_CUDA_CHECK=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 failed=0
 # Modules, and the packages that they come in where those have another name; hjson and what follows are DeepSpeed's own.
-training=(deepspeed pydantic transformers accelerate tokenizers safetensors yaml rich hjson einops msgpack psutil cpuinfo ninja)
+training=(deepspeed pydantic transformers sentence_transformers accelerate tokenizers safetensors yaml rich matplotlib)
+training+=(hjson einops msgpack psutil cpuinfo ninja)
 
 part() { # seconds name command...: run it within its time, say in one line what it found
   local seconds=$1 name=$2 status=0 told
@@ -15,7 +16,7 @@ part() { # seconds name command...: run it within its time, say in one line what
   told=$(grep '^found: ' "$out/$name.log" | sed 's/^found: //' | paste -s -d '|' | sed 's/|/ | /g')
   case $status in
     0) echo "$name ($((SECONDS - start)) s): ${told:-done}" ;;
-    124 | 137) echo "$name: cut off after $seconds s, see $out/$name.log${told:+; so far: $told}" ;;
+    124 | 137) echo "$name: cut off after $seconds s, see $out/$name.log; so far: ${told:-$(grep -v '^ *$' "$out/$name.log" | tail -n 1)}" ;;
     *) echo "$name: failed with status $status: ${told:-$(grep -v '^ *$' "$out/$name.log" | tail -n 1)}" ;;
   esac
   [ "$status" = 0 ] || failed=1
@@ -25,7 +26,7 @@ has() { # modules...: name those that are missing
   local missing
   missing=$("$python" -c "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))" "$@")
   if [ -n "$missing" ]; then
-    echo "missing for this part: $missing (pip install $missing; yaml is pyyaml, cpuinfo is py-cpuinfo)"
+    echo "missing for this part: $missing (pip install $missing; names with _ are written with -; yaml is pyyaml, cpuinfo is py-cpuinfo)"
     failed=1
     return 1
   fi

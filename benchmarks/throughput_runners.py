@@ -137,8 +137,7 @@ class LeadDS(Runner):
         student = load_student(config.student, self.student_dtype)
         trainee = Trainee(student).to(ranks.device)
         fit_attention(trainee, config.student, batches, self.student_dtype, ranks)
-        with _made_on(ranks.device, config):
-            teachers = open_teachers(config, batches, ranks)
+        teachers = open_teachers(config, batches, ranks)
         self.teacher: Teacher | None = teachers.get("teacher")
         trainee.losses = build_objective(config, student, list(teachers.values()), batches, ranks)
         engine = build_engine(trainee, config, self.student_dtype, ranks)
@@ -207,8 +206,7 @@ class Bare(Runner):
         self.student_dtype = student_dtype(config.student, ranks.device)
         self.student = load_student(config.student, self.student_dtype).to(ranks.device)
         if teacher is None:
-            with _made_on(ranks.device, config):
-                teacher = build_teacher(Lesson.of(config), ranks)
+            teacher = build_teacher(Lesson.of(config), ranks)
         self.teacher = teacher
         assert config.teacher is not None
         self.teacher_dtype = teacher_dtype(config.teacher, ranks.device)

@@ -59,13 +59,14 @@ class TextTaps:
     """Taps of both models on the same texts, layer pair by layer pair.
 
     teacher_groups [B, Lt], student_groups [B, Ls] (int64, -1: none; see `data.tokens.alignment`) where tokenizers differ;
-    None where they are the same.
+    None where they are the same. slots: more than the largest of their numbers.
     """
 
     teacher: Sequence[Tap]
     student: Sequence[Tap]
     teacher_groups: Tensor | None = None
     student_groups: Tensor | None = None
+    slots: int | None = None
 
 
 def attention_loss(
@@ -110,7 +111,7 @@ def pair_taps(views: Views) -> list[TextTaps]:
         # A model that reads pairs has no taps of queries: its maps are of other texts than a dual encoder's.
         if t and s and bool(teacher.taps_queries) == bool(student.taps_queries):
             of_teacher, of_student = ([taps[i] for i in at] for taps, at in zip((t, s), views.compared, strict=True))
-            pairs.append(TextTaps(of_teacher, of_student, *(groups or (None, None))))
+            pairs.append(TextTaps(of_teacher, of_student, *(groups or ())))
     if not pairs:
         raise InputError(
             WHERE, "the models read different kinds of text", "compare models of one kind, or set weight: 0"
@@ -189,6 +190,7 @@ def _self_attention(text: TextTaps, config: AttentionSettings, impl: Impl) -> Te
             temperature=config.temperature,
             causal=causal,
             relation_heads=heads,
+            count=text.slots,
         )
         kls.append(kl)
     return torch.stack(kls).mean()

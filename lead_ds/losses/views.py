@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,15 @@ from lead_ds.relevance import Features, Impl, Relevance, VectorFeatures
 Who = Literal["student", "teacher"]
 What = Literal["final", "layers"]
 Passages = Literal["scope", "group"]
-Groups = tuple[Tensor, Tensor]
-"""[B, Lt] and [B, Ls]: the groups of the teacher's and of the student's tokens."""
-
 T = TypeVar("T")
+
+
+class Groups(NamedTuple):
+    """[B, Lt] and [B, Ls]: the groups of the teacher's and of the student's tokens; slots: more than their largest number."""
+
+    teacher: Tensor
+    student: Tensor
+    slots: int
 
 
 class Tap(Protocol):

@@ -57,8 +57,9 @@ class TrainConfig(Section):
     )
     deterministic: Annotated[bool, BITS] = Field(
         False,
-        description="on a GPU: the same bits in every run on as many of the same GPUs, with the same versions. Slower: attention "
-        "takes kernels that add in a fixed order, and an operation that has none ends the run. A CPU's bits are the same anyway",
+        description="on a GPU: to give the same bits in every run on as many of the same GPUs, with the same versions (not tried "
+        "on one yet). Slower: attention takes kernels that add in a fixed order, and an operation that has none ends the run. "
+        "A CPU's bits are the same anyway",
     )
     log_every: Annotated[Positive, PACE] = 10
     save_every: Annotated[Positive, PACE] = 1000

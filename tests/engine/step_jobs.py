@@ -16,7 +16,16 @@ from lead_ds.engine.training.distill import distill
 from lead_ds.engine.training.loop import Training
 
 # Operations whose result's value or size the host needs.
-WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "repeat_interleave.Tensor")
+WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "unique",
+    "_unique",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "repeat_interleave.Tensor",
+)
 # Those of a text model that know no fixed order on CUDA, by torch.use_deterministic_algorithms.
 UNORDERED = ("put_", "histc", "bincount", "median", "kthvalue", "scatter_reduce", "_embedding_bag", "ctc_loss")
 

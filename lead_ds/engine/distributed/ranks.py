@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lead_ds.engine.distributed.launchers import ends_with_launchers
-from lead_ds.errors import RunError
+from lead_ds.errors import InputError, RunError
 from lead_ds.io.waiting import AGAIN, WAIT
 
 T = TypeVar("T")
@@ -90,6 +90,9 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     Works under the DeepSpeed launcher, torchrun and SLURM's or MPI's environments that set RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR and MASTER_PORT; without these, one process of its own.
     """
+    if torch.get_default_device().type != "cpu":
+        what = "is set: what is made here for the host would be made there"
+        raise InputError("torch.set_default_device", what, "call this without it: models find their devices themselves")
     if dist.is_initialized():
         yield _this_rank()
         return

@@ -94,8 +94,13 @@ def side_of(view: TeacherView, micro: int, queries: slice, group_size: int) -> S
 
 def word_groups(teacher: ModelBatch, student: ModelBatch, device: torch.device) -> tuple[Groups | None, ...]:
     """The token groups of queries and of passages that both models' attention is compared by; None where tokens are equal."""
-    groups: list[Groups | None] = []
+    found: list[Groups | None] = []
     for t, s in ((teacher.queries, student.queries), (teacher.passages, student.passages)):
-        known = t is not None and s is not None and "groups" in t and "groups" in s
-        groups.append((t["groups"].to(device), s["groups"].to(device)) if known and t and s else None)
-    return tuple(groups)
+        if t is None or s is None or "groups" not in t or "groups" not in s:
+            found.append(None)
+            continue
+        groups = t["groups"], s["groups"]  # counted here, where they lie on the host: a GPU would be waited for
+        slots = 1 + max(int(numbers.max()) for numbers in groups)
+        of_teacher, of_student = (numbers.to(device, non_blocking=True) for numbers in groups)
+        found.append(Groups(of_teacher, of_student, slots))
+    return tuple(found)

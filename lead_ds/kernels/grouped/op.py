@@ -39,6 +39,7 @@ def grouped_attention_kl(
     temperature: float = 1.0,
     causal: bool = False,
     relation_heads: int | None = None,
+    count: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """KL(teacher || student) of attention over groups of tokens, in nats: a scalar; models may differ in tokenizer.
@@ -50,6 +51,7 @@ def grouped_attention_kl(
             models have it; other tokens are hidden as keys and excluded as rows, and rows renormalised.
         teacher_scale, student_scale, temperature, relation_heads: as in `attention_kl`.
         causal: hide the keys after a row, in both models.
+        count: more than the largest number of a group. None: it is looked up, for which a GPU is waited.
         impl: "auto" or "torch" (there is no Triton kernel of this form).
 
     Summed over key groups, averaged over real row groups, heads and layers. Raises ValueError where shapes, head counts
@@ -60,6 +62,8 @@ def grouped_attention_kl(
     layers = [[x] if isinstance(x, Tensor) else list(x) for x in (tq, tk, sq, sk)]
     if not layers[0] or len({len(layer) for layer in layers}) != 1:
         raise ValueError("grouped_attention_kl: pass one tq, tk, sq and sk per layer pair, and at least one pair")
+    if count is None:
+        count = 1 + max((int(groups.max()) for groups in (t_groups, s_groups) if groups.numel()), default=0)
     values = []
     for t_q, t_k, s_q, s_k in zip(*layers, strict=True):
         if t_q.requires_grad or t_k.requires_grad:
@@ -71,7 +75,9 @@ def grouped_attention_kl(
         t_scale = (t_q.shape[3] ** -0.5 if teacher_scale is None else teacher_scale) / temperature
         s_scale = (s_q.shape[3] ** -0.5 if student_scale is None else student_scale) / temperature
         with_grad = torch.is_grad_enabled() and (s_q.requires_grad or s_k.requires_grad)
-        visit = partial(_visit, t_q, t_k, s_q, s_k, (t_groups, s_groups), (t_scale, s_scale), causal, with_grad)
+        visit = partial(
+            _visit, t_q, t_k, s_q, s_k, (t_groups, s_groups), max(1, count), (t_scale, s_scale), causal, with_grad
+        )
         values.append(OneVisit.apply(visit, s_q, s_k))
     return torch.stack(values).mean()
 
@@ -100,6 +106,7 @@ def _visit(
     sq: Tensor,
     sk: Tensor,
     groups: tuple[Tensor, Tensor],
+    slots: int,
     scales: tuple[float, float],
     causal: bool,
     with_grad: bool,
@@ -107,8 +114,7 @@ def _visit(
     """The value, texts and heads at a time, and the gradients to sq and sk where they are wanted."""
     dtype = compute_dtype(tq, sq)
     batch, heads = sq.shape[:2]
-    t_groups, s_groups, common_BG = _common(*(x.to(sq.device) for x in groups))
-    slots = common_BG.shape[1]
+    t_groups, s_groups, common_BG = _common(groups[0].to(sq.device), groups[1].to(sq.device), slots)
     weight_BG = common_BG.to(dtype)
     weight_BG /= weight_BG.sum().clamp_min(1) * heads
 
@@ -140,9 +146,8 @@ def _visit(
     return total, () if dq is None or dk is None else (keep(dq, sq.dtype), keep(dk, sk.dtype))
 
 
-def _common(t_groups: Tensor, s_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _common(t_groups: Tensor, s_groups: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """Both groupings, groups that only one model has moved to slot G, past the last; and which slots [B, G] count."""
-    slots = max(1, 1 + max((int(groups.max()) for groups in (t_groups, s_groups) if groups.numel()), default=0))
     indices = [torch.where(groups < 0, slots, groups.long()) for groups in (t_groups, s_groups)]
     common = torch.ones(t_groups.shape[0], slots + 1, dtype=torch.bool, device=t_groups.device)
     for index in indices:
