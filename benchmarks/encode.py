@@ -7,6 +7,11 @@ Each takes its own default batch, unless it is given. Each round runs both, the 
 compared. Two clocks: the wall's, and this process's processor time, which does not count what other programs on the
 machine take. The package sentence-transformers reads in the same precision, under the same autocast, unless it is given
 its own; float32 is its default. The vectors of both are compared, so that nobody is fast by doing less.
+
+    python -m benchmarks.encode --parts --model MODEL --data DATA [--texts 600] [--precision bf16]
+
+says where lead-ds's time goes: tokenising, products of layers, attention, the rest; and the rate of those products beside that
+of one of 1,024 x 1,024 x 1,024 in the same precision.
 """
 
 from __future__ import annotations
@@ -31,6 +36,12 @@ from lead_ds.models.export import export_sentence_transformers
 from lead_ds.retrieval.encode import Encoding, encode_share
 from lead_ds.retrieval.evaluate import open_encoder
 
+# Operations by the part that they are of; what is none of these is the rest.
+PARTS = {
+    "products of layers": ("aten::addmm", "aten::mm", "aten::linear", "mkldnn", "aten::mkldnn_linear"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::bmm", "aten::_softmax"),
+}
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,10 +62,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
     parser.add_argument("--their-precision", choices=list(DTYPES), help="of SentenceTransformer.encode; as --precision")
+    parser.add_argument("--parts", action="store_true", help="say where the time of lead-ds goes, and no more")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.their_precision = options.their_precision or options.precision
     torch.set_num_threads(options.threads)
+    if options.parts:
+        print(json.dumps(parts(options)))
+        return
     row = measure(options)
     batches = f"batches of {row['batch_size']} and {row['their_batch_size']}"
     precisions = " and ".join(dict.fromkeys((row["precision"], row["their_precision"])))
@@ -127,6 +142,54 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "ratio_processor": medians["processor"]["theirs"] / medians["processor"]["ours"],
         "difference": float(np.abs(vectors["ours"] - vectors["theirs"]).max()),
         "versions": versions(),
+        "date": date.today().isoformat(),
+    }
+
+
+def parts(options: argparse.Namespace) -> dict[str, Any]:
+    """Shares of the time of `encode_share`, by torch's profiler; what is outside of torch's operations is tokenising."""
+    from torch.profiler import ProfilerActivity, profile
+
+    device = torch.device(options.device)
+    corpus = Dataset.open(options.data).corpus
+    texts = corpus.texts(np.sort(np.random.default_rng(0).choice(len(corpus), options.texts, replace=False)))
+    scorer, encoder = open_encoder(options.model, device)
+    how = Encoding(options.batch_size, device, options.precision)
+
+    def run() -> float:
+        start = time.process_time()
+        encode_share(scorer.embed, encoder, "corpus", lambda chosen: [texts[i] for i in chosen], range(len(texts)), how)
+        return time.process_time() - start
+
+    run()
+    whole = min(run() for _ in range(options.rounds))
+    start = time.process_time()
+    for first in range(0, len(texts), 512):
+        encoder.rows(texts[first : first + 512], "passages")
+    spent = {"tokenising": time.process_time() - start}
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
+        run()
+    events = profiled.key_averages()
+    for part, names in PARTS.items():
+        spent[part] = sum(event.self_cpu_time_total for event in events if event.key.startswith(names)) / 1e6
+    products = sum(event.flops for event in events if event.key.startswith(("aten::addmm", "aten::mm", "aten::linear")))
+    one = torch.randn(1024, 1024, dtype=DTYPES[options.precision])
+    rates = []
+    for _ in range(20):
+        start = time.perf_counter()
+        one @ one
+        rates.append(2 * 1024**3 / (time.perf_counter() - start))
+    return {
+        "model": Path(options.model).name,
+        "data": options.data.name,
+        "texts": len(texts),
+        "precision": options.precision,
+        "machine": machine(device),
+        "seconds": whole,
+        "shares": {part: seconds / whole for part, seconds in spent.items()}
+        | {"rest": 1 - sum(spent.values()) / whole},
+        "products, FLOP/s": products / spent["products of layers"],
+        "of a large product": products / spent["products of layers"] / statistics.median(rates),
         "date": date.today().isoformat(),
     }
 

@@ -52,12 +52,12 @@ def measured(rows: Rows, row: str, step: str) -> list[Row]:
     return [rows[key] for key in sorted(rows, key=lambda key: key[2]) if key[:2] == (row, step)]
 
 
-def slope(found: list[Row]) -> float | None:
-    """Seconds for one more passage, between the two largest sizes; None where two are not measured."""
+def slope(found: list[Row], of: str = "processor") -> float | None:
+    """Seconds (`own`: MiB) for one more passage, between the two largest sizes; None where two are not measured."""
     if len(found) < 2:
         return None
     low, high = found[-2:]
-    return (high["processor"] - low["processor"]) / (high["size"] - low["size"])
+    return (high[of] - low[of]) / (high["size"] - low["size"])
 
 
 def work(rows: Rows, passages: int, options: argparse.Namespace) -> str:
@@ -72,14 +72,16 @@ def work(rows: Rows, passages: int, options: argparse.Namespace) -> str:
         if row["model"] == "minilm-l3" and row["precision"] == "bf16":  # the latest
             name = f"encoded by MiniLM of 3 layers in bf16, {row['tokens'] // row['texts']} tokens a passage"
             seconds[name] = sorted(row["seconds"]["processor"]["ours"])[2] / row["texts"] * passages
-    lines = ["| step | core-hours | machines |", "|---|---|---|"]
+    more = slope(measured(rows, "open", "index"), "own")
+    held = f"a corpus of so many is indexed in {more * passages / 1024:,.1f} GiB\n\n" if more else ""
+    lines = [f"{held}| step | core-hours | machines |", "|---|---|---|"]
     for name, spent in seconds.items():
         lines.append(f"| {name} | {spent / 3600:,.1f} | {math.ceil(spent / 3600 / options.cores / options.hours):,} |")
-    held = math.ceil(4 * WIDTH * passages / 1e9 / options.memory / OF_MEMORY)
+    spread = math.ceil(4 * WIDTH * passages / 1e9 / options.memory / OF_MEMORY)
     for step in ("mine", "evaluate"):  # every query meets every passage, whose vectors are spread over the machines
         for row in measured(rows, step, step)[-1:]:
             hours = row["processor"] / (row["size"] ** 2 / GROUP_OF) * options.queries * passages / 3600
-            many = max(math.ceil(hours / options.cores / options.hours), held)
+            many = max(math.ceil(hours / options.cores / options.hours), spread)
             lines.append(f"| {step}, exactly | {hours:,.0f} | {many:,} |")
     return "\n".join(lines)
 

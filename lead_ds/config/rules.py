@@ -99,7 +99,7 @@ def maps_come_whole(config: Run) -> Iterator[Broken]:
         "train.overlap": config.train.overlap or None,
     }
     for key, value in settings.items():
-        if off and value is not None:
+        if off and value not in (None, "auto"):
             yield Broken(key, "has no attention maps", f"set it to {'false' if value is True else 'null'}, or {off}")
 
 

@@ -17,9 +17,12 @@ from torch import Tensor
 from lead_ds.data.groups.group import Group
 from lead_ds.data.tokens.cache import TokenCache
 from lead_ds.data.tokens.encoder import TextEncoder, Tokens
-from lead_ds.data.tokens.passes import Cuts, Passes, even, in_passes, least_padding, packed
+from lead_ds.data.tokens.passes import Cuts, Fewest, Passes, even, in_passes, least_padding, packed
 from lead_ds.errors import InputError
 from lead_ds.settings.roles import Span
+
+# Tokens of a pass. What a GPU needs is a guess: launching the kernels of a small model takes as long as running so many.
+LEAST = {"cpu": 256, "cuda": 8192}
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Reads:
     encoder: TextEncoder | None = None
     lookup: Lookup | None = None
     at_once: int | None = None  # groups of a batch; None: all of a window
-    passes: int | Literal["packed"] | None = None
+    passes: int | Literal["packed"] | Fewest | None = None
     queries_at_once: int | None = None  # with GradCache
     queries_alone: bool = False  # passages are another model's
     by_words: bool = False  # its attention is compared with the student's, by the words that both see
@@ -85,6 +88,11 @@ class Reads:
         if self.lookup is not None:
             return self.lookup.reads_texts
         return self.tokens is None
+
+    @property
+    def replicated(self) -> Reads:
+        """The same of a model that turned out not to be sharded."""
+        return replace(self, passes=replace(self.passes, sharded=False)) if isinstance(self.passes, Fewest) else self
 
     @property
     def texts_apart(self) -> bool:
@@ -114,7 +122,17 @@ class Reads:
             return split(batch, self.encoder, -(-len(groups) // self.queries_at_once), even)
         if self.passes == "packed":
             return pack(batch, self.encoder)
-        return batch if self.passes is None else split(batch, self.encoder, self.passes, least_padding)
+        n = self.passes.of(batch.tables) if isinstance(self.passes, Fewest) else self.passes
+        return batch if n is None else split(batch, self.encoder, n, least_padding)
+
+
+def passes_of(
+    setting: int | Literal["auto", "packed"] | None, *, sharded: bool, tapped: bool, device: torch.device
+) -> int | Literal["packed"] | Fewest | None:
+    """What `passes` of a model's settings means for its `Reads`. tapped: its attention maps are read, which come whole."""
+    if setting != "auto":
+        return setting
+    return None if tapped else Fewest(sharded, LEAST.get(device.type, LEAST["cuda"]))
 
 
 def read(encoder: TextEncoder, groups: Sequence[Group]) -> ModelBatch:

@@ -81,7 +81,7 @@ def requirements(config: Config) -> Any:
 
 def in_forwards(texts: list[tuple[int, int]], passes: int | str | None) -> list[tuple[int, int]]:
     """(rows, length) of each forward of `texts`, at their longest: as they are, in so many passes, or packed into one."""
-    if passes is None:
+    if passes in (None, "auto"):  # auto reads fewer tokens
         return texts
     longest = max(length for _, length in texts)
     rows = math.ceil(sum(rows * length for rows, length in texts) / longest)

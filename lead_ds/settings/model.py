@@ -29,8 +29,8 @@ class ModelConfig(Section):
     )
     scale: Literal["none", "cosine", "standard"] = Field(
         "none",
-        description="of layer relevance, and of a teacher's final one: as the model gives it, cosines, or z-scores per "
-        "query. A student's final relevance is what it will serve: see normalize",
+        description="of layer relevance, and of a teacher's final one: as the model gives it, cosines, or z-scores per query, "
+        "for which scores of all queries and passages are held. A student's final relevance is what it will serve: see normalize",
     )
     query_prompt: str | None = Field(None, description="null: from the model's own sentence-transformers configuration")
     passage_prompt: str | None = None
@@ -40,10 +40,11 @@ class ModelConfig(Section):
         "backward pass; on a GPU with flash-attn installed and a 16-bit dtype, the fastest of sdpa, "
         "flash_attention_2 and (Hopper, flash-attn-3) flash_attention_3, measured on the run's first batch",
     )
-    passes: Annotated[Positive | Literal["packed"] | None, BITS] = Field(
-        None,
+    passes: Annotated[Positive | Literal["auto", "packed"] | None, BITS] = Field(
+        "auto",
         description="forwards per micro-batch of the student, per window of the teacher. Texts are sorted by length, so that "
-        "short ones are not padded to the longest, and queries share a pass with passages. 1 under zero3 gathers the "
+        "short ones are not padded to the longest, and queries share a pass with passages. auto: up to 4, where they save a "
+        "twentieth of the tokens; of a sharded model, two of texts and one of pairs. 1 under zero3 gathers the "
         "model once, not twice; 2 to 4 save padding. packed does both: one forward over rows in which texts stand side by "
         "side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: one for queries, one "
         "for passages (or one for pairs)",

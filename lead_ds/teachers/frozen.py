@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lead_ds.data.groups.group import Groups
-from lead_ds.data.reads import ModelBatch, Reads
+from lead_ds.data.reads import ModelBatch, Reads, passes_of
 from lead_ds.data.tokens.encoder import Tokens
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.deepspeed_files import teacher_deepspeed_config
@@ -81,7 +81,7 @@ class FrozenTeacher(Teacher):
         return Reads(
             encoder=encoder,
             at_once=train.batch_size if settings.train or tapped else at_once(settings, lesson.data),
-            passes=settings.passes,
+            passes=passes_of(settings.passes, sharded=may_shard(settings, ranks), tapped=tapped, device=ranks.device),
             # A frozen teacher keeps no activations: GradCache has nothing to save there.
             queries_at_once=train.grad_cache if settings.train else None,
             by_words=tapped,
@@ -254,6 +254,13 @@ def choose_placement(settings: TeacherRole, dtype: torch.dtype, ranks: Ranks, de
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world(ranks.world)
     # Ranks may see different free memory: the tightest decides for all, or they would wait for each other for ever.
     return "replicate" if needed * 3 < min(ranks.all(room)) else "zero3"
+
+
+def may_shard(settings: TeacherRole, ranks: Ranks) -> bool:
+    """Whether `choose_placement` may come to shards. One that is trained is placed as the student is."""
+    placement = settings.placement
+    alone = placement == "auto" and settings.offload == "none" and ranks.world == 1
+    return settings.train or not (placement == "replicate" or alone)
 
 
 def count_parameters(settings: TeacherRole, depth: int | None = None) -> int:

@@ -41,7 +41,7 @@ def test_two_ranks_lose_nothing_to_overlap_passes_rows_or_kept_tokens(
             student={"passes": student},
             train=train,
         )
-        for teacher, student in ((None, None), (1, None), (2, 2))
+        for teacher, student in ((None, None), (1, None), (2, 2), ("auto", "auto"))
     ]
     # A sharded decoder whose texts stand in rows, another number of them on each rank; the student's alike.
     few: dict[str, Any] = {"train": {"batch_size": 5}, "data": {"negatives": 1}}
@@ -55,12 +55,13 @@ def test_two_ranks_lose_nothing_to_overlap_passes_rows_or_kept_tokens(
     refused = configure("sharded", train=train | {"overlap": True}, extra_teacher={"placement": "zero3"})
     paths = [*overlap, *passes, *rows, kept, refused]
     for results in launch("tests.engine.jobs:distil_each", 2, configs=[str(path) for path in paths]):
-        plain, ahead, unsorted, one, two, texts, packed, tokens, told = results
+        plain, ahead, unsorted, one, two, auto, texts, packed, tokens, told = results
         assert len(set(plain)) == 6
         assert ahead == plain
         assert tokens == plain
         assert one == pytest.approx(unsorted, rel=1e-5)
         assert two == pytest.approx(unsorted, rel=1e-5)
+        assert auto == pytest.approx(unsorted, rel=1e-5)
         assert packed == pytest.approx(texts, rel=1e-5)
         assert "train.overlap" in told
         assert "teacher.placement=replicate" in told

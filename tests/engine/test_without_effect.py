@@ -23,6 +23,7 @@ from lead_ds.config import load_config, save_config
 from lead_ds.data.batches import Batches
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.reads import Reads, refuse_equal, refuse_voided
+from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.distributed.signals import Signals
 from lead_ds.engine.training.evaluation import Evaluator
 from lead_ds.errors import InputError
@@ -37,7 +38,7 @@ from tests.helpers.forked import lead_ds
 from tests.helpers.tiny import write_jsonl
 
 Configure = Callable[..., Path]
-ALONE: Any = type("Alone", (), {"rank": 0, "world": 1, "main": True, "all": lambda _, x: [x]})()
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 PROMPT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
 
 

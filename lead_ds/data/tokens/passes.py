@@ -19,7 +19,34 @@ Cuts = Callable[[np.ndarray, int], list[int]]
 FILL = (
     3  # longest texts that a packed row holds: more leave less padding, and cost attention (benchmarks/throughput.md)
 )
+MOST = 4  # passes of `Fewest`: more save little (benchmarks/README.md)
+ENOUGH = 0.95  # of the tokens: 4 passes that save none take 1.03 of the time
 _ROWS = ("input_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Fewest:
+    """How many passes a batch is read in: as many as save padding, by the lengths of its texts. None: no passes.
+
+    sharded: as many forwards as without, for every rank must run a sharded model as often as the others. least: tokens that
+    keep a device busy; a pass holds no fewer on average.
+    """
+
+    sharded: bool
+    least: int
+
+    def of(self, tables: Sequence[Tokens]) -> int | None:
+        """For a batch of these texts: of queries, then of passages, say. A module of one's own may read something else."""
+        if not all({"input_ids", "attention_mask"} <= table.keys() for table in tables):
+            return None
+        plain = sum(table["input_ids"].numel() for table in tables)
+        n = len(tables) if self.sharded else min(MOST, plain // self.least)
+        if n < 2:
+            return None
+        lengths_B = np.sort(np.concatenate([_lengths(table) for table in tables]))[::-1]
+        bounds = least_padding(lengths_B, n)
+        tokens = sum(int(lengths_B[first]) * (last - first) for first, last in pairwise(bounds))
+        return n if tokens <= ENOUGH * plain else None
 
 
 @dataclass
@@ -41,10 +68,7 @@ def in_passes(tables: Sequence[Tokens], n: int, cuts: Cuts, pad: int) -> Passes:
     sharded model runs once per pass.
     """
     joined = _joined(tables, pad)
-    width = joined["input_ids"].shape[1]
-    # A ColBERT query's expansion is not attended to, and counts all the same.
-    counts = joined["attention_mask"].bool() | joined.get("score_mask", joined["attention_mask"]).bool()
-    lengths = (counts * torch.arange(1, width + 1)).amax(1).clamp_min(1).numpy()
+    lengths = _lengths(joined)
     rows_B = np.argsort(-lengths, kind="stable")
     bounds = cuts(lengths[rows_B], n)
     order = np.empty(len(rows_B), np.int64)
@@ -149,6 +173,13 @@ def _filled(lengths_B: np.ndarray) -> list[Tensor]:
         rows[row].append(int(text))
         heapq.heappush(heap, (taken + int(lengths_B[text]), row))
     return [torch.tensor(texts) for texts in rows]
+
+
+def _lengths(tokens: Tokens) -> np.ndarray:
+    """Tokens of each text, up to its last."""
+    # A ColBERT query's expansion is not attended to, and counts all the same.
+    counts_BL = tokens["attention_mask"].bool() | tokens.get("score_mask", tokens["attention_mask"]).bool()
+    return (counts_BL * torch.arange(1, counts_BL.shape[1] + 1)).amax(1).clamp_min(1).numpy()
 
 
 def _joined(tables: Sequence[Tokens], pad: int) -> Tokens:

@@ -19,9 +19,10 @@ from lead_ds.data.batches import Batches
 from lead_ds.data.groups.group import Groups
 from lead_ds.data.groups.open import open_groups
 from lead_ds.data.groups.schedule import scheduled
-from lead_ds.data.reads import Reads
+from lead_ds.data.reads import Reads, passes_of
 from lead_ds.data.tokens.encoder import TextEncoder
 from lead_ds.engine.distributed.agreement import agreed, check_agreement, check_shared
+from lead_ds.engine.distributed.deepspeed_files import read_deepspeed_config, zero_stage
 from lead_ds.engine.distributed.ranks import Ranks, closed_to_others
 from lead_ds.engine.distributed.ranks import ranks as joined_ranks
 from lead_ds.engine.distributed.signals import Signals, Stop
@@ -55,7 +56,7 @@ from lead_ds.models.own import OwnEncoder
 from lead_ds.models.packing_check import check_packing
 from lead_ds.models.student_dir import save_student
 from lead_ds.models.vocabulary import check_vocabulary
-from lead_ds.teachers.frozen import at_once
+from lead_ds.teachers.frozen import FrozenTeacher, at_once
 from lead_ds.teachers.informative import informative
 from lead_ds.teachers.open import teacher_class
 from lead_ds.teachers.own import OwnTeacher
@@ -235,7 +236,10 @@ def open_inputs(
 def open_batches(config: Config, groups: Groups, encoder: TextEncoder, ranks: Ranks, given: Given = NOTHING) -> Batches:
     """The windows of a run: its groups, as the student and the teachers that its losses read are given them."""
     alone = config.student.passages == "teacher"
-    student = Reads(encoder, passes=config.student.passes, queries_at_once=config.train.grad_cache, queries_alone=alone)
+    sharded = zero_stage(read_deepspeed_config(config.deepspeed.student)) == 3
+    tapped = bool(config.losses.needing("attention"))
+    passes = passes_of(config.student.passes, sharded=sharded, tapped=tapped, device=ranks.device)
+    student = Reads(encoder, passes=passes, queries_at_once=config.train.grad_cache, queries_alone=alone)
     teachers: dict[str, Reads] = {}
     for key, settings in config.taught.items() if config.losses.needs_teacher else ():
         text = given.teacher_text(key, settings)
@@ -265,7 +269,10 @@ def open_teacher(lesson: Lesson, key: str, place: int, batches: Batches, ranks: 
         module = given.teachers[key]
         return OwnTeacher(agreed(ranks, lambda: OwnEncoder(module, lesson.teacher)), ranks.device)
     kind = teacher_class(lesson.teacher.kind)
-    return kind.open(lesson, batches.teachers[key], lambda: batches.window(0).teachers[place], ranks)
+    teacher = kind.open(lesson, batches.teachers[key], lambda: batches.window(0).teachers[place], ranks)
+    if isinstance(teacher, FrozenTeacher) and teacher.placement == "replicate":
+        batches.teachers[key] = batches.teachers[key].replicated
+    return teacher
 
 
 def layers_that_know(

@@ -47,7 +47,7 @@ TABLE: dict[int, dict[tuple[str, int, int], Tiles]] = {
     ADA: {
         ("forward", 2, 64): Tiles(64, 64, 4, 2),
         ("forward", 2, 128): Tiles(64, 32, 4, 2),
-        ("forward", 2, 256): Tiles(32, 32, 8, 1),
+        ("forward", 2, 256): Tiles(32, 16, 8, 1),
         ("forward", 4, 64): Tiles(32, 32, 8, 1),
         ("forward", 4, 128): Tiles(16, 32, 8, 1),
         ("forward", 4, 256): Tiles(16, 16, 8, 1),
@@ -82,8 +82,8 @@ TABLE[HOPPER] = TABLE[AMPERE] | {
     ("both", 2, 128): Tiles(16, 128, 8, 2),
     ("both", 4, 64): Tiles(16, 32, 8, 1),
 }
-# Hopper's tile would spill there, and this one on Hopper.
-TABLE[BLACKWELL] = TABLE[HOPPER] | {("dk", 2, 128): Tiles(64, 64, 8, 1)}
+# Hopper's tiles would spill there; the second of these would on Hopper.
+TABLE[BLACKWELL] = TABLE[HOPPER] | {("forward", 2, 64): Tiles(128, 64, 8, 2), ("dk", 2, 128): Tiles(64, 64, 8, 1)}
 # Averaged heads: the forward, which holds both models' means, and the gradients, which hold them and one head's.
 _MEAN: dict[int, dict[tuple[str, int, int], Tiles]] = {
     CDNA: {
