@@ -368,7 +368,7 @@ def check_search_names(data: Path | None, index: Path | None, tag: str, out: Pat
         raise InputError("--tag", f"{tag!r} holds white space, or nothing", "use one word")
     elif index is not None and (name := blank_name(Ids.of_lines(index / IDS, "build the index again"))) is not None:
         raise InputError(
-            index / IDS, f"the id {name} holds white space, which a TREC run cannot", "rename and index again"
+            index / IDS, f"the id {name} holds white space or a NUL, which a TREC run cannot", "rename and index again"
         )
 
 

@@ -8,7 +8,8 @@ import io
 import json
 import mmap
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,22 @@ def parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise InputError(f"{path}:{number}", f"not valid JSON: {what}", remedy) from None
     if not isinstance(record, dict):
         raise InputError(f"{path}:{number}", f"a JSON {kind_of(record)}, not an object", "one JSON object a line")
+    refuse_repeated(line, record, path, number)
     return record
+
+
+def refuse_repeated(line: bytes, record: Mapping[str, Any], path: Path, number: int) -> None:
+    """Raise InputError for a key that a line's object has twice: a parser keeps the last, and says nothing of the first."""
+    if all(line.count(_quoted(key)) < 2 for key in record):
+        return
+    keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+    twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+    if twice is not None:
+        raise InputError(f"{path}:{number}", f"has the key {twice!r} twice", "keep one of them")
+
+
+def _quoted(key: str) -> bytes:
+    return b'"%s"' % key.encode("utf-8", "replace")
 
 
 def misspelt(keys: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
@@ -196,5 +212,10 @@ def read_blocks(path: Path, buffer: Buffer) -> Iterator[Block]:
             kept = [row for row, line in enumerate(lines) if line.strip()]
             records = [parse_record(lines[row], path, numbers[row]) for row in kept]
             starts, numbers = starts[kept], [numbers[row] for row in kept]
+        else:
+            keys = Counter(key for form, count in Counter(map(tuple, records)).items() for key in form * count)
+            if any(raw.count(_quoted(key)) > count for key, count in keys.items()):
+                for line, record, line_number in zip(lines, records, numbers, strict=True):
+                    refuse_repeated(line, record, path, line_number)
         if records:
             yield Block(path, records, starts.astype(np.int64), numbers)

@@ -104,7 +104,9 @@ class Owner:
                 with suppress(OSError):  # it may hold something, or not be there
                     folder.rmdir()
             raise RunError(
-                folder, f"cannot be made: {error}", "check the path, its permissions and the free space"
+                folder,
+                f"cannot be {'made' if made else 'written'}: {error}",
+                "check the path, its permissions and the free space",
             ) from None
         owner = cls(path, facts, made)
         owner._thread.start()

@@ -22,16 +22,33 @@ from lead_ds.io.mapped import mapped_bytes
 Arrays = dict[str, np.ndarray]
 
 MANIFEST = "manifest.json"
+# What a folder holds, by the file that says so.
+HOLDS = {
+    "config.yaml": "a run",
+    "index.json": "an index",
+    MANIFEST: "vectors, or what a teacher gave",
+    "corpus.jsonl": "a collection",
+    "config.json": "a model",
+    "modules.json": "a model",
+}
 _KINDS = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "F16": "<f2"}
 _DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 _LARGEST_HEADER = 1 << 20
 _MANY = 1000
 
 
+def refuse_other(folder: Path, own: str, remedy: str = "choose another folder") -> None:
+    """Raise InputError where `folder` holds something else than what the file `own` stands for: it would be mixed with that."""
+    for name, what in HOLDS.items():
+        if name != own and (folder / name).exists():
+            raise InputError(folder, f"holds {what} ({name})", remedy)
+
+
 def refuse_strangers(folder: Path, pattern: str, remedy: str = ANOTHER_FOLDER) -> None:
-    """Raise InputError where new shards cannot go to `folder`: it is a file, or holds some that no manifest records."""
+    """Raise InputError where new shards cannot go to `folder`: a file, another thing's, or with shards of no manifest."""
     if folder.exists() and not folder.is_dir():
         raise InputError(folder, "is a file", "choose a folder with --out")
+    refuse_other(folder, MANIFEST)
     if any(folder.glob(pattern)):
         raise InputError(folder, "holds shards without a manifest", remedy)
 

@@ -301,6 +301,9 @@ def _one_line_errors(config: ModelConfig) -> Iterator[None]:
             what, remedy = "no such directory, and not found on the hub", "check the name and the network"
         elif isinstance(error, OSError):
             what, remedy = "not a complete model: config.json or model.safetensors is absent or unreadable", ""
+        elif "Padding_idx must be within" in text:
+            what = "the pad_token_id of its config.json is beyond its table of words"
+            remedy = "set it to the id of padding in its tokenizer, below vocab_size"
         elif "ignore_mismatched_sizes" in text:  # transformers speaks of a report that nobody sees
             what = "has weights of other shapes than its config.json gives"
             remedy = "see that both are of one model: vocab_size, hidden_size, num_labels"

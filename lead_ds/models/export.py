@@ -22,7 +22,7 @@ from lead_ds.models.onnx_file import VECTOR, OnnxEncoder, require, write_probes
 from lead_ds.models.quiet import quiet
 from lead_ds.models.student_dir import vacant, whole_folder, write_student
 from lead_ds.models.vector_encoder import VectorEncoder
-from lead_ds.models.vocabulary import check_weights
+from lead_ds.models.vocabulary import check_vocabulary, check_weights
 
 OPSET = 17  # the first with LayerNormalization; every onnxruntime since 1.12 runs it
 MODEL = "onnx/model.onnx"  # where sentence-transformers looks
@@ -72,6 +72,7 @@ def export_onnx(
     out = vacant(out)
     scorer, encoder = load_encoder(path, settings)
     check_weights(scorer, encoder, path)
+    check_vocabulary(scorer, encoder, path)
     scorer.refuse_sparse(path, "an ONNX file of ours gives dense ones")
     with whole_folder(out) as made:
         _write_folder(scorer, encoder, made, path, settings)

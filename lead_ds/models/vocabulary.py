@@ -45,7 +45,12 @@ def check_weights(model: nn.Module, encoder: TextEncoder, path: str) -> None:
 
     Texts without that token, such as those that a model is tried on, would not show it.
     """
-    rows, tokenizer = embedding_rows(model), encoder.tokenizer
+    check_finite(model, path, encoder.tokenizer)
+
+
+def check_finite(model: nn.Module, path: str, tokenizer: Any = None) -> None:
+    """See `check_weights`; tokens are named where there is a tokenizer."""
+    rows = embedding_rows(model)
     for name, weight in model.named_parameters():
         if not weight.is_floating_point() or (finite := weight.float().isfinite()).all():
             continue

@@ -65,19 +65,28 @@ class Task:
             check_run_names(self.dataset, out)
         qrels = self.dataset.qrels(self.split)
         check_relevant(qrels, self.relevance_level, self.split)
-        return draw_queries(qrels, self.queries, self.seed)
+        drawn = draw_queries(qrels, self.queries, self.seed)
+        texts = self.dataset.queries
+        if len(drawn) > 1 and len(set(texts.marks[texts.rows(list(drawn))].tolist())) == 1:
+            say_once(f"all {len(drawn)} queries have one text: their rankings are one and the same (see {texts.path})")
+        return drawn
 
     def scores(self, run: Run, qrels: Qrels) -> Scores:
         """The measures of a run. Raises InputError as `score_run`."""
         return score_run(run, qrels, self.measures, self.relevance_level)
 
 
-def check_relevant(qrels: Mapping[str, Mapping[str, int]], level: int, where: str | Path) -> None:
+def check_relevant(
+    qrels: Mapping[str, Mapping[str, int]],
+    level: int,
+    where: str | Path,
+    remedy: str = "lower --relevance-level, or check the judgements",
+) -> None:
     """Raise InputError where no judgement is as high as `level`: every measure would be 0, whatever is found."""
     best = max((grade for judged in qrels.values() for grade in judged.values()), default=level)
     if best < level:
         what = f"no judgement is {level} or more, the highest is {best}: every measure would be 0"
-        raise InputError(where, what, "lower --relevance-level, or check the judgements")
+        raise InputError(where, what, remedy)
 
 
 def evaluate_path(

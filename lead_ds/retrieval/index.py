@@ -18,7 +18,7 @@ from lead_ds.errors import InputError
 from lead_ds.io.files import atomic, check_written, data_checksums, write_json
 from lead_ds.io.owner import owned
 from lead_ds.io.progress import progress
-from lead_ds.io.shards import MANIFEST
+from lead_ds.io.shards import MANIFEST, refuse_other
 from lead_ds.retrieval.indexed import META, RESCORE, Indexed, check_k, facts_of, is_there, read_meta
 from lead_ds.retrieval.small import RESCORED, quantise, rescore, unsigned
 from lead_ds.retrieval.vectors import IDS, SPARSE, Vectors
@@ -78,6 +78,7 @@ def build_index(
         facts = facts_of(vectors, factory, queries)
         if is_there(out, facts, finer):
             return out
+        refuse_other(out, META)
         index: Any
         try:
             if signs:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 
@@ -55,6 +55,13 @@ def each_once(what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of, and those of its literals."""
+    parts = get_args(annotation)
+    found = {annotation} if not parts else set[Any]().union(*map(_kinds, parts))
+    return found | {type(part) for part in parts if isinstance(part, bool)}
+
+
 class Section(BaseModel):
     """A section of the configuration: unknown keys are errors, values are checked and then frozen."""
 
@@ -62,6 +69,16 @@ class Section(BaseModel):
 
     instead: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Settings of its siblings that it ignores: what to do instead, where there is more to say than to take it out."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True is 1 to Python; to whoever wrote it, it is a slip."""
+        if isinstance(value, bool):
+            kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+            if {int, float} & kinds and bool not in kinds:
+                raise ValueError(f"{str(value).lower()} is no number")
+        return value
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:

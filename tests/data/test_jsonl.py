@@ -1,4 +1,5 @@
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_gz_is_read_as_it_is_and_found_without_its_ending(tmp_path: Path) -> Non
         (b'{"a": 1}\n[1]\n', ":2", "a JSON array, not an object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', ":2", ""),
         (b"[" * 100_000, ":1", ""),
+        (b'{"a": 1}\n{"a": 1, "b": "a", "a": 2}\n', ":2", "has the key 'a' twice"),
+        (b'{"a": 1}\n\n{"b": 1, "c": {"b": 1}, "b": 1}\n', ":3", "has the key 'b' twice"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: bytes, place: str, what: str) -> None:
@@ -62,3 +65,16 @@ def test_blocks_hold_every_record_at_its_offset(block: int, tmp_path: Path, monk
     starts = [int(start) for b in blocks for start in b.starts]
     assert [content[a : a + len(line)] for a, line in zip(starts, lines, strict=True)] == lines
     assert [number for b in blocks for number in b.numbers] == [*range(1, 21), *range(23, 53)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": "text", "a": "\\"text\\""}', '{"a": {"a": 1}, "b": [{"a": 2}, {"a": 3}]}', '{"a": "\\"a", "b": "a"}'],
+)
+def test_what_only_looks_like_a_key_given_twice_is_read(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{line}\n{line}\n")
+    assert [record for _, record in read_jsonl(path)] == [json.loads(line)] * 2
+    assert [record for block in read_blocks(path, path.read_bytes()) for record in block.records] == [
+        json.loads(line)
+    ] * 2

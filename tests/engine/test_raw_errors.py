@@ -123,6 +123,41 @@ def test_autos_that_are_filled_in_stay_welcome(configure: Configure) -> None:
         filled_teacher(zero, dtype=torch.float32)
 
 
+def test_what_deepspeed_refuses_is_named(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "student.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": "many"}})
+    )
+    path = configure("run", deepspeed={"student": str(tmp_path / "student.json")})
+    with pytest.raises(InputError) as told:
+        distill(load_config(path), quiet=True)
+    assert str(told.value).startswith(f"deepspeed.student: {tmp_path}/student.json: reduce_bucket_size: ")
+    assert "not 'many'" in str(told.value)
+    assert "pydantic" not in str(told.value)
+
+
+def test_a_pad_token_of_the_configuration_beyond_the_table(rooms: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(rooms / "student", tmp_path / "student"))
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"pad_token_id": 9999}))
+    with pytest.raises(
+        InputError, match=r"the pad_token_id of its config\.json is beyond its table of words \(set it to"
+    ):
+        open_encoder(str(folder), "cpu")
+
+
+def test_judgements_that_are_all_nothing_are_told_before_training(
+    configure: Configure, rooms: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(rooms / "data", tmp_path / "data"))
+    dev = data / "qrels" / "dev.tsv"
+    head, *lines = dev.read_text().splitlines()
+    dev.write_text("\n".join([head, *(line.rsplit("\t", 1)[0] + "\t0" for line in lines)]) + "\n")
+    path = configure("run", data={"path": str(data)}, evaluation={"split": "dev"})
+    with pytest.raises(InputError, match=r"dev\.tsv: no judgement is 1 or more, .*\(check the judgements\)"):
+        distill(load_config(path), quiet=True)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_fp16_on_a_cpu(configure: Configure) -> None:
     with pytest.raises(InputError, match=r"fp16 is for GPUs.*bf16, fp32 or auto"):

@@ -94,7 +94,5 @@ def check_run_names(dataset: Dataset, out: str | Path, tag: str = "lead-ds") -> 
         raise InputError("--tag", f"{tag!r} holds white space, or nothing", "use one word")
     for texts in (dataset.queries, dataset.corpus):
         if (name := blank_name(texts.ids)) is not None:
-            what = (
-                f"the id {name} holds white space, or nothing, which a TREC run cannot: {out} could not be read again"
-            )
+            what = f"the id {name} holds white space, a NUL, or nothing, which a TREC run cannot: {out} could not be read again"
             raise InputError(texts.path, what, "rename it, in the judgements too")

@@ -119,8 +119,8 @@ def read_run(path: str | Path) -> Run:
 
 
 def blank_name(names: Iterable[str]) -> str | None:
-    """The first of `names` that a run cannot hold, whose fields white space ends; repr'd, None where there is none."""
-    return next((repr(name) for name in names if name.split() != [name]), None)
+    """The first of `names` that a run cannot hold: white space ends its fields, NUL a name in C. repr'd; None: there is none."""
+    return next((repr(name) for name in names if name.split() != [name] or "\0" in name), None)
 
 
 def write_run(path: str | Path, run: Mapping[str, Mapping[str, float]], tag: str = "lead-ds") -> None:
@@ -159,7 +159,7 @@ def run_writer(path: str | Path, tag: str = "lead-ds") -> Iterator[Callable[[Map
 def _refuse_unreadable(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
     for query, ranking in run.items():
         if (name := blank_name((tag, query, *ranking))) is not None:
-            raise InputError(path, f"{name} holds white space, or nothing, which a TREC run cannot", "rename it")
+            raise InputError(path, f"{name} holds white space, a NUL, or nothing, which a TREC run cannot", "rename it")
         for passage, score in ranking.items():
             if not math.isfinite(score):
                 what = f"the score of passage {passage!r} for query {query!r} is not finite"

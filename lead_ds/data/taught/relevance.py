@@ -198,10 +198,11 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"relevance-{shard:05d}.safetensors"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(
+    folder: Path, remedy: str = "teacher.path of kind: cached is a folder that lead-ds teach wrote"
+) -> dict[str, Any]:
     """The manifest of a cache. Raises InputError when there is none that can be read."""
     path = folder / MANIFEST
-    remedy = "teacher.path of kind: cached is a folder that lead-ds teach wrote"
     try:
         manifest = parse_json(path.read_text("utf-8"))
         facts = manifest["facts"]
@@ -216,7 +217,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("vectors is not a list of layers")
     except FileNotFoundError:
         raise InputError(path, "no such file", remedy) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise InputError(path, f"is not that of a teacher's cache: it has no {error}", remedy) from None
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(path, f"cannot be read: {error}", remedy) from None
     if not known:
         raise InputError(path, f"is of version {facts['version']}, this is {VERSION}", "teach into a new folder")

@@ -47,6 +47,7 @@ from lead_ds.engine.training.trainee import Trainee, build_engine, gathered_stat
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.owner import owned
 from lead_ds.io.provenance import provenance
+from lead_ds.io.shards import refuse_other
 from lead_ds.losses.objective import Objective
 from lead_ds.models.as_read import check_room
 from lead_ds.models.load import load_teacher, settled_model, with_lengths
@@ -295,6 +296,7 @@ def check_output(output: Path, resume: bool, ranks: Ranks) -> None:
         raise InputError(output, "holds no run to resume", "start it without --resume")
     if ranks.from_main(output.exists() and not output.is_dir()):
         raise InputError(output, "is a file", "set output= to a folder")
+    agreed(ranks, lambda: refuse_other(output, "config.yaml", "set output= to another folder") if ranks.main else None)
     nearest = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     if not ranks.from_main(nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise InputError(

@@ -17,7 +17,7 @@ from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.errors import InputError
 from lead_ds.io.notes import say_once
 from lead_ds.models.kinds.kind import KINDS, Kind
-from lead_ds.retrieval.evaluate import Task, draw_queries, evaluate_model, evaluate_widths
+from lead_ds.retrieval.evaluate import Task, check_relevant, draw_queries, evaluate_model, evaluate_widths
 from lead_ds.retrieval.metrics import parse_measure
 from lead_ds.retrieval.mine import bm25_package
 from lead_ds.retrieval.rerank import evaluate_reranked, find_candidates
@@ -73,7 +73,8 @@ class Evaluator:
                 "add it to evaluation.measures",
             )
         dataset = Dataset.open(folder)
-        dataset.qrels(settings.split)  # a judged id without a text is reported now, not after an hour of training
+        # A judged id without a text, and judgements that are all 0, are reported now, not after an hour of training.
+        check_relevant(dataset.qrels(settings.split), 1, dataset.judgements(settings.split), "check the judgements")
         for name in settings.measures:
             parse_measure(name)
         evaluator = cls(settings, dataset, encoder, ranks, config.seed, Path(config.output), config.data.keep_identical)

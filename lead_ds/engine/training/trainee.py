@@ -99,7 +99,12 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     except (ValidationError, AssertionError, TypeError) as error:
         # DeepSpeed's errors for a key or value that it does not know, and an optimizer's for its own.
         what = " ".join(str(error).split())[:300] or "DeepSpeed refuses it"
-        raise InputError("deepspeed.student", what, "see ds_configs/README.md for what goes there") from error
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"[:300]
+        given = config.deepspeed.student
+        where = f"deepspeed.student: {given}" if isinstance(given, str) else "deepspeed.student"
+        raise InputError(where, what, "see ds_configs/README.md for what goes there") from error
     engine.train()
     return engine
 

@@ -23,6 +23,7 @@ from lead_ds.models.scorer import Output
 from lead_ds.models.special_weights import quantised_by
 from lead_ds.models.templates import Asked
 from lead_ds.models.text import Reading
+from lead_ds.models.vocabulary import check_finite
 from lead_ds.relevance import ScoreFeatures
 
 
@@ -73,8 +74,9 @@ class PairScorer(Kind):
             ours_B = scorer(tokens=tokens).float()
             theirs_B = scorer.scores_of(said.float())
         if not theirs_B.isfinite().all():
+            check_finite(model, config.path)
             what = f"gives scores that are not finite numbers in {str(parameter.dtype).removeprefix('torch.')}"
-            raise InputError(config.path, what, "set dtype to fp32; else a weight of the model is not finite")
+            raise InputError(config.path, what, "set dtype to fp32")
         exact = parameter.dtype == torch.float32
         if not torch.allclose(ours_B, theirs_B, rtol=1e-3 if exact else 0.05, atol=1e-3 if exact else 0.3):
             what = f"a {model.config.model_type} computes its scores in another way than is known here"
