@@ -46,6 +46,9 @@ run() {
   fi
   if [ "$status" != 0 ]; then
     echo "launch: ended with status $status; what every rank of this machine said: $LEAD_DS_LOGS" >&2
+    if [ "$status" = 255 ] && [ "${launcher:-}" = pdsh ]; then
+      echo "launch: 255 is ssh's: it lost a host, or never reached it. Ranks may have gone on; then try --resume" >&2
+    fi
   elif [ -n "$own_logs" ]; then
     rm -rf -- "$LEAD_DS_LOGS"
   fi

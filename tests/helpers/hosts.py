@@ -16,9 +16,11 @@ import pytest
 
 from lead_ds.engine.distributed.ranks import free_port
 from tests.helpers.launch import ROOT
+from tests.helpers.wire import DEVICES, Wire
 
 NAMES = ("lead-a", "lead-b")
 PLACES = "/usr/sbin:/sbin:/usr/bin:/bin"
+HOSTS = ("ip", "ssh", "ssh-keygen", "sshd", "unshare")  # programs
 
 
 def sh(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -27,10 +29,14 @@ def sh(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 
 class Hosts:
-    """Two network namespaces of this machine; they share its files, as machines of a cluster share a file system."""
+    """Two network namespaces of this machine; they share its files, as machines of a cluster share a file system.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    wired: the second's cable is a `Wire`, which can be made worse.
+    """
+
+    def __init__(self, folder: Path, *, wired: bool = False) -> None:
+        self.folder, self.wired = folder, wired
+        self.wire: Wire | None = None
         self.tag = f"lds{os.getpid() % 100000}"
         subnet = f"10.{os.getpid() % 200 + 20}.7"
         self.spaces = [f"{self.tag}{i}" for i in range(2)]
@@ -44,7 +50,11 @@ class Hosts:
         sh("ip", "link", "set", bridge, "up")
         for i, (space, address) in enumerate(zip(self.spaces, self.addresses, strict=True)):
             sh("ip", "netns", "add", space)
-            sh("ip", "link", "add", f"{self.tag}v{i}", "type", "veth", "peer", "name", "eth0", "netns", space)
+            if i == 1 and self.wired:
+                self.wire = Wire(f"{self.tag}v{i}", f"{self.tag}w")
+                sh("ip", "link", "set", f"{self.tag}w", "netns", space, "name", "eth0")
+            else:
+                sh("ip", "link", "add", f"{self.tag}v{i}", "type", "veth", "peer", "name", "eth0", "netns", space)
             sh("ip", "link", "set", f"{self.tag}v{i}", "master", bridge, "up")
             sh("ip", "-n", space, "address", "add", f"{address}/24", "dev", "eth0")
             for device in ("eth0", "lo"):
@@ -161,32 +171,38 @@ class Hosts:
             shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
         for server in self.servers:
             server.wait()
+        if self.wire is not None:
+            self.wire.close()
         for i in range(2):
             sh("ip", "link", "del", f"{self.tag}v{i}", check=False)
         sh("ip", "link", "del", f"{self.tag}br", check=False)
 
 
-def needs(*programs: str) -> None:
-    """Skip, with the reason, where a program or the permission for namespaces is missing."""
+def needs(*programs: str, wired: bool = False) -> None:
+    """Skip, with the reason, where a program or the permission for namespaces is missing, or for devices of our own."""
     missing = [name for name in programs if shutil.which(name, path=f"{PLACES}:{os.environ['PATH']}") is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (README of launch/ names the packages)")
     if os.getuid():
         pytest.skip("network namespaces need root")
+    if wired and not os.access(DEVICES, os.R_OK | os.W_OK):
+        pytest.skip(f"{DEVICES} is missing or not permitted")
 
 
 @contextmanager
-def two_hosts(folder: Path, *programs: str) -> Iterator[Hosts]:
+def two_hosts(folder: Path, *programs: str, wired: bool = False) -> Iterator[Hosts]:
     """Two hosts with ssh between them; skipped where these, or `programs`, cannot be had."""
-    needs("ip", "ssh", "ssh-keygen", "sshd", "unshare", *programs)
+    needs(*HOSTS, *programs, wired=wired)
     folder.mkdir(mode=0o700, exist_ok=True)
     Path("/run/sshd").mkdir(exist_ok=True)
-    made = Hosts(folder)
+    made = Hosts(folder, wired=wired)
     try:
         try:
             made.open()
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not permitted here: {' '.join(error.cmd)}: {error.stderr.strip()}")
+        except OSError as error:
+            pytest.skip(f"no cable of our own can be had here: {error}")
         yield made
     finally:
         made.close()

@@ -3,7 +3,8 @@
     python -m tests.stress 500 --log benchmarks/results/stress.jsonl
 
 The jobs: a distillation on two ranks, encode, teach, index, mine, evaluate, prepare, a whole pipeline, most also on a disk
-that is full after random bytes. The moment is any, or within a phase: a step, an evaluation, a checkpoint, its cleaning, a
+that is full after random bytes. With root, ssh, pdsh and /dev/net/tun also a distillation on two hosts, whose network drops,
+doubles or delays, or parts them. The moment is any, or within a phase: a step, an evaluation, a checkpoint, its cleaning, a
 file's last write. One process is killed, or several at once as by a power cut. After each, all are gone within minutes, what
 lies under a final name is whole, and nothing that was complete is lost. Processes are forked from this one, which has imported
 everything. Continues its log; a finding is a line with what went wrong, status 1.
@@ -12,6 +13,7 @@ everything. Continues its log; a finding is a line with what went wrong, status 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import resource
@@ -22,10 +24,15 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
+import pytest
+
 import tests.helpers.imported  # noqa: F401
+from tests.helpers.hosts import HOSTS, needs, two_hosts
 from tests.stress.attempt import Attempt
-from tests.stress.harm import Harmed, can_mount
+from tests.stress.disk import FullDisk, can_mount
+from tests.stress.harm import Harmed
 from tests.stress.log import Log
+from tests.stress.network import BadNetwork
 from tests.stress.works import WORKS, prepare_rooms
 
 
@@ -44,11 +51,16 @@ def stress(kills: int, seed: int, folder: Path, log: Log, names: list[str], say:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: stopping.append(n))
 
+    def make(name: str) -> Harmed:
+        how, _, work = name.rpartition(": ")
+        if how == "bad network":
+            hosts = stack.enter_context(two_hosts(folder / "hosts", "pdsh", wired=True))
+            return BadNetwork(WORKS[work], rooms, folder, hosts)
+        return (FullDisk if how else Harmed)(WORKS[work], rooms, folder)
+
     def go_on(name: str, dice: random.Random | None) -> None:
         nonlocal runs
-        if name not in harmed:
-            harmed[name] = Harmed(WORKS[name.removeprefix("full disk: ")], rooms, folder, disk=name not in WORKS)
-        one, before = harmed[name], processor_seconds()
+        one, before = harmed.get(name) or harmed.setdefault(name, make(name)), processor_seconds()
         if one.run is None:
             one.begin(runs)
             runs += 1
@@ -67,13 +79,19 @@ def stress(kills: int, seed: int, folder: Path, log: Log, names: list[str], say:
         shares |= {f"full disk: {name}": 1 + work.share // 4 for name, work in WORKS.items() if work.full}
     else:
         print("no file system can be mounted here: no disk is full", flush=True)
-    while len(log.kills) < kills and not stopping:
-        dice = random.Random(f"{seed} {len(log.rows)}")
-        chosen = [name for name in names if name in shares] or list(shares)
-        go_on(dice.choices(chosen, [shares[name] for name in chosen])[0], dice)
-    for name, one in harmed.items():
-        while one.run is not None:
-            go_on(name, None)
+    try:
+        needs(*HOSTS, "pdsh", wired=True)
+        shares["bad network: distill"] = 10
+    except pytest.skip.Exception as why:
+        print(f"no network is bad: {why}", flush=True)
+    with contextlib.ExitStack() as stack:
+        while len(log.kills) < kills and not stopping:
+            dice = random.Random(f"{seed} {len(log.rows)}")
+            chosen = [name for name in names if name in shares] or list(shares)
+            go_on(dice.choices(chosen, [shares[name] for name in chosen])[0], dice)
+        for name, one in harmed.items():
+            while one.run is not None:
+                go_on(name, None)
 
 
 def main() -> None:
@@ -82,7 +100,12 @@ def main() -> None:
     parser.add_argument("kills", type=int, nargs="?", default=500)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--log", type=Path, help="JSON lines to add to; goes on where it ends")
-    parser.add_argument("--only", nargs="*", default=[], help=f"of {', '.join(WORKS)}, or 'full disk: ...' of these")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        help=f"of {', '.join(WORKS)}, or 'full disk: ...' of these, or 'bad network: distill'",
+    )
     parser.add_argument("--quiet", action="store_true", help="only the counts at the end")
     arguments = parser.parse_args()
     log = Log(arguments.log)
