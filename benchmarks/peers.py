@@ -46,7 +46,7 @@ RUNS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
         "sentence-transformers": ("sentence-transformers", "fp32", {}),
         "lead-ds, bf16": ("lead-ds", "bf16", BF16),
         "sentence-transformers, bf16": ("sentence-transformers", "bf16", {}),
-        "lead-ds, bf16, passes 4": ("lead-ds", "bf16", {"student": {"dtype": "bf16", "passes": 4}}),
+        "lead-ds, bf16, passes null": ("lead-ds", "bf16", {"student": {"dtype": "bf16", "passes": None}}),
         "lead-ds, bf16, checkpointing": ("lead-ds", "bf16", {**BF16, "train": {"gradient_checkpointing": True}}),
     },
     **{

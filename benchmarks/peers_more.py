@@ -23,7 +23,7 @@ def online(work: Path, models: Path, size: Size, done: set[str]) -> Iterator[Row
     from benchmarks.throughput import main
 
     for loss, teacher in (("kl", "reranker-l12"), ("embed", "bge-small")):
-        for passes in (None, 4):
+        for passes in (None, "auto"):
             name = f"{teacher}, passes {passes}"
             if name in done:
                 continue
