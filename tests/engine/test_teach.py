@@ -252,7 +252,7 @@ def test_a_corrupt_shard_is_refused(taught: Taught, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 of 5 shards are missing"):
         reader(taught, override)
     (tmp_path / "cache" / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"manifest\.json: is not that of a teacher's cache: it has no 'facts'"):
         reader(taught, override)
 
 

@@ -76,7 +76,7 @@ def grouped_attention_kl(
         s_scale = (s_q.shape[3] ** -0.5 if student_scale is None else student_scale) / temperature
         with_grad = torch.is_grad_enabled() and (s_q.requires_grad or s_k.requires_grad)
         visit = partial(
-            _visit, t_q, t_k, s_q, s_k, (t_groups, s_groups), max(1, count), (t_scale, s_scale), causal, with_grad
+            _visit, t_q, t_k, s_q, s_k, (t_groups, s_groups, max(1, count)), (t_scale, s_scale), causal, with_grad
         )
         values.append(OneVisit.apply(visit, s_q, s_k))
     return torch.stack(values).mean()
@@ -105,8 +105,7 @@ def _visit(
     tk: Tensor,
     sq: Tensor,
     sk: Tensor,
-    groups: tuple[Tensor, Tensor],
-    slots: int,
+    groups: tuple[Tensor, Tensor, int],
     scales: tuple[float, float],
     causal: bool,
     with_grad: bool,
@@ -114,7 +113,8 @@ def _visit(
     """The value, texts and heads at a time, and the gradients to sq and sk where they are wanted."""
     dtype = compute_dtype(tq, sq)
     batch, heads = sq.shape[:2]
-    t_groups, s_groups, common_BG = _common(groups[0].to(sq.device), groups[1].to(sq.device), slots)
+    given_BT, given_BS, slots = groups
+    t_groups, s_groups, common_BG = _common(given_BT.to(sq.device), given_BS.to(sq.device), slots)
     weight_BG = common_BG.to(dtype)
     weight_BG /= weight_BG.sum().clamp_min(1) * heads
 
