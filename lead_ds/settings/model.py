@@ -44,10 +44,10 @@ class ModelConfig(Section):
         "auto",
         description="forwards per micro-batch of the student, per window of the teacher. Texts are sorted by length, so that "
         "short ones are not padded to the longest, and queries share a pass with passages. auto: up to 4, where they save a "
-        "twentieth of the tokens; of a sharded model, two of texts and one of pairs. 1 under zero3 gathers the "
-        "model once, not twice; 2 to 4 save padding. packed does both: one forward over rows in which texts stand side by "
-        "side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: one for queries, one "
-        "for passages (or one for pairs)",
+        "twentieth of the tokens; of a sharded model, two of texts and one of pairs (on a CPU the process may then hold a fifth "
+        "more). 1 under zero3 gathers the model once, not twice; 2 to 4 save padding. packed does both: one forward over rows in "
+        "which texts stand side by side, none seeing another (decoders, BERT and its kin; checked at start; not colbert). null: "
+        "one for queries, one for passages (or one for pairs)",
     )
     allow_pickle: Annotated[bool, PACE] = Field(
         False, description="allow weights that come as pickle (pytorch_model.bin) only"
