@@ -76,7 +76,7 @@ class Gather(Protocol):
         """`x` of every process, joined along `dim` in order of rank; equal shapes everywhere; carries gradient."""
 
     def largest(self, n: int, device: torch.device) -> int:
-        """The largest of every process's `n`."""
+        """The largest of every process's `n`; a GPU is waited for."""
 
 
 F = TypeVar("F", bound="Features")
@@ -217,6 +217,7 @@ class TokenFeatures(Features):
     p_KPLD: Tensor
     p_mask_PL: Tensor
     scale: Scale = "none"
+    longest: int | None = None  # tokens that every process pads passages to, where they have agreed on it
 
     def micro(self, start: int, stop: int, group_size: int) -> TokenFeatures:
         own = slice(start * group_size, stop * group_size)
@@ -263,7 +264,7 @@ class TokenFeatures(Features):
 
     def gathered(self, over: Gather) -> TokenFeatures:
         """See `Features`. Processes pad to their own longest passage, so they agree on the longest of all first."""
-        length = over.largest(self.p_KPLD.shape[2], self.device)
+        length = over.largest(self.p_KPLD.shape[2], self.device) if self.longest is None else self.longest
         return replace(
             self,
             p_KPLD=over.along(pad_tokens(self.p_KPLD, 2, length), 1),

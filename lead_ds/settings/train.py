@@ -37,8 +37,7 @@ class TrainConfig(Section):
     clip: float = Field(2.0, ge=0, description="gradient norm; 0: no clipping")
     in_batch: Literal["global", "local"] = Field(
         "global",
-        description="other queries' passages as negatives: of every rank, or of the rank's micro-batch. Of a ColBERT, global has "
-        "ranks agree on the longest passage at each gather, for which a GPU is waited",
+        description="other queries' passages as negatives: of every rank, or of the rank's micro-batch",
     )
     lora: LoraConfig | None = Field(
         None,

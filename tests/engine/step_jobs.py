@@ -11,9 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lead_ds.config import load_config
+from lead_ds.engine.distributed.gather import AllRanks
 from lead_ds.engine.distributed.ranks import ranks
 from lead_ds.engine.training.distill import distill
 from lead_ds.engine.training.loop import Training
+from tests.engine.jobs import losses_of
 
 # Operations whose result's value or size the host needs.
 WAITS = (
@@ -48,6 +50,17 @@ class Steps(TorchDispatchMode):
             if (name.startswith(UNORDERED) and not in_order) or sums_floats:
                 self.unordered.add(f"{name} in {_asked_by()}")
         return func(*args, **(kwargs or {}))
+
+
+def unasked(configs: list[str]) -> list[list[float]]:
+    """The losses of runs in which ranks may not ask a GPU how long the longest passage is."""
+
+    def largest(*given: Any) -> int:
+        raise AssertionError("a GPU would be waited for")
+
+    AllRanks.largest = largest  # type: ignore[method-assign]
+    with ranks():
+        return [losses_of(distill(load_config(path), quiet=True).parent) for path in configs]
 
 
 def _asked_by() -> str:

@@ -54,6 +54,21 @@ def test_steps_of_every_kind(configure: Callable[..., Path]) -> None:
         assert not found["still"], "the run's own setting ends with it"
 
 
+def test_ranks_agree_on_the_longest_passage_without_a_gpu(configure: Callable[..., Path]) -> None:
+    """Each rank's passages have another length; a ColBERT compares their tokens. The losses are those of one process."""
+    how: dict[str, Any] = {"student": {"kind": "colbert"}}
+    train = {"steps": 4, "accumulation": 2, "save_every": 4, "log_every": 1}
+    pair = [
+        configure(f"lengths-{world}", "colbert", train=train | {"batch_size": 4 // world}, **how) for world in (2, 1)
+    ]
+    cotrained = configure("both", "colbert", train=train, extra_teacher={"train": True, "dtype": "fp32"}, **how)
+    two = launch("tests.engine.step_jobs:unasked", 2, configs=[str(pair[0]), str(cotrained)])
+    assert two[0] == two[1]
+    [one] = launch("tests.engine.jobs:distil_each", 1, configs=[str(pair[1])])[0]
+    assert two[0][0] == pytest.approx(one, rel=1e-5)
+    assert len(two[0][1]) == 4
+
+
 def test_the_trace_sees_what_it_looks_for() -> None:
     x = torch.tensor([1.0, 2.0])
     with Steps() as mode:

@@ -18,9 +18,10 @@ from lead_ds.engine.records.phases import Phase, Phases
 from lead_ds.engine.records.recorder import Recorder, StepSums
 from lead_ds.engine.training.ahead import AheadTeachers, answers, with_next
 from lead_ds.engine.training.evaluation import Evaluator, Evaluators
+from lead_ds.engine.training.lengths import Lengths, Longest
 from lead_ds.engine.training.objective import Selected
 from lead_ds.engine.training.schedule import learning_rate
-from lead_ds.engine.training.step import Micro, RankScope, side_of, word_groups
+from lead_ds.engine.training.step import Micro, RankScope, agreed, side_of, word_groups
 from lead_ds.losses.objective import Asked
 from lead_ds.teachers.finite import check_finite, say_constant
 from lead_ds.teachers.teacher import Teacher, TeacherView
@@ -70,6 +71,9 @@ class Training:
         early = config.train.overlap and any(teacher.computes for teacher in self.teachers)
         self.ahead = AheadTeachers(teachers, ranks.device) if early else None
         taught = self.teachers or ([] if self.trainee.teacher is None else [self.trainee.teacher])
+        scorers = [getattr(teacher, "scorer", teacher) for teacher in taught]
+        self.lengths = Lengths(ranks, [self.trainee.student, *scorers], self.scope.gathers)
+        self.longest: list[Longest] = []
         self.selection = Selected.of(config, self.trainee.student, taught, self.informative or [[]] * len(taught))
 
     def run(self) -> dict[str, Any] | None:
@@ -150,6 +154,8 @@ class Training:
                 check_finite(key, teacher, view, batches, self.ranks)
                 say_constant(key, view, self.batches.group_size, self.ranks)
                 self.checked.add(key)
+        with self.phases.inside("communication"):
+            self.longest = self.lengths.agree(step, window)
         sums = StepSums(self.trainee.losses.rows(asked))
         for index in range(len(window.student)):
             self._at("student forward")
@@ -178,14 +184,20 @@ class Training:
             word_groups(batches[index], batch, device) if captured.taps else (None, None)
             for batches, captured in zip(window.teachers, asked.teachers, strict=False)  # without a teacher, of none
         ]
+        longest = self.longest[index] if self.longest else ()
+        taught = [None if view is None else side_of(view, index, slice(first, last), group_size) for view in views]
+        for place, agreed_on in enumerate(longest[1 : 1 + len(taught)]):
+            found = taught[place]
+            taught[place] = None if found is None else agreed(found, agreed_on)
         return Micro(
             batch.to(device),
             self.scope,
             asked,
-            [None if view is None else side_of(view, index, slice(first, last), group_size) for view in views],
+            taught,
             window.teachers[0][index].to(device) if self.trainee.teacher is not None else None,
             keys,
             groups or [(None, None)],
+            longest,
         )
 
     def evaluate(self) -> bool:

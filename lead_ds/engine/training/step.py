@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from lead_ds.data.reads import ModelBatch
 from lead_ds.engine.distributed.gather import AllRanks, gather_dim
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.records.phases import Phases
+from lead_ds.engine.training.lengths import Longest
 from lead_ds.losses.objective import NOTHING_ASKED, Asked
 from lead_ds.losses.views import Groups, Scope, Side
 from lead_ds.models.scorer import Output
-from lead_ds.relevance import Features, Impl
+from lead_ds.relevance import Features, Impl, TokenFeatures
 from lead_ds.teachers.teacher import TeacherView
 
 
@@ -63,7 +64,7 @@ class Micro:
     """One micro-batch, on the device, as the trained module takes it.
 
     taught: the output for it of each teacher that is not trained, None of one that does not teach now. teacher: the texts of
-    one that is. keys: where duplicates are masked. groups: of each teacher, see `Views`.
+    one that is. keys: where duplicates are masked. groups: of each teacher, see `Views`. longest: see `Lengths`.
     """
 
     student: ModelBatch
@@ -73,6 +74,15 @@ class Micro:
     teacher: ModelBatch | None = None
     keys: tuple[Tensor, Tensor] | None = None
     groups: Sequence[tuple[Groups | None, ...]] = ((None, None),)
+    longest: Longest = ()
+
+
+def agreed(found: Side, longest: int | None) -> Side:
+    """A model's answer with the tokens that all ranks pad its passages to, where they have agreed on it."""
+    if longest is None or not isinstance(found.final, TokenFeatures):
+        return found
+    layers = replace(found.layers, longest=longest) if isinstance(found.layers, TokenFeatures) else found.layers
+    return replace(found, final=replace(found.final, longest=longest), layers=layers)
 
 
 def side(output: Output) -> Side:

@@ -14,7 +14,7 @@ from torch import nn
 from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, zero_stage
 from lead_ds.engine.distributed.ranks import Ranks
-from lead_ds.engine.training.step import Micro, side
+from lead_ds.engine.training.step import Micro, agreed, side
 from lead_ds.errors import InputError
 from lead_ds.losses.objective import Captured, Objective, ObjectiveOutput
 from lead_ds.losses.views import Side, Views
@@ -40,9 +40,10 @@ class Trainee(nn.Module):
     def forward(self, micro: Micro) -> ObjectiveOutput:
         """The objective of one micro-batch."""
         assert self.losses is not None
-        student, taught = answer(self.student, micro.student, micro.asked.student), micro.taught
+        longest, *others = micro.longest or (None, None)
+        student, taught = agreed(answer(self.student, micro.student, micro.asked.student), longest), micro.taught
         if self.teacher is not None:
-            taught = [answer(self.teacher, micro.teacher, micro.asked.teachers[0])]
+            taught = [agreed(answer(self.teacher, micro.teacher, micro.asked.teachers[0]), others[0])]
         if getattr(self.student.config, "passages", "own") == "teacher":
             [teacher] = taught
             assert teacher is not None
@@ -50,8 +51,8 @@ class Trainee(nn.Module):
         micro.scope.begin()
         cotrained, first = self.teacher is not None, taught[0] if taught else None
         views = Views(student, first, micro.scope, micro.keys, cotrained=cotrained, groups=micro.groups[0])
-        others = zip(taught[1:], micro.groups[1:], strict=True)
-        return self.losses([views, *(views.beside(teacher, groups) for teacher, groups in others)], micro.asked)
+        more = zip(taught[1:], micro.groups[1:], strict=True)
+        return self.losses([views, *(views.beside(teacher, groups) for teacher, groups in more)], micro.asked)
 
 
 def answer(scorer: Scorer, batch: Any, asked: Captured) -> Side:
