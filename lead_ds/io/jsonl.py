@@ -120,7 +120,10 @@ def refuse_repeated(line: bytes, record: Mapping[str, Any], path: Path, number: 
     """Raise InputError for a key that a line's object has twice: a parser keeps the last, and says nothing of the first."""
     if all(line.count(_quoted(key)) < 2 for key in record):
         return
-    keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+    try:
+        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+    except (ValueError, RecursionError):  # deeper, or with a longer number, than this parser takes
+        return
     twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
     if twice is not None:
         raise InputError(f"{path}:{number}", f"has the key {twice!r} twice", "keep one of them")

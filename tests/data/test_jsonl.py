@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -78,3 +79,14 @@ def test_what_only_looks_like_a_key_given_twice_is_read(line: str, tmp_path: Pat
     assert [record for block in read_blocks(path, path.read_bytes()) for record in block.records] == [
         json.loads(line)
     ] * 2
+
+
+@pytest.mark.parametrize(
+    "deep", ['{"a": "a", "b": %s}' % ("[" * 1000 + "]" * 1000), '{"a": "a", "b": %s}' % ("1" * 5000)]
+)
+def test_what_another_parser_does_not_take_is_read_or_refused(deep: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{deep}\n")
+    for read in (lambda: list(read_jsonl(path)), lambda: list(read_blocks(path, path.read_bytes()))):
+        with contextlib.suppress(InputError):
+            assert len(read()) == 1
