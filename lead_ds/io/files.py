@@ -121,8 +121,8 @@ def write_json(path: Path, value: Any) -> None:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
         raise RunError(path, f"{_not_finite(value)} is not finite", "see what computed it") from None
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic(path) as temporary:  # half a character is written as its escape, which JSON has
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _not_finite(value: Any, name: str = "") -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from lead_ds.errors import InputError
+from lead_ds.io.files import write_json
+from lead_ds.io.json_text import parse_json
 from lead_ds.io.jsonl import open_text, read_blocks, read_jsonl, require_file
 
 
@@ -90,3 +92,9 @@ def test_what_another_parser_does_not_take_is_read_or_refused(deep: str, tmp_pat
     for read in (lambda: list(read_jsonl(path)), lambda: list(read_blocks(path, path.read_bytes()))):
         with contextlib.suppress(InputError):
             assert len(read()) == 1
+
+
+def test_half_a_character_is_written_as_it_can_be_read(tmp_path: Path) -> None:
+    value = {"\ud800 é": ["\udfff", "\\ud800", "𝄞"]}
+    write_json(tmp_path / "a.json", value)
+    assert parse_json((tmp_path / "a.json").read_text("utf-8")) == value
