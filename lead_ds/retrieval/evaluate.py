@@ -23,7 +23,7 @@ from lead_ds.models.kinds.kind import Kind, kinds_that
 from lead_ds.models.vocabulary import check_vocabulary
 from lead_ds.retrieval.encode import Encoding
 from lead_ds.retrieval.encoded import Encoded, encode_both
-from lead_ds.retrieval.identical import each_without_identical, with_spare, without_identical
+from lead_ds.retrieval.identical import each_without_identical, with_spare
 from lead_ds.retrieval.metrics import Scores, depth, parse_measure, score_run
 from lead_ds.retrieval.peers import ALONE, Peers
 from lead_ds.retrieval.precision import Embed
@@ -252,14 +252,17 @@ def evaluate_run(
 
     keep_identical: count a passage that has its query's id, as trec_eval does and BEIR does not.
     """
-    run = read_run(run) if isinstance(run, (str, Path)) else run
+    own: Run = read_run(run) if isinstance(run, (str, Path)) else {query: dict(found) for query, found in run.items()}
     where = qrels if isinstance(qrels, (str, Path)) else "qrels"
     qrels = read_qrels(qrels) if isinstance(qrels, (str, Path)) else qrels
     check_relevant(qrels, relevance_level, where)
-    if not keep_identical:
-        kept = {query: dict(found) for query, found in run.items() if query in qrels}
-        run = without_identical(kept, max(map(len, kept.values()), default=0), qrels) if kept else run
-    return score_run(run, qrels, measures, relevance_level)
+    judged = [query for query in own if query in qrels]
+    if judged and not keep_identical:
+        deepest = max(len(own[query]) for query in judged)
+        parts = each_without_identical(({query: own[query]} for query in judged), deepest, qrels)
+        for part in parts:  # in its place: a second run of all queries would take gigabytes
+            own |= part
+    return score_run(own, qrels, measures, relevance_level)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from lead_ds.data.collections.qrels import refuse_nul
 from lead_ds.errors import InputError
 
+_AT_ONCE = 1024  # queries that are scored together: the C code takes a copy of their results
 EXAMPLES = "for example nDCG@10, RR@10, AP@1000, R@100, P@10"
 DEFAULT_DEPTH = 1000  # of a measure without a cutoff, as trec_eval reads runs
 
@@ -49,8 +50,12 @@ def score_run(
     names = {measure: name for name, measure in parsed.items()}
     per_query: dict[str, dict[str, float]] = {name: {} for name in names.values()}
     try:
-        for metric in ir_measures.iter_calc(list(names), _plain(qrels, int), _plain(run, float)):
-            per_query[names[metric.measure]][metric.query_id] = float(metric.value)
+        judged = [query for query in qrels if query in run]
+        for first in range(0, len(judged), _AT_ONCE):
+            some = judged[first : first + _AT_ONCE]
+            parts = [_plain({query: of[query] for query in some}, kind) for of, kind in ((qrels, int), (run, float))]
+            for metric in ir_measures.iter_calc(list(names), *parts):
+                per_query[names[metric.measure]][metric.query_id] = float(metric.value)
     except subprocess.CalledProcessError as error:  # of measures that a program of their own computes
         what = f"{', '.join(parsed)} could not be computed: a program ended with status {error.returncode}"
         raise InputError("measures", what, EXAMPLES) from None

@@ -16,6 +16,7 @@ from lead_ds.io.jsonl import read_lines
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
 
+_DEEPEST = 1 << 16  # ranks
 _HEADER = ("score", "rel", "label", "judg", "grade", "qrel")  # how the last column of a header line begins
 
 
@@ -94,7 +95,9 @@ def read_run(path: str | Path) -> Run:
     file.
     """
     run: Run = {}
-    ranks: dict[str, set[int]] = {}
+    # A bit for each rank, for a set of them takes as much memory as the run; of ranks that no run is as deep as, a set.
+    ranks: dict[str, int] = {}
+    deeper: set[tuple[str, int]] = set()
     for number, line in read_lines(path):
         fields = line.split()
         try:
@@ -108,10 +111,15 @@ def read_run(path: str | Path) -> Run:
         ranking = run.setdefault(query, {})
         if passage in ranking:
             raise InputError(f"{path}:{number}", f"{passage!r} is listed twice for query {query!r}", "list it once")
-        if place in ranks.setdefault(query, set()):
+        if 0 <= place < _DEEPEST:
+            seen = ranks.get(query, 0)
+            twice, ranks[query] = bool(seen >> place & 1), seen | 1 << place
+        else:
+            twice = (query, place) in deeper
+            deeper.add((query, place))
+        if twice:
             what = f"rank {place} of query {query!r} is given twice"
             raise InputError(f"{path}:{number}", what, "is it two runs in one file? number each query's results")
-        ranks[query].add(place)
         ranking[passage] = value
     if not run:
         raise InputError(path, "holds no results", "each line is query Q0 passage rank score tag")
