@@ -189,7 +189,7 @@ def begin(shards: Shards, facts: dict[str, Any]) -> dict[str, Any]:
     """
     out, facts = shards.out, {**facts, **shards.facts()}
     if (out / MANIFEST).exists():
-        manifest = read_manifest(out, ANOTHER_FOLDER)
+        manifest = read_manifest(out, "choose another folder")
         had = "vectors" if "vectors" in manifest["facts"] else "relevance"
         if had != shards.kept:
             raise InputError(out, f"holds a teacher's {had}, not {shards.kept}", ANOTHER_FOLDER)

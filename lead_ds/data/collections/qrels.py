@@ -95,7 +95,7 @@ def read_run(path: str | Path) -> Run:
     file.
     """
     run: Run = {}
-    # A bit for each rank, for a set of them takes as much memory as the run; of ranks that no run is as deep as, a set.
+    # A query's ranks as bits: a set of them takes as much memory as its results. Ranks beyond _DEEPEST, which are rare, in a set.
     ranks: dict[str, int] = {}
     deeper: set[tuple[str, int]] = set()
     for number, line in read_lines(path):
