@@ -81,7 +81,10 @@ class Hosts:
         deadline = time.monotonic() + 600
         for name in NAMES:
             while self.on_first("ssh", name, "true").returncode:
-                assert time.monotonic() < deadline, (self.folder / f"sshd-{self.spaces[0]}.log").read_text()
+                if self.wire is not None:
+                    self.wire.check()
+                logs = (self.folder / f"sshd-{space}.log" for space in self.spaces)
+                assert time.monotonic() < deadline, "\n".join(log.read_text() for log in logs)
                 time.sleep(0.3)
 
     def _keys(self) -> None:
