@@ -48,32 +48,40 @@ class Case:
 
 
 def layer_kl_cases(small: bool) -> Iterator[Case]:
-    """A batch whose maps are kept, one whose are not; cosines, masks and temperatures."""
-    large = (2, 65, 70, 48) if small else (3, 700, 2100, 144)
-    for name, (k, q, p, d) in (("kept", (2, 19, 70, 48)), ("large", large), ("masked cosine", large)):
+    """A batch whose maps are kept, one whose are not; cosines, masks and temperatures; scaled rows."""
+    kept, large = (2, 19, 70, 48), (2, 65, 70, 48) if small else (3, 700, 2100, 144)
+    for name, (k, q, p, d) in (("kept", kept), ("large", large), ("masked cosine", large), ("scaled rows", large)):
         cosine = name == "masked cosine"
         shapes = {"tq": (k, q, d + 16), "td": (k, p, d + 16), "sq": (k, q, d), "sd": (k, p, d)}
         x = {key: torch.randn(shape) * (1.0 if cosine else d**-0.25) for key, shape in shapes.items()}
         how = {"target": torch.randint(0, p, (q,)), "cosine": cosine, "temperature": 0.05 if cosine else 1.0}
         how["mask"] = torch.rand(q, p) > 0.2 if cosine else None
-        yield Case(name, {key: x[key] for key in ("tq", "td")}, {key: x[key] for key in ("sq", "sd")}, how)
+        fixed, leaves = ({f"{side}{key}": x[f"{side}{key}"] for key in "qd"} for side in "ts")
+        if name == "scaled rows":
+            fixed["t_scale"], leaves["s_scale"] = (0.5 + torch.rand(k, q) for _ in range(2))
+        yield Case(name, fixed, leaves, how)
 
 
-def layer_kl_call(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor, **how: Any) -> Tensor:
+def layer_kl_call(target: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
     """The kernel."""
-    from lead_ds.kernels import Factors, factors_kl
+    from lead_ds.kernels import factors_kl
 
-    rest = how["temperature"], how["cosine"]
-    return factors_kl(Factors(tq, td, *rest), Factors(sq, sd, *rest), target, mask=how["mask"], impl="triton")[0]
+    return factors_kl(*layer_kl_sides(given), target, mask=mask, impl="triton")[0]
 
 
-def layer_kl_exact(tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, target: Tensor, **how: Any) -> Tensor:
+def layer_kl_exact(target: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
     """Its reference."""
-    from lead_ds.kernels import Factors
     from lead_ds.kernels.layer_kl.reference import layer_kl_reference
 
-    rest = how["temperature"], how["cosine"]
-    return layer_kl_reference(Factors(tq, td, *rest), Factors(sq, sd, *rest), target, mask=how["mask"])[0]
+    return layer_kl_reference(*layer_kl_sides(given), target, mask=mask)[0]
+
+
+def layer_kl_sides(x: dict[str, Any]) -> tuple[Any, Any]:
+    """Teacher and student, as both take them."""
+    from lead_ds.kernels import Factors
+
+    how = x["temperature"], x["cosine"]
+    return Factors(x["tq"], x["td"], *how, x.get("t_scale")), Factors(x["sq"], x["sd"], *how, x.get("s_scale"))
 
 
 def maxsim_cases(small: bool) -> Iterator[Case]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lead_ds.kernels import maxsim
+from lead_ds.kernels.deviations import centred
 from lead_ds.kernels.products import products
 
 Scale = Literal["none", "cosine", "standard"]
@@ -30,9 +31,9 @@ MASKED = -1e30  # finite: -inf minus -inf would poison a masked row's gradient
 class Relevance:
     """Relevance logits [K, Q, P], held as the tensor itself or as the two vector factors whose product it is.
 
-    Factors let a kernel compute a divergence without the [K, Q, P] map. They keep the dtype of the features; with
-    `cosine` the logits are their products over their lengths. `mask` [Q, P] (False: that passage is left out of the
-    query's distribution) is applied to `logits` and handed to kernels beside `factors`.
+    Factors let a kernel compute a divergence without the [K, Q, P] map. They keep the dtype of the features; `scale`
+    says what is made of their products. `mask` [Q, P] (False: that passage is left out of the query's distribution) is
+    applied to `logits` and handed to kernels beside `factors`.
 
     >>> Relevance(factors=(torch.ones(1, 1, 2), torch.ones(1, 3, 2))).logits.tolist()
     [[[2.0, 2.0, 2.0]]]
@@ -44,12 +45,12 @@ class Relevance:
         *,
         factors: tuple[Tensor, Tensor] | None = None,
         mask_QP: Tensor | None = None,
-        cosine: bool = False,
+        scale: Scale = "none",
     ) -> None:
         if (logits_KQP is None) == (factors is None):
             raise ValueError("give the logits or the factors, one of them")
         self.factors = factors
-        self.cosine = cosine
+        self.scale = scale
         self.mask = mask_QP
         self._logits = logits_KQP
 
@@ -58,7 +59,9 @@ class Relevance:
         """[K, Q, P] in float32; masked entries hold a large negative number."""
         if self._logits is None:
             assert self.factors is not None
-            self._logits = products(*self.factors, cosine=self.cosine)
+            self._logits = products(*self.factors, cosine=self.scale == "cosine")
+            if self.scale == "standard":
+                self._logits = standardised(self._logits, self.mask)
         logits = self._logits.float()
         return logits if self.mask is None else logits.masked_fill(~self.mask, MASKED)
 
@@ -66,7 +69,7 @@ class Relevance:
         """The same relevance without gradient."""
         logits = None if self._logits is None or self.factors is not None else self._logits.detach()
         factors = None if self.factors is None else (self.factors[0].detach(), self.factors[1].detach())
-        return Relevance(logits, factors=factors, mask_QP=self.mask, cosine=self.cosine)
+        return Relevance(logits, factors=factors, mask_QP=self.mask, scale=self.scale)
 
 
 class Gather(Protocol):
@@ -183,9 +186,7 @@ class VectorFeatures(Features):
 
     def relevance(self, mask_QP: Tensor | None = None, impl: Impl = "auto") -> Relevance:
         """Every query against every passage, as factors."""
-        if self.scale == "standard":
-            return Relevance(standardised(products(self.q_KQD, self.p_KPD), mask_QP), mask_QP=mask_QP)
-        return Relevance(factors=(self.q_KQD, self.p_KPD), mask_QP=mask_QP, cosine=self.scale == "cosine")
+        return Relevance(factors=(self.q_KQD, self.p_KPD), mask_QP=mask_QP, scale=self.scale)
 
     def group_relevance(self, group_size: int, impl: Impl = "auto") -> Relevance:
         q_B1D, p_BND = self.q_KQD.flatten(0, 1)[:, None], self.p_KPD.flatten(0, 1).unflatten(0, (-1, group_size))
@@ -307,11 +308,8 @@ class ScoreFeatures(Features):
 
 def standardised(logits_KQP: Tensor, mask_QP: Tensor | None = None) -> Tensor:
     """Zero mean and unit deviation over each query's unmasked passages. [K, Q, P] -> [K, Q, P]."""
-    keep = torch.ones_like(logits_KQP) if mask_QP is None else mask_QP.to(logits_KQP).expand_as(logits_KQP)
-    count = keep.sum(-1, keepdim=True).clamp_min(1)
-    centred = logits_KQP - (logits_KQP * keep).sum(-1, keepdim=True) / count
-    variance = (centred.square() * keep).sum(-1, keepdim=True) / count
-    return centred / variance.clamp_min(1e-12).sqrt()  # clamped inside: the root's gradient at 0 is infinite
+    around_KQP, deviation_KQ1 = centred(logits_KQP, mask_QP)
+    return around_KQP / deviation_KQ1
 
 
 def pad_tokens(x: Tensor, dim: int, length: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lead_ds.kernels import Factors, factors_kl
+from lead_ds.kernels.deviations import inverse_deviations
+from lead_ds.kernels.layer_kl.inputs import stores_maps
 from lead_ds.relevance import MASKED, Impl, Relevance
 
 ENTROPY_QUERIES = (
@@ -33,16 +35,14 @@ def relevance_kl(
     renormalised. Raises ValueError for unequal shapes.
 
     Where both models hold vectors and the teacher needs no gradient, `kernels.factors_kl` computes it without the
-    [K, Q, P] maps.
+    [K, Q, P] maps; z-scores have theirs while it takes at most 16 MiB.
     """
     if shape(teacher) != shape(student):
         raise ValueError(f"teacher relevance is {list(shape(teacher))}, student relevance {list(shape(student))}")
     mask_QP = _common_mask(teacher, student)
     t_factors, s_factors = _factors(teacher), _factors(student)
     if t_factors and s_factors and not any(factor.requires_grad for factor in t_factors):
-        # 16-bit factors go in as they are: their products are exact in float32, in which they are summed.
-        taught = Factors(*t_factors, teacher_temperature, _cosine(teacher))
-        learnt = Factors(*s_factors, student_temperature, _cosine(student))
+        taught, learnt = _side(teacher, teacher_temperature), _side(student, student_temperature)
         return factors_kl(taught, learnt, target_Q, mask=mask_QP, impl=impl)
     t_KQP, s_KQP = _logits(teacher, mask_QP), _logits(student, mask_QP)
     t_log = (t_KQP / teacher_temperature).log_softmax(-1)
@@ -61,7 +61,7 @@ def entropy(relevance: Relevance, temperature: float = 1.0) -> Tensor:
         q_KQD, p_KPD = relevance.factors
         mask = None if relevance.mask is None else relevance.mask[:ENTROPY_QUERIES]
         factors = (q_KQD[:, :ENTROPY_QUERIES], p_KPD)
-        relevance = Relevance(factors=factors, mask_QP=mask, cosine=relevance.cosine)
+        relevance = Relevance(factors=factors, mask_QP=mask, scale=relevance.scale)
     log_KQP = (relevance.logits[:, :ENTROPY_QUERIES] / temperature).log_softmax(-1)
     return -(log_KQP.exp() * log_KQP).sum(-1).mean(-1)
 
@@ -77,11 +77,19 @@ def shape(relevance: Relevance | Tensor) -> tuple[int, ...]:
 
 
 def _factors(relevance: Relevance | Tensor) -> tuple[Tensor, Tensor] | None:
-    return relevance.factors if isinstance(relevance, Relevance) else None
+    """The vectors of which a kernel makes scores; None of logits, and of z-scores whose map is small: to hold it is faster."""
+    if isinstance(relevance, Tensor) or relevance.factors is None:
+        return None
+    return None if relevance.scale == "standard" and stores_maps(*shape(relevance)) else relevance.factors
 
 
-def _cosine(relevance: Relevance | Tensor) -> bool:
-    return isinstance(relevance, Relevance) and relevance.cosine
+def _side(relevance: Relevance | Tensor, temperature: float) -> Factors:
+    """As kernels take it. 16-bit vectors go in as they are: their products are exact in float32, in which they are summed."""
+    assert isinstance(relevance, Relevance)
+    assert relevance.factors is not None
+    # Of z-scores, only the deviation: a softmax is the same at any mean.
+    deviations = inverse_deviations(*relevance.factors, relevance.mask) if relevance.scale == "standard" else None
+    return Factors(*relevance.factors, temperature, relevance.scale == "cosine", deviations)
 
 
 def _common_mask(teacher: Relevance | Tensor, student: Relevance | Tensor) -> Tensor | None:

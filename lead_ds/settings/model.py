@@ -29,8 +29,8 @@ class ModelConfig(Section):
     )
     scale: Literal["none", "cosine", "standard"] = Field(
         "none",
-        description="of layer relevance, and of a teacher's final one: as the model gives it, cosines, or z-scores per query, "
-        "for which scores of all queries and passages are held. A student's final relevance is what it will serve: see normalize",
+        description="of layer relevance, and of a teacher's final one: as the model gives it, cosines, or z-scores per query. "
+        "A student's final relevance is what it will serve: see normalize",
     )
     query_prompt: str | None = Field(None, description="null: from the model's own sentence-transformers configuration")
     passage_prompt: str | None = None

@@ -46,10 +46,14 @@ def layer_kl_reference(
     target: Tensor,
     *temperatures: float,
     cosine: Any = (False, False),
+    scale: Any = (None, None),
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of tq, td, sq, sd, temperatures and cosines, in place of one argument a model."""
+    """Of tq, td, sq, sd, temperatures, cosines and row_scales, in place of one argument a model."""
     of_teacher, of_student = temperatures or (1.0, 1.0)
     return layer.layer_kl_reference(
-        Factors(tq, td, of_teacher, cosine[0]), Factors(sq, sd, of_student, cosine[1]), target, **how
+        Factors(tq, td, of_teacher, cosine[0], scale[0]),
+        Factors(sq, sd, of_student, cosine[1], scale[1]),
+        target,
+        **how,
     )

@@ -141,8 +141,13 @@ def test_a_refusal_in_the_backward_pass_is_made_good_by_torch(
             factors_kl(teacher, student, target, impl=impl)[0] * torch.tensor([1.0, 2.0], device=triton_device)
         ).sum()
 
+    def of_scaled_rows(impl: str) -> torch.Tensor:
+        q, d = x["s"][:, :, 0], x["s2"][:, :, 1]
+        student = Factors(q, d, row_scale=q.square().sum(-1).exp())
+        return factors_kl(Factors(x["t"][:, :, 0], x["t2"][:, :, 1]), student, target, impl=impl)[0].sum()
+
     calls: dict[str, Any] = {
-        "layer_kl": of_vectors,
+        "layer_kl": lambda impl: of_vectors(impl) + of_scaled_rows(impl),
         "maxsim": lambda impl: maxsim(x["s"][0], x["s2"][1], cosine=True, impl=impl).square().sum(),
         "attention_kl": lambda impl: attention_kl(
             [x["t"]] * 2, [x["t2"]] * 2, [x["s"]] * 2, [x["s2"]] * 2, mask, impl=impl

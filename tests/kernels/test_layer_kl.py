@@ -79,11 +79,12 @@ def layer_kl(
     student_temperature: float = 1.0,
     *,
     cosine: tuple[bool, bool] = (False, False),
+    scale: tuple[Tensor | None, Tensor | None] = (None, None),
     **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """The kernel, called as the reference is."""
-    teacher = Factors(tq, td, teacher_temperature, cosine[0])
-    return fused(teacher, Factors(sq, sd, student_temperature, cosine[1]), target, **arguments)
+    teacher = Factors(tq, td, teacher_temperature, cosine[0], scale[0])
+    return fused(teacher, Factors(sq, sd, student_temperature, cosine[1], scale[1]), target, **arguments)
 
 
 def check(
@@ -153,6 +154,43 @@ def test_cosines_match_the_reference(
         mask = (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None
         temperatures = tuple(0.1 if side else 20.0 for side in cosine)
         check(batch, temperatures, mask, impl, cosine)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 17, 24, 40), (1, 65, 129, 64, 16)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_scaled_rows_match_the_reference(
+    shape: tuple[int, ...],
+    masked: bool,
+    memory: str,
+    impl: str,
+    device: torch.device,
+    triton_dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Each query's scores times a number of its own, over three decades, which has a gradient, too."""
+    for dtype in triton_dtypes:
+        batch = make(shape, dtype, device)
+        mask = (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None
+        scales = [(torch.rand(*shape[:2]) * 3 - 2).exp2().to(device) for _ in range(2)]
+        scales[1].requires_grad_()
+        with torch.no_grad():
+            for x, scale in ((batch.tq, scales[0]), (batch.sq, scales[1])):
+                lengths = torch.logspace(-1.5, 1.5, x.shape[1], device=device)
+                x *= lengths[:, None]
+                scale /= lengths  # logits stay in range
+        weight = torch.randn(shape[0], dtype=torch.float64).to(device)
+
+        def evaluate(
+            which: Any, batch: Batch, *scales: Tensor, mask: Any = mask, weight: Any = weight, **how: Any
+        ) -> Any:
+            kl, nll = which(*batch, mask=mask, scale=scales, **how)
+            return kl, nll, *torch.autograd.grad(kl, (batch.sq, batch.sd, scales[1]), weight.to(kl.dtype))
+
+        found = evaluate(layer_kl, batch, *scales, impl=impl)
+        exact = evaluate(layer_kl_reference, batch.double(), *(x.detach().double().requires_grad_() for x in scales))
+        eager = evaluate(layer_kl_reference, batch, *scales)
+        assert [x.dtype for x in found] == [torch.float32, torch.float32, dtype, dtype, torch.float32]
+        for name, got, near, true in zip(("kl", "nll", "dsq", "dsd", "dscale"), found, eager, exact, strict=True):
+            assert_as_accurate_as_eager(got, near, true, dtype, name)
 
 
 def test_16_bits_are_as_exact_as_32(memory: str, impl: str, device: torch.device) -> None:
@@ -312,8 +350,11 @@ def test_gradcheck(memory: str, impl: str) -> None:
 def test_opcheck(memory: str, impl: str, device: torch.device) -> None:
     batch = make((2, 3, 7, 8, 16), torch.float32, device)
     mask = (torch.rand(3, 7) > 0.3).to(device)
+    operator, scale = torch.ops.lead_ds.layer_kl.default, torch.rand(2, 3, device=device).requires_grad_()
     cosine = (impl == "triton", impl == "triton")  # the torch operator is given unit vectors
-    torch.library.opcheck(torch.ops.lead_ds.layer_kl.default, (*batch, mask, 2.0, 0.5, *cosine, True, impl))
+    torch.library.opcheck(operator, (*batch, mask, None, None, 2.0, 0.5, *cosine, True, impl))
+    if impl == "triton":
+        torch.library.opcheck(operator, (*batch, mask, None, scale, 2.0, 0.5, False, False, True, impl))
 
 
 @pytest.mark.parametrize(
@@ -327,6 +368,9 @@ def test_opcheck(memory: str, impl: str, device: torch.device) -> None:
         ({"teacher_temperature": 0.0}, "temperatures must be positive"),
         ({"td": torch.zeros(2, 7, 8, requires_grad=True)}, "detach"),
         ({"impl": "fast"}, "unknown impl"),
+        ({"scale": (torch.ones(2, 4), None)}, r"row_scale must be \(2, 3\)"),
+        ({"scale": (None, torch.ones(2, 3)), "cosine": (False, True)}, "not both"),
+        ({"scale": (torch.ones(2, 3, requires_grad=True), None)}, "detach"),
     ],
 )
 def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None:

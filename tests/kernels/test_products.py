@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lead_ds.kernels.layer_kl import inputs
 from lead_ds.kernels.products import products
-from lead_ds.relevance import TokenFeatures, VectorFeatures
+from lead_ds.losses.divergence import relevance_kl
+from lead_ds.relevance import Scale, TokenFeatures, VectorFeatures
 from tests.kernels.oracle import assert_as_accurate_as_eager
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -76,3 +81,32 @@ def test_relevance_keeps_vectors_in_16_bits(dtype: torch.dtype, scale: str) -> N
             wide = [x.shape for x in kept if x.dtype == torch.float32 and x.shape[-1] == width]
             assert not wide, (type(features).__name__, own, wide)
             assert any(x.dtype == dtype and x.shape[-1] == width for x in kept)
+
+
+@pytest.mark.parametrize("scale", ["none", "cosine", "standard"])
+def test_the_kernel_is_given_16_bits(
+    scale: Scale, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every scale whose map is not held; what scales the scores is in 32."""
+    monkeypatch.setattr(inputs, "_STORED_SCORES", 0)
+    given: dict[str, list[torch.dtype]] = {}
+
+    class Traced(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given[str(func)] = [x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+            return func(*args, **(kwargs or {}))
+
+    def side() -> tuple[VectorFeatures, list[Tensor]]:
+        both = [torch.randn(2, n, 16).to(triton_device, torch.bfloat16) for n in (4, 12)]
+        return VectorFeatures(*both, scale=scale), both
+
+    (teacher, _), (student, learns) = side(), side()
+    for x in learns:
+        x.requires_grad_()
+    with Traced():
+        kl, _ = relevance_kl(teacher.relevance(), student.relevance(), torch.arange(4).to(triton_device), impl="triton")
+        kl.sum().backward()
+    scales = [torch.float32] * (2 if scale == "standard" else 0)
+    assert given["lead_ds.layer_kl.default"] == [torch.bfloat16] * 4 + scales
+    assert "lead_ds.layer_kl_backward.default" in given
+    assert all(x.grad is not None and x.grad.dtype == torch.bfloat16 for x in learns)

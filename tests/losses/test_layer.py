@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lead_ds.kernels import deviations
+from lead_ds.kernels.layer_kl import chunked, inputs
 from lead_ds.losses import entropy, layer_relevance_kl, relevance_kl, response_kl
 from lead_ds.relevance import Relevance, VectorFeatures
 
@@ -186,3 +190,48 @@ def test_entropy_shows_a_saturated_layer() -> None:
     assert entropy(Relevance(logits)).tolist() == pytest.approx([math.log(4), 0.0])
     q, p = vectors(2, 100, 6, 3)
     torch.testing.assert_close(entropy(Relevance(factors=(q, p))), entropy(Relevance(q @ p.mT)), rtol=1e-5, atol=1e-6)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that is made inside."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            self.largest = max(self.largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_z_scores_need_no_map(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each query's deviation alone: the values and gradients of the map, of which only blocks are made."""
+    layers, queries, passages = 3, 12, 40
+    mask = torch.rand(queries, passages) > 0.3 if masked else None
+    target = torch.arange(queries)
+    if mask is not None:
+        mask[target, target] = True
+    teacher = VectorFeatures(*vectors(layers, queries, passages, 8), scale="standard").relevance(mask)
+    q, p = (x.requires_grad_() for x in vectors(layers, queries, passages, 6, seed=1))
+
+    def evaluate(student: Relevance) -> tuple[torch.Tensor, ...]:
+        kl, nll = relevance_kl(teacher, student, target, 2.0, 0.5)
+        assert not nll.requires_grad
+        return kl, nll, *torch.autograd.grad(kl, (q, p), torch.arange(1.0, 4.0))
+
+    def student() -> Relevance:
+        return VectorFeatures(q, p + 1, scale="standard").relevance(mask)
+
+    by_map = evaluate(student())
+    monkeypatch.setattr(inputs, "_STORED_SCORES", 0)
+    for module, name in ((deviations, "_BLOCK_SCORES"), (chunked, "_CHUNK_SCORES")):
+        monkeypatch.setattr(module, name, 2 * passages)
+    monkeypatch.setattr(chunked, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(inputs, "_RESIDUAL_SHARE", 0)
+    with Sizes() as sizes:
+        by_sums = evaluate(student())
+    assert sizes.largest <= max(x.numel() for x in (*teacher.factors, q, p))  # type: ignore[misc]
+    assert sizes.largest < layers * queries * passages
+    for found, exact in zip(by_sums, by_map, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,7 @@ def _residual(t, s, lse_t, lse_s, RANGE: tl.constexpr):
 def _gradient_rows(
     tile, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, other_ptr, row_weight_ptr, other_weight_ptr,
     out_ptr, rows, others, width, row_stride, other_stride, OF_QUERIES: tl.constexpr, RANGE: tl.constexpr,
-    STUDENT_COSINE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    STUDENT_SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of dq, whose others are the passages, or of dd, whose others are the queries."""
@@ -29,7 +29,7 @@ def _gradient_rows(
     if OF_QUERIES:
         lse_t = tl.load(t_lse + row, mask=real, other=0.0)[:, None]
         lse_s = tl.load(s_lse + row, mask=real, other=0.0)[:, None]
-    if STUDENT_COSINE:
+    if STUDENT_SCALED:
         row_weight = tl.load(row_weight_ptr + layer * rows + row, mask=real, other=0.0)
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], dtype=tl.float32)
     for start in range(0, others, BLOCK_OTHERS):
@@ -44,7 +44,7 @@ def _gradient_rows(
         base = other_ptr + layer * others * width + (other[:, None] * width + column[None, :])
         features = tl.load(base, mask=(other < others)[:, None] & in_width, other=0.0)
         residual = _residual(t, s, lse_t, lse_s, RANGE)
-        if STUDENT_COSINE:
+        if STUDENT_SCALED:
             weight = tl.load(other_weight_ptr + layer * others + other, mask=other < others, other=0.0)
             residual *= row_weight[:, None] * weight[None, :]
         total = tl.dot(residual.to(features.dtype), features, total, input_precision=PRECISION)
@@ -55,7 +55,7 @@ def _gradient_rows(
 @triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     maps_ptr, lse_ptr, grad_ptr, sq_ptr, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr, dd_ptr, layers, queries,
-    passages, width, map_stride, map_size, RANGE: tl.constexpr, STUDENT_COSINE: tl.constexpr,
+    passages, width, map_stride, map_size, RANGE: tl.constexpr, STUDENT_SCALED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both gradients in one launch from stored scores: the first programs make rows of dq, the others rows of dd."""
@@ -73,13 +73,13 @@ def gradient_kernel(
     if pid < query_tiles:
         _gradient_rows(
             pid, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sd_ptr, sq_weight_ptr, sd_weight_ptr, dq_ptr,
-            queries, passages, width, map_stride, 1, True, RANGE, STUDENT_COSINE, BLOCK_QUERIES, BLOCK_PASSAGES,
+            queries, passages, width, map_stride, 1, True, RANGE, STUDENT_SCALED, BLOCK_QUERIES, BLOCK_PASSAGES,
             BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
     else:
         _gradient_rows(
             pid - query_tiles, layer, column, in_width, t_map, s_map, t_lse, s_lse, scale, sq_ptr, sd_weight_ptr,
-            sq_weight_ptr, dd_ptr, passages, queries, width, 1, map_stride, False, RANGE, STUDENT_COSINE, BLOCK_PASSAGES,
+            sq_weight_ptr, dd_ptr, passages, queries, width, 1, map_stride, False, RANGE, STUDENT_SCALED, BLOCK_PASSAGES,
             BLOCK_QUERIES, BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
 
@@ -89,8 +89,8 @@ def residual_kernel(
     tq_ptr, td_ptr, sq_ptr, sd_ptr, tq_inverse_ptr, td_inverse_ptr, sq_inverse_ptr, sd_inverse_ptr, sq_weight_ptr,
     sd_weight_ptr, target_ptr, mask_ptr, lse_ptr, residual_ptr, layers, queries, passages, teacher_width,
     student_width, mask_stride, first_layer, chunk_start, chunk_passages, teacher_scale, student_scale,
-    RANGE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_PASSAGES: tl.constexpr, TEACHER_COSINE: tl.constexpr,
-    STUDENT_COSINE: tl.constexpr, EVEN_TEACHER: tl.constexpr, EVEN_STUDENT: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    RANGE: tl.constexpr, HAS_MASK: tl.constexpr, EVEN_PASSAGES: tl.constexpr, TEACHER_SCALED: tl.constexpr,
+    STUDENT_SCALED: tl.constexpr, EVEN_TEACHER: tl.constexpr, EVEN_STUDENT: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
     BLOCK_PASSAGES: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Recompute one tile of R - P of a chunk of passages: residual [chunk of K, Q, chunk of P]."""
@@ -102,7 +102,7 @@ def residual_kernel(
     target = tl.load(target_ptr + row).to(tl.int32)
     t = score_tile(
         tq_ptr, td_ptr, tq_inverse_ptr, td_inverse_ptr, layer, first_query, first_passage, queries, passages,
-        teacher_width, TEACHER_COSINE, EVEN_TEACHER, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+        teacher_width, TEACHER_SCALED, EVEN_TEACHER, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
     )  # fmt: skip
     t *= LOG2_E
     t = hide(
@@ -111,14 +111,14 @@ def residual_kernel(
     )  # fmt: skip
     s = score_tile(
         sq_ptr, sd_ptr, sq_inverse_ptr, sd_inverse_ptr, layer, first_query, first_passage, queries, passages,
-        student_width, STUDENT_COSINE, EVEN_STUDENT, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+        student_width, STUDENT_SCALED, EVEN_STUDENT, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
     )  # fmt: skip
     t *= teacher_scale
     s = tl.where(t > HIDDEN_BELOW, s * LOG2_E * student_scale, HIDDEN)
     lse_t = tl.load(lse_ptr + layer * queries + row)[:, None]
     lse_s = tl.load(lse_ptr + (layers + layer) * queries + row)[:, None]
     residual = _residual(t, s, lse_t, lse_s, RANGE)
-    if STUDENT_COSINE:
+    if STUDENT_SCALED:
         passage = tl.minimum(first_passage + tl.arange(0, BLOCK_PASSAGES), passages - 1)
         residual *= tl.load(sq_weight_ptr + layer * queries + row)[:, None]
         residual *= tl.load(sd_weight_ptr + layer * passages + passage)[None, :]

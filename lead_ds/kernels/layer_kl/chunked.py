@@ -17,20 +17,22 @@ from lead_ds.kernels.layer_kl.inputs import Problem, keeps_residual, saved_shape
 
 # Scores of one map of a block: 2 MiB of float32, so that both models' stay in a core's cache.
 _CHUNK_SCORES = 1 << 19
+# Beside what was kept, so much of the map waits for its two products.
+_BACKWARD_SCORES = 1 << 16
 # Fewer rows than this waste the matrix product: measured at 8192 passages, 64 rows take 1.14 of the time of 256.
 _CHUNK_ROWS = 256
 
 
 def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(kl [K], teacher_nll [K], saved, saved); what is saved is described in `inputs.saved_shapes`."""
-    (tq, td, t_temperature, _), (sq, sd, s_temperature, _) = problem.teacher, problem.student
+    (tq, td, t_temperature), (sq, sd, s_temperature) = problem.teacher[:3], problem.student[:3]
     layers, queries, passages = problem.shape
     new: dict[str, Any] = {"dtype": problem.dtype, "device": sq.device}
     kl_KQ, nll_KQ = torch.empty(layers, queries, **new), torch.empty(layers, queries, **new)
     saved, dsd = (torch.empty(shape, **new) for shape in saved_shapes(problem, "torch", differentiable))
     hidden_QP = None if problem.mask is None else (~problem.mask).scatter_(1, problem.target[:, None], False)
     scale = 1 / (max(queries, 1) * s_temperature)
-    for ks in _layer_groups(layers, queries, passages):
+    for ks in _layer_groups(layers, queries, passages, at_once=_CHUNK_SCORES):
         td_KPD, sd_KPD = td[ks].to(problem.dtype), sd[ks].to(problem.dtype)
         for rows in _row_blocks(queries, passages):
             sq_KND = sq[ks, rows].to(problem.dtype)
@@ -66,19 +68,23 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
     return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1), saved, dsd
 
 
-def backward(grad_K: Tensor, problem: Problem, saved: Tensor, dsd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the student's q and d: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q."""
-    sq, sd, temperature, _ = problem.student
-    weight_K11 = grad_K.to(saved.dtype)[:, None, None]
+def backward(grad_K: Tensor, problem: Problem, saved: Tensor, dsd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the student's q and d: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q; none of a row_scale."""
+    sq, sd, temperature = problem.student[:3]
+    weight_K11, none = grad_K.to(saved.dtype)[:, None, None], saved.new_empty(0)
     if not keeps_residual(problem):
-        return (saved * weight_K11).to(sq.dtype), (dsd * weight_K11).to(sd.dtype)
-    ds_KQP = saved * (weight_K11 / (max(problem.shape[1], 1) * temperature))
-    dsq = torch.bmm(ds_KQP, sd.to(ds_KQP.dtype)).to(sq.dtype)
-    return dsq, torch.bmm(ds_KQP.mT, sq.to(ds_KQP.dtype)).to(sd.dtype)
+        return (saved * weight_K11).to(sq.dtype), (dsd * weight_K11).to(sd.dtype), none
+    weight_K11 = weight_K11 / (max(problem.shape[1], 1) * temperature)
+    dsq, dsd = saved.new_empty(sq.shape), saved.new_empty(sd.shape)
+    for ks in _layer_groups(*problem.shape, at_once=_BACKWARD_SCORES):
+        ds_KQP = saved[ks] * weight_K11[ks]
+        torch.bmm(ds_KQP, sd[ks].to(ds_KQP.dtype), out=dsq[ks])
+        torch.bmm(ds_KQP.mT, sq[ks].to(ds_KQP.dtype), out=dsd[ks])
+    return dsq.to(sq.dtype), dsd.to(sd.dtype), none
 
 
-def _layer_groups(layers: int, queries: int, passages: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_SCORES // max(queries * passages, 1))
+def _layer_groups(layers: int, queries: int, passages: int, at_once: int) -> Iterator[slice]:
+    step = max(1, at_once // max(queries * passages, 1))
     return (slice(k, min(k + step, layers)) for k in range(0, layers, step))
 
 

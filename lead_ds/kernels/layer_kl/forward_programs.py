@@ -25,7 +25,7 @@ def scores_kernel(
     tq_ptr, td_ptr, sq_ptr, sd_ptr, tq_inverse_ptr, td_inverse_ptr, sq_inverse_ptr, sd_inverse_ptr, target_ptr,
     mask_ptr, maps_ptr, shares_ptr, queries, passages, teacher_width, student_width, map_stride, map_size,
     mask_stride, tiles_per_share, teacher_scale, student_scale, HAS_MASK: tl.constexpr, EVEN_PASSAGES: tl.constexpr,
-    STORE: tl.constexpr, TEMPERED: tl.constexpr, TEACHER_COSINE: tl.constexpr, STUDENT_COSINE: tl.constexpr,
+    STORE: tl.constexpr, TEMPERED: tl.constexpr, TEACHER_SCALED: tl.constexpr, STUDENT_SCALED: tl.constexpr,
     EVEN_TEACHER: tl.constexpr, EVEN_STUDENT: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def scores_kernel(
         first_passage = tile * BLOCK_PASSAGES
         t = score_tile(
             tq_ptr, td_ptr, tq_inverse_ptr, td_inverse_ptr, layer, first_query, first_passage, queries, passages,
-            teacher_width, TEACHER_COSINE, EVEN_TEACHER, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+            teacher_width, TEACHER_SCALED, EVEN_TEACHER, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
         t *= LOG2_E
         hit += tl.sum(tl.where(place[None, :] == (target - first_passage)[:, None], t, 0.0), axis=1)
@@ -68,7 +68,7 @@ def scores_kernel(
             t = t * teacher_scale
         s = score_tile(
             sq_ptr, sd_ptr, sq_inverse_ptr, sd_inverse_ptr, layer, first_query, first_passage, queries, passages,
-            student_width, STUDENT_COSINE, EVEN_STUDENT, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
+            student_width, STUDENT_SCALED, EVEN_STUDENT, BLOCK_QUERIES, BLOCK_PASSAGES, BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
         # The same two roundings as the teacher's, so that identical models give identical scores.
         s = tl.where(t > HIDDEN_BELOW, s * LOG2_E * student_scale, HIDDEN)

@@ -19,16 +19,34 @@ _RESIDUAL_SHARE = 1
 
 
 class Factors(NamedTuple):
-    """A model's relevance as factors: q [K, Q, D], d [K, P, D]; a score is q . d, or their cosine, over the temperature."""
+    """A model's relevance as factors: q [K, Q, D], d [K, P, D]; a score is q . d, or their cosine, over the temperature.
+
+    row_scale [K, Q], positive, float32: each query's scores are multiplied by it. It may carry gradient.
+    """
 
     q: Tensor
     d: Tensor
     temperature: float = 1.0
     cosine: bool = False
+    row_scale: Tensor | None = None
 
-    def unit(self) -> "Factors":
-        """The same with cosines taken: vectors of length 1."""
-        return self._replace(q=unit(self.q), d=unit(self.d), cosine=False) if self.cosine else self
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of them that there are: q, d, row_scale."""
+        return tuple(x for x in (self.q, self.d, self.row_scale) if x is not None)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a score is more than a product of the vectors."""
+        return self.cosine or self.row_scale is not None
+
+    def plain(self) -> "Factors":
+        """The same with scores that are products: vectors of length 1, queries scaled."""
+        q, d = (unit(self.q), unit(self.d)) if self.cosine else (self.q, self.d)
+        if self.row_scale is not None:
+            q = q.to(accumulation_dtype(q.dtype)) * self.row_scale[..., None]
+            d = d.to(q.dtype)
+        return Factors(q, d, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -50,26 +68,28 @@ class Problem:
         """That of the results and of what is saved."""
         return accumulation_dtype(torch.promote_types(self.teacher.q.dtype, self.student.q.dtype))
 
-    def unit(self) -> "Problem":
-        """The same with cosines taken."""
-        return replace(self, teacher=self.teacher.unit(), student=self.student.unit())
+    def plain(self) -> "Problem":
+        """The same with scores that are products."""
+        return replace(self, teacher=self.teacher.plain(), student=self.student.plain())
 
     def flat(self) -> tuple[Any, ...]:
         """As the operator takes it: tensors and numbers, one after the other."""
         t, s = self.teacher, self.student
-        return t.q, t.d, s.q, s.d, self.target, self.mask, t.temperature, s.temperature, t.cosine, s.cosine
+        tensors = t.q, t.d, s.q, s.d, self.target, self.mask, t.row_scale, s.row_scale
+        return *tensors, t.temperature, s.temperature, t.cosine, s.cosine
 
     @classmethod
     def of(cls, tq: Tensor, td: Tensor, sq: Tensor, sd: Tensor, *rest: Any) -> "Problem":
         """The inverse of `flat`."""
-        target, mask, teacher_temperature, student_temperature, teacher_cosine, student_cosine = rest
-        teacher = Factors(tq, td, teacher_temperature, teacher_cosine)
-        return cls(teacher, Factors(sq, sd, student_temperature, student_cosine), target, mask)
+        target, mask, *both = rest
+        t_scale, s_scale, t_temperature, s_temperature, t_cosine, s_cosine = both
+        teacher = Factors(tq, td, t_temperature, t_cosine, t_scale)
+        return cls(teacher, Factors(sq, sd, s_temperature, s_cosine, s_scale), target, mask)
 
 
 def checked(teacher: Factors, student: Factors, target: Tensor, mask: Tensor | None) -> Problem:
     """The call in one form. Raises ValueError where shapes or temperatures do not fit or the teacher requires a gradient."""
-    for side, (q, d, temperature, _) in (("teacher", teacher), ("student", student)):
+    for side, (q, d, temperature, cosine, row_scale) in (("teacher", teacher), ("student", student)):
         if q.dim() != 3 or d.dim() != 3 or q.shape[0] != d.shape[0] or q.shape[2] != d.shape[2]:
             raise ValueError(
                 f"layer_kl: the {side}'s queries and passages must be [K, Q, D] and [K, P, D],"
@@ -77,6 +97,10 @@ def checked(teacher: Factors, student: Factors, target: Tensor, mask: Tensor | N
             )
         if not temperature > 0:
             raise ValueError(f"layer_kl: temperatures must be positive, not {temperature}")
+        if row_scale is not None and cosine:
+            raise ValueError(f"layer_kl: the {side}'s scores are cosines or have a row_scale, not both")
+        if row_scale is not None and row_scale.shape != q.shape[:2]:
+            raise ValueError(f"layer_kl: row_scale must be {tuple(q.shape[:2])}, not {tuple(row_scale.shape)}")
     t_q, t_d = teacher[:2]
     if t_q.shape[:2] != student.q.shape[:2] or t_d.shape[1] != student.d.shape[1]:
         raise ValueError(
@@ -87,16 +111,15 @@ def checked(teacher: Factors, student: Factors, target: Tensor, mask: Tensor | N
         raise ValueError(f"layer_kl: target must be [{t_q.shape[1]}], not {tuple(target.shape)}")
     if mask is not None and mask.shape != (t_q.shape[1], t_d.shape[1]):
         raise ValueError(f"layer_kl: mask must be {(t_q.shape[1], t_d.shape[1])}, not {tuple(mask.shape)}")
-    if t_q.requires_grad or t_d.requires_grad:
-        raise ValueError("layer_kl: the teacher is a constant; detach its q and d")
+    if any(x.requires_grad for x in teacher.tensors):
+        raise ValueError("layer_kl: the teacher is a constant; detach its q, d and row_scale")
     mask = None if mask is None else mask.to(torch.bool)
     return Problem(_one_dtype(teacher), _one_dtype(student), target, mask)
 
 
 def _one_dtype(factors: Factors) -> Factors:
-    q, d, temperature, cosine = factors
-    dtype = torch.promote_types(q.dtype, d.dtype)
-    return Factors(q.to(dtype), d.to(dtype), float(temperature), cosine)
+    dtype = torch.promote_types(factors.q.dtype, factors.d.dtype)
+    return factors._replace(q=factors.q.to(dtype), d=factors.d.to(dtype), temperature=float(factors.temperature))
 
 
 def stores_maps(layers: int, queries: int, passages: int) -> bool:

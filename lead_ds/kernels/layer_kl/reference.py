@@ -14,8 +14,7 @@ def layer_kl_reference(
 
     Shapes and meaning as in `factors_kl`. LEAD, https://arxiv.org/abs/2212.05225.
     """
-    models = [[normalize(x, dim=-1) if one.cosine else x for x in one[:2]] for one in (teacher, student)]
-    t_KQP, s_KQP = (q @ d.mT for q, d in models)
+    t_KQP, s_KQP = _scores(teacher), _scores(student)
     hidden_QP = torch.zeros(t_KQP.shape[1:], dtype=torch.bool, device=target.device)
     if mask is not None:
         hidden_QP = ~mask.bool()
@@ -27,3 +26,9 @@ def layer_kl_reference(
     target_KQ1 = target.expand(t_KQP.shape[0], -1)[..., None]
     nll_KQ = -torch.log_softmax(t_KQP, dim=-1).gather(-1, target_KQ1).squeeze(-1)
     return kl_KQ.mean(dim=-1), nll_KQ.mean(dim=-1).detach()
+
+
+def _scores(model: Factors) -> Tensor:
+    q, d = (normalize(x, dim=-1) if model.cosine else x for x in model[:2])
+    scores_KQP = q @ d.mT
+    return scores_KQP if model.row_scale is None else scores_KQP * model.row_scale[..., None]

@@ -26,10 +26,13 @@ COUNTS = ["layers", "queries", "passages", "shares", "tiles_per_share", "first_l
 @triton.jit
 def score_tile(
     q_ptr, d_ptr, q_inverse_ptr, d_inverse_ptr, layer, first_query, first_passage, queries, passages, width,
-    COSINE: tl.constexpr, EVEN_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
+    SCALED: tl.constexpr, EVEN_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_PASSAGES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products or cosines of a tile of one layer, in float32; rows past the end repeat the last and are hidden afterwards."""
+    """Scores of a tile of one layer, in float32; rows past the end repeat the last and are hidden afterwards.
+
+    SCALED: products are multiplied by a number of each query and of each passage: their lengths' inverses, say.
+    """
     # A 64-bit scalar for where the tile lies and 32-bit offsets inside it: 64-bit offsets would fill the registers.
     query = tl.minimum(tl.arange(0, BLOCK_QUERIES), queries - 1 - first_query)
     passage = tl.minimum(tl.arange(0, BLOCK_PASSAGES), passages - 1 - first_passage)
@@ -45,7 +48,7 @@ def score_tile(
             q_tile = tl.load(q_base + start, mask=(column < width - start)[None, :], other=0.0)
             d_tile = tl.load(d_base + start, mask=(column < width - start)[:, None], other=0.0)
         product = tl.dot(q_tile, d_tile, product, input_precision=PRECISION)
-    if COSINE:
+    if SCALED:
         q_inverse = tl.load(q_inverse_ptr + layer * queries + first_query + query)
         d_inverse = tl.load(d_inverse_ptr + layer * passages + first_passage + passage)
         product = product * q_inverse[:, None] * d_inverse[None, :]

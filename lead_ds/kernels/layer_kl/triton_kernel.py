@@ -22,7 +22,7 @@ from lead_ds.kernels.launch import launch
 from lead_ds.kernels.layer_kl import chunked
 from lead_ds.kernels.layer_kl.backward_programs import gradient_kernel, residual_kernel
 from lead_ds.kernels.layer_kl.forward_programs import combine_kernel, scores_kernel
-from lead_ds.kernels.layer_kl.inputs import Problem, saved_shapes, stores_maps
+from lead_ds.kernels.layer_kl.inputs import Factors, Problem, saved_shapes, stores_maps
 from lead_ds.kernels.layer_kl.score_tiles import STATISTICS
 from lead_ds.kernels.layer_kl.tiles import GRADIENT, SCORES, ScoreTiles
 from lead_ds.kernels.products import wide_product
@@ -44,7 +44,7 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
     new: dict[str, Any] = {"dtype": torch.float32, "device": problem.student.q.device}
     maps = torch.empty(maps_shape, **new)
     if layers * queries * passages == 0:
-        kl, nll, _, _ = chunked.forward(problem.unit(), False)
+        kl, nll, _, _ = chunked.forward(problem.plain(), False)
         return kl, nll, maps, torch.empty(lse_shape, **new)
     scores = _scores(problem)
     lse = torch.empty((2, layers, queries), **new)
@@ -77,18 +77,19 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
     return kl, nll, maps, lse if lse_shape == lse.shape else lse.new_empty(lse_shape)
 
 
-def backward(grad: Tensor, problem: Problem, maps: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the student's q and d: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q."""
+def backward(grad: Tensor, problem: Problem, maps: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the student's q and d: dS = g_k / (Q T_s) (R - P), dq = dS d, dd = dS^T q; and of its row_scale."""
     layers, queries, passages = problem.shape
     student = problem.student
     if layers * queries * passages == 0:
-        return torch.zeros_like(student.q), torch.zeros_like(student.d)
+        scale = maps.new_zeros(0 if student.row_scale is None else student.row_scale.shape)
+        return torch.zeros_like(student.q), torch.zeros_like(student.d), scale
     scores = _scores(problem)
     grad = (grad.float() * (1.0 / (queries * student.temperature))).contiguous()
     weights: tuple[Tensor, Tensor] = (lse, lse)
-    if scores.cosine[1]:
-        # A score's gradient times both lengths' inverses is what multiplies q and d. Relative to each layer's largest,
-        # they leave the residual in the range of 16 bits; the largest follow with the layer's own gradient.
+    if scores.scaled[1]:
+        # A score's gradient times the inverses of its query and passage is what multiplies q and d. Relative to each
+        # layer's largest, they leave the residual in the range of 16 bits; the largest follow with the layer's gradient.
         tops = [inverse.amax(dim=1, keepdim=True).clamp_min(1e-30) for inverse in scores.inverses[2:]]
         weights = scores.inverses[2] / tops[0], scores.inverses[3] / tops[1]
         grad = grad * tops[0][:, 0] * tops[1][:, 0]
@@ -97,21 +98,25 @@ def backward(grad: Tensor, problem: Problem, maps: Tensor, lse: Tensor) -> tuple
         dq, dd = _from_maps(grad, scores, weights, maps, lse)
     else:
         dq, dd = _recomputed(grad, problem, scores, weights, lse)
-    if scores.cosine[1]:
+    dscale = lse.new_empty(0)
+    if student.row_scale is not None:  # the sum over passages of a logit's gradient times its product, which dq . q is
+        dscale = (dq * scores.vectors[2]).sum(-1) / scores.inverses[2]
+    elif student.cosine:
         dq = through_lengths(dq, scores.vectors[2], scores.inverses[2])
         dd = through_lengths(dd, scores.vectors[3], scores.inverses[3])
     width = student.q.shape[2]
-    return dq[..., :width].contiguous(), dd[..., :width].contiguous()
+    dq, dd = (x[..., :width].to(student.q.dtype).contiguous() for x in (dq, dd))
+    return dq, dd, dscale
 
 
 class _Scores(NamedTuple):
-    """What every kernel that computes scores reads: tq, td, sq, sd; 1 / their lengths, where cosines are taken."""
+    """What every kernel that computes scores reads: tq, td, sq, sd; where a model's are scaled, by what: 1 / lengths, say."""
 
     vectors: tuple[Tensor, ...]
     inverses: tuple[Tensor, ...]
     target: Tensor
     scales: tuple[float, float]
-    cosine: tuple[bool, bool]
+    scaled: tuple[bool, bool]
     masked: bool
 
     @property
@@ -121,17 +126,24 @@ class _Scores(NamedTuple):
 
     @property
     def extras(self) -> int:
-        """How many things beside the two tiles of scores want registers: a mask, lengths."""
-        return int(self.masked) + any(self.cosine)
+        """How many things beside the two tiles of scores want registers: a mask, scales."""
+        return int(self.masked) + any(self.scaled)
 
 
 def _scores(problem: Problem) -> _Scores:
     sides = problem.teacher, problem.student
     vectors = tuple(aligned(x) for side in sides for x in side[:2])
     target = problem.target.contiguous()
-    inverses = tuple(inverse_lengths(x) if sides[i // 2].cosine else x for i, x in enumerate(vectors))
+    inverses = tuple(x for i, side in enumerate(sides) for x in _inverses(side, *vectors[2 * i : 2 * i + 2]))
     scales = 1.0 / sides[0].temperature, 1.0 / sides[1].temperature
-    return _Scores(vectors, inverses, target, scales, (sides[0].cosine, sides[1].cosine), problem.mask is not None)
+    return _Scores(vectors, inverses, target, scales, (sides[0].scaled, sides[1].scaled), problem.mask is not None)
+
+
+def _inverses(side: Factors, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """What scores are multiplied by, a number of each query and of each passage; any tensors where the kernel reads none."""
+    if side.row_scale is not None:
+        return side.row_scale.float().contiguous(), torch.ones(d.shape[:2], dtype=torch.float32, device=d.device)
+    return (inverse_lengths(q), inverse_lengths(d)) if side.cosine else (q, d)
 
 
 def _from_maps(
@@ -146,7 +158,7 @@ def _from_maps(
     launch(
         gradient_kernel, (row_tiles, triton.cdiv(width, tiles.width), layers), maps, lse, grad, sq, sd, *weights, dq,
         dd, layers, queries, passages, width, maps.shape[-1], maps.numel() // 2,
-        **_gradient_constants(tiles, sq.dtype, scores.cosine[1]), PRECISION=float32_dot_precision(),
+        **_gradient_constants(tiles, sq.dtype, scores.scaled[1]), PRECISION=float32_dot_precision(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return dq, dd
@@ -187,9 +199,9 @@ def _recomputed(
 
 
 def _new_gradients(scores: _Scores) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of the student's q and d; in float32 where their lengths' share is still to follow."""
+    """Room for the gradients of the student's q and d; in float32 where the share of what scales them is still to follow."""
     sq, sd = scores.vectors[2:]
-    dtype = torch.float32 if scores.cosine[1] else sq.dtype
+    dtype = torch.float32 if scores.scaled[1] else sq.dtype
     return torch.empty_like(sq, dtype=dtype), torch.empty_like(sd, dtype=dtype)
 
 
@@ -232,8 +244,8 @@ def _score_constants(tiles: ScoreTiles, scores: _Scores) -> dict[str, Any]:
         "HAS_MASK": scores.masked,
         # The mask hides what is past the end, too.
         "EVEN_PASSAGES": not scores.masked and passages % tiles.passages == 0,
-        "TEACHER_COSINE": scores.cosine[0],
-        "STUDENT_COSINE": scores.cosine[1],
+        "TEACHER_SCALED": scores.scaled[0],
+        "STUDENT_SCALED": scores.scaled[1],
         "EVEN_TEACHER": scores.widths[0] % tiles.width == 0,
         "EVEN_STUDENT": scores.widths[1] % tiles.width == 0,
         "BLOCK_QUERIES": tiles.queries,
@@ -247,10 +259,10 @@ def _gradient_tiles(shared: int, size: int, width: int) -> ScoreTiles:
     return tiles._replace(width=min(tiles.width, triton.next_power_of_2(width)))
 
 
-def _gradient_constants(tiles: ScoreTiles, dtype: torch.dtype, cosine: bool) -> dict[str, Any]:
+def _gradient_constants(tiles: ScoreTiles, dtype: torch.dtype, scaled: bool) -> dict[str, Any]:
     return {
         "RANGE": _range(dtype),
-        "STUDENT_COSINE": cosine,
+        "STUDENT_SCALED": scaled,
         "BLOCK_QUERIES": tiles.queries,
         "BLOCK_PASSAGES": tiles.passages,
         "BLOCK_WIDTH": tiles.width,
@@ -278,11 +290,11 @@ def aot_variants(shared: int) -> Iterator[Variant]:
     vectors = ("tq_ptr", "td_ptr", "sq_ptr", "sd_ptr", "residual_ptr")
 
     def variant(fn: Any, name: str, dtype: str, constexprs: dict[str, Any], tiles: ScoreTiles, dots: bool) -> Variant:
-        cosine = constexprs.get("STUDENT_COSINE", False)
+        scaled = constexprs.get("STUDENT_SCALED", False)
         known = common | dict.fromkeys(vectors, f"*{dtype}")
-        known |= dict.fromkeys(("dq_ptr", "dd_ptr"), "*fp32" if cosine else f"*{dtype}")
+        known |= dict.fromkeys(("dq_ptr", "dd_ptr"), "*fp32" if scaled else f"*{dtype}")
         return Variant(
-            name=f"layer-kl-{name}{'-cosine' if cosine else ''}",
+            name=f"layer-kl-{name}{'-scaled' if scaled else ''}",
             fn=fn,
             signature={key: known[key] for key in fn.arg_names if key in known},
             constexprs=constexprs | ({"PRECISION": "ieee"} if dots else {}),
@@ -293,12 +305,12 @@ def aot_variants(shared: int) -> Iterator[Variant]:
 
     for dtype, torch_dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
         size = torch_dtype.itemsize
-        # Plain; ending inside a tile; masked, tempered and, in the last, cosines, at a width that ends inside a slice.
+        # Plain; ending inside a tile; masked, tempered and, in the last, scales, at a width that ends inside a slice.
         cases = ((768, 512, False, False), (768, 500, False, False), (768, 500, True, False), (400, 500, True, True))
         for amount in ("small", "large"):
-            for width, passages, masked, cosine in cases[-1:] if dtype == "fp16" else cases:
+            for width, passages, masked, scaled in cases[-1:] if dtype == "fp16" else cases:
                 vector = torch.empty(1, passages, width, device="meta")
-                scores = _Scores((vector,) * 4, (), vector, (1.0, 1.0), (cosine, cosine), masked)
+                scores = _Scores((vector,) * 4, (), vector, (1.0, 1.0), (scaled, scaled), masked)
                 name = f"{amount}-{dtype}-p{passages}-d{width}{'-masked' if masked else ''}"
                 for store in (False, True):
                     tiles = tiles_for(SCORES, shared)[size, _amount(amount == "large", scores.extras + store)]
@@ -307,9 +319,9 @@ def aot_variants(shared: int) -> Iterator[Variant]:
                 tiles = tiles_for(SCORES, shared)[size, _amount(amount == "large", scores.extras)]
                 constants = _score_constants(tiles, scores) | {"RANGE": _range(torch_dtype)}
                 yield variant(residual_kernel, f"residual-{name}", dtype, constants, tiles, True)
-        for width, cosine in ((768, False), (64, False), (768, True)):
+        for width, scaled in ((768, False), (64, False), (768, True)):
             tiles = _gradient_tiles(shared, size, width)
-            constants = _gradient_constants(tiles, torch_dtype, cosine)
+            constants = _gradient_constants(tiles, torch_dtype, scaled)
             yield variant(gradient_kernel, f"gradient-{dtype}-d{width}", dtype, constants, tiles, True)
     for block_shares in (1, 16, _MAX_SHARES):
         constants = {"TEMPERED": True, "BLOCK_SHARES": block_shares, "BLOCK_QUERIES": _COMBINE_ROWS}
