@@ -56,14 +56,17 @@ class LayerCapture:
         check_layers(layers, len(self.layers), self.path)
         if not self._hooks:
             self._install()
-        self._wanted, self._reduce, self._states, self._error = frozenset(layers), reduce, {}, None
+        states: dict[int, Tensor] = {}
+        self._wanted, self._reduce, self._states = frozenset(layers), reduce, states
         try:
-            yield self._states
+            yield states
         finally:
-            self._wanted, self._reduce = frozenset(), None
-        if self._error is not None:
-            raise self._error
-        missed = sorted(set(layers) - self._states.keys())
+            # The reader's alone from here on: a state holds the graph that made it, and under ZeRO-3 this holds the model.
+            error, self._error = self._error, None
+            self._wanted, self._reduce, self._states = frozenset(), None, {}
+        if error is not None:
+            raise error
+        missed = sorted(set(layers) - states.keys())
         if missed:
             raise RuntimeError(f"{self.path}: layers {missed} did not run")
 
