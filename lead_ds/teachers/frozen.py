@@ -16,6 +16,7 @@ from lead_ds.data.reads import ModelBatch, Reads, passes_of
 from lead_ds.data.tokens.encoder import Tokens
 from lead_ds.engine.distributed.agreement import agreed
 from lead_ds.engine.distributed.deepspeed_files import teacher_deepspeed_config
+from lead_ds.engine.distributed.engines import begin_engine
 from lead_ds.engine.distributed.ranks import Ranks, local_world
 from lead_ds.errors import InputError
 from lead_ds.io.files import model_files
@@ -179,8 +180,6 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
         if settings.compile:
             scorer.compile_layers()
         return FrozenTeacher(scorer, None, placement, ranks.device, fitted)
-    import deepspeed
-
     blank = _blank(settings)
     tree = teacher_deepspeed_config(
         lesson.deepspeed,
@@ -195,7 +194,7 @@ def build_teacher(lesson: Lesson, ranks: Ranks, depth: int | None = None) -> Fro
     with _sharded_loading(tree):
         scorer = load_teacher(settings, dtype, depth)
     keep_experts_together(scorer)
-    engine = deepspeed.initialize(model=_frozen(scorer), config=tree)[0]
+    engine = begin_engine(_frozen(scorer), config=tree)
     _restore_rotations(scorer)
     engine.eval()
     return FrozenTeacher(scorer, engine, placement, ranks.device, fitted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import shutil
 import socket
@@ -9,17 +11,20 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its functions hold, as defaults, the one that they are born in
 from torch import Tensor
 
+from lead_ds.engine.distributed.engines import engines_let_go
 from lead_ds.engine.distributed.launchers import ends_with_launchers
 from lead_ds.errors import InputError, RunError
 from lead_ds.io.waiting import AGAIN, WAIT
@@ -94,9 +99,11 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         what = "is set: what is made here for the host would be made there"
         raise InputError("torch.set_default_device", what, "call this without it: models find their devices themselves")
     if dist.is_initialized():
-        yield _this_rank()
+        with engines_let_go():
+            yield _this_rank()
         return
-    alone: dict[str, str] = {}
+    _collect_left()
+    alone, hook = dict[str, str](), sys.excepthook
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         alone["MASTER_PORT"] = str(free_port())
@@ -116,17 +123,36 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
             dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=timeout_minutes)
         )
     try:
-        with ends_with_launchers():
+        with ends_with_launchers(), engines_let_go():
             yield _this_rank()
     finally:
         # gloo aborts at exit otherwise. After a failure the others may be gone: destroying waits for nobody.
         if dist.is_initialized():
+            _left.extend(map(weakref.ref, dist.distributed_c10d._world.pg_map))
             dist.destroy_process_group()
         # DeepSpeed would take the groups that have gone for the next ones.
         deepspeed.comm.comm.cdb = None
         deepspeed.utils.groups._WORLD_GROUP = deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         for name in alone:  # what this process starts later is not one of our ranks
             os.environ.pop(name, None)
+        if alone:
+            sys.excepthook = hook  # PyTorch wraps it anew each time: a script's own error would be told as rank 0's
+
+
+_left: list[weakref.ref[Any]] = []  # groups that are no more, though something may still hold them
+
+
+def _collect_left() -> None:
+    """Have left groups go that only garbage holds, such as the traceback of a run that failed.
+
+    Before a fork, too: the child lacks their threads, and its own collector would wait for these for ever.
+    """
+    if any(group() is not None for group in _left):
+        gc.collect()
+    _left[:] = [group for group in _left if group() is not None]
+
+
+os.register_at_fork(before=_collect_left)
 
 
 def _check_place() -> None:
@@ -269,10 +295,14 @@ def prepare_environment() -> None:
 
     logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
     # Our scorers hold no parameters of their own, so that ZeRO-3 loses nothing by not seeing into their outputs.
-    logger.addFilter(lambda record: "unknown inputs or outputs type (<class 'lead_ds." not in record.getMessage())
+    logger.addFilter(_not_of_our_scorers)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _not_of_our_scorers(record: logging.LogRecord) -> bool:
+    return "unknown inputs or outputs type (<class 'lead_ds." not in record.getMessage()
 
 
 def free_port() -> int:

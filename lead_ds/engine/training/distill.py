@@ -82,14 +82,22 @@ def train(
 
     Called, and raises, as `distill`.
     """
-    output = Path(config.output)
-    minutes, signals = config.train.watchdog_minutes, Signals()
+    minutes = config.train.watchdog_minutes
+    # The watchdog comes before the collectives' own timeout, which could not say who hangs.
+    with joined_ranks(minutes + 5 if minutes else 30.0) as ranks:
+        # A function of its own: what it holds has gone when the ranks part, and lets go of their groups.
+        return train_together(config, product, ranks, resume=resume, command=command, quiet=quiet, given=given)
+
+
+def train_together(
+    config: Config, product: str, ranks: Ranks, *, resume: bool, command: Sequence[str], quiet: bool, given: Given
+) -> Path:
+    """`train`, of ranks that have met."""
+    output, signals = Path(config.output), Signals()
     with (
-        # The watchdog comes before the collectives' own timeout, which could not say who hangs.
-        joined_ranks(minutes + 5 if minutes else 30.0) as ranks,
         closed_to_others(),
         fixed_order(config.train.deterministic),
-        Watchdog(ranks, minutes, output, signals) as watchdog,
+        Watchdog(ranks, config.train.watchdog_minutes, output, signals) as watchdog,
         ExitStack() as held,
     ):
         check_agreement(config, resume, ranks)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lead_ds.config import Config
 from lead_ds.engine.distributed.deepspeed_files import student_deepspeed_config, zero_stage
+from lead_ds.engine.distributed.engines import begin_engine
 from lead_ds.engine.distributed.ranks import Ranks
 from lead_ds.engine.training.step import Micro, agreed, side
 from lead_ds.errors import InputError
@@ -71,8 +72,6 @@ def student_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
 
 def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ranks) -> Any:
     """The DeepSpeed engine that trains `trainee`."""
-    import deepspeed
-
     tree = student_deepspeed_config(config.deepspeed.student, config.train, config.monitor, Path(config.output), dtype)
     for scorer in (trainee.student, trainee.teacher):
         if scorer is not None and config.train.gradient_checkpointing:
@@ -94,9 +93,9 @@ def build_engine(trainee: Trainee, config: Config, dtype: torch.dtype, ranks: Ra
     if (tree.get("optimizer") or {}).get("type", "").lower() != "muon":
         _import_muon()
     try:
-        engine = deepspeed.initialize(
-            model=trainee, model_parameters=groups if optimizer is None else None, optimizer=optimizer, config=tree
-        )[0]
+        engine = begin_engine(
+            trainee, model_parameters=groups if optimizer is None else None, optimizer=optimizer, config=tree
+        )
     except (ValidationError, AssertionError, TypeError) as error:
         # DeepSpeed's errors for a key or value that it does not know, and an optimizer's for its own.
         what = " ".join(str(error).split())[:300] or "DeepSpeed refuses it"
