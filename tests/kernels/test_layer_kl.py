@@ -193,6 +193,18 @@ def test_scaled_rows_match_the_reference(
             assert_as_accurate_as_eager(got, near, true, dtype, name)
 
 
+@pytest.mark.parametrize("temperatures", TEMPERATURES, ids=str)
+@pytest.mark.parametrize("impl", ["torch"])
+def test_where_most_probabilities_underflow(temperatures: tuple[float, float], memory: str, impl: str) -> None:
+    """A target's, too, from which a row's sum is taken otherwise."""
+    batch = make((2, 9, 40, 16, 24), torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for x in batch[:4]:
+            x *= 8
+    assert (torch.bmm(batch.tq, batch.td.mT).softmax(-1) < 1e-38).float().mean() > 0.5
+    check(batch, temperatures, None, impl)
+
+
 def test_16_bits_are_as_exact_as_32(memory: str, impl: str, device: torch.device) -> None:
     """Products of 16-bit numbers, summed in float32: training in 16 bits loses nothing between features and loss."""
     batch = make((2, 17, 63, 128, 64), torch.float16, device)

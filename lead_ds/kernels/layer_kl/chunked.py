@@ -19,6 +19,8 @@ from lead_ds.kernels.layer_kl.inputs import Problem, keeps_residual, saved_shape
 _CHUNK_SCORES = 1 << 19
 # Beside what was kept, so much of the map waits for its two products.
 _BACKWARD_SCORES = 1 << 16
+# A probability below this has lost digits, or will have.
+_UNDERFLOWS = 1e-30
 # Fewer rows than this waste the matrix product: measured at 8192 passages, 64 rows take 1.14 of the time of 256.
 _CHUNK_ROWS = 256
 
@@ -49,7 +51,7 @@ def forward(problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Ten
             if s_temperature != 1.0:
                 s_KNP.div_(s_temperature)
             p_KNP, r_KNP = torch.softmax(t_KNP, dim=-1), torch.softmax(s_KNP, dim=-1)
-            t_lse_KN1, s_lse_KN1 = _logsumexp(t_KNP, p_KNP), _logsumexp(s_KNP, r_KNP)
+            t_lse_KN1, s_lse_KN1 = _logsumexp(t_KNP, p_KNP, place_KN1), _logsumexp(s_KNP, r_KNP, place_KN1)
             if t_temperature == 1.0:
                 nll_KQ[ks, rows] = (t_lse_KN1 - t_KNP.gather(-1, place_KN1)).squeeze(-1)
             difference_KNP = t_KNP.sub_(s_KNP).sub_(t_lse_KN1 - s_lse_KN1)  # log p - log r
@@ -93,6 +95,9 @@ def _row_blocks(queries: int, passages: int) -> Iterator[slice]:
     return (slice(start, min(start + step, queries)) for start in range(0, queries, step))
 
 
-def _logsumexp(scores_KNP: Tensor, softmax_KNP: Tensor) -> Tensor:
-    """From the softmax that is there: its largest is exp(top - logsumexp). One pass of exponentials less, of three."""
-    return scores_KNP.amax(-1, keepdim=True) - softmax_KNP.amax(-1, keepdim=True).log()
+def _logsumexp(scores_KNP: Tensor, softmax_KNP: Tensor, place_KN1: Tensor) -> Tensor:
+    """[K, N, 1] from a score and its softmax: the target's; the largest where a target's underflows. No GPU is asked."""
+    at_KN1 = softmax_KNP.gather(-1, place_KN1)
+    if at_KN1.device.type != "cpu" or bool((at_KN1 < _UNDERFLOWS).any()):
+        return scores_KNP.amax(-1, keepdim=True) - softmax_KNP.amax(-1, keepdim=True).log()
+    return scores_KNP.gather(-1, place_KN1) - at_KN1.log()
