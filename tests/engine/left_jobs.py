@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from lead_ds.config import load_config
@@ -42,18 +43,25 @@ class Kept(Callback):
 
 
 def held() -> dict[str, Any]:
-    """What this process holds: threads by name, open files, and bytes of tensors."""
+    """What this process holds: engines as they lie; after a collection, threads by name, open files, bytes of tensors."""
+    engines = sum(isinstance(one, deepspeed.DeepSpeedEngine) for one in gc.get_objects())
     gc.collect()
     names = [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
     tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    return {"threads": Counter(names), "files": len(os.listdir("/proc/self/fd")), "bytes": sum(storages.values())}
+    return {
+        "engines": engines,
+        "threads": Counter(names),
+        "files": len(os.listdir("/proc/self/fd")),
+        "bytes": sum(storages.values()),
+    }
 
 
 def each(configs: dict[str, str], rounds: int) -> dict[str, list[dict[str, Any]]]:
     """What is held after each round of every run, by the run's name."""
     forced()
     alone()
+    gc.disable()  # what has gone went by what a run itself does
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     for turn in range(rounds):
         for name, path in configs.items():
@@ -114,6 +122,15 @@ def kept_student(path: str) -> list[bool]:
         all(parameter.grad is not None for parameter in parameters.values() if parameter.requires_grad),
         all(torch.equal(parameters[name], other) for name, other in saved.named_parameters()),
     ]
+
+
+def kept_shards(path: str) -> dict[str, int]:
+    """The threads of a process in which a callback has kept a student that was in shards."""
+    alone()
+    callback = Kept()
+    distill(load_config(path), quiet=True, given=Given(callbacks=[callback]))
+    assert callback.student is not None
+    return held()["threads"]
 
 
 def alone() -> None:

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -41,11 +42,16 @@ def engines_let_go() -> Iterator[None]:
         yield
     finally:
         begun = _begun.pop()
-        for one in begun:
-            one.let_go()
-        if begun:
-            begun.clear()
+        some = bool(begun)
+        while begun:
+            with suppress(Exception):  # told is the error that ended the work, not one of these
+                begun.pop().let_go()  # not by a name, which would hold it
+        if some:
             gc.collect()  # now, not when the next run has filled the memory as well
+
+
+# A module's hooks, by the names that torch has for them.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -63,9 +69,14 @@ class Begun:
 
     def let_go(self) -> None:
         """Take off what DeepSpeed has put on the model, and take the model from where DeepSpeed keeps it."""
+        for module in self.model.modules():
+            if _is_deepspeeds(module._parameters):  # which gathers what is asked for
+                module._parameters = dict(module._parameters)
+            _take_out(vars(module))
+            for name in _HOOKS:
+                _take_out(getattr(module, name))
         for parameter, before in self.parameters:
-            if hooks := getattr(parameter, "_post_accumulate_grad_hooks", None):
-                hooks.clear()
+            _take_out(getattr(parameter, "_post_accumulate_grad_hooks", None) or {})
             for name in vars(parameter).keys() - before:
                 delattr(parameter, name)
         _leave_zero_3(self.model)
@@ -74,6 +85,20 @@ class Begun:
         if writer is not None:
             with suppress(Exception):  # each event has been flushed: a full disk was reported then
                 writer.close()
+
+
+def _take_out(of: dict[Any, Any]) -> None:
+    """Take out DeepSpeed's of these."""
+    for key, value in list(of.items()):
+        if _is_deepspeeds(value):
+            del of[key]
+
+
+def _is_deepspeeds(value: Any) -> bool:
+    value = getattr(value, "_torchdynamo_orig_callable", value)  # of a function that torch.compile leaves alone
+    while isinstance(value, partial):
+        value = value.func
+    return str(getattr(value, "__module__", "")).startswith("deepspeed.")
 
 
 def _leave_zero_3(model: nn.Module) -> None:
@@ -87,5 +112,5 @@ def _leave_zero_3(model: nn.Module) -> None:
     FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in own]
     for method in vars(PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():  # the method is wrapped once more
-            if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
+            with suppress(ValueError):  # an empty one
+                getattr(cell.cell_contents, "cache_clear", int)()

@@ -136,7 +136,13 @@ def ranks(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         for name in alone:  # what this process starts later is not one of our ranks
             os.environ.pop(name, None)
         if alone:
-            sys.excepthook = hook  # PyTorch wraps it anew each time: a script's own error would be told as rank 0's
+            _unwrap_excepthook(hook)
+
+
+def _unwrap_excepthook(before: Any) -> None:
+    """Take PyTorch's off: it comes anew each time, and would tell a script's own errors as rank 0's. Another's stays."""
+    if str(getattr(sys.excepthook, "__module__", "")).startswith("torch.distributed"):
+        sys.excepthook = before
 
 
 _left: list[weakref.ref[Any]] = []  # groups that are no more, though something may still hold them

@@ -108,8 +108,9 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("lead_ds::layer_kl_backward")
 def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    student = Problem.of(*arguments[:-3]).student
-    scale = student.q.new_empty(0 if student.row_scale is None else student.row_scale.shape, dtype=torch.float32)
+    problem = Problem.of(*arguments[:-3])
+    student = problem.student
+    scale = student.q.new_empty(0 if student.row_scale is None else student.row_scale.shape, dtype=problem.dtype)
     return student.q.new_empty(student.q.shape), student.d.new_empty(student.d.shape), scale
 
 
