@@ -5,6 +5,7 @@ Dimensions: T teachers, Q queries, P passages in scope, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,9 @@ def mixture(teachers: Sequence[Relevance], shares: Sequence[float], target_Q: Te
     """
     log_TQP = torch.stack([teacher.logits[0].detach().log_softmax(-1) for teacher in teachers])
     found_TQ = log_TQP.gather(-1, target_Q.expand(len(teachers), -1).unsqueeze(-1)).squeeze(-1)
-    weight_TQ = (found_TQ + found_TQ.new_tensor(shares).log().unsqueeze(-1)).log_softmax(0)
+    # Numbers of the host one by one: a tensor of them would be copied to a GPU, which waits.
+    prior_TQ = torch.stack([found_Q + math.log(share) for found_Q, share in zip(found_TQ, shares, strict=True)])
+    weight_TQ = prior_TQ.log_softmax(0)
     masks = [teacher.mask for teacher in teachers if teacher.mask is not None]
     mask_QP = torch.stack(masks).all(0) if masks else None
     return Relevance((weight_TQ.unsqueeze(-1) + log_TQP).logsumexp(0).unsqueeze(0), mask_QP=mask_QP)

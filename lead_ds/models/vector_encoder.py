@@ -90,6 +90,7 @@ class VectorEncoder(Kind):
         # Where pooling only picks a token, the final norm is applied to what was picked.
         self._picks = at == 1 and modules[0].pooling_mode in ("cls", "lasttoken")
         self._sums = "mean" in str(modules[at - 1].pooling_mode)
+        self._by_place = "weightedmean" in str(modules[at - 1].pooling_mode)  # a token weighs by its place in the text
         if self.config.passes == "packed" and not modules[at - 1].include_prompt:
             what = "packed rows keep no count of the prompt's tokens, which its pooling leaves out"
             raise InputError("passes", what, "set it to a number, or to null")
@@ -249,22 +250,23 @@ class VectorEncoder(Kind):
 
     def _pool(self, states_BLD: Tensor, mask_BL: Tensor, pooled_BL: Tensor | None = None) -> Tensor:
         """[B, D]. pooled_BL: the tokens that count, where those of the prompt do not."""
-        if pooled_BL is None:
-            return self._pooled(states_BLD, mask_BL, None)
+        if pooled_BL is None or not self._by_place:  # where a mask says all, a GPU need not be asked how long prompts are
+            return self._pooled(states_BLD, mask_BL, pooled_BL)
         prompt_B = (mask_BL - pooled_BL).sum(1)
         found_BD: Tensor | None = None
         for count in prompt_B.unique().tolist():  # queries and passages have a prompt each
-            some_BD = self._pooled(states_BLD, mask_BL, count)
+            some_BD = self._pooled(states_BLD, mask_BL, prompt_length=count)
             found_BD = some_BD if found_BD is None else torch.where((prompt_B == count)[:, None], some_BD, found_BD)
         assert found_BD is not None
         return found_BD
 
-    def _pooled(self, states_BLD: Tensor, mask_BL: Tensor, prompt: int | None) -> Tensor:
-        features: dict[str, Any] = {"token_embeddings": states_BLD, "attention_mask": mask_BL}
-        features |= {} if prompt is None else {"prompt_length": prompt}
+    def _pooled(self, states_BLD: Tensor, mask_BL: Tensor, pooled_BL: Tensor | None = None, **more: Any) -> Tensor:
+        features: dict[str, Any] = {"token_embeddings": states_BLD, "attention_mask": mask_BL, **more}
         *before, pool = self.behind[self._parts[0]]
         for module in before:
             features = module(features)
+        if pooled_BL is not None:
+            features["attention_mask"] = pooled_BL
         if not self._sums or states_BLD.dtype == torch.float32:
             return pool(features)["sentence_embedding"]
         # Sums over tokens of 16 bits, in float32: fp16 overflows, bf16 forgets what is small.
