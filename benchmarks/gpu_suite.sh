@@ -29,6 +29,7 @@ train() { # seconds, preset, arguments...: throughput of a preset; dry: of a sma
 }
 
 limit=60 device=cuda kernel_seconds=25
+[ -n "$dry" ] || deadline=470 # seconds since this script began; a part that is cut off has five more to end
 if [ -n "$dry" ]; then
   limit=900 device=cpu kernel_seconds=600
 elif ! sees_gpus 1; then

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by gpu_suite.sh and gpus_suite.sh, which set `out`: a part and its time, what is missing, where we are.
+# Sourced by gpu_suite.sh and gpus_suite.sh, which set `out`, and `deadline` if the whole has one: a part and its time, what is missing, where we are.
 python=${PYTHON:-python}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export DS_SKIP_CUDA_CHECK=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -8,9 +8,16 @@ failed=0
 training=(deepspeed pydantic transformers sentence_transformers accelerate tokenizers safetensors yaml rich matplotlib)
 training+=(hjson einops msgpack psutil cpuinfo ninja)
 
-part() { # seconds name command...: run it within its time, say in one line what it found
-  local seconds=$1 name=$2 status=0 told
+part() { # seconds name command...: run it within its time and the whole's, say in one line what it found
+  local seconds=$1 name=$2 status=0 told left
   shift 2
+  left=$((${deadline:-SECONDS + seconds} - SECONDS))
+  if [ "$left" -lt 5 ]; then
+    echo "$name: not begun, the time of the whole is over"
+    failed=1
+    return
+  fi
+  [ "$seconds" -le "$left" ] || seconds=$left
   local start=$SECONDS
   timeout -k 5 "$seconds" "$@" >"$out/$name.log" 2>&1 || status=$?
   told=$(grep '^found: ' "$out/$name.log" | sed 's/^found: //' | paste -s -d '|' | sed 's/|/ | /g')

@@ -154,7 +154,7 @@ def main(name_contains: str = "", chip: str = "sm_90", ones: bool = False, harde
     """Print a JSON object for each variant whose name contains the text ("-" and "_" are the same).
 
     With `ones`, the first variant of each kernel and choice of its switches, its integers fixed at 1. With `hardest`,
-    of each kernel and tile the variant with the most switches on, for each element size.
+    of each kernel, tile and number of pairs the variant with the most switches on, for each element size.
     """
     chosen = [v for v in variants(CHIPS[chip].shared) if name_contains.replace("_", "-") in v.name.replace("_", "-")]
     if hardest:
@@ -164,7 +164,8 @@ def main(name_contains: str = "", chip: str = "sm_90", ones: bool = False, harde
             tiles = tuple(
                 item for item in variant.constexprs.items() if not isinstance(item[1], bool) or item[0] == "OF_ROWS"
             )
-            place = (variant.fn, tuple(kind for kind in variant.signature.values() if "*" in kind)[:2], tiles[:-1])
+            pointers = tuple(kind for kind in variant.signature.values() if "*" in kind)[:2]
+            place = (variant.fn, pointers, variant.pairs, tiles[:-1])
             if place not in best or _load(variant) > _load(best[place]):
                 best[place] = variant
         chosen = list(best.values())
@@ -180,7 +181,7 @@ def main(name_contains: str = "", chip: str = "sm_90", ones: bool = False, harde
 
 
 def _load(variant: Variant) -> int:
-    return sum(value is True for value in variant.constexprs.values()) + variant.pairs
+    return sum(value is True for value in variant.constexprs.values())
 
 
 if __name__ == "__main__":
@@ -189,7 +190,9 @@ if __name__ == "__main__":
     parser.add_argument("--chip", choices=CHIPS, default="sm_90", help="what to compile for")
     parser.add_argument("--ones", action="store_true", help="compile with every specialised integer argument at 1")
     parser.add_argument(
-        "--hardest", action="store_true", help="of each kernel and tile only the variant with the most to do"
+        "--hardest",
+        action="store_true",
+        help="of each kernel, tile and number of pairs only the variant with most to do",
     )
     given = parser.parse_args()
     main(given.name, given.chip, given.ones, given.hardest)

@@ -250,7 +250,9 @@ class VectorEncoder(Kind):
 
     def _pool(self, states_BLD: Tensor, mask_BL: Tensor, pooled_BL: Tensor | None = None) -> Tensor:
         """[B, D]. pooled_BL: the tokens that count, where those of the prompt do not."""
-        if pooled_BL is None or not self._by_place:  # where a mask says all, a GPU need not be asked how long prompts are
+        if (
+            pooled_BL is None or not self._by_place
+        ):  # where a mask says all, a GPU need not be asked how long prompts are
             return self._pooled(states_BLD, mask_BL, pooled_BL)
         prompt_B = (mask_BL - pooled_BL).sum(1)
         found_BD: Tensor | None = None
