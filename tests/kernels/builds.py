@@ -16,6 +16,7 @@ from triton.runtime.jit import create_function_from_signature
 from lead_ds.kernels.attention_kl import head_mean_kernel as head_mean
 from lead_ds.kernels.attention_kl import triton_kernel as attention
 from lead_ds.kernels.attention_kl.inputs import LayerPair
+from lead_ds.kernels.interaction import triton_kernel as interaction
 from lead_ds.kernels.layer_kl import triton_kernel as layer
 from lead_ds.kernels.layer_kl.inputs import Factors, Problem
 from lead_ds.kernels.maxsim import triton_kernel as maxsim
@@ -72,9 +73,19 @@ def run_maxsim(length_q: int, length_d: int, batch: int) -> None:
         maxsim.backward(torch.ones(len(q), len(d)), q, d, *masks, argmax, False)
 
 
-def run_layer_kl(batch: int) -> None:
-    """Six layers of an unmasked batch whose last window is short."""
-    teacher, student = (Factors(vectors(6, batch, width=w), vectors(6, 8 * batch, width=w)) for w in (1024, 384))
+def run_interaction(length: int, batch: int) -> None:
+    """Every query's tokens over those of every passage."""
+    maps = [torch.zeros(2, batch * 16, 4 * batch, length, device="meta") for _ in range(2)]
+    mask, real = (torch.ones(2, *shape, dtype=torch.bool) for shape in ((4 * batch, length), (batch * 16, 4 * batch)))
+    interaction.divergence(*maps, (0.125, 0.125), mask, real, True, torch.bfloat16)
+
+
+def run_layer_kl(batch: int, *, scaled: bool) -> None:
+    """Six layers of a masked batch whose last window is short."""
+    scale = torch.ones(6, batch) if scaled else None
+    teacher, student = (
+        Factors(vectors(6, batch, width=w), vectors(6, 8 * batch, width=w), row_scale=scale) for w in (1024, 384)
+    )
     problem = Problem(teacher, student, torch.zeros(batch, dtype=torch.long), torch.ones(batch, 8 * batch) > 0)
     _, _, maps, lse = layer.forward(problem, True)
     layer.backward(torch.ones(6), problem, maps, lse)
@@ -82,7 +93,8 @@ def run_layer_kl(batch: int) -> None:
 
 def main() -> None:
     found = {}
-    modules = (("attention_kl", attention), ("head_mean", head_mean), ("maxsim", maxsim), ("layer_kl", layer))
+    modules = (("attention_kl", attention), ("head_mean", head_mean), ("maxsim", maxsim), ("interaction", interaction))
+    modules += (("layer_kl", layer), ("layer_kl of z-scores", layer))
     for name, module in modules:
         module.launch = builds = Builds()  # type: ignore[attr-defined]
         for i, length in enumerate(LENGTHS):
@@ -93,9 +105,11 @@ def main() -> None:
                 run_head_mean(length, batch)
             elif name == "maxsim":
                 run_maxsim(min(length, 64), length, batch)
-        if name == "layer_kl":
+            elif name == "interaction":
+                run_interaction(length, batch)
+        if module is layer:
             for batch in (64, 63, 16):
-                run_layer_kl(batch)
+                run_layer_kl(batch, scaled=name != "layer_kl")
         found[name] = builds.count()
     print(json.dumps(found))
 

@@ -20,6 +20,6 @@ def test_a_run_builds_each_operator_at_most_eight_times() -> None:
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found.keys() == {"attention_kl", "head_mean", "maxsim", "layer_kl"}
+    assert found.keys() == {"attention_kl", "head_mean", "maxsim", "interaction", "layer_kl", "layer_kl of z-scores"}
     for name, kernels in found.items():
         assert 1 < sum(kernels.values()) <= MOST, (name, kernels)

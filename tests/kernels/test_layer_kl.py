@@ -170,7 +170,7 @@ def test_scaled_rows_match_the_reference(
     for dtype in triton_dtypes:
         batch = make(shape, dtype, device)
         mask = (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None
-        scales = [(torch.rand(*shape[:2]) * 3 - 2).exp2().to(device) for _ in range(2)]
+        scales = [(torch.rand(*shape[:2], 2) * 3 - 2).exp2().to(device)[..., 0] for _ in range(2)]  # strided
         scales[1].requires_grad_()
         with torch.no_grad():
             for x, scale in ((batch.tq, scales[0]), (batch.sq, scales[1])):
@@ -230,6 +230,20 @@ def test_nan_in_is_nan_out(
     assert kl.isnan().tolist() == [False, True]
     assert nll.isnan().tolist() == [False, which[0] == "t"]
     for grad in torch.autograd.grad(kl.sum(), (batch.sq, batch.sd)):
+        assert not grad[0].isnan().any()
+        assert grad[1].isnan().any()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["teacher", "student"])
+def test_a_nan_that_scales_is_nan_out(which: int, memory: str, impl: str, device: torch.device) -> None:
+    batch = make((2, 5, 70, 16, 16), torch.float32, device)
+    scales = [torch.ones(2, 5, device=device) for _ in range(2)]
+    scales[which][1, 3] = float("nan")
+    scales[1].requires_grad_()
+    kl, nll = layer_kl(*batch, scale=(scales[0], scales[1]), impl=impl)
+    assert kl.isnan().tolist() == [False, True]
+    assert nll.isnan().tolist() == [False, which == 0]
+    for grad in torch.autograd.grad(kl.sum(), (batch.sq, batch.sd, scales[1])):
         assert not grad[0].isnan().any()
         assert grad[1].isnan().any()
 

@@ -116,6 +116,15 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_of_many_tokens_is_of_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    """512 states of 300 sum to more than float16 holds, and bfloat16 stops counting at 256 of them."""
+    config = StudentConfig(path=tiny_model(tmp_path, "bert"), pooling="mean")
+    scorer = load_student(config, torch.float32).to(dtype)
+    states_BLD = torch.full((1, 512, 32), 300.0, dtype=dtype)
+    assert scorer.vectors_of(states_BLD, torch.ones(1, 512, dtype=torch.int64)).unique().tolist() == [300.0]
+
+
 @pytest.mark.parametrize("scale", ["none", "cosine", "standard"])
 @pytest.mark.parametrize(("kind", "family", "head", "features"), PAIRS)
 def test_every_teacher_beside_a_student_of_another_family(
