@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by gpu_suite.sh and gpus_suite.sh, which set `out`, and `deadline` if the whole has one: a part and its time, what is missing, where we are.
+# Sourced by gpu_suite.sh and gpus_suite.sh, which set `out`, and `deadline` if the whole has one: a part and its time, what is
+# missing, where we are.
 python=${PYTHON:-python}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export DS_SKIP_CUDA_CHECK=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -87,6 +87,21 @@ def layer_kl(
     return fused(teacher, Factors(sq, sd, student_temperature, cosine[1], scale[1]), target, **arguments)
 
 
+@pytest.fixture(
+    params=[(shape, masked) for shape in [(2, 5, 17, 24, 40), (1, 65, 129, 64, 16)] for masked in (False, True)],
+    ids=lambda case: f"{case[0]}-{'masked' if case[1] else 'full'}",
+)
+def batches(
+    request: pytest.FixtureRequest, device: torch.device, triton_dtypes: tuple[torch.dtype, ...]
+) -> list[tuple[Batch, Tensor | None]]:
+    """A batch of each dtype that Triton has, and its mask."""
+    shape, masked = request.param
+    return [
+        (make(shape, dtype, device), (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None)
+        for dtype in triton_dtypes
+    ]
+
+
 def check(
     batch: Batch,
     temperatures: tuple[float, float],
@@ -133,51 +148,33 @@ def test_values_and_gradients_match_the_reference(
         check(batch, temperatures, mask, impl)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 17, 24, 40), (1, 65, 129, 64, 16)], ids=str)
 @pytest.mark.parametrize("cosine", [(True, True), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 def test_cosines_match_the_reference(
-    shape: tuple[int, ...],
-    cosine: tuple[bool, bool],
-    masked: bool,
-    memory: str,
-    impl: str,
-    device: torch.device,
-    triton_dtypes: tuple[torch.dtype, ...],
+    batches: list[tuple[Batch, Tensor | None]], cosine: tuple[bool, bool], memory: str, impl: str
 ) -> None:
     """At a temperature as cosines need; vectors of very different lengths."""
-    for dtype in triton_dtypes:
-        batch = make(shape, dtype, device)
+    for batch, mask in batches:
         with torch.no_grad():
             for x in batch[:4]:
-                x *= torch.logspace(-1, 1, x.shape[1], device=device)[:, None]
-        mask = (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None
+                x *= torch.logspace(-1, 1, x.shape[1], device=x.device)[:, None]
         temperatures = tuple(0.1 if side else 20.0 for side in cosine)
         check(batch, temperatures, mask, impl, cosine)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 17, 24, 40), (1, 65, 129, 64, 16)], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 def test_scaled_rows_match_the_reference(
-    shape: tuple[int, ...],
-    masked: bool,
-    memory: str,
-    impl: str,
-    device: torch.device,
-    triton_dtypes: tuple[torch.dtype, ...],
+    batches: list[tuple[Batch, Tensor | None]], memory: str, impl: str, device: torch.device
 ) -> None:
     """Each query's scores times a number of its own, over three decades, which has a gradient, too."""
-    for dtype in triton_dtypes:
-        batch = make(shape, dtype, device)
-        mask = (torch.rand(shape[1], shape[2]) > 0.4).to(device) if masked else None
-        scales = [(torch.rand(*shape[:2], 2) * 3 - 2).exp2().to(device)[..., 0] for _ in range(2)]  # strided
+    for batch, mask in batches:
+        dtype, (layers, queries) = batch.sq.dtype, batch.sq.shape[:2]
+        scales = [(torch.rand(layers, queries, 2) * 3 - 2).exp2().to(device)[..., 0] for _ in range(2)]  # strided
         scales[1].requires_grad_()
         with torch.no_grad():
             for x, scale in ((batch.tq, scales[0]), (batch.sq, scales[1])):
                 lengths = torch.logspace(-1.5, 1.5, x.shape[1], device=device)
                 x *= lengths[:, None]
                 scale /= lengths  # logits stay in range
-        weight = torch.randn(shape[0], dtype=torch.float64).to(device)
+        weight = torch.randn(layers, dtype=torch.float64).to(device)
 
         def evaluate(
             which: Any, batch: Batch, *scales: Tensor, mask: Any = mask, weight: Any = weight, **how: Any
